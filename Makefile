@@ -1,0 +1,53 @@
+# make test    the whole CPU suite            make demo    a real teacher cloned, end to end
+# make check   lint, types, unit tests        make clean   removes the environment and caches, keeps demo/ and runs/
+#
+# Everything runs in .venv, made with $(PYTHON), and installed again only when setup.py or the pinned versions change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-cpu.txt -e
+INPUTS := setup.py pyproject.toml constraints-cpu.txt
+
+.PHONY: test check demo clean
+.DELETE_ON_ERROR:
+
+# One thread per process unless told otherwise: the tests start several processes.
+test: export OMP_NUM_THREADS ?= 1
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -ra --durations=10
+
+check: $(VENV)/.installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/unit
+
+demo: $(VENV)/.installed-demo
+	PYTHON=$(abspath $(BIN)/python) bash examples/demo/run.sh
+
+$(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
+	@echo "installing megatron_lrc and its test dependencies into $(VENV) (a few minutes the first time)"
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed-test
+	$(INSTALL) '.[test,check]'
+	@touch $@
+
+$(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
+	@echo "installing megatron_lrc and the demo's dependencies into $(VENV) (a few minutes the first time)"
+	$(INSTALL) '.[demo]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); megatron_lrc needs Python 3.10 or newer." \
+	            "Use make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "error: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""Writes a Hugging Face directory of a Llama-family teacher from one GGUF file.
+
+    python examples/demo/make_teacher.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --output demo/teacher
+
+The demo's teacher comes from a package index, where it is a quantised GGUF file: no model hub is needed. transformers
+dequantises it on reading, but refuses to save a model that came from GGUF, so a fresh model is built from a clean
+configuration and the dequantised weights. They are stored in float32: that is exactly what dequantisation gave, and
+rounding it once more to bfloat16 would make a different teacher. The directory is read back and compared with the GGUF
+model before it gets its final name.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+SAMPLE = (
+    "The sea was calm that morning, and the fishermen had already left the harbour when the sun came up behind the "
+    "hills. An old man sat on the wall beside the church and watched the boats grow smaller. He had worked on one of "
+    "them for forty years, and he still knew the name of every captain in the village."
+)
+ROUND_TRIP = [
+    "Hello world",
+    "  two  spaces,\ttab\nand 12345 digits",
+    "don't; caf\u00e9 \u6f22\u5b57",
+    "<|im_start|>user\nhi<|im_end|>",
+]
+
+
+def clean_config(config: LlamaConfig) -> LlamaConfig:
+    """The same architecture without traces of GGUF, and with the norm epsilon as it was before GGUF's float32."""
+    values = config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "unk_token_id"):
+        values.pop(name, None)
+    values["rms_norm_eps"] = float(f"{config.rms_norm_eps:.6g}")
+    values["architectures"] = ["LlamaForCausalLM"]
+    return LlamaConfig.from_dict(values)
+
+
+def build_model(source: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A model of its own, with the dequantised weights of `source`, that transformers is willing to save."""
+    model = LlamaForCausalLM(clean_config(source.config)).to(torch.float32)
+    model.load_state_dict(source.state_dict())
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        bos_token_id=source.config.bos_token_id,
+        eos_token_id=source.config.eos_token_id,
+        pad_token_id=source.config.pad_token_id,
+    )
+    return model.eval()
+
+
+def write_teacher(gguf: Path, output: Path) -> None:
+    """Builds, saves and checks the directory under a temporary name, then gives it its final one."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    if source.config.model_type != "llama":
+        raise ValueError(
+            f"--gguf {gguf} holds a {source.config.model_type} model; the demo's teacher is a Llama model."
+        )
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    build_model(source).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    check_teacher(partial, source)
+    os.replace(partial, output)
+
+
+@torch.no_grad()
+def check_teacher(directory: Path, source: LlamaForCausalLM) -> None:
+    """Reads the directory back as any user would; refuses it unless it is the GGUF file's model and tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    config = model.config
+    ids = tokenizer(SAMPLE, return_tensors="pt")["input_ids"]
+    prediction = model(ids, labels=ids)
+    checks = {
+        "the logits equal the GGUF model's": torch.equal(prediction.logits, source(ids).logits),
+        "the LM head is tied as config.json says": (
+            (model.lm_head.weight is model.model.embed_tokens.weight) == config.tie_word_embeddings
+        ),
+        "the tokenizer has the model's vocabulary": len(tokenizer) == config.vocab_size,
+        "the tokenizer gives back its input": all(
+            tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+            for text in ROUND_TRIP
+        ),
+        "config.json and the tokenizer agree on bos and eos": (
+            (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ),
+        "the chat template is there": bool(tokenizer.chat_template),
+        "the LM loss on plain English is below 4": bool(prediction.loss < 4.0),
+    }
+    failed = [claim for claim, holds in checks.items() if not holds]
+    if failed:
+        raise ValueError(
+            f"The teacher written to {directory} is wrong: it does not hold that " + "; that ".join(failed) + "."
+        )
+    print(f"Checked: {'; '.join(checks)} ({prediction.loss:.3f} nats/token).")
+    print(
+        f"{model.num_parameters() / 1e6:.1f}M parameters, {config.num_hidden_layers} layers, hidden size "
+        f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "
+        f"FFN {config.intermediate_size}, vocabulary {config.vocab_size}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, required=True, help="GGUF file of a Llama model with its tokenizer")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write; must not exist")
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    try:
+        if not args.gguf.is_file():
+            raise ValueError(f"--gguf {args.gguf} is not a file; expected one *.gguf file.")
+        if args.output.exists():
+            raise ValueError(f"--output {args.output} exists already; remove it or name another directory.")
+        write_teacher(args.gguf, args.output)
+    except (ValueError, OSError) as error:
+        print(f"make_teacher.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"Wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

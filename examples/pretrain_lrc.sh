@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+""":"
+# Trains a Low-Rank Clone. FLAGS are those of `python -m megatron_lrc train --help`. Three ways to start it:
+#
+#   bash examples/pretrain_lrc.sh FLAGS                       checks FLAGS, then starts torchrun on this node
+#   torchrun ... examples/pretrain_lrc.sh FLAGS               torchrun hands this file to Python
+#   torchrun --no-python ... examples/pretrain_lrc.sh FLAGS   torchrun runs this file
+#
+# The file is valid bash and valid Python. To bash, line 2 is a no-op and the Python part a here-document; to Python,
+# the bash part is a docstring. So the bash part has no triple quotes, and no backslash but in front of n or t.
+#
+# Read from the environment (the first way only):
+#   GPUS_PER_NODE   processes on this node; without GPUs, CPU processes      default: Slurm's, the visible GPUs, or 1
+#   NNODES          nodes                                                    default: Slurm's, else 1
+#   NODE_RANK       this node, from 0                                        default: Slurm's, else 0
+#   MASTER_ADDR     first node's name or address, if there are several       default: Slurm's first node
+#   MASTER_PORT     a free port there, if there are several nodes            default: from Slurm's job id, else 29500
+#   PYTHON          interpreter                                              default: python3
+# Several nodes: once per node, as in `srun --ntasks-per-node=1 bash examples/pretrain_lrc.sh FLAGS`.
+
+set -euo pipefail
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+python=${PYTHON:-python3}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+# One of torchrun's processes already (the third way), or a question that needs one process only.
+if [[ -n ${RANK:-} && -n ${WORLD_SIZE:-} && -n ${LOCAL_RANK:-} ]]; then
+    exec "$python" -m megatron_lrc train "$@"
+fi
+for flag in "$@"; do
+    case $flag in -h | --help | --version) exec "$python" -m megatron_lrc train "$flag" ;; esac
+done
+
+visible_gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    fi
+}
+
+first_slurm_node() {
+    # Read to the end: closing the pipe early would end scontrol with an error.
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | { read -r first; cat >/dev/null; echo "$first"; }
+}
+
+nodes=${NNODES:-${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}}
+node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
+gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(visible_gpus)}}
+[[ -n $gpus && $gpus != 0 ]] || gpus=1
+
+[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$nodes'; it must be a whole number of nodes."
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "GPUS_PER_NODE is '$gpus'; it must be a whole number of processes."
+[[ ${SLURM_LOCALID:-0} == 0 ]] || fail "Slurm started several tasks on this node; start one: srun --ntasks-per-node=1."
+
+if [[ $nodes == 1 ]]; then
+    # Standalone finds a free port by itself, so that two runs on one machine do not meet.
+    rendezvous=(--standalone --local-addr 127.0.0.1)
+else
+    master=${MASTER_ADDR:-}
+    [[ -n $master || -z ${SLURM_JOB_NODELIST:-} ]] || master=$(first_slurm_node)
+    [[ -n $master ]] || fail "NNODES is $nodes but MASTER_ADDR is not set. Set it to the first node's name or address."
+    port=${MASTER_PORT:-${SLURM_JOB_ID:+$((20000 + SLURM_JOB_ID % 10000))}}
+    rendezvous=(--nnodes "$nodes" --node-rank "$node_rank" --master-addr "$master" --master-port "${port:-29500}")
+fi
+
+# Without this torch gives each process every core (or torchrun gives each process one).
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    threads=$(($(nproc) / gpus))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+
+# A user's error should cost one sentence, not torchrun's traceback.
+WORLD_SIZE=$((nodes * gpus)) "$python" -m megatron_lrc check "$@" || exit
+
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" -m megatron_lrc train "$@"
+
+: <<'# End of the Python part.'
+"""
+
+import os
+import sys
+
+# Helper processes (checkpoint writing, data loading) import this file again, under another name, and need the package.
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, root)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+if __name__ == "__main__":
+    from megatron_lrc.__main__ import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
+# End of the Python part.

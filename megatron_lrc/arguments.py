@@ -1,0 +1,305 @@
+"""Flags and YAML keys made from the dataclass fields of config.py. Precedence: defaults < --config FILE < flag.
+
+Both sources give one dict, field name -> value, through the same `convert()`, so that a wrong type reads the same
+wherever it stands. YAML keys are field names with `-` or `_`, at the top level or under their section's name; what
+`save_yaml()` writes can be read back with `--config`. All errors of the command line and the file are reported at once,
+one per line of a `ConfigError`. argparse only splits the command line and prints --help: it stores plain strings here,
+because its own type errors stop at the first and print the whole usage. Ranges and combinations are validation.py's.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from . import __version__
+from .config import Config, ConfigError, flag_of
+
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-(inf|nan)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One field of one section, with what a flag needs to know about it."""
+
+    section: str
+    name: str
+    kind: Any  # bool, int, float, str, list[str] or a Literal; without its "| None"
+    is_optional: bool
+    default: Any
+    help: str
+    metavar: str
+    is_required: bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+    @property
+    def expectation(self) -> str:
+        """What a value has to be, for messages."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        return names.get(self.kind, "a list of texts")
+
+
+def iterate_settings() -> Iterator[Setting]:
+    """Every setting, section by section, in the order of config.py."""
+    for section in fields(Config):
+        hints = typing.get_type_hints(section.default_factory)
+        for field in fields(section.default_factory):  # type: ignore[arg-type]
+            hint = hints[field.name]
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            yield Setting(
+                section=section.name,
+                name=field.name,
+                kind=options[0],
+                is_optional=type(None) in options,
+                default=field.default if field.default_factory is MISSING else field.default_factory(),
+                help=field.metadata["help"],
+                metavar=field.metadata.get("metavar") or {int: "N", float: "X"}.get(options[0], "TEXT"),
+                is_required=field.metadata.get("required", False),
+            )
+
+
+SETTINGS = {setting.name: setting for setting in iterate_settings()}
+SECTIONS = tuple(section.name for section in fields(Config))
+
+
+# ---------------------------------------------------------------------------------------------------------- values
+
+
+def convert(setting: Setting, value: Any) -> Any:
+    """`value`, from YAML or as the text of a flag, as the setting's type; ValueError with the expectation otherwise."""
+    if value is None and setting.is_optional:
+        return None
+    if setting.kind == list[str]:
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in items):
+            return [str(item) for item in items]
+    elif setting.choices:
+        if value in setting.choices:
+            return value
+    elif setting.kind is bool or setting.kind is str:
+        if isinstance(value, setting.kind):
+            return value
+    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        number = parse_number(value, setting.kind)
+        if number is not None:
+            return number
+    raise ValueError(f"{value!r} is not {setting.expectation}")
+
+
+def parse_number(value: str | int | float, kind: type) -> int | float | None:
+    """Text is taken for numbers too: PyYAML reads `1e-4` as text. No rounding: 1.5 is no whole number."""
+    if kind is int and isinstance(value, float):
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        return None
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises a ConfigError instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def build_parser(prog: str) -> Parser:
+    """One flag per setting, grouped by section. No defaults: a flag not given must not hide the file's value."""
+    description = (
+        "Pretrain a Low-Rank Clone of a teacher model. Sizes are counts (tokens, features, layers, sequences, steps). "
+        "Precedence: default < --config FILE < flag."
+    )
+    parser = Parser(
+        usage=f"{prog} [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron_lrc {__version__}")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file: field names, optionally under their section's name."
+    )
+    for section in fields(Config):
+        summary = (section.default_factory.__doc__ or "").partition("\n")[0]  # type: ignore[union-attr]
+        group = parser.add_argument_group(section.name, summary)
+        for setting in SETTINGS.values():
+            if setting.section == section.name:
+                add_flag(group, setting)
+    return parser
+
+
+def add_flag(group: Any, setting: Setting) -> None:
+    text = describe_setting(setting).replace("%", "%%")
+    if setting.kind is bool:
+        group.add_argument(flag_of(setting.name), action=argparse.BooleanOptionalAction, help=text)
+    elif setting.kind == list[str]:
+        group.add_argument(flag_of(setting.name), nargs="+", metavar=setting.metavar, help=text)
+    else:
+        metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.metavar
+        group.add_argument(flag_of(setting.name), metavar=metavar, help=text)
+
+
+def describe_setting(setting: Setting) -> str:
+    """The help text with its default, unless the text itself says what happens by default."""
+    if setting.is_required:
+        return f"{setting.help} Required."
+    if setting.default is None or setting.default == []:
+        return setting.help
+    default = str(setting.default).lower() if setting.kind is bool else setting.default
+    return f"{setting.help} Default: {default}."
+
+
+def read_flags(argv: Sequence[str], prog: str, errors: list[str]) -> tuple[dict[str, Any], str | None]:
+    """The values given as flags and the --config file. argv is without the program's name."""
+    parser = build_parser(prog)
+    known = [option for action in parser._actions for option in action.option_strings]
+    namespace, unknown = parser.parse_known_args(join_negative_numbers(argv))
+    given = vars(namespace)
+    config_file = given.pop("config", None)
+    unknown_flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    errors += [f"unknown flag {flag}{suggest(flag, known)}" for flag in unknown_flags]
+    if unknown and not unknown_flags:  # after an unknown flag they are its values
+        errors.append(f"{' '.join(unknown)} belongs to no flag")
+    values = {}
+    for name, text in given.items():
+        try:
+            values[name] = convert(SETTINGS[name], text)
+        except ValueError as problem:
+            errors.append(f"{flag_of(name)}: {problem}")
+    return values, config_file
+
+
+def join_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """`--lr -1e-4` -> `--lr=-1e-4`: argparse takes `-1e-4` for a flag, and the range check should see the number."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and NEGATIVE_NUMBER.fullmatch(word):
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
+
+
+# ------------------------------------------------------------------------------------------------------------ YAML
+
+
+def read_yaml(path: str | Path, errors: list[str]) -> dict[str, Any]:
+    """The values in a YAML file. Read node by node rather than by safe_load: that keeps line numbers, and a repeated
+    key does not silently win over the first."""
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except OSError as problem:
+        errors.append(f"--config {path} cannot be read: {problem.strerror}")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        errors.append(f"--config {path} is not valid YAML: {' '.join(str(problem).split())}")
+        return {}
+    values: dict[str, Any] = {}
+    if isinstance(root, yaml.MappingNode):
+        read_mapping(loader, root, None, values, path, errors)
+    elif root is not None:
+        errors.append(f"--config {path} is not a mapping; write lines like `student-hidden-size: 1536`")
+    return values
+
+
+def read_mapping(
+    loader: yaml.SafeLoader,
+    node: yaml.MappingNode,
+    section: str | None,
+    values: dict[str, Any],
+    path: str | Path,
+    errors: list[str],
+) -> None:
+    """Adds one mapping's settings to `values`: the top level (section None) or what stands under a section's name."""
+    for key_node, value_node in node.value:
+        key, where = str(key_node.value), f"{path} line {key_node.start_mark.line + 1}"
+        name = key.replace("-", "_")
+        if section is None and name in SECTIONS:
+            if isinstance(value_node, yaml.MappingNode):
+                read_mapping(loader, value_node, name, values, path, errors)
+            else:
+                errors.append(f"{where}: section {key} has no `key: value` lines under it")
+        elif name not in SETTINGS:
+            known = [*SETTINGS, *SECTIONS] if section is None else list(SETTINGS)
+            errors.append(f"{where}: unknown key {key}{suggest(name, known)}")
+        elif section not in (None, SETTINGS[name].section):
+            errors.append(f"{where}: {key} belongs to section {SETTINGS[name].section}, not {section}")
+        elif name in values:
+            errors.append(f"{where}: {key} is set twice")
+        else:
+            try:
+                values[name] = convert(SETTINGS[name], loader.construct_document(value_node))
+            except (ValueError, yaml.YAMLError) as problem:
+                values[name] = None  # seen: a second one is still reported
+                errors.append(f"{where}: {key}: {' '.join(str(problem).split())}")
+
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+
+def parse_config(argv: Sequence[str], *, prog: str = "python -m megatron_lrc train") -> Config:
+    """Flags -> Config, with the file that --config names underneath. ConfigError with one line per error."""
+    errors: list[str] = []
+    flags, config_file = read_flags(argv, prog, errors)
+    values = {} if config_file is None else read_yaml(config_file, errors)
+    return build_config(values | flags, errors)
+
+
+def load_yaml(path: str | Path) -> Config:
+    """The Config in a file, as --config alone would read it."""
+    errors: list[str] = []
+    return build_config(read_yaml(path, errors), errors)
+
+
+def build_config(values: dict[str, Any], errors: list[str]) -> Config:
+    if errors:
+        raise ConfigError("\n".join(errors))
+    config = Config()
+    for name, value in values.items():
+        setattr(getattr(config, SETTINGS[name].section), name, value)
+    return config
+
+
+def save_yaml(config: Config, path: str | Path) -> None:
+    """Writes every setting, by section. The file appears complete or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    body = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=False)
+    partial.write_text(f"# Resolved configuration, megatron_lrc {__version__}. Read it back with --config.\n{body}")
+    os.replace(partial, path)
+
+
+def describe_changes(config: Config) -> list[str]:
+    """What differs from the defaults, one `--flag value` each: short enough for the console."""
+    lines = []
+    for setting in SETTINGS.values():
+        value = getattr(getattr(config, setting.section), setting.name)
+        if value == setting.default:
+            continue
+        if setting.kind is bool:
+            lines.append(flag_of(setting.name) if value else flag_of(f"no_{setting.name}"))
+        else:
+            lines.append(f"{flag_of(setting.name)} {' '.join(value) if isinstance(value, list) else value}")
+    return lines

@@ -1,0 +1,74 @@
+"""How the projections start: from a normal, or in closed form from the teacher's residual stream (METHOD section 7).
+
+PCA: Q (D, d) holds the leading eigenvectors of the second moment of the residual stream, over calibration tokens and all
+the places where it is read, each token scaled to unit RMS. With g the teacher's norm gain in front of a matrix and
+c = sqrt(D / d), which keeps the student's RMS the teacher's:
+
+    P = Q for embed, o, down;   P = c diag(g) Q for q, k, v (input norm), gate, up (post norm), lm_head (final norm)
+
+and the student's gains are 1. At d = D this is the teacher exactly, up to the norm's epsilon.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.clone.projections import Projections
+from megatron_lrc.clone.sites import EMBED, LM_HEAD
+
+
+def norm_before(projection: str) -> str | None:
+    """Name of the norm whose gain acts in front of the matrix that `projection` generates; None if there is none."""
+    if projection == LM_HEAD.name:
+        return "final"
+    if projection == EMBED.name:
+        return None
+    prefix, site = projection.rsplit(".", 1)
+    kind = {"q": "input", "k": "input", "v": "input", "gate": "post", "up": "post"}.get(site)
+    return f"{prefix}.{kind}" if kind else None
+
+
+@torch.no_grad()
+def initialize_random(projections: Projections, *, std: float, seed: int) -> None:
+    """Every P ~ N(0, std), gains 1. Each P is drawn whole from a seed of its own name, so any layout starts the same."""
+    for name, _ in projections.named_matrices():
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        size = (projections.teacher_size, projections.student_size)
+        projections.set_matrix(name, std * torch.randn(size, generator=generator, dtype=torch.float32))
+    for _, gain in projections.named_norms():
+        gain.fill_(1.0)
+
+
+@torch.no_grad()
+def initialize_from_basis(projections: Projections, basis: Tensor, teacher_gains: Mapping[str, Tensor]) -> None:
+    """The closed form. basis: Q [D, d], fp64, the same on every rank; teacher_gains: this stage's, by global name."""
+    scale = math.sqrt(basis.shape[0] / basis.shape[1])
+    for name, _ in projections.named_matrices():
+        norm = norm_before(name)
+        full = basis if norm is None else scale * teacher_gains[norm].to(basis).unsqueeze(1) * basis
+        projections.set_matrix(name, full)
+    for _, gain in projections.named_norms():
+        gain.fill_(1.0)
+
+
+class SecondMoment:
+    """Sum over tokens of x^T x, fp64 [D, D], each token x [D] scaled to unit RMS. Partial over whatever ranks see."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.total = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, stream: Tensor) -> None:
+        """stream: [..., D]."""
+        tokens = stream.flatten(0, -2).to(torch.promote_types(stream.dtype, torch.float32))
+        unit = tokens * tokens.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+        self.total += unit.t() @ unit
+
+    def leading_eigenvectors(self, count: int) -> Tensor:
+        """Q [D, count], fp64, by falling eigenvalue. eigh works on the CPU: D is a few thousand, once per run."""
+        _, vectors = torch.linalg.eigh(self.total.cpu())
+        return vectors.flip(1)[:, :count].contiguous()

@@ -1,0 +1,173 @@
+"""Projections: every trainable P of one pipeline stage, and the student's norm gains; nothing else is trained.
+
+    compose     W_S <- f(W_T, P)                 once per optimizer step, in place, outside autograd
+    forward, backward over all micro-batches     dW_S gathers in the student's parameters, like any model's
+    pull_back   dP += f^T(W_T, dW_S)             once per step: exact, because f is linear in P
+
+Sharding: P is (D, d); each tensor parallel rank holds D/tp rows, and so their gradient and optimizer state. `compose`
+gathers the whole P, which any shard of W_T needs; `pull_back` gives each rank the sum over ranks of its rows.
+
+The clone loss projects the teacher's o and down outputs with the same P. That use goes through autograd: `target(name)`
+is a leaf that shares P's values, and what reaches it is added to dP by `pull_back`.
+
+Notation: D teacher hidden, d student hidden, tp tensor parallel size.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_lrc.clone.sites import HeadLayout, Site, compose, pull_back, select
+
+
+@dataclass(frozen=True, slots=True)
+class ClonedWeight:
+    """A student weight and where it comes from. Fused weights have one entry for each of their sites.
+
+    projection: global name of the P that generates it (`embed` also for the LM head of a tied student).
+    teacher, student: this rank's shards of the whole, possibly fused, matrices; equal but for the projected width.
+    """
+
+    projection: str
+    site: Site
+    teacher: Tensor
+    student: nn.Parameter
+    heads: HeadLayout
+
+
+def accumulate_in_fp32(parameter: Tensor) -> None:
+    """Collect a low-precision leaf's gradients over micro-batches in fp32, in `parameter.main_grad` (megatron-core's name).
+
+    fp32 and fp64 leaves need nothing: autograd accumulates in `.grad`. Read either with `gradient_of`.
+    """
+    if torch.finfo(parameter.dtype).bits >= 32:
+        return
+    parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def add_to_main_grad(leaf: Tensor) -> None:
+        leaf.main_grad.add_(leaf.grad)  # type: ignore[attr-defined]
+        leaf.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add_to_main_grad)
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The gradient gathered since `zero_gradient`, in fp32 or better; None if nothing has reached the leaf."""
+    return getattr(parameter, "main_grad", parameter.grad)
+
+
+def zero_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+    if hasattr(parameter, "main_grad"):
+        parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ParameterDict key may hold no dot
+
+
+class Projections(nn.Module):
+    """The trainable part of one stage.
+
+    names: global names of this stage's projections (`sites.projection_names`).
+    norms: global name -> the student's gain, held by reference.
+    tp_group: shards every P on its first dimension; None is a group of one.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        norms: dict[str, nn.Parameter],
+        *,
+        teacher_size: int,
+        student_size: int,
+        tp_group: ProcessGroup | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
+        self.tp_size = self.tp_group.size() if self.tp_group else 1
+        self.tp_rank = self.tp_group.rank() if self.tp_group else 0
+        self.teacher_size, self.student_size = teacher_size, student_size
+        rows = teacher_size // self.tp_size
+        self.matrices = nn.ParameterDict(
+            {_key(name): nn.Parameter(torch.zeros(rows, student_size, dtype=dtype, device=device)) for name in names}
+        )
+        self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
+        self._targets: dict[str, Tensor] = {}
+
+    def named_matrices(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """(global name, this rank's shard [D/tp, d]) of each projection."""
+        return ((key.replace("/", "."), matrix) for key, matrix in self.matrices.items())
+
+    def named_norms(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """(global name, gain [d]) of each of the student's norms."""
+        return ((key.replace("/", "."), gain) for key, gain in self.norms.items())
+
+    @torch.no_grad()
+    def set_matrix(self, name: str, full: Tensor) -> None:
+        """Set a projection from the whole (D, d) matrix: this rank keeps its rows."""
+        shard = self.matrices[_key(name)]
+        shard.copy_(full.chunk(self.tp_size, dim=0)[self.tp_rank])
+
+    @torch.no_grad()
+    def full(self, name: str) -> Tensor:
+        """The whole P [D, d], gathered over tensor parallel ranks; P itself where there is one rank."""
+        shard = self.matrices[_key(name)].detach()
+        if self.tp_group is None:
+            return shard
+        gathered = shard.new_empty(self.teacher_size, self.student_size)
+        dist.all_gather_into_tensor(gathered, shard.contiguous(), group=self.tp_group)
+        return gathered
+
+    def target(self, name: str) -> Tensor:
+        """The leaf [D, d] through which the clone loss projects the teacher's outputs. Valid until the next `compose`."""
+        return self._targets[name]
+
+    @torch.no_grad()
+    def compose(self, weights: Iterable[ClonedWeight]) -> None:
+        """Set every student weight from the teacher's. Forgets the gradients of the targets."""
+        self._targets.clear()
+        for weight in weights:
+            projection = self.full(weight.projection)
+            student = select(weight.site, weight.student, weight.heads)
+            student.copy_(compose(weight.site, select(weight.site, weight.teacher, weight.heads), projection))
+            if weight.site.projected == "output":
+                self._targets[weight.projection] = leaf = projection.detach().requires_grad_()
+                accumulate_in_fp32(leaf)
+
+    @torch.no_grad()
+    def pull_back(self, weights: Iterable[ClonedWeight]) -> None:
+        """Add to each P's gradient what the student's weights and the clone targets have gathered.
+
+        Per rank a partial sum over tensor parallel ranks (each has a shard of W_T, and its own tokens' targets);
+        summed here, so that a shard's gradient is complete but for the data-parallel sum.
+        """
+        for weight in weights:
+            grad = gradient_of(weight.student)
+            if grad is None:
+                continue
+            student_grad = select(weight.site, grad, weight.heads)
+            teacher = select(weight.site, weight.teacher, weight.heads).to(student_grad.dtype)
+            partial = pull_back(weight.site, teacher, student_grad)  # [D, d]
+            if weight.site.projected == "output":
+                target_grad = gradient_of(self._targets[weight.projection])
+                if target_grad is not None:
+                    partial += target_grad
+            self._add_gradient(self.matrices[_key(weight.projection)], partial)
+
+    def _add_gradient(self, shard: nn.Parameter, partial: Tensor) -> None:
+        """Sum `partial` [D, d] over tensor parallel ranks and add this rank's rows to its gradient."""
+        if self.tp_group is not None:
+            rows = partial.new_empty(shard.shape)
+            dist.reduce_scatter_tensor(rows, partial.contiguous(), group=self.tp_group)
+            partial = rows
+        if hasattr(shard, "main_grad"):  # the distributed data parallel buffer
+            shard.main_grad.add_(partial)  # type: ignore[attr-defined]
+        else:
+            shard.grad = partial.to(shard.dtype) if shard.grad is None else shard.grad.add_(partial)

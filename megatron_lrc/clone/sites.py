@@ -1,0 +1,105 @@
+"""THE TABLE of cloned weights: one row per matrix of a layer, and one each for the embedding and the LM head.
+
+A row says which width of the teacher's matrix its projection shrinks, where the matrix sits in a megatron-core GPTModel,
+how tensor parallelism splits it, and which rows of a fused matrix are its own. Composing, pulling back, capturing
+activations, reading a teacher and exporting a student are loops over these rows; nothing else knows a fused layout.
+
+Notation: D teacher hidden, d student hidden, o output features, i input features; `/tp` split over tensor parallel ranks.
+Weights are stored (out, in). METHOD: arXiv 2505.12781, equations 1-3.
+
+Fused layouts (megatron-core's): linear_qkv holds, for each KV group, its queries, then its key, then its value;
+linear_fc1 holds on each rank its share of gate, then its share of up.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One cloned weight.
+
+    projected: the width of W_T that shrinks from D to d. "input": W_S = W_T @ P; "output": W_S = P^T @ W_T.
+    linear: the module that holds the matrix, as a path inside a TransformerLayer (or inside GPTModel for the two ends).
+    split: dimension of the matrix that tensor parallelism splits: 0 (column parallel: rows) or 1 (row parallel: columns).
+    """
+
+    name: str
+    projected: Literal["input", "output"]
+    linear: str
+    split: Literal[0, 1]
+
+
+_QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+_FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+
+LAYER_SITES: tuple[Site, ...] = (
+    Site("q", "input", _QKV, 0),
+    Site("k", "input", _QKV, 0),
+    Site("v", "input", _QKV, 0),
+    Site("o", "output", _PROJ, 1),
+    Site("gate", "input", _FC1, 0),
+    Site("up", "input", _FC1, 0),
+    Site("down", "output", _FC2, 1),
+)
+EMBED = Site("embed", "input", "embedding.word_embeddings", 0)
+LM_HEAD = Site("lm_head", "input", "output_layer", 0)
+
+#: Linear modules of a layer whose outputs the clone loss compares.
+CAPTURED_LINEARS: tuple[str, ...] = (_QKV, _PROJ, _FC1, _FC2)
+
+#: Norm gains of a layer, in the order they act.
+LAYER_NORMS: tuple[str, ...] = ("input", "post")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """What is needed to find q, k and v in a fused linear_qkv. Sizes in features."""
+
+    head_dim: int
+    queries_per_group: int
+
+    def rows_of(self, name: str) -> tuple[int, int]:
+        """(start, length) of `name` within one KV group's rows."""
+        queries = self.queries_per_group * self.head_dim
+        return {"q": (0, queries), "k": (queries, self.head_dim), "v": (queries + self.head_dim, self.head_dim)}[name]
+
+
+def select(site: Site, fused: Tensor, heads: HeadLayout, dim: int = 0) -> Tensor:
+    """The part of a fused weight (dim 0) or activation (dim -1) that belongs to `site`, as a view.
+
+    q, k, v: `dim` becomes two dimensions (KV groups of this rank, features of the group); gate, up: half of `dim`;
+    other sites: the tensor itself. Flattening the result over those dimensions gives Hugging Face's row order.
+    """
+    if site.linear == _QKV:
+        start, length = heads.rows_of(site.name)
+        per_group = (heads.queries_per_group + 2) * heads.head_dim
+        dim = dim % fused.dim()
+        return fused.unflatten(dim, (-1, per_group)).narrow(dim + 1, start, length)
+    if site.linear == _FC1:
+        half = fused.shape[dim] // 2
+        return fused.narrow(dim, 0 if site.name == "gate" else half, half)
+    return fused
+
+
+def compose(site: Site, teacher: Tensor, projection: Tensor) -> Tensor:
+    """W_S from W_T: [..., o, D] @ [D, d], or [D, d]^T @ [D, i]. Shards of the other dimension give shards of W_S."""
+    if site.projected == "input":
+        return teacher @ projection
+    return projection.t() @ teacher
+
+
+def pull_back(site: Site, teacher: Tensor, student_grad: Tensor) -> Tensor:
+    """dP [D, d] from dW_S, the transpose of `compose`. Given shards, a partial sum over tensor parallel ranks."""
+    if site.projected == "input":
+        return teacher.flatten(0, -2).t() @ student_grad.flatten(0, -2)
+    return teacher @ student_grad.t()
+
+
+def projection_names(layers: range, has_embedding: bool, has_lm_head: bool) -> list[str]:
+    """Global names of the projections of these layers (0-based) and ends: `layers.{i}.{site}`, `embed`, `lm_head`."""
+    names = [EMBED.name] if has_embedding else []
+    names += [f"layers.{layer}.{site.name}" for layer in layers for site in LAYER_SITES]
+    return names + ([LM_HEAD.name] if has_lm_head else [])

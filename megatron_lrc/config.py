@@ -1,0 +1,270 @@
+"""The configuration of a run: typed dataclasses, the single source of every flag, its default and its help.
+
+`arguments.py` turns each field into a command-line flag (`student_hidden_size` -> `--student-hidden-size`) and a key of
+the YAML file; a field's `help` is what `--help` prints. Flags have Megatron-LM's names wherever the concept exists
+there. A number's range stands beside it (`at_least`, `above`, `below`) and is enforced by `validation.validate()`,
+which reports every impossible combination that can be seen without the teacher; `validation.validate_against_teacher()`
+reports the rest. Both run before any process group or model exists, and give the same answer on every rank. Sizes that
+follow from the fields (data-parallel size, warmup steps, the student's shape) are methods of `Config`. Nothing here
+imports torch: `--help` answers at once.
+"""
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+DEFAULT_WARMUP_FRACTION = 0.005
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be done. The message says what was wrong, what was expected and what to do."""
+
+
+def flag_of(name: str) -> str:
+    """The command-line spelling of a field, which is also how messages name it."""
+    return "--" + name.replace("_", "-")
+
+
+def setting(default: Any, text: str, **extra: Any) -> Any:
+    """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range
+    of a number (`at_least`, `above`, `below`)."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **extra})
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The shape of one decoder-only transformer, teacher or student. Sizes in elements, from a Hugging Face config."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    norm_epsilon: float
+    is_tied: bool
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    max_position_embeddings: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Teacher and student."""
+
+    teacher: str | None = setting(
+        None,
+        "Hugging Face directory of the frozen teacher (config.json, *.safetensors, tokenizer).",
+        required=True,
+        metavar="DIR",
+    )
+    student_hidden_size: int | None = setting(
+        None, "Hidden size d_S of the student, in features; below the teacher's d_T.", at_least=1, required=True
+    )
+    untie_embeddings_and_output_weights: bool | None = setting(
+        None,
+        "Give the student's LM head a projection of its own. Default: untied if the teacher is untied or with --init "
+        "pca (whose closed form needs two projections), else tied.",
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class ProjectionConfig:
+    """How the projections P start."""
+
+    init: Literal["random", "pca"] = setting(
+        "random",
+        "random: every P ~ N(0, --init-method-std) (the released code); pca: closed form from the teacher's residual "
+        "stream.",
+    )
+    init_method_std: float = setting(0.02, "Standard deviation of --init random.", above=0)
+    calibration_tokens: int = setting(65536, "Training tokens that --init pca runs through the teacher.", at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """L = L_LM + L_KL + alpha * L_clone."""
+
+    alpha: float = setting(0.2, "Weight of the activation-clone loss.", at_least=0)
+    kl_weight: float = setting(
+        1.0, "Weight of tau^2 * KL(teacher || student), mean over tokens; 0 turns it off.", at_least=0
+    )
+    kl_temperature: float = setting(40.0, "Temperature tau of both distributions in the KL loss.", above=0)
+    loss_chunk_tokens: int = setting(512, "Tokens whose logits exist at once in the LM and KL losses.", at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How one model is laid out over processes; what is left over is data parallel."""
+
+    tensor_model_parallel_size: int = setting(
+        1, "Processes (TP) that share each layer's matrices. Above 1 needs --sequence-parallel.", at_least=1
+    )
+    pipeline_model_parallel_size: int = setting(1, "Pipeline stages (PP).", at_least=1)
+    sequence_parallel: bool = setting(
+        False, "Shard norms and residual stream over the sequence among the TP processes."
+    )
+    decoder_first_pipeline_num_layers: int | None = setting(
+        None, "Layers on the first pipeline stage. Default: an even split.", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = setting(
+        None, "Layers on the last pipeline stage. Default: an even split.", at_least=1
+    )
+    use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
+    distributed_timeout_minutes: int = setting(
+        10, "Minutes a collective may wait before the run is stopped.", at_least=1
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW on the projections and norm gains, and the learning-rate schedule."""
+
+    lr: float = setting(1e-4, "Peak learning rate.", at_least=0)
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.", at_least=0)
+    lr_decay_style: Literal["linear", "cosine", "constant"] = setting("linear", "Shape of the decay after the warmup.")
+    lr_decay_iters: int | None = setting(None, "Steps over which the rate decays. Default: --train-iters.", at_least=1)
+    lr_warmup_fraction: float | None = setting(
+        None, "Warmup, as a fraction of the decay steps. Default 0.005 without --lr-warmup-iters.", at_least=0, below=1
+    )
+    lr_warmup_iters: int | None = setting(None, "Warmup in steps, instead of --lr-warmup-fraction.", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay.", at_least=0)
+    adam_beta1: float = setting(0.9, "Adam's first-moment decay.", at_least=0, below=1)
+    adam_beta2: float = setting(0.999, "Adam's second-moment decay.", at_least=0, below=1)
+    adam_eps: float = setting(1e-8, "Adam's epsilon.", above=0)
+    clip_grad: float = setting(
+        1.0, "Largest gradient norm, over all projections and norm gains; 0 turns clipping off.", at_least=0
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Batch, length and precision."""
+
+    micro_batch_size: int = setting(1, "Sequences per forward pass on one data-parallel replica.", at_least=1)
+    global_batch_size: int | None = setting(
+        None, "Sequences per optimizer step. Default: --micro-batch-size times DP.", at_least=1
+    )
+    seq_length: int = setting(2048, "Tokens per sequence.", at_least=1)
+    train_iters: int = setting(
+        0, "Optimizer steps of the whole run; 0 with --save writes the untrained student.", at_least=0
+    )
+    bf16: bool = setting(False, "Parameters and activations in bfloat16; gradients and optimizer state stay fp32.")
+    seed: int = setting(1234, "Seed of initialisation and data order.", at_least=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Indexed datasets written by tools/preprocess_data.py."""
+
+    data_path: list[str] = setting(
+        [],
+        "Dataset prefixes, optionally weighted: PREFIX, or W1 PREFIX1 W2 PREFIX2 ...; divided by --split.",
+        metavar="PREFIX",
+    )
+    split: str = setting("969,30,1", "Train, validation and test parts of --data-path.", metavar="TRAIN,VALID,TEST")
+    train_data_path: list[str] = setting([], "Training prefixes, instead of --data-path; same form.", metavar="PREFIX")
+    valid_data_path: list[str] = setting(
+        [], "Validation prefixes, beside --train-data-path; same form.", metavar="PREFIX"
+    )
+    data_cache_path: str | None = setting(
+        None, "Folder for the dataset's index maps. Default: cache/ beside the data.", metavar="DIR"
+    )
+    tokenizer_model: str | None = setting(None, "Tokenizer directory. Default: --teacher.", metavar="DIR")
+    eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
+    num_workers: int = setting(
+        0, "Processes that read data for each rank; 0 reads in the training process.", at_least=0
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """The run directory: checkpoints, metrics.jsonl, TensorBoard."""
+
+    save: str | None = setting(None, "Run directory to write.", metavar="RUN")
+    load: str | None = setting(None, "Run directory to continue from (its newest complete checkpoint).", metavar="RUN")
+    save_interval: int | None = setting(None, "Steps between checkpoints. Default: only at the end.", at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    log_interval: int = setting(10, "Steps between console lines and metrics.jsonl records.", at_least=1)
+    eval_interval: int | None = setting(
+        None, "Steps between validations. Default: only before the first and after the last step.", at_least=1
+    )
+    eval_iters: int = setting(10, "Global batches per validation; 0 turns it off.", at_least=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything a run is made from. Sections group the flags in --help; flag names are unique across sections."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def decay_iters(self) -> int:
+        """Steps over which the learning rate decays, warmup included."""
+        return self.training.train_iters if self.optimizer.lr_decay_iters is None else self.optimizer.lr_decay_iters
+
+    @property
+    def warmup_iters(self) -> int:
+        """Steps of linear warmup: as given, or a fraction of the decay steps rounded to the nearest step."""
+        if self.optimizer.lr_warmup_iters is not None:
+            return self.optimizer.lr_warmup_iters
+        fraction = self.optimizer.lr_warmup_fraction
+        return int((DEFAULT_WARMUP_FRACTION if fraction is None else fraction) * self.decay_iters + 0.5)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of both models (DP): what tensor and pipeline parallelism leave over."""
+        return world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Sequences per optimizer step over all replicas."""
+        if self.training.global_batch_size is not None:
+            return self.training.global_batch_size
+        return self.training.micro_batch_size * self.data_parallel_size(world_size)
+
+    def resolved(self, world_size: int) -> "Config":
+        """A copy that leaves nothing to the number of processes: what is trained with, printed and saved."""
+        config = deepcopy(self)
+        config.training.global_batch_size = self.global_batch_size(world_size)
+        return config
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Forward passes of one replica per optimizer step (gradient accumulation)."""
+        sequences_at_once = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        return self.global_batch_size(world_size) // sequences_at_once
+
+    def is_student_tied(self, teacher: ModelShape) -> bool:
+        """Whether one projection serves embedding and LM head: the rule of --untie-embeddings-and-output-weights."""
+        if self.model.untie_embeddings_and_output_weights is not None:
+            return not self.model.untie_embeddings_and_output_weights
+        return teacher.is_tied and self.projection.init != "pca"
+
+    def student_shape(self, teacher: ModelShape) -> ModelShape:
+        """The student's shape: the teacher's but for the hidden size, and maybe the tying."""
+        assert self.model.student_hidden_size is not None, "student_shape() needs a validated config"
+        return replace(teacher, hidden_size=self.model.student_hidden_size, is_tied=self.is_student_tied(teacher))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values (section -> field -> value), for YAML and JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`; sections and fields that are missing keep their defaults."""
+        sections: dict[str, Any] = {section.name: section.default_factory for section in fields(cls)}
+        return cls(**{name: sections[name](**section) for name, section in values.items()})

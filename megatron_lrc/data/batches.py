@@ -1,0 +1,87 @@
+"""Micro-batches: which samples each data-parallel rank takes, and in which order.
+
+Step k uses samples [k * G, (k + 1) * G) of the dataset, G = global_batch_size, for any layout:
+
+    sample of (step k, micro-batch m, data-parallel rank r, position j)
+        = k * G + (m * dp_size + r) * micro_batch_size + j
+
+so that a run continued on another number of processes sees the same global batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from megatron_lrc.data.checks import check_data
+from megatron_lrc.data.datasets import build_datasets, num_calibration_batches
+
+__all__ = ["BatchIterator", "build_datasets", "check_data", "num_calibration_batches"]
+
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class BatchIterator:
+    """The micro-batches of one data-parallel rank, in order, from global sample `consumed_samples` on.
+
+    Each is a dict of tensors [micro_batch_size, seq_length] on `device`: tokens, labels, position_ids (int64),
+    loss_mask (fp32). Stops after the dataset's last full global batch, on every rank alike. `consumed_samples` counts
+    the samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        consumed_samples: int,
+        device: torch.device,
+        num_workers: int,
+    ):
+        self._samples_per_micro_batch = micro_batch_size * dp_size
+        assert global_batch_size % self._samples_per_micro_batch == 0
+        assert consumed_samples % self._samples_per_micro_batch == 0
+        self.consumed_samples = consumed_samples
+        self._device = device
+        end = len(dataset) // global_batch_size * global_batch_size  # type: ignore[arg-type]
+        starts = range(consumed_samples + dp_rank * micro_batch_size, end, self._samples_per_micro_batch)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=_MicroBatches(starts, micro_batch_size),
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # the default one is the training's: drawing from it would change the run
+        )
+        self._batches = iter(loader)
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = next(self._batches)
+        self.consumed_samples += self._samples_per_micro_batch
+        return {key: tensor.to(self._device, non_blocking=True) for key, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class _MicroBatches:
+    """Batch sampler: the sample indices of each micro-batch, computed rather than stored."""
+
+    starts: range
+    micro_batch_size: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield list(range(start, start + self.micro_batch_size))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return default_collate([{key: sample[key] for key in _BATCH_KEYS} for sample in samples])

@@ -1,0 +1,153 @@
+"""Raw lines to token arrays: the part of data preparation that runs in worker processes.
+
+    files -> chunks of raw lines -> [decode, parse, encode: in worker processes] -> encoded chunks, in order
+
+Workers receive raw bytes and give back token arrays, so the one reader and the one writer in the main process do no
+text work. Encoded chunks are taken in the order they were read and only a few are under way at a time: the output is
+the same bytes for any number of workers, and memory stays flat however long the input is (multiprocessing's imap would
+read all of it ahead).
+"""
+
+import json
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.tokenizers import Encode
+
+CHUNK_BYTES = (
+    256 * 1024
+)  # of raw lines per unit of work: large against the cost of handing it over, small against memory
+CHUNKS_AHEAD_PER_WORKER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive raw lines of one file."""
+
+    source: str
+    first_line: int  # counted from 1
+    lines: list[bytes]
+
+
+@dataclass(kw_only=True)
+class EncodedChunk:
+    """The documents of one chunk, in order, for each JSON key."""
+
+    tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
+    lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
+    bad_lines: list[str]  # "FILE:LINE: what is wrong"
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkEncoder:
+    """Turns chunks into token arrays. Sent once to each worker."""
+
+    keys: list[str]
+    encode_batch: Encode
+    eod: int | None  # None: no end-of-document id is appended
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        texts: dict[str, list[str]] = {key: [] for key in self.keys}
+        bad_lines = []
+        for line_number, line in enumerate(chunk.lines, start=chunk.first_line):
+            if not line.strip():
+                continue
+            try:
+                for key, text in zip(self.keys, parse_line(line, self.keys), strict=True):
+                    texts[key].append(text)
+            except ConfigError as error:
+                bad_lines.append(f"{chunk.source}:{line_number}: {error}")
+        tokens, lengths = {}, {}
+        for key in self.keys:
+            documents = self.encode_batch(texts[key]) if texts[key] else []
+            if self.eod is not None:
+                documents = [[*document, self.eod] if document else document for document in documents]
+            lengths[key] = [len(document) for document in documents]
+            tokens[key] = numpy.fromiter(chain.from_iterable(documents), dtype=numpy.int32, count=sum(lengths[key]))
+        return EncodedChunk(tokens=tokens, lengths=lengths, bad_lines=bad_lines, num_bytes=sum(map(len, chunk.lines)))
+
+
+def parse_line(line: bytes, keys: list[str]) -> list[str]:
+    """The texts under `keys` of one JSON line. The message of the ConfigError completes "FILE:LINE: "."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not valid JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"a JSON {type(record).__name__}, not an object")
+    for key in keys:
+        if key not in record:
+            raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
+        if not isinstance(record[key], str):
+            raise ConfigError(f"the value of {key!r} is a {type(record[key]).__name__}, not text")
+        if any("\ud800" <= character <= "\udfff" for character in record[key]):
+            raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
+    return [record[key] for key in keys]
+
+
+def read_chunks(paths: list[str]) -> Iterator[Chunk]:
+    """All lines of all files, in order. A chunk never spans two files."""
+    for path in paths:
+        lines: list[bytes] = []
+        first_line, num_bytes = 1, 0
+        with open(path, "rb") as file:
+            for line in file:
+                lines.append(line)
+                num_bytes += len(line)
+                if num_bytes >= CHUNK_BYTES:
+                    yield Chunk(source=path, first_line=first_line, lines=lines)
+                    first_line += len(lines)
+                    lines, num_bytes = [], 0
+        if lines:
+            yield Chunk(source=path, first_line=first_line, lines=lines)
+
+
+_worker_encoder: ChunkEncoder | None = None  # set once in each worker process
+
+
+def _start_worker(encoder: ChunkEncoder) -> None:
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it stops the workers
+    _worker_encoder = encoder
+
+
+def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
+    assert _worker_encoder is not None
+    return _worker_encoder(chunk)
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk], encoder: ChunkEncoder, *, workers: int
+) -> Generator[EncodedChunk, None, None]:
+    """Encodes in order. Spawned, not forked: a fork would inherit the locks of the tokenizer's and torch's threads."""
+    if workers == 1:
+        yield from map(encoder, chunks)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
+    pending: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) > CHUNKS_AHEAD_PER_WORKER * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"One of the {workers} worker processes died, most likely for want of memory. Use fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,296 @@
+"""Model families: how each one names its weights, what it may and may not have, and what a teacher's config.json says.
+
+A `Family` is a declaration: name templates for the rows of `clone/sites.py` and for the norm gains, config fields
+that must be off, tensors that may be ignored. `describe_teacher` reads config.json and nothing else, so that every
+impossible teacher is refused before a weight is read or a process group exists.
+
+A student keeps everything of its teacher's config but the hidden size. transformers 5 refuses a Llama config whose
+hidden_size is no multiple of its heads, even with an explicit head_dim; for such a width the student is written as the
+family's `Twin`, another class that computes the same function from the same tensor names.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
+from megatron_lrc.config import ConfigError, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A class that computes what the family does, at any hidden_size. `extra`: config fields that it needs."""
+
+    architecture: str
+    model_type: str
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture. Templates take `layer`; keys of `sites` are Site names, of `norms` LAYER_NORMS and "final"."""
+
+    name: str
+    architecture: str
+    model_type: str
+    sites: Mapping[str, str]
+    norms: Mapping[str, str]
+    must_be_off: tuple[str, ...] = ()
+    ignored_suffixes: tuple[str, ...] = ()
+    twin: Twin | None = None
+
+
+LLAMA = Family(
+    name="Llama",
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    sites={
+        "embed": "model.embed_tokens.weight",
+        "q": "model.layers.{layer}.self_attn.q_proj.weight",
+        "k": "model.layers.{layer}.self_attn.k_proj.weight",
+        "v": "model.layers.{layer}.self_attn.v_proj.weight",
+        "o": "model.layers.{layer}.self_attn.o_proj.weight",
+        "gate": "model.layers.{layer}.mlp.gate_proj.weight",
+        "up": "model.layers.{layer}.mlp.up_proj.weight",
+        "down": "model.layers.{layer}.mlp.down_proj.weight",
+        "lm_head": "lm_head.weight",
+    },
+    norms={
+        "input": "model.layers.{layer}.input_layernorm.weight",
+        "post": "model.layers.{layer}.post_attention_layernorm.weight",
+        "final": "model.norm.weight",
+    },
+    must_be_off=("attention_bias", "mlp_bias"),
+    ignored_suffixes=(".rotary_emb.inv_freq",),  # Llama 2 files carry what the config already says
+    twin=Twin(architecture="MistralForCausalLM", model_type="mistral", extra={"sliding_window": None}),
+)
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+
+#: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
+ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a Hugging Face model: its name there, its shape, and our name for it.
+
+    key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final` (site None).
+    """
+
+    key: str
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    site: Site | None = None
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """What config.json says of a teacher. `config_values` is the file itself, the base of the student's config.json."""
+
+    directory: Path
+    family: Family
+    shape: ModelShape
+    hf_config: PretrainedConfig = field(repr=False)
+    config_values: Mapping[str, Any] = field(repr=False)
+
+
+def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:
+    """(out, in) of a cloned weight in a model of this shape, unsharded."""
+    hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
+    queries, keys = shape.num_attention_heads * head_dim, shape.num_query_groups * head_dim
+    return {
+        "embed": (shape.vocab_size, hidden),
+        "lm_head": (shape.vocab_size, hidden),
+        "q": (queries, hidden),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "o": (hidden, queries),
+        "gate": (ffn, hidden),
+        "up": (ffn, hidden),
+        "down": (hidden, ffn),
+    }[site.name]
+
+
+def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
+    """Every tensor of a model of this family and shape, in the order of the forward pass. Tied: no `lm_head`."""
+
+    def of_site(site: Site, layer: int | None) -> Weight:
+        key = site.name if layer is None else f"layers.{layer}.{site.name}"
+        return Weight(key, family.sites[site.name].format(layer=layer), site_shape(site, shape), layer, site)
+
+    def of_norm(norm: str, layer: int | None) -> Weight:
+        key = norm if layer is None else f"layers.{layer}.{norm}"
+        return Weight(key, family.norms[norm].format(layer=layer), (shape.hidden_size,), layer)
+
+    weights = [of_site(EMBED, None)]
+    for layer in range(shape.num_layers):
+        weights += [of_norm(norm, layer) for norm in LAYER_NORMS]
+        weights += [of_site(site, layer) for site in LAYER_SITES]
+    weights.append(of_norm("final", None))
+    return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
+
+
+def describe_teacher(directory: str | Path) -> TeacherDescription:
+    """Read a teacher's config.json, or say in one ConfigError why this directory cannot be a teacher."""
+    path = Path(directory)
+    values = _read_config_file(path)
+    _check_weight_files(path)
+    family = _find_family(path, values)
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each transformers version has validation errors of its own
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--teacher {path}: transformers refuses config.json ({reason}). A plain {family.name} config is expected. "
+            "Correct config.json."
+        ) from error
+    _check_features(path, family, config)
+    description = TeacherDescription(path, family, _read_shape(path, config), config, values)
+    rope_settings(description)
+    return description
+
+
+def rope_settings(description: TeacherDescription) -> dict[str, Any]:
+    """`rope_type`, `rope_theta` and the type's own settings. Refuses the types that are not supported."""
+    settings = dict(description.hf_config.rope_parameters)
+    settings.pop("type", None)  # older spelling of rope_type; transformers fills in the new one
+    if settings["rope_type"] not in ROPE_TYPES:
+        raise ConfigError(
+            f"--teacher {description.directory}: config.json has RoPE type {settings['rope_type']!r}, which depends on "
+            f"the sequence length or scales attention. Supported: {', '.join(ROPE_TYPES)}. Choose another teacher."
+        )
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"--teacher {description.directory}: config.json has partial_rotary_factor "
+            f"{settings['partial_rotary_factor']}. Only heads that are rotated whole (1.0) are supported. Choose "
+            "another teacher."
+        )
+    return settings
+
+
+def rope_inverse_frequencies(description: TeacherDescription) -> Tensor:
+    """The rotation per position of each pair of features, float32 [head_dim / 2]: transformers' values, bit for bit."""
+    settings = rope_settings(description)
+    if settings["rope_type"] == "default":  # not in transformers 5's table: each model class has its own copy
+        exponents = torch.arange(0, description.shape.head_dim, 2, dtype=torch.float) / description.shape.head_dim
+        return 1.0 / (settings["rope_theta"] ** exponents)
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](
+        description.hf_config, torch.device("cpu")
+    )
+    assert attention_factor == 1.0, f"RoPE type {settings['rope_type']} scales attention by {attention_factor}"
+    return frequencies.float()
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    """config.json as plain values; refuses what is not a Hugging Face directory on this machine."""
+    if path.suffix == ".gguf":
+        raise ConfigError(_gguf_message(path))
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(
+            f"--teacher {path} {found}. Expected is a local Hugging Face directory (config.json, *.safetensors, "
+            "tokenizer files): nothing is downloaded here. Download the model first and give its directory."
+        )
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        if any(path.glob("*.gguf")):
+            raise ConfigError(_gguf_message(path))
+        raise ConfigError(
+            f"--teacher {path} holds no config.json. Expected is a Hugging Face directory (config.json, "
+            "*.safetensors, tokenizer files). Give the directory that holds the model's files."
+        )
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{config_file} is not valid JSON ({error}). Download or copy it again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{config_file} holds no JSON object. Download or copy it again.")
+    return values
+
+
+def _check_weight_files(path: Path) -> None:
+    """Refuse directories whose weights are in another format than safetensors."""
+    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        return
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        raise ConfigError(
+            f"--teacher {path} holds pickled weights (.bin, .pt or .pth) only. Those run code when opened, so only "
+            "safetensors are read. Load the model with transformers and write it with save_pretrained(..., "
+            "safe_serialization=True)."
+        )
+    if any(path.glob("*.gguf")):
+        raise ConfigError(_gguf_message(path))
+    raise ConfigError(
+        f"--teacher {path} holds neither model.safetensors nor model.safetensors.index.json. Expected are the "
+        "weights beside config.json. Download or copy them there."
+    )
+
+
+def _gguf_message(path: Path) -> str:
+    return (
+        f"--teacher {path} is a GGUF model. A Hugging Face directory (config.json, *.safetensors, tokenizer files) "
+        "is expected. Read the GGUF with transformers (gguf_file=...) and write its state dict as safetensors first."
+    )
+
+
+def _find_family(path: Path, values: Mapping[str, Any]) -> Family:
+    architectures = values.get("architectures") or []
+    family = next((family for family in FAMILIES if architectures == [family.architecture]), None)
+    if family is None:
+        raise ConfigError(
+            f"--teacher {path}: config.json has architectures {architectures}. Supported: "
+            f"{', '.join(family.architecture for family in FAMILIES)}. Choose a teacher of a supported architecture."
+        )
+    return family
+
+
+def _check_features(path: Path, family: Family, config: PretrainedConfig) -> None:
+    """Refuse what the student would have no place for."""
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"--teacher {path}: config.json has a quantization_config. Only plain floating-point weights are read. "
+            "Give the model as it was before quantisation."
+        )
+    for name in family.must_be_off:
+        if getattr(config, name, False):
+            raise ConfigError(
+                f"--teacher {path}: config.json has {name}: true. {family.name} teachers are supported without these "
+                "biases, since the student has no place for them. Choose another teacher."
+            )
+    if config.hidden_act != "silu":
+        raise ConfigError(
+            f'--teacher {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is supported. '
+            "Choose another teacher."
+        )
+
+
+def _read_shape(path: Path, config: PretrainedConfig) -> ModelShape:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % groups or head_dim % 2:
+        raise ConfigError(
+            f"--teacher {path}: config.json has num_attention_heads {heads}, num_key_value_heads {groups} and "
+            f"head_dim {head_dim}. Key-value heads must divide the heads, and head_dim must be even. Correct "
+            "config.json."
+        )
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=head_dim,
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        norm_epsilon=config.rms_norm_eps,
+        is_tied=bool(config.tie_word_embeddings),
+        max_position_embeddings=config.max_position_embeddings,
+    )

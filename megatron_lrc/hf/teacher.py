@@ -1,0 +1,216 @@
+"""A teacher's weights, read from safetensors slice by slice.
+
+Every rank opens the same files and reads only its tensor parallel part of the tensors of its own layers: no rank ever
+holds the whole teacher. Opening checks everything first: each expected tensor present with the shape that config.json
+implies, nothing unexpected, no file cut short. Afterwards a read can only fail with the disk.
+
+Tensors come in the files' dtype and in Hugging Face's row order; `sites.select` finds their place in megatron-core's
+fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` output features, `i` input features, `/tp` split over
+ranks.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
+
+SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
+
+#: safetensors dtypes that weights may have; anything else is a quantised format.
+_DTYPES: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
+
+#: Problems shown in one message, and bytes per sample of the fingerprint.
+_SHOWN, _SAMPLE_BYTES = 4, 65536
+
+
+class TeacherReader:
+    """The open files of one teacher. Making one runs `check`."""
+
+    def __init__(self, description: TeacherDescription) -> None:
+        self.description = description
+        self._files = {name: _open(description.directory / name) for name in _file_names(description.directory)}
+        self._file_of = _locate(description.directory, self._files)
+        self._weights = {
+            weight.key: weight for weight in expected_weights(description.family, description.shape)
+        }  # a tied teacher's LM head is its embedding, even where the file repeats it
+        self.check()
+
+    def check(self) -> None:
+        """ConfigError unless the files hold exactly the tensors that config.json implies."""
+        family, problems = self.description.family, []
+        expected = {weight.name: weight for weight in self._weights.values()}
+        tied_head = family.sites["lm_head"] if self.description.shape.is_tied else None
+        for name, weight in expected.items():
+            problems += self._problems_of(name, weight)
+        for name, file in self._file_of.items():
+            if name not in expected and name != tied_head and not name.endswith(family.ignored_suffixes):
+                problems.append(f"unexpected tensor {name} in {file}")
+        if problems:
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ConfigError(
+                f"--teacher {self.description.directory}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
+                f"the tensors that config.json implies for {family.architecture}. Give a directory whose config.json "
+                "and weights belong together."
+            )
+        if tied_head in self._file_of:
+            self._check_repeated_head(tied_head)
+
+    def read(self, name: str, *, split_dim: int | None = None, rank: int = 0, size: int = 1) -> Tensor:
+        """The tensor of this Hugging Face name, or the `rank`-th of `size` equal parts of its `split_dim`."""
+        view = self._slice(name)
+        if split_dim is None or size == 1:
+            return view[:]
+        length, remainder = divmod(view.get_shape()[split_dim], size)
+        assert remainder == 0, f"{name} {view.get_shape()} does not split into {size} along {split_dim}"
+        part = slice(rank * length, (rank + 1) * length)
+        return view[part] if split_dim == 0 else view[:, part]
+
+    def site(
+        self,
+        site: Site,
+        layer: int | None = None,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        padded_vocab_size: int | None = None,
+    ) -> Tensor:
+        """This rank's part of a cloned weight: [o/tp, i] where rows are split, [o, i/tp] where columns are.
+
+        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size: unpadded.
+        """
+        if site in (EMBED, LM_HEAD):
+            return self._vocabulary_rows(site, tp_rank, tp_size, padded_vocab_size or self.description.shape.vocab_size)
+        name = self._weights[f"layers.{layer}.{site.name}"].name
+        return self.read(name, split_dim=site.split, rank=tp_rank, size=tp_size)
+
+    def norm(self, name: str, layer: int | None = None) -> Tensor:
+        """A norm gain [D]: "input" or "post" of a layer, or "final"."""
+        return self.read(self._weights[name if layer is None else f"layers.{layer}.{name}"].name)
+
+    def fingerprint(self) -> str:
+        """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
+
+        Samples (start, middle, end of each file) because a fine-tuned model has its base model's config and headers.
+        Independent of the directory's path. The same weights in other shards are another fingerprint.
+        """
+        digest = hashlib.sha256(json.dumps(self.description.config_values, sort_keys=True).encode())
+        for name in sorted(self._files):
+            path = self.description.directory / name
+            digest.update(f"{name} {path.stat().st_size}".encode())
+            for part in _samples(path):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
+        shape = self.description.shape
+        rows, remainder = divmod(padded_vocab_size, tp_size)
+        assert remainder == 0 and padded_vocab_size >= shape.vocab_size, f"vocabulary padded to {padded_vocab_size}"
+        source = EMBED if site == LM_HEAD and shape.is_tied else site
+        view = self._slice(self._weights[source.name].name)
+        start = min(tp_rank * rows, shape.vocab_size)
+        own = view[start : min(start + rows, shape.vocab_size)]  # [<= v_padded/tp, D]
+        padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
+        return torch.cat([own, padding]) if len(padding) else own
+
+    def _slice(self, name: str):
+        return self._files[self._file_of[name]].get_slice(name)
+
+    def _problems_of(self, name: str, weight: Weight) -> list[str]:
+        if name not in self._file_of:
+            hint = " (config.json has tie_word_embeddings: false)" if weight.site == LM_HEAD else ""
+            return [f"tensor {name} {list(weight.shape)} is missing{hint}"]
+        found, file = self._slice(name), self._file_of[name]
+        if tuple(found.get_shape()) != weight.shape:
+            return [f"tensor {name} in {file} has shape {found.get_shape()}, expected {list(weight.shape)}"]
+        if found.get_dtype() not in _DTYPES:
+            return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(_DTYPES)}"]
+        return []
+
+    def _check_repeated_head(self, name: str) -> None:
+        """A tied model's file may repeat the embedding as LM head; another matrix there contradicts config.json."""
+        head, embedding = self._slice(name), self._slice(self.description.family.sites["embed"])
+        is_alike = (head.get_shape(), head.get_dtype()) == (embedding.get_shape(), embedding.get_dtype())
+        rows = 8192  # at a time: both matrices may be gigabytes
+        starts = range(0, self.description.shape.vocab_size, rows)
+        if not is_alike or not all(torch.equal(head[i : i + rows], embedding[i : i + rows]) for i in starts):
+            raise ConfigError(
+                f"--teacher {self.description.directory}: config.json has tie_word_embeddings: true, but {name} in "
+                f"{self._file_of[name]} differs from the embedding. One of them is wrong. Set tie_word_embeddings to "
+                "false to keep this LM head, or delete the tensor."
+            )
+
+
+def _file_names(directory: Path) -> list[str]:
+    """The safetensors files of a model: the single file, or those that the index names."""
+    if (directory / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    names = sorted(set(_weight_map(directory).values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name:  # an index must not reach outside its directory
+            raise ConfigError(
+                f"{directory / INDEX_FILE} names the file {name!r}. Plain file names beside the index are expected. "
+                "Download the index again from a source you trust."
+            )
+        if not (directory / name).is_file():
+            raise ConfigError(
+                f"{directory / INDEX_FILE} names {name}, which is not there. Download or copy the missing file."
+            )
+    return names
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    path = directory / INDEX_FILE
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        valid = all(isinstance(file, str) for file in weight_map.values()) and len(weight_map) > 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise ConfigError(
+            f'{path} is not a safetensors index: a JSON object with a "weight_map" is expected. Download it again.'
+        )
+    return weight_map
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file ({error}). Download or copy it "
+            "again."
+        ) from error
+
+
+def _locate(directory: Path, files: dict) -> dict[str, str]:
+    """Tensor name -> file, from the headers; what the index says is held against them."""
+    file_of = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    if SINGLE_FILE in files:
+        return file_of
+    for name, file in _weight_map(directory).items():
+        if name not in files[file].keys():  # noqa: SIM118
+            raise ConfigError(
+                f"{directory / INDEX_FILE} places {name} in {file}, which does not hold it. Download both again."
+            )
+        file_of[name] = file
+    return file_of
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """The header and three samples of the data of a safetensors file."""
+    with open(path, "rb") as stream:
+        length = stream.read(8)
+        header_end = 8 + int.from_bytes(length, "little")
+        yield length + stream.read(header_end - 8)
+        last = max(header_end, path.stat().st_size - _SAMPLE_BYTES)
+        for start in (header_end, (header_end + last) // 2, last):
+            stream.seek(start)
+            yield stream.read(_SAMPLE_BYTES)

@@ -1,0 +1,93 @@
+"""Process groups, device, seeds; and the few collectives used outside megatron-core, each named for what it does.
+
+torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) says who this process is; without it the
+run is a world of one. NCCL where CUDA is available, gloo elsewhere. The groups are megatron-core's own.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from megatron_lrc.config import Config
+from megatron_lrc.mcore import cpu
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """This rank's place: process groups (each with rank and size) and device."""
+
+    tp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup
+    embedding: ProcessGroup | None
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def is_main_rank(self) -> bool:
+        """The one rank that writes to the console and to run files."""
+        return dist.get_rank() == 0
+
+
+def start(config: Config) -> Groups:
+    """Join the world and make megatron-core's groups for `config.parallel`. `stop()` undoes it."""
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    cpu.activate()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    torch.manual_seed(config.training.seed)
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        embedding=parallel_state.get_embedding_group(check_initialized=False),
+        device=device,
+    )
+
+
+def stop() -> None:
+    """Leave megatron-core's groups and the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_world(partial: torch.Tensor) -> torch.Tensor:
+    """Sum, in place, what each rank holds a disjoint part of (token counts, loss sums, second moments)."""
+    dist.all_reduce(partial)
+    return partial
+
+
+def broadcast_from_first(value: torch.Tensor) -> torch.Tensor:
+    """Make every rank's `value` rank 0's, in place."""
+    dist.broadcast(value, src=0)
+    return value

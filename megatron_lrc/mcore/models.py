@@ -1,0 +1,192 @@
+"""Builds one pipeline stage of the frozen teacher or of the student, as an ordinary megatron-core GPTModel.
+
+Only the layer spec differs from megatron-core's local one, in two modules: an RMSNorm that works under sequence parallel
+(megatron-core's torch norm refuses it) and attention through torch's scaled_dot_product_attention (flash kernels on CPU
+and CUDA, no S x S matrix). Every use of GPTModel is in this file.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_lrc.clone.sites import HeadLayout
+from megatron_lrc.config import Config, ModelShape
+
+VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The vocabulary, rounded up so that each tensor parallel rank holds the same whole number of GEMM tiles."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def head_layout(shape: ModelShape) -> HeadLayout:
+    return HeadLayout(shape.head_dim, shape.num_attention_heads // shape.num_query_groups)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with megatron-core's constructor; its gain is replicated over TP, its gradient a partial sum there."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ScaledDotProductAttention(nn.Module):
+    """Causal attention of megatron-core's core_attention interface, by torch's fused kernels."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: object = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: object = None,
+    ):
+        super().__init__()
+        assert config.context_parallel_size == 1 and not attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
+        """query [s, b, heads/tp, c], key and value [s, b, groups/tp, c] -> [s, b, heads/tp * c]; always causal."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        is_grouped = query.shape[2] != key.shape[2]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=is_grouped
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads/tp * c]
+
+
+class OutputLayer(nn.Module):
+    """Stands for GPTModel's output layer: holds the LM head's weight [v/tp, h] but hands on the hidden state.
+
+    The losses take both models' final hidden states and heads together, a chunk of tokens at a time, so that no full
+    logits exist. GPTModel transposes what an output layer gives; transposing first gives back [s/tp, b, h].
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, weight: object = None, runtime_gather_output: object = None) -> tuple[Tensor, None]:
+        return hidden.transpose(0, 1), None
+
+
+def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's configuration of one of the two models. Losses are sums; the division by tokens is ours."""
+    parallel = config.parallel
+    on_cpu = not torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.has_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # the teacher is read, the student composed
+        use_cpu_initialization=on_cpu,
+        calculate_per_token_loss=True,
+        # megatron-core's fused kernels compile just in time; without CUDA that costs minutes and gains nothing.
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_stage(
+    config: Config,
+    shape: ModelShape,
+    inverse_frequencies: Tensor,
+    *,
+    dtype: torch.dtype,
+    is_first_stage: bool,
+    is_last_stage: bool,
+) -> GPTModel:
+    """One stage of a model of `shape`, its weights not yet set.
+
+    inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. The embedding and the LM head
+    are separate parameters even of a tied model, so that megatron-core's own tying stays out of the way.
+    """
+    model_config = transformer_config(config, shape, dtype)
+    layer_spec: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    layer_spec.submodules.input_layernorm = RMSNorm
+    layer_spec.submodules.pre_mlp_layernorm = RMSNorm
+    layer_spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    num_layers = get_num_layers_to_build(model_config)
+    model = GPTModel(
+        config=model_config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=RMSNorm),
+        vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor_model_parallel_size),
+        max_sequence_length=config.training.seq_length,
+        pre_process=is_first_stage,
+        post_process=is_last_stage,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if is_last_stage:
+        model.output_layer = OutputLayer(model.output_layer.weight)
+    return model
+
+
+def layers_of(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
+    """(global 0-based index, TransformerLayer) of each layer on this stage."""
+    for layer in model.decoder.layers:
+        yield layer.layer_number - 1, layer
+
+
+def norm_gains(model: GPTModel) -> dict[str, nn.Parameter]:
+    """Global name (`layers.{i}.input`, `layers.{i}.post`, `final`) -> gain [h] of each RMSNorm on this stage."""
+    gains = {}
+    for index, layer in layers_of(model):
+        gains[f"layers.{index}.input"] = layer.input_layernorm.weight
+        gains[f"layers.{index}.post"] = layer.pre_mlp_layernorm.weight
+    if model.post_process:
+        gains["final"] = model.decoder.final_layernorm.weight
+    return gains
+
+
+def residual_readers(model: GPTModel) -> list[nn.Module]:
+    """The norms on this stage: their inputs are all the places where the residual stream is read."""
+    norms = [norm for _, layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
+    return norms + ([model.decoder.final_layernorm] if model.post_process else [])

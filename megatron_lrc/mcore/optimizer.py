@@ -1,0 +1,159 @@
+"""What trains: megatron-core's DDP and optimizers round `Projections`, the gradient reductions, the LR schedule.
+
+Gradients come in as sums over tokens and are divided once, by the global token count. The order:
+pull back (done) -> sum gains over TP, tied P over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+
+from megatron_lrc.clone.sites import EMBED
+from megatron_lrc.config import Config
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.paired_model import PairedModel
+
+
+class ProjectionOptimizer:
+    """AdamW on every projection and norm gain of this rank's stages."""
+
+    def __init__(self, config: Config, stages: list[PairedModel], groups: Groups):
+        self.groups = groups
+        self.clip_grad = config.optimizer.clip_grad
+        self._tied = [matrix for stage in stages for matrix in _tied_projections(stage)]
+        self._gains = [gain for stage in stages for _, gain in stage.projections.named_norms()]
+        for stage in stages:
+            _mark_for_grad_norm(stage)
+        self.replicas = [self._data_parallel(config, stage) for stage in stages]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.replicas)
+        self.lr_schedule = _lr_schedule(config, self.optimizer)
+        self.initialize_state()
+
+    @staticmethod
+    def _data_parallel(config: Config, stage: PairedModel) -> DistributedDataParallel:
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=config.training.bf16,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        )
+        return DistributedDataParallel(stage.config, ddp_config, stage.projections)
+
+    @torch.no_grad()
+    def initialize_state(self) -> None:
+        """Allocate Adam's state now: it is lazy, and a checkpoint of the untrained state would lack it."""
+        for single in self.inner_optimizers():
+            for group in single.param_groups:
+                for parameter in group["params"]:
+                    state = single.state[parameter]
+                    if state:
+                        continue
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                    if isinstance(single, torch.optim.Adam):  # TE's and apex's count steps per group
+                        state["step"] = torch.zeros((), dtype=torch.float32)
+
+    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The torch (or TE, or apex) optimizers inside megatron-core's."""
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [single.optimizer for single in chained if single.optimizer is not None]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def zero_grad(self) -> None:
+        """Empty the gradient buffers of P and the gains."""
+        for replica in self.replicas:
+            replica.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def reduce_gradients(self, num_tokens: Tensor) -> None:
+        """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation)."""
+        if self.groups.tp.size() > 1:
+            # Under sequence parallel each rank saw its own tokens.
+            _sum_together([gain.main_grad for gain in self._gains], self.groups.tp)
+        if self.groups.pp.size() > 1 and self.groups.embedding is not None:
+            for matrix in self._tied:
+                dist.all_reduce(matrix.main_grad, group=self.groups.embedding)
+        scale = num_tokens.clamp_min(1).reciprocal()
+        for replica in self.replicas:
+            replica.finish_grad_sync()
+            replica.scale_gradients(scale)
+
+    @torch.no_grad()
+    def clip_and_step(self) -> tuple[bool, float]:
+        """(whether P was updated, the gradient norm before clipping). Skips, on every rank, if the norm is not finite."""
+        found_inf = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if found_inf or not math.isfinite(grad_norm):
+            return False, grad_norm
+        if self.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
+        return self.optimizer.step_with_ready_grads(), grad_norm
+
+
+def _tied_projections(stage: PairedModel) -> list[nn.Parameter]:
+    """The P of both ends, where the student is tied: on the first and the last stage."""
+    if not stage.shapes.student.is_tied:
+        return []
+    return [matrix for name, matrix in stage.projections.named_matrices() if name == EMBED.name]
+
+
+def _mark_for_grad_norm(stage: PairedModel) -> None:
+    """Tell megatron-core's gradient norm what to count: every TP rank's P shard; the tied P once."""
+    for _, matrix in stage.projections.named_matrices():
+        matrix.tensor_model_parallel = True  # type: ignore[attr-defined]
+        matrix.partition_dim, matrix.partition_stride = 0, 1  # type: ignore[attr-defined]
+    if not stage.pre_process:
+        for matrix in _tied_projections(stage):
+            matrix.shared = True  # type: ignore[attr-defined]
+
+
+def _sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """All-reduce several small tensors as one."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    settings = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.training.bf16,
+        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+
+
+def _lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warmup, then the decay; its clock is optimizer steps."""
+    settings, decay_iters = config.optimizer, max(config.decay_iters, 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(config.warmup_iters, decay_iters - 1),
+        lr_decay_steps=decay_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=decay_iters,
+        wd_incr_style="constant",
+    )

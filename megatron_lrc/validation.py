@@ -1,0 +1,284 @@
+"""Refuses impossible configurations before any process group or model exists.
+
+`validate()` needs only the Config and the number of processes, `validate_against_teacher()` the teacher's shape too.
+Each collects every error and raises one `ConfigError` with a line per error: what is wrong, with its value; what is
+expected and why; what to do, in flag spelling. No torch and no communication, so that every rank comes to the same
+answer. What the data holds (files, tokenizer, vocabulary) is checked where it is read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from .config import Config, ConfigError, ModelShape, flag_of
+
+
+def raise_all(errors: list[str]) -> None:
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def validate(config: Config, *, world_size: int = 1) -> None:
+    """Everything that can be seen without the teacher. world_size: processes of the whole run, all nodes together."""
+    errors = list(check_ranges(config))
+    if not errors:  # the rest divides by these numbers
+        errors += check_layout(config, world_size)
+        errors += check_batches(config, world_size)
+    errors += check_model(config)
+    errors += check_schedule(config)
+    errors += check_data(config)
+    errors += check_checkpoint(config)
+    raise_all(errors)
+
+
+def validate_against_teacher(config: Config, teacher: ModelShape) -> list[str]:
+    """What depends on the teacher's sizes. Returns warnings: allowed, but probably not what was meant."""
+    raise_all(
+        [
+            *check_tensor_parallel(config, teacher),
+            *check_pipeline(config, teacher),
+            *check_student(config, teacher),
+        ]
+    )
+    return list(warn_about_sizes(config, teacher))
+
+
+# ------------------------------------------------------------------------------------------------ without the teacher
+
+
+def check_ranges(config: Config) -> Iterator[str]:
+    """The ranges that stand beside the fields in config.py. NaN and infinity are in no range."""
+    for section in fields(config):
+        for field in fields(getattr(config, section.name)):
+            value = getattr(getattr(config, section.name), field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            bounds = field.metadata
+            at_least, above = bounds.get("at_least", -math.inf), bounds.get("above", -math.inf)
+            below = bounds.get("below", math.inf)
+            if not (math.isfinite(value) and at_least <= value and above < value < below):
+                parts = [f"{word} {bounds[key]}" for key, word in RANGE_WORDS.items() if key in bounds]
+                yield f"{flag_of(field.name)} is {value}; it must be {' and '.join(parts) or 'finite'}."
+
+
+RANGE_WORDS = {"at_least": "at least", "above": "above", "below": "below"}
+
+
+def check_layout(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if tp > 1 and not parallel.sequence_parallel:
+        yield (
+            f"--tensor-model-parallel-size {tp} requires sequence parallel: without it every TP process would add the "
+            "same tokens' gradient to the projections once more. Add --sequence-parallel."
+        )
+    if parallel.sequence_parallel and config.training.seq_length % tp:
+        yield (
+            f"--seq-length {config.training.seq_length} is not divisible by --tensor-model-parallel-size {tp}, which "
+            f"--sequence-parallel needs: each process takes an equal part. "
+            f"Use --seq-length {round_up(config.training.seq_length, tp)}."
+        )
+    if world_size % (tp * pp):
+        yield (
+            f"{world_size} process{'es' * (world_size > 1)} cannot hold whole copies of the model: "
+            f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} takes {tp * pp} each. "
+            f"Start a multiple of {tp * pp} processes."
+        )
+    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        if getattr(parallel, name) is not None and pp == 1:
+            yield f"{flag_of(name)} needs several pipeline stages. Set --pipeline-model-parallel-size, or leave it out."
+
+
+def check_batches(config: Config, world_size: int) -> Iterator[str]:
+    global_batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
+    data_parallel = config.data_parallel_size(world_size)
+    if global_batch is None or data_parallel == 0:  # check_layout has reported too few processes
+        return
+    at_once = micro_batch * data_parallel
+    if global_batch % at_once:
+        yield (
+            f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro_batch} times "
+            f"{data_parallel} data-parallel replicas. Use a multiple of {at_once}: {round_up(global_batch, at_once)}."
+        )
+
+
+def check_model(config: Config) -> Iterator[str]:
+    teacher = config.model.teacher
+    if teacher is None:
+        yield "--teacher is missing: the Hugging Face directory of the model to clone."
+    elif not Path(teacher).is_dir():
+        yield f"--teacher {teacher} is not a directory. Give a local Hugging Face directory; none is downloaded."
+    elif not (Path(teacher) / "config.json").is_file():
+        yield f"--teacher {teacher} has no config.json. Give a Hugging Face directory (config.json, *.safetensors)."
+    if config.model.student_hidden_size is None:
+        yield "--student-hidden-size is missing: the student's hidden size, below the teacher's."
+    if config.projection.init == "pca" and config.model.untie_embeddings_and_output_weights is False:
+        yield (
+            "--no-untie-embeddings-and-output-weights cannot go with --init pca, whose closed form needs a projection "
+            "for the embedding and another for the LM head. Leave it out, or use --init random."
+        )
+
+
+def check_schedule(config: Config) -> Iterator[str]:
+    optimizer, train_iters = config.optimizer, config.training.train_iters
+    if optimizer.lr_warmup_iters is not None and optimizer.lr_warmup_fraction is not None:
+        yield "--lr-warmup-iters and --lr-warmup-fraction are both given. Keep one."
+    elif optimizer.lr_warmup_iters and train_iters > 0 and optimizer.lr_warmup_iters >= config.decay_iters:
+        yield (
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {config.decay_iters} decay steps. "
+            "Warmup counts as part of them: use fewer, or a larger --lr-decay-iters."
+        )
+    if optimizer.min_lr > optimizer.lr >= 0:
+        yield f"--min-lr {optimizer.min_lr} is above the peak --lr {optimizer.lr}. It is where the decay ends."
+
+
+def check_data(config: Config) -> Iterator[str]:
+    data, train_iters = config.data, config.training.train_iters
+    has_data = bool(data.data_path or data.train_data_path)
+    split = parse_split(data.split)
+    if data.data_path and (data.train_data_path or data.valid_data_path):
+        yield (
+            "--data-path goes with --split and cannot be combined with --train-data-path or --valid-data-path. "
+            "Use one way or the other."
+        )
+    if data.valid_data_path and not has_data:
+        yield "--valid-data-path without --train-data-path. Give both."
+    if split is None:
+        yield f"--split {data.split} is not up to three parts (train, validation, test) such as 969,30,1."
+    if train_iters > 0 and not has_data:
+        yield f"--train-iters {train_iters} needs training data. Give --data-path or --train-data-path."
+    elif config.projection.init == "pca" and not has_data and config.checkpoint.load is None:
+        yield "--init pca runs the teacher over training tokens. Give --data-path or --train-data-path."
+    if data.data_path and split is not None and train_iters > 0:
+        if split[0] == 0:
+            yield f"--split {data.split} leaves no training data. Give its first part a share."
+        if config.logging.eval_iters > 0 and split[1] == 0:
+            yield f"--split {data.split} leaves no validation data. Give its second part a share, or --eval-iters 0."
+    elif data.train_data_path and not data.valid_data_path and config.logging.eval_iters > 0 and train_iters > 0:
+        yield "--train-data-path without --valid-data-path leaves nothing to validate on. Give it, or --eval-iters 0."
+    if data.tokenizer_model is not None and not Path(data.tokenizer_model).exists():
+        yield f"--tokenizer-model {data.tokenizer_model} does not exist. Leave it out to take the teacher's."
+
+
+def check_checkpoint(config: Config) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.load is not None and not Path(checkpoint.load).is_dir():
+        yield f"--load {checkpoint.load} is not a directory. Give the run directory that an earlier --save wrote."
+    if checkpoint.save is not None and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
+        yield f"--save {checkpoint.save} is a file. Give a directory, which is made if need be."
+    if checkpoint.save is None and checkpoint.save_interval is not None:
+        yield f"--save-interval {checkpoint.save_interval} without --save writes nothing. Give --save RUN."
+    if checkpoint.save is None and config.training.train_iters == 0:
+        yield "--train-iters 0 without --save does nothing. Give --train-iters N, or --save RUN to write the start."
+
+
+def parse_split(text: str) -> tuple[float, float, float] | None:
+    """The three parts of --split, missing ones 0; None if it is not such a list or sums to nothing."""
+    try:
+        parts = [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        return None
+    if len(parts) > 3 or not all(math.isfinite(part) and part >= 0 for part in parts) or sum(parts) == 0:
+        return None
+    train, valid, test = parts + [0.0] * (3 - len(parts))
+    return train, valid, test
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+# --------------------------------------------------------------------------------------------------- with the teacher
+
+
+def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
+    """Heads, KV heads and FFN are split by megatron-core, the projections by us on d_T. The vocabulary is padded."""
+    tp = config.parallel.tensor_model_parallel_size
+    sizes = {
+        "attention heads": teacher.num_attention_heads,
+        "KV heads": teacher.num_query_groups,
+        "FFN features": teacher.ffn_hidden_size,
+        "hidden features": teacher.hidden_size,
+    }
+    undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
+    if undivided:
+        possible = divisors(math.gcd(*sizes.values()))
+        use = max(size for size in possible if size <= tp)
+        yield (
+            f"--tensor-model-parallel-size {tp} does not divide the teacher's {', '.join(undivided)}. Each process "
+            "needs whole heads and KV heads (they are not replicated) and an equal share of the rest: "
+            f"{join_or(possible)}. "
+            f"Use --tensor-model-parallel-size {use}."
+        )
+
+
+def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
+    """Stages given by --decoder-first/last-pipeline-num-layers, then equal shares of what is left for the others."""
+    parallel, layers = config.parallel, teacher.num_layers
+    pp = parallel.pipeline_model_parallel_size
+    ends = {"first": parallel.decoder_first_pipeline_num_layers, "last": parallel.decoder_last_pipeline_num_layers}
+    given = {end: size for end, size in ends.items() if size is not None}
+    others, left = pp - len(given), layers - sum(given.values())
+    if left == 0 if others == 0 else (left >= others and left % others == 0):
+        return
+    if not given:
+        remedy = f"Sizes that do: {join_or(divisors(layers))}." + suggest_last_stage(pp, layers)
+        yield f"--pipeline-model-parallel-size {pp} does not divide the teacher's {layers} layers. {remedy}"
+        return
+    flags = " and ".join(f"--decoder-{end}-pipeline-num-layers {size}" for end, size in given.items())
+    yield (
+        f"{flags} {'leaves' if len(given) == 1 else 'leave'} {left} of the teacher's {layers} layers to "
+        f"{others} other pipeline stage{'s' * (others != 1)}, which need equal shares of at least one."
+        f"{suggest_last_stage(pp, layers)}"
+    )
+
+
+def suggest_last_stage(pp: int, layers: int) -> str:
+    """A split in which only the last stage, which also has the LM heads, differs from the others."""
+    if pp == 1 or pp > layers:
+        return ""
+    each = -(-layers // pp)
+    if (pp - 1) * each >= layers:
+        each = layers // pp
+    last = layers - (pp - 1) * each
+    return f" With {pp}: --decoder-last-pipeline-num-layers {last} alone gives the others {each} each."
+
+
+def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
+    student_hidden_size = config.model.student_hidden_size
+    assert student_hidden_size is not None, "validate() comes first"
+    if config.projection.init == "pca" and student_hidden_size > teacher.hidden_size:
+        yield (
+            f"--student-hidden-size {student_hidden_size} is above the teacher's {teacher.hidden_size}: --init pca "
+            f"takes that many orthogonal directions out of {teacher.hidden_size}. Use at most {teacher.hidden_size}."
+        )
+    if config.is_student_tied(teacher) and not teacher.is_tied:
+        yield (
+            "--no-untie-embeddings-and-output-weights cannot tie the student: the teacher's embedding and LM head are "
+            "two matrices, so what one projection makes of them differs. Leave it out."
+        )
+
+
+def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
+    student_hidden_size, seq_length = config.model.student_hidden_size, config.training.seq_length
+    if config.projection.init == "random" and student_hidden_size >= teacher.hidden_size:  # type: ignore[operator]
+        yield (
+            f"--student-hidden-size {student_hidden_size} is not below the teacher's {teacher.hidden_size}: "
+            "the student will not be smaller."
+        )
+    if teacher.max_position_embeddings and seq_length > teacher.max_position_embeddings:
+        yield (
+            f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the teacher was "
+            "trained for: its targets beyond them may be poor."
+        )
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def join_or(sizes: list[int]) -> str:
+    """[1, 2, 4] -> '1, 2 or 4'."""
+    *others, last = [str(size) for size in sizes]
+    return f"{', '.join(others)} or {last}" if others else last

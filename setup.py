@@ -1,0 +1,61 @@
+"""Metadata of the package; pyproject.toml holds only the build system and the tools' tables.
+
+The ranges are open on purpose: a cluster brings its own torch. constraints-cpu.txt pins what `make test` runs on.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version has one home, megatron_lrc/__init__.py; importing it here would need the dependencies."""
+    match = re.search(r'^__version__ = "([^"]+)"', (ROOT / "megatron_lrc/__init__.py").read_text(), re.MULTILINE)
+    assert match, "megatron_lrc/__init__.py has no __version__"
+    return match.group(1)
+
+
+def read_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="megatron-lrc",
+    version=read_version(),
+    description="Low-Rank Clone pretraining: a small language model generated from a large one, on megatron-core",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_lrc", "megatron_lrc.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.20",  # tested: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (Python 3.12)
+        "transformers>=5.0",
+        "sentencepiece",
+        "safetensors",
+        "tensorboard",
+        "psutil",  # needed by megatron-core's checkpoint writer, which does not declare it
+        "pyyaml",
+        "numpy",
+    ],
+    extras_require={
+        # The GPU path. NVIDIA apex, if wanted (fused Adam without Transformer Engine), has no release on the package
+        # index: build it from its source repository with --cpp_ext --cuda_ext.
+        "cuda": ["transformer-engine[pytorch]"],
+        "test": ["pytest>=8", "pytest-timeout"],
+        "check": ["ruff", "pyright[nodejs]"],
+        "demo": ["gguf", "accelerate", "matplotlib"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

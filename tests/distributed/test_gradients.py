@@ -1,0 +1,165 @@
+"""Losses and every gradient on every layout against the single-process fp64 autograd reference."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ranks import run_ranks
+from reference import Reference
+from transformers import LlamaForCausalLM
+
+from megatron_lrc.clone.initialization import initialize_random
+from megatron_lrc.config import Config
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.train import step
+from megatron_lrc.train.build import build_stages
+
+SEQUENCE, BATCH, STUDENT = 16, 4, 20
+ALPHA, KL_WEIGHT, TEMPERATURE = 0.3, 0.7, 40.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    micro: int = 1
+    first: int | None = None
+    dist_opt: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def make_config(teacher: str, layout: Layout, *, untie: bool | None) -> Config:
+    config = Config()
+    config.model.teacher, config.model.student_hidden_size = teacher, STUDENT
+    config.model.untie_embeddings_and_output_weights = untie
+    config.projection.init_method_std = 0.2
+    config.loss.alpha, config.loss.kl_weight, config.loss.kl_temperature = ALPHA, KL_WEIGHT, TEMPERATURE
+    config.loss.loss_chunk_tokens = 7
+    config.parallel.tensor_model_parallel_size = layout.tp
+    config.parallel.pipeline_model_parallel_size = layout.pp
+    config.parallel.sequence_parallel = layout.tp > 1
+    config.parallel.decoder_first_pipeline_num_layers = layout.first
+    config.parallel.use_distributed_optimizer = layout.dist_opt
+    config.training.micro_batch_size, config.training.global_batch_size = layout.micro, BATCH
+    config.training.seq_length = SEQUENCE
+    config.training.train_iters = 10
+    return config
+
+
+def some_gain(name: str) -> torch.Tensor:
+    return 1 + 0.1 * torch.sin(torch.arange(STUDENT, dtype=torch.float64) + len(name))
+
+
+def global_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(96, (BATCH, SEQUENCE + 1), generator=generator)
+    mask = (torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25).float()  # ragged: a mean per micro-batch would differ
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
+
+
+def own_micro_batches(config: Config, groups: distributed.Groups):
+    """This replica's share of the global batch, in micro-batches."""
+    size = config.training.micro_batch_size
+    for start in range(groups.dp.rank() * size, BATCH, size * groups.dp.size()):
+        yield {name: value[start : start + size].contiguous() for name, value in global_batch().items()}
+
+
+def gradients_of_one_step(config: Config) -> tuple[dict, dict, dict]:
+    """On a rank: the losses, and (gradient, value) of each projection (this rank's rows) and gain after reduction."""
+    groups = distributed.start(config)
+    teacher = describe_teacher(config.model.teacher)
+    stages = build_stages(config, teacher, TeacherReader(teacher), groups, torch.float64)
+    stage = stages[0]
+    initialize_random(stage.projections, std=config.projection.init_method_std, seed=1)
+    for name, gain in stage.projections.named_norms():
+        gain.data.copy_(some_gain(name))
+    optimizer = ProjectionOptimizer(config, stages, groups)
+    run = step.Run(config, groups, stages, optimizer, BATCH // (config.training.micro_batch_size * groups.dp.size()))
+
+    optimizer.zero_grad()
+    run.compose()
+    step.forward_backward(stages, own_micro_batches(config, groups), config, num_microbatches=run.num_microbatches)
+    run.pull_back()
+    losses = step._reduce_losses(stages)
+    optimizer.reduce_gradients(losses.tokens)
+
+    def report(named):
+        return {name: (parameter.main_grad.clone(), parameter.detach().clone()) for name, parameter in named}
+
+    matrices = {name: (groups.tp.rank(), *pair) for name, pair in report(stage.projections.named_matrices()).items()}
+    values = {"lm": losses.lm / losses.tokens, "kl": losses.kl / losses.tokens, "clone": losses.clone / losses.tokens}
+    return values, matrices, report(stage.projections.named_norms())
+
+
+@functools.cache
+def expected(teacher: str, names: tuple[str, ...]):
+    """Reference losses and gradients for the projections `names`, initialised as the package does."""
+    reference = Reference(LlamaForCausalLM.from_pretrained(teacher, dtype=torch.float64), STUDENT)
+    projections, norms = {}, {}
+    for name in names:
+        seed = int.from_bytes(hashlib.sha256(f"1:{name}".encode()).digest()[:8], "little") >> 1
+        matrix = torch.randn(32, STUDENT, generator=torch.Generator().manual_seed(seed)) * 0.2
+        projections[name] = matrix.double().requires_grad_()
+    for layer in range(reference.num_layers):
+        for kind in ("input", "post"):
+            norms[f"layers.{layer}.{kind}"] = None
+    norms["final"] = None
+    for name in norms:
+        norms[name] = some_gain(name).requires_grad_()
+    batch = global_batch()
+    losses = reference.losses(
+        projections,
+        norms,
+        tokens=batch["tokens"],
+        labels=batch["labels"],
+        mask=batch["loss_mask"],
+        temperature=TEMPERATURE,
+    )
+    losses.total(ALPHA, KL_WEIGHT).backward()
+    return losses, projections, norms
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(micro=2),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(pp=2, micro=2, first=1),
+    Layout(dp=2),
+    pytest.param(Layout(tp=2, pp=2), marks=pytest.mark.slow),
+    pytest.param(Layout(pp=2, dp=2), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_losses_and_gradients_equal_the_reference(tiny_llama, layout, tied):
+    teacher = str(tiny_llama(tied=tied))
+    ranks = run_ranks(layout.world, gradients_of_one_step, make_config(teacher, layout, untie=not tied))
+    names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
+    losses, projections, norms = expected(teacher, names)
+    assert len(names) == 4 * 7 + (1 if tied else 2)
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-7, atol=1e-10)
+    for values, _, _ in ranks:
+        close(values["lm"], losses.lm.detach())
+        close(values["kl"], losses.kl.detach())
+        for (layer, site), value in losses.clone.items():
+            close(values["clone"][layer, "q k v o gate up down".split().index(site)], value.detach())
+    for _, matrices, gains in ranks:
+        for name, (tp_rank, grad, value) in matrices.items():
+            close(value, projections[name].detach().chunk(layout.tp)[tp_rank])
+            close(grad, projections[name].grad.chunk(layout.tp)[tp_rank])
+        for name, (grad, _) in gains.items():
+            close(grad, norms[name].grad)

@@ -1,0 +1,79 @@
+"""Runs a function on several gloo ranks, each a process; the first failing rank's traceback is the test's failure.
+
+The processes meet through a file, so no port can be taken by another test; a world that hangs is killed after `timeout`.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+#: Imported once by the server that every rank is forked from: these cost seconds, and start no threads.
+PRELOAD = ["megatron_lrc.train.build", "megatron_lrc.train.step", "transformers.models.llama.modeling_llama"]
+
+
+def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`function(*args)` on each rank of a new world; the results by rank. `function` must be importable (no lambda)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run, args=(rank, num_ranks, str(Path(folder) / "store"), sender, function, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish")
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[arg-type]
+            try:
+                error, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:
+                raise AssertionError(f"rank {rank} died without a word") from None
+            if error:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run(rank: int, size: int, store: str, sender: Connection, function: Callable, args: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        result = function(*args)
+        sender.send_bytes(pickle.dumps((None, result)))  # not send(): it would share memory with a dying process
+        dist.barrier()
+    except BaseException:
+        sender.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+        raise

@@ -1,0 +1,123 @@
+"""The method in one process: transformers modules, fp64, plain autograd from the projections to the loss. The oracle.
+
+METHOD.md sections 1 and 2 written down as directly as possible, and sharing no code with the package: the student's
+weights are composed inside the graph, both models run, all logits exist, and torch.autograd does the rest.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+PROJECTS_OUTPUT = ("o", "down")
+
+
+@dataclass
+class Losses:
+    """Means over unmasked tokens; clone by (layer, site)."""
+
+    lm: Tensor
+    kl: Tensor
+    clone: dict[tuple[int, str], Tensor]
+
+    def total(self, alpha: float, kl_weight: float) -> Tensor:
+        return self.lm + kl_weight * self.kl + alpha * sum(self.clone.values())
+
+
+def in_fp64(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model in fp64 throughout. transformers' RMSNorm goes to fp32 whatever the dtype; torch's does not."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            exact.weight = module.weight
+            model.set_submodule(path, exact)
+    return model.double().eval()
+
+
+class Reference:
+    """A teacher, and the student that projections and gains make of it."""
+
+    def __init__(self, teacher: LlamaForCausalLM, student_size: int):
+        self.teacher = in_fp64(teacher).requires_grad_(False)
+        config: LlamaConfig = copy.deepcopy(teacher.config)
+        config.hidden_size = student_size
+        config.head_dim = teacher.model.layers[0].self_attn.head_dim
+        self.student = in_fp64(LlamaForCausalLM(config))
+        self.num_layers = config.num_hidden_layers
+        self.outputs: dict[str, Tensor] = {}
+        for prefix, model in (("T", self.teacher), ("S", self.student)):
+            for layer in range(self.num_layers):
+                for site, path in MODULES.items():
+                    module = model.model.layers[layer].get_submodule(path)
+                    module.register_forward_hook(self._keep(f"{prefix}.{layer}.{site}"))
+
+    def _keep(self, name):
+        def hook(module, inputs, output):
+            self.outputs[name] = output
+
+        return hook
+
+    def student_weights(self, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """transformers name -> W_S, inside the graph. Without `lm_head`, `embed` serves both ends."""
+        old = self.teacher.state_dict()
+        head = projections.get("lm_head", projections["embed"])
+        weights = {
+            "model.embed_tokens.weight": old["model.embed_tokens.weight"] @ projections["embed"],
+            "lm_head.weight": old["lm_head.weight"] @ head,
+            "model.norm.weight": norms["final"],
+        }
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}"
+            weights[f"{prefix}.input_layernorm.weight"] = norms[f"layers.{layer}.input"]
+            weights[f"{prefix}.post_attention_layernorm.weight"] = norms[f"layers.{layer}.post"]
+            for site, path in MODULES.items():
+                teacher_weight = old[f"{prefix}.{path}.weight"]
+                projection = projections[f"layers.{layer}.{site}"]
+                projected = projection.t() @ teacher_weight if site in PROJECTS_OUTPUT else teacher_weight @ projection
+                weights[f"{prefix}.{path}.weight"] = projected
+        return weights
+
+    def losses(
+        self,
+        projections: dict[str, Tensor],
+        norms: dict[str, Tensor],
+        *,
+        tokens: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        temperature: float,
+    ) -> Losses:
+        """tokens, labels, mask: [batch, sequence]; labels are already shifted."""
+        weights = self.student_weights(projections, norms)
+        teacher_logits = self.teacher(tokens).logits
+        student_logits = torch.func.functional_call(self.student, weights, (tokens,), tie_weights=False).logits
+        mask = mask.double()
+        count = mask.sum()
+
+        def mean(per_token: Tensor) -> Tensor:
+            return (per_token * mask).sum() / count
+
+        lm = mean(F.cross_entropy(student_logits.transpose(1, 2), labels, reduction="none"))
+        log_student = F.log_softmax(student_logits / temperature, -1)
+        log_teacher = F.log_softmax(teacher_logits / temperature, -1)
+        kl = temperature**2 * mean((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
+        clone = {}
+        for layer in range(self.num_layers):
+            for site in MODULES:
+                target = self.outputs[f"T.{layer}.{site}"]
+                if site in PROJECTS_OUTPUT:
+                    target = target @ projections[f"layers.{layer}.{site}"]
+                clone[layer, site] = mean((self.outputs[f"S.{layer}.{site}"] - target).square().mean(-1))
+        return Losses(lm, kl, clone)

@@ -1,0 +1,51 @@
+"""Tiny tokenizers, JSON-lines files and indexed datasets for tests; all made on the spot, nothing downloaded."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy
+
+WORDS = [f"word{number}" for number in range(40)]
+
+
+def write_tokenizer(folder: Path, *, words: list[str] = WORDS, eos: bool = True) -> str:
+    """A byte-level BPE tokenizer as a Hugging Face directory. Its post-processor adds a BOS token, its file truncates."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(words)] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.enable_truncation(4)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>" if eos else None)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def make_texts(num_documents: int, *, seed: int = 0) -> list[str]:
+    """Documents of 1 to 30 words, some with characters of several bytes."""
+    generator = random.Random(seed)
+    return [
+        " ".join(generator.choices([*WORDS, "na\u00efve", "\U0001f600"], k=generator.randint(1, 30)))
+        for _ in range(num_documents)
+    ]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def write_dataset(prefix: Path, documents: list[list[int]], *, dtype: type = numpy.uint16) -> str:
+    """An indexed dataset without a manifest, straight from token ids."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(numpy.array(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)

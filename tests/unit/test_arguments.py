@@ -1,0 +1,185 @@
+"""Flags and YAML keys come from the dataclasses, a flag beats the file, and every mistake is named in one line."""
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from megatron_lrc.arguments import (
+    SETTINGS,
+    build_parser,
+    describe_changes,
+    load_yaml,
+    parse_config,
+    save_yaml,
+)
+from megatron_lrc.config import Config, ConfigError, flag_of
+
+CONFIGS = sorted((Path(__file__).parents[2] / "examples/configs").glob("*.yaml"))
+
+
+def errors_of(*argv):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(argv)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_yaml(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write_yaml
+
+
+def test_no_flags_give_the_defaults():
+    assert parse_config([]) == Config()
+
+
+def test_field_names_are_unique_across_sections():
+    names = [field.name for section in fields(Config) for field in fields(section.default_factory)]
+    assert len(names) == len(set(names)) == len(SETTINGS)
+
+
+def test_flags_are_converted_to_their_field_types():
+    config = parse_config(
+        shlex.split(
+            "--student-hidden-size 384 --lr 3e-4 --init pca --bf16 --no-eod-mask-loss --data-path 0.5 a 0.5 b "
+            "--save run --min-lr=1e-5"
+        )
+    )
+    assert config.model.student_hidden_size == 384
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (3e-4, 1e-5)
+    assert config.projection.init == "pca"
+    assert config.training.bf16 is True and config.data.eod_mask_loss is False
+    assert config.data.data_path == ["0.5", "a", "0.5", "b"]
+
+
+def test_a_tristate_flag_keeps_unset_apart_from_no():
+    name = "untie_embeddings_and_output_weights"
+    values = [getattr(parse_config(argv).model, name) for argv in ([], [flag_of(name)], [flag_of(f"no_{name}")])]
+    assert values == [None, True, False]
+
+
+def test_default_then_file_then_flag(write):
+    file = write("lr: 2e-4\noptimizer:\n  min-lr: 1e-6\ntraining:\n  seq_length: 512\n  bf16: true\n")
+    config = parse_config(["--seq-length", "128", "--config", file, "--no-bf16"])
+    assert config.optimizer.lr == 2e-4  # PyYAML alone reads 2e-4 as text
+    assert config.optimizer.min_lr == 1e-6
+    assert config.training.seq_length == 128 and config.training.bf16 is False
+    assert config.training.micro_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--student-hiden-size", "3"], "unknown flag --student-hiden-size; did you mean --student-hidden-size?"),
+        (["--seq_length=3"], "unknown flag --seq_length; did you mean --seq-length?"),
+        (["--zzz"], "unknown flag --zzz"),
+        (["--seq-len", "3"], "unknown flag --seq-len; did you mean --seq-length?"),  # no abbreviations
+        (["word"], "word belongs to no flag"),
+        (["--lr", "fast"], "--lr: 'fast' is not a number"),
+        (["--seq-length", "1.5"], "--seq-length: '1.5' is not a whole number"),
+        (["--init", "svd"], "--init: 'svd' is not one of random, pca"),
+        (["--lr"], "--lr: expected one argument"),
+        (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read: No such file or directory"),
+    ],
+)
+def test_a_mistaken_flag_is_named(argv, expected):
+    assert errors_of(*argv) == [expected]
+
+
+def test_a_negative_number_is_a_value_not_a_flag():
+    assert parse_config(["--lr", "-1e-4"]).optimizer.lr == -1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sequence-lenght: 3", "config.yaml line 1: unknown key sequence-lenght; did you mean seq_length?"),
+        ("optimizer:\n  lrr: 3", "config.yaml line 2: unknown key lrr; did you mean lr?"),
+        ("optimiser:\n  lr: 3", "config.yaml line 1: unknown key optimiser; did you mean optimizer?"),
+        ("model:\n  lr: 3", "config.yaml line 2: lr belongs to section optimizer, not model"),
+        ("model: 3", "config.yaml line 1: section model has no `key: value` lines under it"),
+        ("lr: fast", "config.yaml line 1: lr: 'fast' is not a number"),
+        ("lr: true", "config.yaml line 1: lr: True is not a number"),
+        ("seq_length: 1.5", "config.yaml line 1: seq_length: 1.5 is not a whole number"),
+        ("seq_length: null", "config.yaml line 1: seq_length: None is not a whole number"),
+        ("bf16: 1", "config.yaml line 1: bf16: 1 is not true or false"),
+        ("teacher: 3", "config.yaml line 1: teacher: 3 is not text"),
+        ("init: [pca]", "config.yaml line 1: init: ['pca'] is not one of random, pca"),
+        ("data-path: {a: 1}", "config.yaml line 1: data-path: {'a': 1} is not a list of texts"),
+        ("lr: 1\noptimizer:\n  lr: 2", "config.yaml line 3: lr is set twice"),
+        ("lr: 1\nlr: 2", "config.yaml line 2: lr is set twice"),
+        ("- lr", "is not a mapping; write lines like `student-hidden-size: 1536`"),
+        ("lr: [", "config.yaml is not valid YAML: "),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_its_line(write, text, expected):
+    (error,) = errors_of("--config", write(text))
+    assert expected in error
+
+
+def test_mistakes_of_flags_and_file_are_reported_together(write):
+    errors = errors_of("--config", write("lrr: 1\nseq_length: long"), "--zzz", "--lr", "fast")
+    assert len(errors) == 4
+
+
+def test_the_file_takes_lists_and_null(write):
+    config = load_yaml(write("data-path: [0.3, a, 0.7, b]\nvalid-data-path: one\nsave: null\n"))
+    assert config.data.data_path == ["0.3", "a", "0.7", "b"]
+    assert config.data.valid_data_path == ["one"]
+    assert config.checkpoint.save is None
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    assert load_yaml(write("# nothing\n")) == Config()
+
+
+def test_what_is_saved_reads_back_the_same(tmp_path):
+    flags = "--teacher t --lr 6.7e-5 --adam-eps 1e-8 --data-path 1 a --no-bf16 --init pca"
+    config = parse_config(shlex.split(flags))
+    save_yaml(config, tmp_path / "config.yaml")
+    assert load_yaml(tmp_path / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_the_console_shows_only_changes_and_they_are_flags():
+    argv = shlex.split("--teacher t --no-untie-embeddings-and-output-weights --lr 0.001 --bf16 --data-path 1 a")
+    lines = describe_changes(parse_config(argv))
+    assert sorted(" ".join(lines).split()) == sorted(argv)
+    assert parse_config(" ".join(lines).split()) == parse_config(argv)
+    assert describe_changes(Config()) == []
+
+
+def test_help_explains_every_flag_with_its_default():
+    text = " ".join(build_parser("prog").format_help().split())
+    for name, setting in SETTINGS.items():
+        assert flag_of(name) in text
+        shown = setting.is_required or setting.default in (None, []) or "Default: " in text.partition(setting.help)[2]
+        assert shown, name
+    for section in fields(Config):
+        assert f" {section.name}: " in text
+
+
+def test_help_and_version_exit_with_zero(capsys):
+    for flag in ("--help", "--version"):
+        with pytest.raises(SystemExit) as exit:
+            parse_config([flag])
+        assert exit.value.code == 0
+    assert "megatron_lrc 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_published_configurations_read_and_differ_from_the_defaults(path):
+    config = load_yaml(path)
+    set_here = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert len(describe_changes(config)) == len(set_here)  # only what differs
+    assert config.training.global_batch_size % 8 == 0  # eight data-parallel replicas, as published
+
+
+def test_there_are_published_configurations():
+    assert CONFIGS

@@ -1,0 +1,258 @@
+"""Impossible configurations are refused with flag, value and what would do; derived sizes follow their rules."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from megatron_lrc.config import Config, ConfigError, ModelShape, flag_of
+from megatron_lrc.validation import divisors, parse_split, validate, validate_against_teacher
+
+SMOLLM2 = ModelShape(
+    num_layers=30,
+    hidden_size=576,
+    num_attention_heads=9,
+    num_query_groups=3,
+    head_dim=64,
+    ffn_hidden_size=1536,
+    vocab_size=49152,
+    norm_epsilon=1e-5,
+    is_tied=True,
+    max_position_embeddings=8192,
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration with nothing wrong, for one process; each test spoils it in one way."""
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
+    config = Config()
+    config.model.teacher = str(teacher)
+    config.model.student_hidden_size = 384
+    config.training.train_iters = 100
+    config.data.data_path = ["text"]
+    return config
+
+
+def change(config, **values):
+    """Sets fields by their unique names, whatever section they are in."""
+    for name, value in values.items():
+        section = next(s for s in config.to_dict() if hasattr(getattr(config, s), name))
+        setattr(getattr(config, section), name, value)
+
+
+def errors_of(check, *args, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        check(*args, **kwargs)
+    return str(caught.value).splitlines()
+
+
+def test_the_fixture_is_valid(config):
+    validate(config, world_size=1)
+    assert validate_against_teacher(config, SMOLLM2) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "expected"),
+    [
+        ({"teacher": None}, 1, "--teacher is missing"),
+        ({"teacher": "/no/such"}, 1, "--teacher /no/such is not a directory"),
+        ({"student_hidden_size": None}, 1, "--student-hidden-size is missing"),
+        ({"student_hidden_size": 0}, 1, "--student-hidden-size is 0; it must be at least 1"),
+        ({"student_hidden_size": -3}, 1, "--student-hidden-size is -3; it must be at least 1"),
+        ({"seq_length": 0}, 1, "--seq-length is 0"),
+        ({"lr": -1e-4}, 1, "--lr is -0.0001; it must be at least 0"),
+        ({"lr": math.nan}, 1, "--lr is nan"),
+        ({"adam_beta2": 1.0}, 1, "--adam-beta2 is 1.0; it must be at least 0 and below 1"),
+        ({"kl_temperature": 0.0}, 1, "--kl-temperature is 0.0; it must be above 0"),
+        ({"tensor_model_parallel_size": 2}, 2, "Add --sequence-parallel"),
+        ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, 3, "Use --seq-length 2049"),
+        ({"pipeline_model_parallel_size": 2}, 3, "3 processes cannot hold whole copies"),
+        ({"pipeline_model_parallel_size": 2}, 1, "Start a multiple of 2 processes"),
+        ({"global_batch_size": 10, "micro_batch_size": 2}, 4, "Use a multiple of 8: 16"),
+        ({"decoder_last_pipeline_num_layers": 3}, 1, "--decoder-last-pipeline-num-layers needs several"),
+        ({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.1}, 1, "--lr-warmup-iters and --lr-warmup-fraction are both"),
+        ({"lr_warmup_iters": 100}, 1, "--lr-warmup-iters 100 leaves nothing of the 100 decay steps"),
+        ({"min_lr": 1.0}, 1, "--min-lr 1.0 is above the peak --lr 0.0001"),
+        ({"split": "90;10"}, 1, "--split 90;10 is not up to three parts"),
+        ({"split": "100,0,0"}, 1, "or --eval-iters 0"),
+        ({"split": "0,1,0"}, 1, "leaves no training data"),
+        ({"data_path": []}, 1, "--train-iters 100 needs training data"),
+        ({"data_path": [], "train_iters": 0, "save": "run", "init": "pca"}, 1, "--init pca runs the teacher"),
+        ({"train_data_path": ["more"]}, 1, "--data-path goes with --split and cannot be combined"),
+        ({"data_path": [], "train_data_path": ["a"]}, 1, "--train-data-path without --valid-data-path"),
+        ({"load": "/no/such"}, 1, "--load /no/such is not a directory"),
+        ({"tokenizer_model": "/no/such"}, 1, "--tokenizer-model /no/such does not exist"),
+        ({"save_interval": 5}, 1, "--save-interval 5 without --save"),
+        ({"train_iters": 0}, 1, "--train-iters 0 without --save does nothing"),
+        (
+            {"init": "pca", "untie_embeddings_and_output_weights": False},
+            1,
+            "--no-untie-embeddings-and-output-weights cannot go with --init pca",
+        ),
+    ],
+)
+def test_validate_refuses_with_one_line(config, values, world_size, expected):
+    change(config, **values)
+    errors = errors_of(validate, config, world_size=world_size)
+    assert len(errors) == 1, errors
+    assert expected in errors[0]
+
+
+def test_validate_lists_every_error_at_once(config):
+    change(config, teacher=None, student_hidden_size=-1, kl_temperature=-1.0, load="/no/such")
+    errors = errors_of(validate, config)
+    flags = ("--teacher", "--student-hidden-size", "--kl-temperature", "--load")
+    assert len(errors) == 4
+    assert all(any(error.startswith(flag) for error in errors) for flag in flags)
+
+
+def test_sequence_parallel_without_tensor_parallel_is_harmless(config):
+    change(config, sequence_parallel=True)
+    validate(config, world_size=1)
+
+
+def test_writing_the_untrained_student_needs_no_data(config):
+    change(config, train_iters=0, save="run", data_path=[])
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"tensor_model_parallel_size": 2}, "9 attention heads, 3 KV heads. "),
+        ({"tensor_model_parallel_size": 2}, "Use --tensor-model-parallel-size 1."),
+        ({"tensor_model_parallel_size": 4}, "the rest: 1 or 3. Use --tensor-model-parallel-size 3."),
+        ({"tensor_model_parallel_size": 9}, "does not divide the teacher's 3 KV heads, 1536 FFN features"),
+        ({"pipeline_model_parallel_size": 4}, "Sizes that do: 1, 2, 3, 5, 6, 10, 15 or 30."),
+        ({"pipeline_model_parallel_size": 4}, "With 4: --decoder-last-pipeline-num-layers 6 alone gives the others 8"),
+        ({"pipeline_model_parallel_size": 31}, "--pipeline-model-parallel-size 31 does not divide"),
+        (
+            {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 30},
+            "--decoder-first-pipeline-num-layers 30 leaves 0 of the teacher's 30 layers to 1 other pipeline stage",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "decoder_first_pipeline_num_layers": 14,
+                "decoder_last_pipeline_num_layers": 15,
+            },
+            "leave 1 of the teacher's 30 layers to 0 other pipeline stages",
+        ),
+        ({"student_hidden_size": 600, "init": "pca"}, "Use at most 576."),
+    ],
+)
+def test_validate_against_teacher_refuses(config, values, expected):
+    change(config, **values)
+    errors = errors_of(validate_against_teacher, config, SMOLLM2)
+    assert len(errors) == 1, errors
+    assert expected in errors[0]
+
+
+@pytest.mark.parametrize("pipeline_size", range(2, 31))
+def test_the_suggested_last_stage_is_accepted(config, pipeline_size):
+    change(config, pipeline_model_parallel_size=pipeline_size)
+    if 30 % pipeline_size == 0:
+        validate_against_teacher(config, SMOLLM2)
+        return
+    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+    last = int(error.split("--decoder-last-pipeline-num-layers ")[1].split()[0])
+    change(config, decoder_last_pipeline_num_layers=last)
+    validate_against_teacher(config, SMOLLM2)
+
+
+def test_uneven_stages_are_accepted_when_the_rest_divides(config):
+    change(config, pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=5)
+    with pytest.raises(ConfigError):
+        validate_against_teacher(config, SMOLLM2)  # 25 layers on 3 stages
+    change(config, decoder_last_pipeline_num_layers=7)
+    validate_against_teacher(config, SMOLLM2)  # 18 layers on 2 stages
+
+
+def test_a_student_as_wide_as_its_teacher_warns_with_random_and_passes_with_pca(config):
+    change(config, student_hidden_size=576)
+    (warning,) = validate_against_teacher(config, SMOLLM2)
+    assert "--student-hidden-size 576 is not below the teacher's 576" in warning
+    change(config, init="pca")
+    assert validate_against_teacher(config, SMOLLM2) == []
+
+
+def test_a_sequence_beyond_the_teachers_positions_warns(config):
+    change(config, seq_length=8193)
+    (warning,) = validate_against_teacher(config, SMOLLM2)
+    assert "--seq-length 8193 is above the 8192 positions" in warning
+
+
+def test_an_untied_teacher_cannot_have_a_tied_student(config):
+    untied = replace(SMOLLM2, is_tied=False)
+    change(config, untie_embeddings_and_output_weights=False)
+    (error,) = errors_of(validate_against_teacher, config, untied)
+    assert "cannot tie the student" in error
+
+
+@pytest.mark.parametrize(
+    ("is_teacher_tied", "init", "untie", "is_student_tied"),
+    [
+        (True, "random", None, True),
+        (True, "random", True, False),
+        (True, "pca", None, False),
+        (False, "random", None, False),
+        (False, "pca", None, False),
+    ],
+)
+def test_tying_of_the_student(config, is_teacher_tied, init, untie, is_student_tied):
+    teacher = replace(SMOLLM2, is_tied=is_teacher_tied)
+    change(config, init=init, untie_embeddings_and_output_weights=untie)
+    student = config.student_shape(teacher)
+    assert (student.hidden_size, student.is_tied) == (384, is_student_tied)
+    assert (student.num_layers, student.head_dim, student.ffn_hidden_size) == (30, 64, 1536)
+
+
+def test_batch_sizes_follow_from_the_world_size(config):
+    change(config, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, micro_batch_size=3)
+    assert config.data_parallel_size(16) == 4
+    assert config.global_batch_size(16) == 12
+    assert config.num_microbatches(16) == 1
+    assert config.resolved(16).training.global_batch_size == 12
+    assert config.training.global_batch_size is None
+    change(config, global_batch_size=60)
+    assert config.num_microbatches(16) == 5
+
+
+def test_warmup_is_a_rounded_fraction_of_the_decay_unless_given(config):
+    assert (config.decay_iters, config.warmup_iters) == (100, 1)  # 0.005 * 100, rounded half up
+    change(config, train_iters=1000, lr_decay_iters=700, lr_warmup_fraction=0.07)
+    assert (config.decay_iters, config.warmup_iters) == (700, 49)
+    change(config, lr_warmup_fraction=None, lr_warmup_iters=0)
+    assert config.warmup_iters == 0
+
+
+def test_config_survives_its_dict(config):
+    change(config, data_path=["0.3", "a"], lr_warmup_iters=4)
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("969,30,1", (969, 30, 1)),
+        ("9/1", (9, 1, 0)),
+        ("1", (1, 0, 0)),
+        ("0.9,0.1,0", (0.9, 0.1, 0)),
+        ("", None),
+        ("1,2,3,4", None),
+        ("1,-1", None),
+        ("0,0,0", None),
+        ("nan,1", None),
+        ("a,b", None),
+    ],
+)
+def test_split(text, parts):
+    assert parse_split(text) == parts
+
+
+def test_small_helpers():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert flag_of("student_hidden_size") == "--student-hidden-size"

@@ -1,0 +1,134 @@
+"""What config.json says of a teacher, and which directories are refused before a weight is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hf_teachers import LLAMA3_ROPE, write_llama
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.families import describe_teacher, expected_weights, rope_inverse_frequencies
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    write_llama(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_shape_is_read_from_config_json(teacher: Path) -> None:
+    shape = describe_teacher(teacher).shape
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size) == (2, 48, 80, 301)
+    assert (shape.num_attention_heads, shape.num_query_groups, shape.head_dim) == (4, 2, 16)
+    assert (shape.norm_epsilon, shape.is_tied, shape.max_position_embeddings) == (3e-5, False, 256)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool) -> None:
+    model = write_llama(tmp_path / "teacher", is_tied=is_tied)
+    description = describe_teacher(tmp_path / "teacher")
+    found = {weight.name: weight.shape for weight in expected_weights(description.family, description.shape)}
+    assert found == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        LLAMA3_ROPE,
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rope_frequencies_equal_those_of_transformers_bit_for_bit(tmp_path: Path, rope: dict) -> None:
+    write_llama(tmp_path / "teacher", rope=rope)
+    description = describe_teacher(tmp_path / "teacher")
+    frequencies = rope_inverse_frequencies(description)
+    assert frequencies.dtype == torch.float32 and frequencies.shape == (8,)
+    assert torch.equal(frequencies, LlamaRotaryEmbedding(description.hf_config).inv_freq)
+
+
+def test_rope_settings_in_the_older_spelling_are_understood(teacher: Path) -> None:
+    expected = rope_inverse_frequencies(describe_teacher(teacher))
+    scaling = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
+    values = json.loads((teacher / "config.json").read_text())
+    del values["rope_parameters"]
+    (teacher / "config.json").write_text(json.dumps(values | {"rope_theta": 10000.0, "rope_scaling": scaling}))
+    assert torch.equal(rope_inverse_frequencies(describe_teacher(teacher)), expected)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["BertModel"]}, ["BertModel", "Supported: LlamaForCausalLM"]),
+        ({"architectures": None}, ["Supported: LlamaForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias: true"]),
+        ({"mlp_bias": True}, ["mlp_bias: true"]),
+        ({"hidden_act": "gelu"}, ['hidden_act "gelu"', '"silu"']),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
+        ({"rope_parameters": YARN}, ["'yarn'", "default, linear, llama3"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["'dynamic'"]),
+        ({"rope_parameters": LLAMA3_ROPE | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "must divide"]),
+        ({"hidden_size": "wide"}, ["transformers refuses config.json", "hidden_size"]),
+    ],
+    ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
+)
+def test_unsupported_config_is_refused_in_one_line(teacher: Path, changes: dict, words: list[str]) -> None:
+    edit_config(teacher, **changes)
+    with pytest.raises(ConfigError) as caught:
+        describe_teacher(teacher)
+    message = str(caught.value)
+    assert all(word in message for word in [str(teacher), *words]), message
+    assert "\n" not in message
+
+
+def test_missing_directory_is_refused_saying_that_nothing_is_downloaded() -> None:
+    with pytest.raises(ConfigError, match="--teacher meta-llama/Llama-3.2-3B does not exist.*nothing is downloaded"):
+        describe_teacher("meta-llama/Llama-3.2-3B")
+
+
+def test_directory_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no config.json"):
+        describe_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_config_that_is_no_json_object_is_refused(teacher: Path, content: str) -> None:
+    (teacher / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="JSON"):
+        describe_teacher(teacher)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("pytorch_model.bin", "pickled weights.*safe_serialization=True"),
+        ("model.gguf", "is a GGUF model.*gguf_file"),
+        (None, "neither model.safetensors nor"),
+    ],
+)
+def test_weights_in_other_formats_are_refused_with_advice(tmp_path: Path, file: str | None, words: str) -> None:
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    if file is not None:
+        (tmp_path / file).write_bytes(b"\x80\x02")
+    with pytest.raises(ConfigError, match=words):
+        describe_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["", "model.gguf"])
+def test_gguf_is_refused_with_advice(tmp_path: Path, given: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="is a GGUF model.*gguf_file"):
+        describe_teacher(tmp_path / given)

@@ -1,0 +1,107 @@
+"""Imports go one way: config below all; clone <- mcore <- train; hf and data know nothing of train.
+
+Read from the syntax trees, so that an import inside a function counts too and nothing has to be installed.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_lrc"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imported_modules(path: Path, *, nodes: list[ast.stmt] | None = None) -> Iterator[str]:
+    """Absolute names of what a file imports; `from a.b import c` gives a.b.c, since c may be a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in ast.walk(tree) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join(parents[: len(parents) - node.level + 1] + ([node.module] if node.module else []))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, *roots: str) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def imports_of(*folders: str) -> list[tuple[str, str]]:
+    """(importing module, imported name) for every file in these parts of the package; all of it for none."""
+    names = [f"megatron_lrc.{folder}" for folder in folders] or ["megatron_lrc"]
+    files = [path for path in MODULES if is_within(module_name(path), *names)]
+    return [(module_name(path), imported) for path in files for imported in imported_modules(path)]
+
+
+def test_config_imports_nothing_of_the_package_and_only_the_standard_library():
+    assert {imported.partition(".")[0] for _, imported in imports_of("config")} <= set(sys.stdlib_module_names)
+
+
+def test_the_front_end_answers_without_torch():
+    allowed = {*sys.stdlib_module_names, "yaml"}
+    ours = ("megatron_lrc.config", "megatron_lrc.arguments", "megatron_lrc.validation", "megatron_lrc.__version__")
+    for importer, imported in imports_of("config", "arguments", "validation"):
+        assert imported.partition(".")[0] in allowed or is_within(imported, *ours), (importer, imported)
+
+
+def test_clone_imports_only_torch_and_config():
+    allowed = {*sys.stdlib_module_names, "torch"}
+    for importer, imported in imports_of("clone"):
+        ours = is_within(imported, "megatron_lrc.clone", "megatron_lrc.config")
+        assert ours or imported.partition(".")[0] in allowed, (importer, imported)
+
+
+def test_only_mcore_and_data_import_megatron_core():
+    """data/ for its datasets (and the version that decides their cache), nothing of its models and parallelism."""
+    for importer, imported in imports_of():
+        if is_within(imported, "megatron", "transformer_engine", "apex"):
+            names = ("megatron.core.datasets", "megatron.core.__version__")
+            through_data = is_within(importer, "megatron_lrc.data") and (
+                is_within(imported, *names) or imported == "megatron.core"
+            )
+            assert is_within(importer, "megatron_lrc.mcore") or through_data, (importer, imported)
+
+
+def test_only_hf_and_data_import_transformers():
+    for importer, imported in imports_of():
+        if is_within(imported, "transformers"):
+            assert is_within(importer, "megatron_lrc.hf", "megatron_lrc.data"), (importer, imported)
+
+
+@pytest.mark.parametrize(
+    ("folder", "above"),
+    [("hf", ["train"]), ("data", ["train"]), ("mcore", ["train"]), ("clone", ["mcore", "train", "hf", "data"])],
+)
+def test_no_folder_imports_what_stands_above_it(folder, above):
+    forbidden = [f"megatron_lrc.{name}" for name in above]
+    assert [pair for pair in imports_of(folder) if is_within(pair[1], *forbidden)] == []
+
+
+def test_nothing_imports_the_entry_point():
+    assert [pair for pair in imports_of() if is_within(pair[1], "megatron_lrc.__main__")] == []
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_a_tool_answers_help_without_loading_torch(path):
+    """Heavy packages are imported where they are used; a tool itself has no tensor code."""
+    top = list(imported_modules(path, nodes=ast.parse(path.read_text(encoding="utf-8")).body))
+    assert [name for name in top if is_within(name, "torch", "megatron", "transformers", "numpy")] == []
+
+
+def test_the_walker_resolves_relative_imports():
+    assert "megatron_lrc.config.ConfigError" in dict.fromkeys(imported_modules(PACKAGE / "arguments.py"))
+    assert "megatron_lrc.train.loop" in dict.fromkeys(imported_modules(PACKAGE / "__main__.py"))

@@ -1,0 +1,101 @@
+"""The losses on plain tensors against the same formulas written with torch's own softmax and autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_lrc.clone.losses import AttachCloneLoss, inverse_widths
+from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
+from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_and_kl_loss
+
+TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 13, 6, 9, 21, 32
+
+
+def naive_losses(student_logits, teacher_logits, labels, weight, temperature):
+    lm = (F.cross_entropy(student_logits, labels, reduction="none") * weight).sum()
+    log_student = F.log_softmax(student_logits / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    kl = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
+    return lm, temperature**2 * (kl * weight).sum()
+
+
+def random_problem(dtype, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
+
+    student_hidden, student_head = normal(TOKENS, STUDENT).requires_grad_(), normal(PADDED, STUDENT).requires_grad_()
+    teacher_hidden, teacher_head = normal(TOKENS, TEACHER), normal(PADDED, TEACHER)
+    labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    weight = (torch.rand(TOKENS, generator=generator) > 0.3).to(dtype)
+    return student_hidden, student_head, teacher_hidden, teacher_head, labels, weight
+
+
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+@pytest.mark.parametrize("chunk_tokens", [4, 100])
+@pytest.mark.parametrize("kl_weight", [0.0, 1.3])
+def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk_tokens, kl_weight):
+    student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(torch.float64, scale=3.0)
+    total, lm, kl = lm_and_kl_loss(
+        student_hidden,
+        teacher_hidden,
+        student_head,
+        teacher_head,
+        labels,
+        weight,
+        shard=VocabularyShard.of(VOCAB, PADDED, None),
+        kl_weight=kl_weight,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+    )
+    grads = torch.autograd.grad(total * 0.7, (student_hidden, student_head))
+
+    expected_lm, expected_kl = naive_losses(
+        student_hidden @ student_head[:VOCAB].t(), teacher_hidden @ teacher_head[:VOCAB].t(), labels, weight, temperature
+    )
+    expected = torch.autograd.grad((expected_lm + kl_weight * expected_kl) * 0.7, (student_hidden, student_head))
+    torch.testing.assert_close(lm, expected_lm)
+    if kl_weight:
+        torch.testing.assert_close(kl, expected_kl)
+    for grad, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
+    wide = random_problem(torch.float64)
+    narrow = [x.detach().float() if x.is_floating_point() else x for x in wide]
+    results = []
+    for student_hidden, student_head, teacher_hidden, teacher_head, labels, weight in (wide, narrow):
+        student_hidden = student_hidden.detach().requires_grad_()
+        settings = {"shard": VocabularyShard.of(VOCAB, PADDED, None), "kl_weight": 1.0, "temperature": 40.0}
+        _, lm, kl = lm_and_kl_loss(
+            student_hidden, teacher_hidden, student_head, teacher_head, labels, weight, **settings, chunk_tokens=5
+        )
+        results.append((lm.double(), kl.double()))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tolerance):
+    heads = HeadLayout(head_dim=4, queries_per_group=3)
+    sites = [site for site in LAYER_SITES if site.name in "qkv"]
+    generator = torch.Generator().manual_seed(1)
+    student = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
+    target = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
+    mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
+
+    attached, per_feature = AttachCloneLoss.apply(student, target, mask, inverse_widths(sites, heads, 40, 1).to(dtype), 0.2)
+    assert torch.equal(attached, student)
+    grads = torch.autograd.grad(attached.sin().sum(), (student, target))
+
+    def masked_mse(site):
+        error = select(site, student, heads, -1) - select(site, target, heads, -1)
+        return (error.flatten(2).square().mean(-1) * mask).sum()
+
+    terms = [masked_mse(site) for site in sites]
+    expected = torch.autograd.grad(student.sin().sum() + 0.2 * sum(terms), (student, target))
+    for site, term in zip(sites, terms, strict=True):
+        torch.testing.assert_close(select(site, per_feature, heads).sum(), term.detach(), rtol=tolerance, atol=tolerance)
+    for grad, reference in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,197 @@
+"""A teacher's tensors reach megatron-core's fused weights slice by slice; damaged files are refused before that."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_teachers import write_llama
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.teacher import TeacherReader
+
+HEADS = HeadLayout(head_dim=16, queries_per_group=2)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    directory = tmp_path_factory.mktemp("untied")
+    return directory, write_llama(directory).state_dict()
+
+
+@pytest.fixture
+def damaged(untied: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(untied[0], tmp_path / "teacher"))
+
+
+def open_teacher(directory: Path) -> TeacherReader:
+    return TeacherReader(describe_teacher(directory))
+
+
+def rewrite(directory: Path, tensors: dict[str, Tensor | None]) -> None:
+    """Replace, add or (None) remove tensors of the single file."""
+    content = load_file(directory / "model.safetensors") | tensors
+    save_file({name: tensor for name, tensor in content.items() if tensor is not None}, directory / "model.safetensors")
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_teacher(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def fuse_by_hand(state: dict[str, Tensor], layer: int, *, rank: int, size: int) -> dict[str, Tensor]:
+    """megatron-core's four weights on one rank: per KV group its queries, key and value; gate, then up."""
+    base = f"model.layers.{layer}."
+    q, k, v, o = (state[f"{base}self_attn.{name}_proj.weight"] for name in "qkvo")
+    rows = []
+    for group in range(2)[rank * 2 // size : (rank + 1) * 2 // size]:
+        rows += [q[group * 32 : group * 32 + 32], k[group * 16 : group * 16 + 16], v[group * 16 : group * 16 + 16]]
+    gate, up, down = (state[f"{base}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return {
+        "self_attention.linear_qkv": torch.cat(rows),
+        "self_attention.linear_proj": o.chunk(size, dim=1)[rank],
+        "mlp.linear_fc1": torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]]),
+        "mlp.linear_fc2": down.chunk(size, dim=1)[rank],
+    }
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
+def test_sites_fill_the_fused_weights_of_megatron_core(untied: tuple[Path, dict], rank: int, size: int) -> None:
+    directory, state = untied
+    reader = open_teacher(directory)
+    for layer in range(2):
+        expected = fuse_by_hand(state, layer, rank=rank, size=size)
+        fused = {name: torch.full_like(weight, float("nan")) for name, weight in expected.items()}
+        for site in LAYER_SITES:
+            target = select(site, fused[site.linear], HEADS)
+            target.copy_(reader.site(site, layer, tp_rank=rank, tp_size=size).view_as(target))
+        for name, weight in expected.items():
+            assert torch.equal(fused[name], weight), name
+
+
+def test_vocabulary_rows_are_padded_with_zeros_and_split_over_ranks(untied: tuple[Path, dict]) -> None:
+    directory, state = untied
+    reader = open_teacher(directory)
+    for site, name in ((EMBED, "model.embed_tokens.weight"), (LM_HEAD, "lm_head.weight")):
+        parts = [reader.site(site, tp_rank=rank, tp_size=4, padded_vocab_size=512) for rank in range(4)]
+        assert [tuple(part.shape) for part in parts] == [(128, 48)] * 4
+        assert torch.equal(torch.cat(parts)[:301], state[name])
+        assert not torch.cat(parts)[301:].any()
+        assert torch.equal(reader.site(site), state[name])
+
+
+def test_norms_are_read_by_their_name(untied: tuple[Path, dict]) -> None:
+    directory, state = untied
+    reader = open_teacher(directory)
+    assert torch.equal(reader.norm("input", 1), state["model.layers.1.input_layernorm.weight"])
+    assert torch.equal(reader.norm("post", 0), state["model.layers.0.post_attention_layernorm.weight"])
+    assert torch.equal(reader.norm("final"), state["model.norm.weight"])
+
+
+def test_sharded_teacher_reads_as_the_single_file(untied: tuple[Path, dict], tmp_path: Path) -> None:
+    write_llama(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    single, sharded = open_teacher(untied[0]), open_teacher(tmp_path)
+    for name in untied[1]:
+        assert torch.equal(single.read(name), sharded.read(name)), name
+
+
+def test_bf16_teacher_is_read_in_bf16(tmp_path: Path) -> None:
+    state = write_llama(tmp_path, dtype=torch.bfloat16).state_dict()
+    part = open_teacher(tmp_path).site(LAYER_SITES[0], 0, tp_rank=1, tp_size=2)
+    assert torch.equal(part, state["model.layers.0.self_attn.q_proj.weight"][32:])
+    assert part.dtype == torch.bfloat16
+
+
+def test_lm_head_of_a_tied_teacher_is_its_embedding(tmp_path: Path) -> None:
+    state = write_llama(tmp_path, is_tied=True).state_dict()
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(open_teacher(tmp_path).site(LM_HEAD), state["model.embed_tokens.weight"])
+
+
+def test_tied_teacher_may_repeat_its_embedding_but_not_contradict_it(tmp_path: Path) -> None:
+    embedding = write_llama(tmp_path, is_tied=True).state_dict()["model.embed_tokens.weight"].clone()
+    rewrite(tmp_path, {"lm_head.weight": embedding.clone()})
+    open_teacher(tmp_path)
+    embedding[300, 47] += 1
+    rewrite(tmp_path, {"lm_head.weight": embedding})
+    assert "tie_word_embeddings: true, but lm_head.weight" in refusal(tmp_path)
+
+
+def test_rope_buffers_of_llama_2_files_are_ignored(damaged: Path) -> None:
+    rewrite(damaged, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
+    open_teacher(damaged)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"lm_head.weight": None}, ["lm_head.weight [301, 48] is missing", "tie_word_embeddings: false"]),
+        ({"model.norm.weight": None}, ["model.norm.weight [48] is missing"]),
+        (
+            {"model.norm.weight": torch.zeros(47)},
+            ["model.norm.weight in model.safetensors has shape [47], expected [48]"],
+        ),
+        ({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}, ["dtype I8, expected F64"]),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)},
+            ["unexpected tensor model.layers.0.self_attn.q_proj.bias in model.safetensors"],
+        ),
+        (
+            {"model.layers.2.mlp.up_proj.weight": torch.zeros(80, 48)},
+            ["unexpected tensor model.layers.2.mlp.up_proj.weight"],
+        ),
+    ],
+    ids=["no lm_head", "missing", "shape", "dtype", "bias", "layer too many"],
+)
+def test_wrong_tensors_are_refused_by_name(damaged: Path, tensors: dict, words: list[str]) -> None:
+    rewrite(damaged, tensors)
+    message = refusal(damaged)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("size", [0, 5, 300, -1])
+def test_truncated_file_is_refused(damaged: Path, size: int) -> None:
+    path = damaged / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:size])
+    message = refusal(damaged)
+    assert str(path) in message and "not a complete safetensors file" in message
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"model.norm.weight": "absent.safetensors"}}, "names absent.safetensors, which is not there"),
+        ({"weight_map": {"model.norm.weight": "../outside.safetensors"}}, "Plain file names beside the index"),
+        ({"weight_map": {"model.norm.weight": "/outside.safetensors"}}, "Plain file names beside the index"),
+        ({"weight_map": {"model.norms.weight": "part.safetensors"}}, "which does not hold it"),
+        ({"weight_map": {"model.norm.weight": 3}}, "is not a safetensors index"),
+        ({"weight_map": {}}, "is not a safetensors index"),
+        ([], "is not a safetensors index"),
+    ],
+    ids=["absent", "parent", "absolute", "other tensor", "no name", "empty", "list"],
+)
+def test_bad_index_is_refused(damaged: Path, index: object, words: str) -> None:
+    shutil.copy(damaged / "model.safetensors", damaged.parent / "outside.safetensors")
+    (damaged / "model.safetensors").rename(damaged / "part.safetensors")
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert words in refusal(damaged)
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(untied: tuple[Path, dict], damaged: Path) -> None:
+    original = open_teacher(untied[0]).fingerprint()
+    assert open_teacher(damaged).fingerprint() == original
+    path = damaged / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a fine-tuned model: same names, shapes and sizes
+    assert open_teacher(damaged).fingerprint() != original

@@ -1,0 +1,99 @@
+"""Run directory -> Hugging Face directory, ready for AutoModelForCausalLM.from_pretrained.
+
+    python tools/convert_to_hf.py --load RUN --output DIR [--save-projections]
+
+Everything else about the student comes from the checkpoint itself.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_lrc.config import ConfigError
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--load", required=True, metavar="RUN", help="Run directory; its newest complete checkpoint is taken."
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write.")
+    parser.add_argument("--save-projections", action="store_true", help="Write projections.safetensors as well.")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Data type of the weights. Default: that of the training.",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="Largest weight file, as in 5GB or 300MB."
+    )
+    parser.add_argument(
+        "--teacher", metavar="DIR", help="Where the teacher is now. Default: where it was in the training."
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="Replace an earlier export in DIR, once the new one is complete."
+    )
+    parser.add_argument("--no-verify", action="store_true", help="Skip loading the result with transformers.")
+    return parser.parse_args(argv)
+
+
+def convert(flags: argparse.Namespace) -> None:
+    """Open the checkpoint and its teacher, hold them against each other, export."""
+    import torch  # imported here with the rest, so that --help answers at once
+
+    from megatron_lrc.hf.export import export_student
+    from megatron_lrc.hf.families import describe_teacher
+    from megatron_lrc.hf.safetensors_writer import parse_size
+    from megatron_lrc.hf.student_config import model_card, student_class
+    from megatron_lrc.hf.teacher import TeacherReader
+    from megatron_lrc.mcore.checkpoint import open_checkpoint
+
+    max_shard_size = parse_size(flags.max_shard_size)
+    student = open_checkpoint(flags.load)
+    teacher = describe_teacher(flags.teacher or student.config.model.teacher)
+    fingerprint = TeacherReader(teacher).fingerprint()
+    if fingerprint != student.teacher_fingerprint:
+        raise ConfigError(
+            f"--teacher {teacher.directory} (fingerprint {fingerprint[:16]}) is not the teacher that {student.path} "
+            f"was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the directory of that teacher "
+            "with --teacher."
+        )
+    card = model_card(
+        teacher=teacher,
+        student_hidden_size=student.shape.hidden_size,
+        tokens=student.tokens,
+        steps=student.step,
+        is_tied=student.shape.is_tied,
+    )
+    export_student(
+        teacher=teacher,
+        projections=student.projections,
+        norms=student.norms,
+        student_hidden_size=student.shape.hidden_size,
+        dtype=getattr(torch, flags.dtype) if flags.dtype else None,
+        output=flags.output,
+        save_projections=flags.save_projections,
+        model_card=card,
+        max_shard_size=max_shard_size,
+        force=flags.force,
+        verify=not flags.no_verify,
+    )
+    written_as = student_class(teacher, student.shape.hidden_size).architecture
+    print(f"{flags.output}: {written_as} of hidden size {student.shape.hidden_size}, step {student.step}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after a user's error (one sentence on stderr), or 130 after Ctrl-C."""
+    try:
+        convert(parse_flags(argv))
+    except (ConfigError, OSError) as error:
+        print(f"convert_to_hf.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_to_hf.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
