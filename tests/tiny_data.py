@@ -10,7 +10,7 @@ WORDS = [f"word{number}" for number in range(40)]
 
 
 def write_tokenizer(folder: Path, *, words: list[str] = WORDS, eos: bool = True) -> str:
-    """A byte-level BPE tokenizer as a Hugging Face directory. Its post-processor adds a BOS token, its file truncates."""
+    """A byte-level BPE tokenizer as a Hugging Face directory. It adds a BOS token, and its file truncates."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -199,20 +199,27 @@ def write_jsonl(documents: list[Document], path: Path) -> int:
     return size
 
 
-def collect(output_dir: Path, *, heldout_share: float, min_train_bytes: int, min_heldout_bytes: int) -> None:
-    """Writes train.jsonl and heldout.jsonl, and refuses an environment that has too little text for both."""
-    train, heldout = split_documents(gather(), heldout_share)
-    for part, documents, needed in (("training", train, min_train_bytes), ("held-out", heldout, min_heldout_bytes)):
-        size = sum(len(paragraph) for _, paragraphs in documents for paragraph in paragraphs)
+def write_parts(
+    documents: Iterable[Document],
+    output_dir: Path,
+    *,
+    heldout_share: float,
+    min_train_bytes: int,
+    min_heldout_bytes: int,
+) -> None:
+    """Writes train.jsonl, then heldout.jsonl; neither if there is too little text for both."""
+    train, heldout = split_documents(documents, heldout_share)
+    for part, chosen, needed in (("training", train, min_train_bytes), ("held-out", heldout, min_heldout_bytes)):
+        size = sum(len(paragraph) for _, paragraphs in chosen for paragraph in paragraphs)
         if size < needed:
             raise ValueError(
                 f"This Python environment gave {size} bytes of {part} text; {needed} are needed. "
                 "Install the demo's packages (make demo does) and run again."
             )
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, documents in (("train", train), ("heldout", heldout)):
-        size = write_jsonl(documents, output_dir / f"{name}.jsonl")
-        print(f"{name}: {len(documents)} documents, {size / 1e6:.2f} MB -> {output_dir / name}.jsonl")
+    for name, chosen in (("train", train), ("heldout", heldout)):
+        size = write_jsonl(chosen, output_dir / f"{name}.jsonl")
+        print(f"{name}: {len(chosen)} documents, {size / 1e6:.2f} MB -> {output_dir / name}.jsonl")
 
 
 def main() -> None:
@@ -223,7 +230,8 @@ def main() -> None:
     parser.add_argument("--min-heldout-bytes", type=int, default=60_000, help="least held-out text, in bytes")
     args = parser.parse_args()
     try:
-        collect(
+        write_parts(
+            gather(),
             args.output_dir,
             heldout_share=args.heldout_share,
             min_train_bytes=args.min_train_bytes,

@@ -100,7 +100,8 @@ def check_teacher(directory: Path, source: LlamaForCausalLM) -> None:
         raise ValueError(
             f"The teacher written to {directory} is wrong: it does not hold that " + "; that ".join(failed) + "."
         )
-    print(f"Checked: {'; '.join(checks)} ({prediction.loss:.3f} nats/token).")
+    print(*(f"  ok: {claim}" for claim in checks), sep="\n")
+    print(f"LM loss {prediction.loss:.3f} nats/token on a paragraph of plain English.")
     print(
         f"{model.num_parameters() / 1e6:.1f}M parameters, {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, "

@@ -1,20 +1,22 @@
 """Compares teacher, untrained student and trained student, with plain transformers and nothing of megatron_lrc.
 
     python examples/demo/report.py --teacher DIR --untrained DIR --student DIR --heldout heldout.jsonl \\
-        --metrics RUN/metrics.jsonl --output-dir demo
+        --run RUN --output-dir demo
 
 Prints held-out loss, perplexity and a greedy continuation of one prompt for each model, all on the same tokens, and
-writes report.txt (what was printed), report.json (the figures) and loss_curves.png. The three models are loaded one
-after the other, as any user of the exported directories would load them.
+writes report.txt (what was printed), report.json (the figures) and loss_curves.png. The models are loaded as any user
+of the exported directories would load them.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,25 +93,46 @@ def measure(
     )
 
 
-def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """(training records, validation records) by step. Of a step done again by a continued run, the last counts."""
-    training: dict[int, dict] = {}
-    validation: dict[int, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "valid_lm_loss" in record:
-            validation[record["step"]] = record
-        if "lm_loss" in record:
-            training[record["step"]] = record
+def measure_all(
+    models: dict[str, Path], blocks: torch.Tensor, tokenizer: PreTrainedTokenizerBase, *, prompt: str, tokens: int
+) -> dict[str, Result]:
+    """Every model's result, in the order of `models`. One process per core and model, as far as there are cores.
+
+    Processes instead of threads: where something else runs too, threads of one model wait for the slowest of them.
+    """
+    cores = len(os.sched_getaffinity(0))
+    workers = min(cores, len(models))
+    start = time.monotonic()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare, (cores // workers,)) as pool:
+        futures = {
+            pool.submit(measure, directory, blocks, tokenizer, prompt=prompt, tokens=tokens): name
+            for name, directory in models.items()
+        }
+        for future in as_completed(futures):
+            future.result()
+            print(f"  measured the {futures[future]} ({time.monotonic() - start:.0f} s)", flush=True)
+    return {name: future.result() for future, name in futures.items()}
+
+
+def prepare(threads: int) -> None:
+    """Settings of one measuring process."""
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSON-lines log, by step. Of a step done again by a continued run, the last counts."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = {record["step"]: record for record in map(json.loads, lines)}
+    return [records[step] for step in sorted(records)]
+
+
+def read_run(run: Path) -> tuple[list[dict], list[dict]]:
+    """(training records, validation records) of a run directory; a run need not have validated."""
+    training, validation = read_records(run / "metrics.jsonl"), read_records(run / "validation.jsonl")
     if not training:
-        raise ValueError(f"--metrics {path} has no training step; train for at least one step first.")
-    return [training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)]
-
-
-def tokens_of(record: dict, training: list[dict]) -> float:
-    """Tokens trained on when a validation record was written: by step, since it may not carry them itself."""
-    per_step = training[-1]["tokens"] / training[-1]["step"]
-    return record.get("tokens", record["step"] * per_step)
+        raise ValueError(f"--run {run} has no training step in metrics.jsonl; train for at least one step first.")
+    return training, validation
 
 
 def plot(results: dict[str, Result], training: list[dict], validation: list[dict], path: Path) -> None:
@@ -125,10 +148,9 @@ def plot(results: dict[str, Result], training: list[dict], validation: list[dict
         figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.8), width_ratios=[1.5, 1, 1], layout="constrained")
         for axis, (term, (name, unit, color)) in zip(axes, TERMS.items(), strict=True):
             axis.plot(tokens, [record[term] for record in training], color=color, alpha=0.75, label="training batches")
-            held = [record for record in validation if f"valid_{term}" in record]
-            if held:
-                places = [tokens_of(record, training) / 1e3 for record in held]
-                losses = [record[f"valid_{term}"] for record in held]
+            if validation:
+                places = [record["tokens"] / 1e3 for record in validation]
+                losses = [record[term] for record in validation]
                 axis.plot(places, losses, "o--", color="black", markersize=5, clip_on=False, label="held-out text")
             axis.set(title=name, xlabel="tokens trained on (thousands)", ylabel=f"{name} ({unit})")
             axis.set_xlim(left=0)
@@ -202,15 +224,11 @@ def write_text(path: Path, text: str) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Measures the three models and writes everything; report.txt last, as the sign that all of it is there."""
-    training, validation = read_metrics(args.metrics)
+    training, validation = read_run(args.run)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     blocks = heldout_blocks(args.heldout, tokenizer, block=args.block, max_tokens=args.max_tokens)
-    results: dict[str, Result] = {}
     models = {"teacher": args.teacher, "untrained student": args.untrained, "trained student": args.student}
-    for name, directory in models.items():
-        start = time.monotonic()
-        results[name] = measure(directory, blocks, tokenizer, prompt=args.prompt, tokens=args.new_tokens)
-        print(f"  measured the {name} in {time.monotonic() - start:.0f} s", flush=True)
+    results = measure_all(models, blocks, tokenizer, prompt=args.prompt, tokens=args.new_tokens)
     num_tokens = blocks[:, 1:].numel()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     plot(results, training, validation, args.output_dir / "loss_curves.png")
@@ -235,7 +253,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--untrained", type=Path, required=True, help="the same of the student before training")
     parser.add_argument("--student", type=Path, required=True, help="the same of the student after training")
     parser.add_argument("--heldout", type=Path, required=True, help='held-out text, JSON lines with "text"')
-    parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of the training run")
+    parser.add_argument("--run", type=Path, required=True, help="run directory of the training")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for report.txt, report.json and the PNG")
     parser.add_argument("--block", type=int, default=256, help="tokens per sequence; take that of training")
     parser.add_argument("--max-tokens", type=int, default=8192, help="held-out tokens to measure the loss on")

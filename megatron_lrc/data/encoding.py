@@ -10,6 +10,7 @@ read all of it ahead).
 
 import json
 import multiprocessing
+import re
 import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -27,6 +28,7 @@ CHUNK_BYTES = (
     256 * 1024
 )  # of raw lines per unit of work: large against the cost of handing it over, small against memory
 CHUNKS_AHEAD_PER_WORKER = 4
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud83d; no UTF-8 can
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def parse_line(line: bytes, keys: list[str]) -> list[str]:
             raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
         if not isinstance(record[key], str):
             raise ConfigError(f"the value of {key!r} is a {type(record[key]).__name__}, not text")
-        if any("\ud800" <= character <= "\udfff" for character in record[key]):
+        if _SURROGATE.search(record[key]):
             raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
     return [record[key] for key in keys]
 

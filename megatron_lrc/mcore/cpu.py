@@ -2,8 +2,7 @@
 
 megatron-core's schedules, DDP and optimizers name CUDA in small places ("cuda" as a device, the current device, stream
 and random state, `param.type() == "torch.cuda.FloatTensor"`). Here each of its modules gets a `torch` whose CUDA is the
-CPU; nothing outside `megatron.core` changes. `activate()` does nothing where CUDA is available, and can be called again
-after more of megatron-core has been imported.
+CPU; nothing outside `megatron.core` changes. `activate()` does nothing where CUDA is available.
 
 Rejected: patching torch.cuda and the factory functions globally, which every other library would see.
 """
@@ -78,6 +77,14 @@ _torch_on_cpu.cuda = _CudaOnCpu("torch.cuda")
 for _name in ("tensor", "zeros", "ones", "empty", "full", "zeros_like", "empty_like", "rand", "randn", "arange"):
     setattr(_torch_on_cpu, _name, _on_cpu(getattr(torch, _name)))
 
+#: Modules that megatron-core imports only when it first needs them.
+_IMPORTED_LATE = (
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.transformer.multi_token_prediction",
+)
+
 _tensor_type, _tensor_cuda = torch.Tensor.type, torch.Tensor.cuda
 
 
@@ -101,7 +108,8 @@ def activate() -> None:
     """Give every imported `megatron.core` module the CPU's view of torch. Nothing to do where CUDA is available."""
     if torch.cuda.is_available():
         return
-    importlib.import_module("megatron.core")
+    for late in _IMPORTED_LATE:
+        importlib.import_module(late)
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _torch_on_cpu

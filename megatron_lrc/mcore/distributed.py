@@ -41,6 +41,11 @@ class Groups:
         return dist.get_rank() == 0
 
 
+def world_size() -> int:
+    """Processes of the run, by torchrun's environment; known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(config: Config) -> Groups:
     """Join the world and make megatron-core's groups for `config.parallel`. `stop()` undoes it."""
     device = (

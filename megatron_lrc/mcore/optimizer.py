@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_lrc.clone.sites import EMBED
 from megatron_lrc.config import Config
+from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.paired_model import PairedModel
 
@@ -57,10 +58,26 @@ class ProjectionOptimizer:
                     if isinstance(single, torch.optim.Adam):  # TE's and apex's count steps per group
                         state["step"] = torch.zeros((), dtype=torch.float32)
 
+    def load_state_dict(self, optimizer_state: dict, schedule_state: dict) -> None:
+        """Take over what `MegatronOptimizer.sharded_state_dict` and the schedule's `state_dict` gave, after loading."""
+        self.lr_schedule.load_state_dict(schedule_state)
+        steps = float(self.lr_schedule.num_steps)
+        for single in self.chained_optimizers():
+            compat.keep_step_through_load(single)
+        self.optimizer.load_state_dict(optimizer_state)
+        # torch's Adam counts steps per parameter. megatron-core saves one count, and none at step 0, and on loading gives
+        # every parameter the same tensor, which a step would then advance once for each of them.
+        for inner in self.inner_optimizers():
+            for state in inner.state.values():
+                if isinstance(inner, torch.optim.Adam):
+                    state["step"] = torch.tensor(steps, dtype=torch.float32)
+
+    def chained_optimizers(self) -> list[MegatronOptimizer]:
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
     def inner_optimizers(self) -> list[torch.optim.Optimizer]:
         """The torch (or TE, or apex) optimizers inside megatron-core's."""
-        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-        return [single.optimizer for single in chained if single.optimizer is not None]
+        return [single.optimizer for single in self.chained_optimizers() if single.optimizer is not None]
 
     @property
     def lr(self) -> float:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_data
 import torch
 
+import tiny_data
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data import datasets
 from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data

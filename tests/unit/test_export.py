@@ -190,7 +190,7 @@ def test_config_says_the_same_to_readers_of_either_spelling(tmp_path: Path, teac
 
 @pytest.mark.parametrize("hidden", [28, 30])
 def test_nothing_is_left_to_the_defaults_of_a_class(teacher: TeacherDescription, hidden: int) -> None:
-    """A Llama 2 config.json leaves out what was Llama's default then; head_dim would even follow the new hidden size."""
+    """A Llama 2 config.json leaves out what was Llama's default then; head_dim would follow the new hidden size."""
     implied = ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "bos_token_id")
     left = {name: value for name, value in teacher.config_values.items() if name not in implied}
     shape = replace(teacher.shape, hidden_size=hidden)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_data
 
+import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding, indexing
 from megatron_lrc.data.tokenizers import load_tokenizer

@@ -1,0 +1,252 @@
+"""A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_lrc.arguments import describe_changes, save_yaml
+from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.checkpoint import (
+    RunState,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.train.build import build_stages, initialize
+from megatron_lrc.train.metrics import RunLog, Stopwatch
+from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
+from megatron_lrc.validation import validate_against_teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the checks have opened."""
+
+    teacher: TeacherDescription
+    reader: TeacherReader
+    resume_from: Path | None
+    warnings: list[str]
+
+
+def check(config: Config, world_size: int) -> Checked:
+    """Everything that can be refused before a process group or a model exists; alike on every rank."""
+    assert config.model.teacher is not None, "validate() has passed"
+    teacher = describe_teacher(config.model.teacher)
+    warnings = validate_against_teacher(config, teacher.shape)
+    reader = TeacherReader(teacher)
+    check_data(config, teacher.shape.vocab_size)
+    return Checked(teacher, reader, _find_checkpoint(config, teacher, reader), warnings)
+
+
+def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: TeacherReader) -> Path | None:
+    """The checkpoint of --load, if it is of this teacher and student; refuses to write over another run."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save and newest_checkpoint(save) and (not load or Path(load).resolve() != Path(save).resolve()):
+        raise ConfigError(
+            f"--save {save} already holds checkpoints of a run. Add --load {save} to continue it, or save elsewhere."
+        )
+    if not load:
+        return None
+    path = newest_checkpoint(load)
+    if path is None:
+        raise ConfigError(f"--load {load} holds no complete checkpoint. Leave it out to start anew.")
+    state, _, saved = read_state(path)
+    wanted: ModelShape = config.student_shape(teacher.shape)
+    if state.teacher_fingerprint != reader.fingerprint():
+        raise ConfigError(
+            f"--teacher {config.model.teacher} is not the teacher that {path} was trained with: its files differ. "
+            "Give that teacher's directory."
+        )
+    if saved != wanted:
+        raise ConfigError(
+            f"{path} holds a student of hidden size {saved.hidden_size}, {_tying(saved)}; the flags ask for "
+            f"{wanted.hidden_size}, {_tying(wanted)}. Repeat --student-hidden-size, --init and --untie-embeddings-and-"
+            f"output-weights as they were, or give --config {Path(load) / CONFIG_FILE}."
+        )
+    if state.step > config.training.train_iters:
+        raise ConfigError(
+            f"{path} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
+        )
+    return path
+
+
+CONFIG_FILE = "config.yaml"
+
+
+def _tying(shape: ModelShape) -> str:
+    return "tied" if shape.is_tied else "untied"
+
+
+def train(config: Config) -> None:
+    """Run the whole training on this process, one of the world that torchrun's environment describes."""
+    checked = check(config, distributed.world_size())
+    groups = distributed.start(config)
+    try:
+        Trainer(config, checked, groups).train()
+    finally:
+        distributed.stop()
+
+
+class Trainer:
+    """One process's part of a run: the objects, and where it stands."""
+
+    def __init__(self, config: Config, checked: Checked, groups: Groups):
+        self.config, self.groups = config, groups
+        self.train_data, self.valid_data = build_datasets(config)
+        dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+        stages = build_stages(config, checked.teacher, checked.reader, groups, dtype)
+        self.state = RunState(teacher_fingerprint=checked.reader.fingerprint())
+        if checked.resume_from:
+            self.state = read_state(checked.resume_from)[0]
+        else:
+            initialize(config, stages, lambda: self._batches(self.train_data, 0), groups)
+        optimizer = ProjectionOptimizer(config, stages, groups)
+        if checked.resume_from:
+            load_checkpoint(checked.resume_from, stages, optimizer)
+        at_once = config.training.micro_batch_size * groups.dp.size()
+        assert config.training.global_batch_size is not None, "the configuration has been resolved"
+        self.global_batch_size = config.training.global_batch_size
+        self.run = Run(config, groups, stages, optimizer, self.global_batch_size // at_once)
+        self._saved_step = self.state.step if checked.resume_from else None
+        self._announce(checked)
+
+    def train(self) -> None:
+        config, state = self.config, self.state
+        log = self._open_log()
+        if state.step == 0:
+            self._validate(log)
+        if state.step < config.training.train_iters:
+            self._train_steps(log)
+        self._save()
+        if log:
+            log.close()
+
+    def _train_steps(self, log: RunLog | None) -> None:
+        config, state = self.config, self.state
+        batches = self._batches(self.train_data, state.consumed_samples)
+        stopwatch, last_logged = Stopwatch(), state.step
+        while state.step < config.training.train_iters:
+            lr = self.run.optimizer.lr
+            report = train_step(self.run, batches)
+            state.step += 1
+            state.consumed_samples += self.global_batch_size
+            state.tokens += self.global_batch_size * config.training.seq_length
+            if not report.is_updated:
+                self._say(f"step {state.step}: gradient norm {report.grad_norm}, step skipped")
+            is_last = state.step == config.training.train_iters
+            if is_last or state.step % config.logging.log_interval == 0:
+                losses = report.losses.means(config)  # waits for the device, so before the clock is read
+                self._log_step(log, report, losses, lr, stopwatch.lap(state.step - last_logged))
+                last_logged = state.step
+            stopwatch.pause()
+            if is_last or _is_due(state.step, config.logging.eval_interval):
+                self._validate(log)
+            if _is_due(state.step, config.checkpoint.save_interval):
+                self._save()
+            stopwatch.resume()
+
+    def _log_step(
+        self, log: RunLog | None, report: StepReport, losses: dict[str, float], lr: float, seconds: float
+    ) -> None:
+        if not log:
+            return
+        tokens_per_step = self.global_batch_size * self.config.training.seq_length
+        log.step(
+            {
+                "step": self.state.step,
+                "tokens": self.state.tokens,
+                **losses,
+                "grad_norm": report.grad_norm,
+                "lr": lr,
+                "tokens_per_second": tokens_per_step / seconds,
+                "step_seconds": seconds,
+            }
+        )
+
+    def _validate(self, log: RunLog | None) -> None:
+        if self.valid_data is None or self.config.logging.eval_iters == 0:
+            return
+        batches = self._batches(self.valid_data, 0)
+        losses = evaluate(self.run, batches, num_batches=self.config.logging.eval_iters).means(self.config)
+        if log:
+            log.validation({"step": self.state.step, "tokens": self.state.tokens, **losses})
+
+    def _save(self) -> None:
+        if self.config.checkpoint.save is None or self._saved_step == self.state.step:
+            return
+        path = save_checkpoint(
+            self.config.checkpoint.save, self.state, self.config, self.run.stages, self.run.optimizer
+        )
+        self._saved_step = self.state.step
+        self._say(f"saved {path}")
+
+    def _batches(self, dataset: Dataset | None, consumed_samples: int) -> BatchIterator:
+        assert dataset is not None, "check_data() has passed"
+        assert self.config.training.global_batch_size is not None
+        return BatchIterator(
+            dataset,
+            micro_batch_size=self.config.training.micro_batch_size,
+            global_batch_size=self.config.training.global_batch_size,
+            dp_rank=self.groups.dp.rank(),
+            dp_size=self.groups.dp.size(),
+            consumed_samples=consumed_samples,
+            device=self.groups.device,
+            num_workers=self.config.data.num_workers,
+        )
+
+    def _open_log(self) -> RunLog | None:
+        if not self.groups.is_main_rank:
+            return None
+        save = self.config.checkpoint.save
+        log = RunLog(save, train_iters=self.config.training.train_iters, resume_at=self.state.step)
+        if save:
+            save_yaml(self.config, Path(save) / CONFIG_FILE)
+        return log
+
+    def _announce(self, checked: Checked) -> None:
+        """The lines at a run's start: what differs from the defaults, both models, the layout."""
+        for line in describe_changes(self.config):
+            self._say(line)
+        shapes = self.run.stages[0].shapes
+        trained = distributed.sum_over_world(
+            torch.tensor(_owned_parameters(self.run), dtype=torch.float64, device=self.groups.device)
+        ).item() / self.groups.dp.size()
+        self._say(
+            f"teacher d_T {shapes.teacher.hidden_size}, student d_S {shapes.student.hidden_size} "
+            f"({_tying(shapes.student)}), {shapes.student.num_layers} layers; trained: {trained / 1e6:.1f}M parameters "
+            f"in projections and norm gains"
+        )
+        self._say(
+            f"TP {self.groups.tp.size()} x PP {self.groups.pp.size()} x DP {self.groups.dp.size()} on "
+            f"{self.groups.device.type}; {self.run.num_microbatches} micro-batches of "
+            f"{self.config.training.micro_batch_size} x {self.config.training.seq_length} tokens per step"
+        )
+        for warning in checked.warnings:
+            self._say(f"warning: {warning}")
+        if checked.resume_from:
+            self._say(f"continues {checked.resume_from} at step {self.state.step}")
+
+    def _say(self, line: str) -> None:
+        if self.groups.is_main_rank:
+            print(line, flush=True)
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _owned_parameters(run: Run) -> int:
+    """Trained parameters that this rank counts: its P shards, the gains on one TP rank, a tied P once."""
+    matrices = [matrix for stage in run.stages for _, matrix in stage.projections.named_matrices()]
+    gains = [gain for stage in run.stages for _, gain in stage.projections.named_norms()]
+    count = sum(matrix.numel() for matrix in matrices if not getattr(matrix, "shared", False))
+    return count + (sum(gain.numel() for gain in gains) if run.groups.tp.rank() == 0 else 0)

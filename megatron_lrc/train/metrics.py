@@ -1,0 +1,117 @@
+"""What a run reports: one JSON object per logged step, TensorBoard, a console line. Only the main rank writes.
+
+    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, grad_norm, lr, tokens_per_second, step_seconds
+    RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss on the held-out split
+    RUN/tensorboard/        the same, as train/... and valid/...
+
+Losses are means over the tokens of the step's global batch (or of the whole validation): `loss` is the sum that is
+minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and terms, before alpha.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Writes the records of one run; `resume_at` drops what an earlier process logged past the step it continues from."""
+
+    def __init__(self, run: str | None, *, train_iters: int, resume_at: int):
+        self._train_iters = train_iters
+        self._run = Path(run) if run else None
+        self._board: Any = None
+        if self._run:
+            self._run.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "validation.jsonl"):
+                _drop_records_after(self._run / name, resume_at)
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by one rank only
+
+            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+
+    def step(self, record: dict[str, float]) -> None:
+        self._write("metrics.jsonl", "train", record)
+        remaining = (self._train_iters - record["step"]) * record["step_seconds"]
+        print(
+            f"step {record['step']:>{len(str(self._train_iters))}}/{self._train_iters} | "
+            f"{_count(record['tokens'])} tokens | {_losses(record)} | grad {record['grad_norm']:.3g} | "
+            f"lr {record['lr']:.2e} | {_count(record['tokens_per_second'])} tokens/s | "
+            f"{record['step_seconds']:.2f} s/step | ETA {_duration(remaining)}",
+            flush=True,
+        )
+
+    def validation(self, record: dict[str, float]) -> None:
+        self._write("validation.jsonl", "valid", record)
+        print(f"validation at step {record['step']} | {_losses(record)}", flush=True)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+
+    def _write(self, name: str, tag: str, record: dict[str, float]) -> None:
+        if not self._run:
+            return
+        with open(self._run / name, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if key != "step":
+                self._board.add_scalar(f"{tag}/{key}", value, record["step"])
+        self._board.flush()
+
+
+class Stopwatch:
+    """Seconds per step since the last lap, without what happens between `pause` and `resume` (validation, saving)."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._paused_at = time.perf_counter(), 0.0
+
+    def pause(self) -> None:
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        self._start += time.perf_counter() - self._paused_at
+
+    def lap(self, steps: int) -> float:
+        seconds = (time.perf_counter() - self._start) / steps
+        self.restart()
+        return seconds
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Keep the records up to `step`. Replaces the file whole, so that a crash loses nothing."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a crash
+
+
+def _losses(record: dict[str, float]) -> str:
+    names = ("loss", "lm_loss", "kl_loss", "clone_loss")
+    return " ".join(f"{name.removesuffix('_loss')} {record[name]:.4f}" for name in names)
+
+
+def _count(number: float) -> str:
+    for unit in ("", "K", "M", "B"):
+        if number < 1000 or unit == "B":
+            break
+        number /= 1000
+    return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
