@@ -27,16 +27,18 @@ def write_llama(
     dtype: torch.dtype = torch.float32,
     rope: dict | None = None,
     max_shard_size: str = "5GB",
+    num_layers: int = 2,
+    vocab_size: int = 301,
 ) -> LlamaForCausalLM:
-    """A random two-layer Llama in `directory`, with a tokenizer; the model is returned."""
+    """A random Llama in `directory`, with a tokenizer if the vocabulary has room for one; the model is returned."""
     config = LlamaConfig(
         hidden_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         intermediate_size=80,
-        num_hidden_layers=2,
-        vocab_size=301,
+        num_hidden_layers=num_layers,
+        vocab_size=vocab_size,
         max_position_embeddings=256,
         rms_norm_eps=3e-5,
         tie_word_embeddings=is_tied,
@@ -48,7 +50,8 @@ def write_llama(
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
-    write_tokenizer(directory, vocab_size=301)
+    if vocab_size > 256:
+        write_tokenizer(directory, vocab_size=vocab_size)
     return model
 
 

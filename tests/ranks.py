@@ -6,6 +6,7 @@ The processes meet through a file, so no port can be taken by another test; a wo
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 #: Imported once by the server that every rank is forked from: these cost seconds, and start no threads.
-PRELOAD = ["megatron_lrc.train.build", "megatron_lrc.train.step", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["megatron_lrc.train.loop", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"]
 
 
 def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -28,7 +29,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 1
         for rank in range(num_ranks):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run, args=(rank, num_ranks, str(Path(folder) / "store"), sender, function, args), daemon=True
+                target=_run, args=(rank, num_ranks, str(Path(folder) / "store"), sender, function, args)
             )
             process.start()
             sender.close()
@@ -38,7 +39,8 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 1
             return _collect(pipes, time.monotonic() + timeout)
         finally:
             for process in processes:
-                process.kill()
+                if process.is_alive():
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
                 process.join()
 
 
@@ -62,6 +64,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 
 def _run(rank: int, size: int, store: str, sender: Connection, function: Callable, args: tuple) -> None:
+    os.setsid()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
         import torch

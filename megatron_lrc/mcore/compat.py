@@ -1,16 +1,45 @@
-"""Differences between megatron-core versions (0.16 to 0.19), and their defects that we have to step round."""
+"""Differences between megatron-core versions (0.16 to 0.19), and the defects of theirs that we have to step round."""
 
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)  # before torch 2.7 the second was no subclass of the first
 
-def keep_step_through_load(optimizer: MegatronOptimizer) -> None:
-    """Let a DistributedOptimizer over torch's Adam load `fully_reshardable` state.
 
-    0.16.1 copies every entry of a parameter's state from the checkpoint, `step` included, which that format leaves out
-    (KeyError: 'step'). Here the present value stands in; the caller sets the true one afterwards.
+def chained_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """megatron-core's single optimizers, inside the chain that it may put round them."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch (or TE, or apex) optimizers inside megatron-core's."""
+    return [single.optimizer for single in chained_optimizers(optimizer) if single.optimizer is not None]
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:
+    """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: optimizer steps so far.
+
+    torch's Adam counts steps for each parameter; TE's and apex's, for which megatron-core is written, for each group.
+    So of the count, 0.16.1 and 0.19.2 save none at step 0, fail to load it under the DistributedOptimizer, and
+    otherwise give all parameters one tensor, which a step then advances once for each of them.
     """
+    step = torch.tensor(float(num_updates))
+    for single in chained_optimizers(optimizer):
+        _keep_step_through_load(single)
+    inner_state = state.get("optimizer", state)
+    if "state" in inner_state and any(isinstance(inner, TORCH_ADAM) for inner in inner_optimizers(optimizer)):
+        inner_state["state"]["common_step"] = step
+    optimizer.load_state_dict(state)
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, TORCH_ADAM):
+            for parameter_state in inner.state.values():
+                parameter_state["step"] = step.clone()
+
+
+def _keep_step_through_load(optimizer: MegatronOptimizer) -> None:
+    """Let a DistributedOptimizer load `fully_reshardable` state, which has no `step` to copy: keep the present one."""
     set_state = getattr(optimizer, "_set_main_param_and_optimizer_states", None)
     if set_state is None:
         return
@@ -18,9 +47,7 @@ def keep_step_through_load(optimizer: MegatronOptimizer) -> None:
     def set_state_with_step(model_param: Any, tensors: dict[str, Any]) -> None:
         group, order = optimizer.model_param_group_index_map[model_param]  # type: ignore[attr-defined]
         main_param = optimizer.optimizer.param_groups[group]["params"][order]
-        state = optimizer.optimizer.state[main_param]
-        if "step" in state:
-            tensors = {"step": state["step"], **tensors}
-        set_state(model_param, tensors)
+        present = optimizer.optimizer.state[main_param]
+        set_state(model_param, {"step": present["step"], **tensors} if "step" in present else tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_state_with_step  # type: ignore[attr-defined]

@@ -47,37 +47,21 @@ class ProjectionOptimizer:
     @torch.no_grad()
     def initialize_state(self) -> None:
         """Allocate Adam's state now: it is lazy, and a checkpoint of the untrained state would lack it."""
-        for single in self.inner_optimizers():
-            for group in single.param_groups:
+        for inner in compat.inner_optimizers(self.optimizer):
+            for group in inner.param_groups:
                 for parameter in group["params"]:
-                    state = single.state[parameter]
+                    state = inner.state[parameter]
                     if state:
                         continue
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-                    if isinstance(single, torch.optim.Adam):  # TE's and apex's count steps per group
+                    if isinstance(inner, compat.TORCH_ADAM):  # TE's and apex's count steps per group
                         state["step"] = torch.zeros((), dtype=torch.float32)
 
     def load_state_dict(self, optimizer_state: dict, schedule_state: dict) -> None:
         """Take over what `MegatronOptimizer.sharded_state_dict` and the schedule's `state_dict` gave, after loading."""
         self.lr_schedule.load_state_dict(schedule_state)
-        steps = float(self.lr_schedule.num_steps)
-        for single in self.chained_optimizers():
-            compat.keep_step_through_load(single)
-        self.optimizer.load_state_dict(optimizer_state)
-        # torch's Adam counts steps per parameter. megatron-core saves one count, and none at step 0, and on loading gives
-        # every parameter the same tensor, which a step would then advance once for each of them.
-        for inner in self.inner_optimizers():
-            for state in inner.state.values():
-                if isinstance(inner, torch.optim.Adam):
-                    state["step"] = torch.tensor(steps, dtype=torch.float32)
-
-    def chained_optimizers(self) -> list[MegatronOptimizer]:
-        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-
-    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The torch (or TE, or apex) optimizers inside megatron-core's."""
-        return [single.optimizer for single in self.chained_optimizers() if single.optimizer is not None]
+        compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=self.lr_schedule.num_steps)
 
     @property
     def lr(self) -> float:

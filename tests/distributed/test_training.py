@@ -1,0 +1,182 @@
+"""Whole runs through the training loop: the same on every layout, and after a stop the same as without one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.mcore.checkpoint import checkpoint_path, open_checkpoint
+from megatron_lrc.train import loop
+from megatron_lrc.validation import validate
+
+STUDENT = 24
+
+
+def make_config(teacher: str, data: str, run: Path, *, steps: int) -> Config:
+    config = Config()
+    config.model.teacher, config.model.student_hidden_size = teacher, STUDENT
+    config.projection.init_method_std = 0.1
+    config.training.seq_length, config.training.micro_batch_size, config.training.global_batch_size = 16, 2, 8
+    config.training.train_iters, config.optimizer.lr_decay_iters = steps, 20
+    config.optimizer.lr = 1e-3
+    config.data.data_path, config.data.split = [data], "90,10,0"
+    config.logging.log_interval, config.logging.eval_iters = 1, 2
+    config.checkpoint.save = str(run)
+    return config
+
+
+def on_layout(config: Config, *, tp: int = 1, pp: int = 1, dist_opt: bool = False) -> Config:
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1,
+        use_distributed_optimizer=dist_opt,
+    )
+    return replace(config, parallel=parallel)
+
+
+def continued(config: Config, *, steps: int) -> Config:
+    """The same run, gone on from its last checkpoint."""
+    return replace(
+        config,
+        training=replace(config.training, train_iters=steps),
+        checkpoint=replace(config.checkpoint, load=config.checkpoint.save),
+    )
+
+
+def train(config: Config, ranks: int = 1) -> None:
+    validate(config, world_size=ranks)
+    run_ranks(ranks, loop.train, config.resolved(ranks))
+
+
+def records(run: str | Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines]
+
+
+def assert_same_parameters(first: str | Path, second: str | Path) -> None:
+    one, two = open_checkpoint(str(first)), open_checkpoint(str(second))
+    for tensors, others in ((one.projections, two.projections), (one.norms, two.norms)):
+        assert set(tensors) == set(others)
+        for name in tensors:
+            assert torch.equal(tensors[name], others[name]), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "ranks, layout", [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"dist_opt": True})], ids=["TP2+SP", "PP2", "DP2"]
+)
+def test_one_step_gives_the_same_losses_and_projections_on_every_layout(
+    tiny_llama, tiny_text, tmp_path, ranks, layout, is_tied
+):
+    config = make_config(tiny_llama(is_tied=is_tied), tiny_text, tmp_path / "one", steps=1)
+    train(config)
+    other = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "other")))
+    train(on_layout(other, **layout), ranks)
+
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        for line, reference in zip(records(tmp_path / "other", name), records(tmp_path / "one", name), strict=True):
+            for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
+                assert line[key] == pytest.approx(reference[key], rel=1e-5), (name, key)
+    assert records(tmp_path / "other")[0]["grad_norm"] == pytest.approx(records(tmp_path / "one")[0]["grad_norm"], rel=1e-4)
+    reference, result = open_checkpoint(str(tmp_path / "one")), open_checkpoint(str(tmp_path / "other"))
+    assert ("lm_head" in result.projections) != is_tied
+    for name, matrix in reference.projections.items():
+        assert torch.linalg.norm(result.projections[name] - matrix) <= 1e-4 * torch.linalg.norm(matrix), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "ranks, layout, bf16",
+    [(1, {}, False), (1, {}, True), (2, {"pp": 2}, False), (2, {"tp": 2}, True), (2, {"dist_opt": True}, False)]
+    + [(2, {"dist_opt": True}, True)],
+    ids=["one", "one-bf16", "PP2", "TP2-bf16", "DP2-distributed-optimizer", "DP2-distributed-optimizer-bf16"],
+)
+def test_a_run_that_stopped_goes_on_bit_for_bit(tiny_llama, tiny_text, tmp_path, ranks, layout, bf16):
+    config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=5), **layout)
+    config.training.bf16 = bf16
+    train(config, ranks)
+    stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
+    train(replace(stopped, training=replace(config.training, train_iters=2)), ranks)
+    train(continued(stopped, steps=5), ranks)
+
+    assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
+    assert records(tmp_path / "stopped", "validation.jsonl")[-1] == records(tmp_path / "whole", "validation.jsonl")[-1]
+    assert_same_parameters(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.distributed
+def test_a_run_can_go_on_from_its_untrained_state(tiny_llama, tiny_text, tmp_path):
+    """Adam's state is lazy, and megatron-core saves no step count of zero: both once lost a run like this."""
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=3)
+    train(config)
+    stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
+    train(replace(stopped, training=replace(config.training, train_iters=0)))
+    assert records(tmp_path / "stopped", "validation.jsonl")[0] == records(tmp_path / "whole", "validation.jsonl")[0]
+    train(continued(stopped, steps=3))
+    assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dist_opt", [False, True], ids=["replicated", "distributed-optimizer"])
+def test_a_checkpoint_loads_on_another_layout(tiny_llama, tiny_text, tmp_path, dist_opt):
+    """Parameters, Adam's moments and step count all carry over: the next steps are those of the uninterrupted run."""
+    config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=5), dist_opt=dist_opt)
+    train(config)
+    moved = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "moved")))
+    train(on_layout(replace(moved, training=replace(config.training, train_iters=2)), tp=2, dist_opt=dist_opt), 2)
+    train(on_layout(continued(moved, steps=4), pp=2, dist_opt=dist_opt), 2)
+    train(on_layout(continued(moved, steps=5), dist_opt=dist_opt))
+    for line, reference in zip(records(tmp_path / "moved"), records(tmp_path / "whole"), strict=True):
+        for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
+            assert line[key] == pytest.approx(reference[key], rel=1e-4), (line["step"], key)
+
+
+@pytest.mark.distributed
+def test_training_lowers_every_held_out_loss(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=40)
+    config.optimizer.lr, config.optimizer.lr_decay_iters = 6e-3, None
+    config.logging.log_interval = 20
+    train(config)
+    before, after = records(tmp_path / "run", "validation.jsonl")
+    for key in ("lm_loss", "kl_loss", "clone_loss"):
+        assert after[key] < 0.9 * before[key], key
+    assert [line["step"] for line in records(tmp_path / "run")] == [20, 40]
+    assert [line["tokens"] for line in records(tmp_path / "run")] == [20 * 8 * 16, 40 * 8 * 16]
+
+
+@pytest.mark.distributed
+def test_accumulating_micro_batches_changes_nothing(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "two", steps=2)
+    train(config)
+    whole = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "eight")))
+    train(replace(whole, training=replace(config.training, micro_batch_size=8)))
+    for line, reference in zip(records(tmp_path / "eight"), records(tmp_path / "two"), strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_run_is_never_written_over_or_continued_with_another_student(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1)
+    train(config)
+    assert checkpoint_path(str(tmp_path / "run"), 1).is_dir()
+
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        loop.check(config, 1)
+    wider = replace(continued(config, steps=2), model=replace(config.model, student_hidden_size=32))
+    with pytest.raises(ConfigError, match="hidden size 24.*ask for 32"):
+        loop.check(wider, 1)
+    other = replace(continued(config, steps=2), model=replace(config.model, teacher=tiny_llama(dtype=torch.float64)))
+    with pytest.raises(ConfigError, match="not the teacher"):
+        loop.check(other, 1)
+    with pytest.raises(ConfigError, match="past --train-iters 0"):
+        loop.check(continued(config, steps=0), 1)
