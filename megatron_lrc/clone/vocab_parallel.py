@@ -172,13 +172,13 @@ def _warm_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v]; overwrites teacher_logits.
 
     At a high temperature the two distributions nearly agree, and KL is a small difference of large numbers (at tau = 40,
-    1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits; where the gap is large, so that
-    expm1 could overflow, the plain difference is exact enough.
+    1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits; where the student's exponential is
+    much the larger, so that expm1 could overflow, the plain difference is exact enough.
     """
     teacher_warm = (teacher_logits / temperature).exp_()
     gap = teacher_logits.sub_(student_logits).div_(temperature)
     excess = torch.where(
-        gap.abs() < 1.0,
+        gap > -1.0,
         torch.expm1(-gap).mul_(teacher_warm),
         (student_logits / temperature).exp_().sub_(teacher_warm),
     )
