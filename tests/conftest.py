@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+
 from hf_teachers import write_llama
 from tiny_data import write_dataset
 

@@ -1,6 +1,6 @@
 """Runs a function on several gloo ranks, each a process; the first failing rank's traceback is the test's failure.
 
-The processes meet through a file, so no port can be taken by another test; a world that hangs is killed after `timeout`.
+The processes meet through a file, so no port can be taken by another test; a world that hangs is killed in time.
 """
 
 import multiprocessing

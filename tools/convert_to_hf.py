@@ -50,7 +50,7 @@ def convert(flags: argparse.Namespace) -> None:
 
     max_shard_size = parse_size(flags.max_shard_size)
     student = open_checkpoint(flags.load)
-    teacher = describe_teacher(flags.teacher or student.config.model.teacher)
+    teacher = describe_teacher(flags.teacher or str(student.config.model.teacher))
     fingerprint = TeacherReader(teacher).fingerprint()
     if fingerprint != student.teacher_fingerprint:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """How the projections start: from a normal, or in closed form from the teacher's residual stream (METHOD section 7).
 
-PCA: Q (D, d) holds the leading eigenvectors of the second moment of the residual stream, over calibration tokens and all
-the places where it is read, each token scaled to unit RMS. With g the teacher's norm gain in front of a matrix and
+PCA: Q (D, d) holds the leading eigenvectors of the second moment of the residual stream, over calibration tokens and
+all the places where it is read, each token scaled to unit RMS. With g the teacher's norm gain in front of a matrix and
 c = sqrt(D / d), which keeps the student's RMS the teacher's:
 
     P = Q for embed, o, down;   P = c diag(g) Q for q, k, v (input norm), gate, up (post norm), lm_head (final norm)
@@ -33,7 +33,7 @@ def norm_before(projection: str) -> str | None:
 
 @torch.no_grad()
 def initialize_random(projections: Projections, *, std: float, seed: int) -> None:
-    """Every P ~ N(0, std), gains 1. Each P is drawn whole from a seed of its own name, so any layout starts the same."""
+    """Every P ~ N(0, std), gains 1. Each P is drawn whole, from a seed of its own name: any layout starts the same."""
     for name, _ in projections.named_matrices():
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -40,7 +40,7 @@ class ClonedWeight:
 
 
 def accumulate_in_fp32(parameter: Tensor) -> None:
-    """Collect a low-precision leaf's gradients over micro-batches in fp32, in `parameter.main_grad` (megatron-core's name).
+    """Collect a low-precision leaf's gradients over micro-batches in fp32, in `.main_grad` (megatron-core's name).
 
     fp32 and fp64 leaves need nothing: autograd accumulates in `.grad`. Read either with `gradient_of`.
     """
@@ -126,7 +126,7 @@ class Projections(nn.Module):
         return gathered
 
     def target(self, name: str) -> Tensor:
-        """The leaf [D, d] through which the clone loss projects the teacher's outputs. Valid until the next `compose`."""
+        """The leaf [D, d] through which the clone loss projects the teacher's outputs; renewed by `compose`."""
         return self._targets[name]
 
     @torch.no_grad()

@@ -1,10 +1,11 @@
 """THE TABLE of cloned weights: one row per matrix of a layer, and one each for the embedding and the LM head.
 
-A row says which width of the teacher's matrix its projection shrinks, where the matrix sits in a megatron-core GPTModel,
-how tensor parallelism splits it, and which rows of a fused matrix are its own. Composing, pulling back, capturing
-activations, reading a teacher and exporting a student are loops over these rows; nothing else knows a fused layout.
+A row says which width of the teacher's matrix its projection shrinks, where the matrix sits in a megatron-core
+GPTModel, how tensor parallelism splits it, and which rows of a fused matrix are its own. Composing, pulling back,
+capturing activations, reading a teacher and exporting a student are loops over these rows; nothing else knows a fused
+layout.
 
-Notation: D teacher hidden, d student hidden, o output features, i input features; `/tp` split over tensor parallel ranks.
+Notation: D teacher hidden, d student hidden, o output features, i input features; `/tp` split over TP ranks.
 Weights are stored (out, in). METHOD: arXiv 2505.12781, equations 1-3.
 
 Fused layouts (megatron-core's): linear_qkv holds, for each KV group, its queries, then its key, then its value;
@@ -23,7 +24,7 @@ class Site:
 
     projected: the width of W_T that shrinks from D to d. "input": W_S = W_T @ P; "output": W_S = P^T @ W_T.
     linear: the module that holds the matrix, as a path inside a TransformerLayer (or inside GPTModel for the two ends).
-    split: dimension of the matrix that tensor parallelism splits: 0 (column parallel: rows) or 1 (row parallel: columns).
+    split: dimension that tensor parallelism splits: 0 (rows, a column parallel layer) or 1 (columns, row parallel).
     """
 
     name: str

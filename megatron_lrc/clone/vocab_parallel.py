@@ -1,4 +1,4 @@
-"""LM and KL loss from the two models' final hidden states and LM heads, split by vocabulary, a chunk of tokens at a time.
+"""LM and KL loss from both models' final hidden states and LM heads, split by vocabulary, a chunk of tokens at a time.
 
     L_LM = -log softmax(z_S)[label]         L_KL = tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau))
 
@@ -56,9 +56,9 @@ def lm_and_kl_loss(
     temperature: float,
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(L_LM + kl_weight * L_KL, L_LM, L_KL), each summed over tokens with `token_weight`; only the first is differentiable.
+    """(L_LM + kl_weight * L_KL, L_LM, L_KL), summed over tokens with `token_weight`; only the first is differentiable.
 
-    student_hidden [n, d] and teacher_hidden [n, D]: all tokens on every rank. Heads [v, d] and [v, D]: this rank's rows.
+    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: this rank's rows.
     labels [n]: global vocabulary ids. The three sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
     return _LmAndKl.apply(
@@ -154,7 +154,7 @@ def _chunk_losses(
     lm = weight @ (total[0].log() - total[1])
     kl = torch.zeros_like(lm)
     if teacher_logits is not None:
-        _, _, teacher_sum, excess_sum, gap_sum = total
+        teacher_sum, excess_sum, gap_sum = total[2:]
         kl = temperature**2 * (weight @ (torch.log1p(excess_sum / teacher_sum) + gap_sum / teacher_sum))
     if not needs_grad:
         return lm, kl, None
@@ -162,6 +162,7 @@ def _chunk_losses(
     grad[rows, columns] -= weight[rows]
     if teacher_logits is not None:
         # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
+        teacher_sum, excess_sum = total[2], total[3]
         scale = kl_weight * temperature * weight / (teacher_sum + excess_sum)
         grad.addcmul_(excess, scale.unsqueeze(1))
         grad.addcmul_(teacher_warm, (scale * excess_sum / teacher_sum).unsqueeze(1), value=-1.0)
@@ -171,7 +172,7 @@ def _chunk_losses(
 def _warm_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v]; overwrites teacher_logits.
 
-    At a high temperature the two distributions nearly agree, and KL is a small difference of large numbers (at tau = 40,
+    At a high temperature the distributions nearly agree, and KL is a small difference of large numbers (at tau = 40,
     1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits; where the student's exponential is
     much the larger, so that expm1 could overflow, the plain difference is exact enough.
     """

@@ -6,5 +6,9 @@ import torch
 
 if not torch.cuda.is_available():
     # Expected where there is no GPU, and said at every start by every rank; on a CUDA machine they are worth reading.
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "full scope is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=message)

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from megatron_lrc import __version__
 from megatron_lrc.config import Config, ConfigError, ModelShape
@@ -143,7 +145,7 @@ def _sharded_parameters(stage: PairedModel) -> dict[str, ShardedTensor]:
 class _Tensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint under one prefix, each read whole when it is asked for."""
 
-    def __init__(self, path: Path, sizes: dict[str, dcp.metadata.TensorStorageMetadata], prefix: str):
+    def __init__(self, path: Path, sizes: dict[str, TensorStorageMetadata], prefix: str):
         self._path, self._prefix = path, prefix
         self._sizes = {key: size for key, size in sizes.items() if key.startswith(prefix)}
 
@@ -151,7 +153,7 @@ class _Tensors(Mapping[str, Tensor]):
         key = self._prefix + name
         stored = self._sizes[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        dcp.load({key: tensor}, storage_reader=dcp.FileSystemReader(self._path), no_dist=True)
+        load_tensors({key: tensor}, storage_reader=FileSystemReader(self._path), no_dist=True)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -184,10 +186,10 @@ def open_checkpoint(run: str) -> SavedStudent:
         )
     state, config, shape = read_state(path)
     try:
-        sizes = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        sizes = FileSystemReader(path).read_metadata().state_dict_metadata
     except OSError as error:
         raise ConfigError(f"{path} is damaged ({error}). Use an older checkpoint of the run.") from None
-    tensors = {key: size for key, size in sizes.items() if isinstance(size, dcp.metadata.TensorStorageMetadata)}
+    tensors = {key: size for key, size in sizes.items() if isinstance(size, TensorStorageMetadata)}
     return SavedStudent(
         path=path,
         config=config,

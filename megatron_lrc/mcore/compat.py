@@ -45,9 +45,9 @@ def _keep_step_through_load(optimizer: MegatronOptimizer) -> None:
         return
 
     def set_state_with_step(model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]  # type: ignore[attr-defined]
+        group, order = optimizer.model_param_group_index_map[model_param]
         main_param = optimizer.optimizer.param_groups[group]["params"][order]
         present = optimizer.optimizer.state[main_param]
         set_state(model_param, {"step": present["step"], **tensors} if "step" in present else tensors)
 
-    optimizer._set_main_param_and_optimizer_states = set_state_with_step  # type: ignore[attr-defined]
+    optimizer._set_main_param_and_optimizer_states = set_state_with_step

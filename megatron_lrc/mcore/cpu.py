@@ -30,7 +30,7 @@ class _Stream:
 
 
 class _CudaOnCpu(types.ModuleType):
-    """`torch.cuda` with the CPU as its only device; what is not named here is torch's own (`is_available` stays False)."""
+    """`torch.cuda` with the CPU as its only device; the rest is torch's own (is_available stays False)."""
 
     # Where megatron-core (0.16.1) needs each of them:
     current_device = staticmethod(lambda: _CPU)  # device= of nearly every allocation, P2P buffers included
@@ -66,7 +66,7 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """`torch`, with `torch.cuda` as above and tensors made for "cuda" made on the CPU (optimizer, clip_grads, schedules)."""
+    """`torch`, with `torch.cuda` as above, and tensors for "cuda" made on the CPU (optimizers, schedules)."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -93,7 +93,7 @@ def _asked_by_megatron() -> bool:
 
 
 def _type_for_megatron(tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-    """`Tensor.type()`: the mixed-precision optimizers and clip_grads compare it with "torch.cuda.FloatTensor" and kin."""
+    """`Tensor.type()`: mixed-precision optimizers and clip_grads compare it with "torch.cuda.FloatTensor" and kin."""
     if dtype is None and _asked_by_megatron():
         return _tensor_type(tensor).replace("torch.", "torch.cuda.", 1)
     return _tensor_type(tensor, dtype, **kwargs)
@@ -113,5 +113,5 @@ def activate() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _torch_on_cpu
-    torch.Tensor.type = _type_for_megatron  # type: ignore[method-assign]
-    torch.Tensor.cuda = _cuda_for_megatron  # type: ignore[method-assign]
+    torch.Tensor.type = _type_for_megatron
+    torch.Tensor.cuda = _cuda_for_megatron

@@ -61,7 +61,7 @@ def start(config: Config) -> Groups:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     cpu.activate()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,

@@ -1,8 +1,8 @@
 """Builds one pipeline stage of the frozen teacher or of the student, as an ordinary megatron-core GPTModel.
 
-Only the layer spec differs from megatron-core's local one, in two modules: an RMSNorm that works under sequence parallel
-(megatron-core's torch norm refuses it) and attention through torch's scaled_dot_product_attention (flash kernels on CPU
-and CUDA, no S x S matrix). Every use of GPTModel is in this file.
+Only the layer spec differs from megatron-core's local one, in two modules: an RMSNorm that works under sequence
+parallel (megatron-core's torch norm refuses it) and attention through torch's scaled_dot_product_attention (flash
+kernels on CPU and CUDA, no S x S matrix). Every use of GPTModel is in this file.
 """
 
 import copy
@@ -34,12 +34,12 @@ def head_layout(shape: ModelShape) -> HeadLayout:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's constructor; its gain is replicated over TP, its gradient a partial sum there."""
+    """torch's RMSNorm with megatron-core's constructor. The gain is replicated over TP, its gradient a partial sum."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -91,7 +91,9 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, weight: object = None, runtime_gather_output: object = None) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden: Tensor, weight: object = None, runtime_gather_output: object = None
+    ) -> tuple[Tensor, None]:
         return hidden.transpose(0, 1), None
 
 
@@ -172,7 +174,7 @@ def build_stage(
 def layers_of(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
     """(global 0-based index, TransformerLayer) of each layer on this stage."""
     for layer in model.decoder.layers:
-        yield layer.layer_number - 1, layer
+        yield int(layer.layer_number) - 1, layer
 
 
 def norm_gains(model: GPTModel) -> dict[str, nn.Parameter]:

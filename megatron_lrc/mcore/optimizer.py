@@ -90,7 +90,7 @@ class ProjectionOptimizer:
 
     @torch.no_grad()
     def clip_and_step(self) -> tuple[bool, float]:
-        """(whether P was updated, the gradient norm before clipping). Skips, on every rank, if the norm is not finite."""
+        """(whether P was updated, the gradient norm before clipping). All ranks skip if the norm is not finite."""
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if found_inf or not math.isfinite(grad_norm):
@@ -110,11 +110,11 @@ def _tied_projections(stage: PairedModel) -> list[nn.Parameter]:
 def _mark_for_grad_norm(stage: PairedModel) -> None:
     """Tell megatron-core's gradient norm what to count: every TP rank's P shard; the tied P once."""
     for _, matrix in stage.projections.named_matrices():
-        matrix.tensor_model_parallel = True  # type: ignore[attr-defined]
-        matrix.partition_dim, matrix.partition_stride = 0, 1  # type: ignore[attr-defined]
+        matrix.tensor_model_parallel = True
+        matrix.partition_dim, matrix.partition_stride = 0, 1
     if not stage.pre_process:
         for matrix in _tied_projections(stage):
-            matrix.shared = True  # type: ignore[attr-defined]
+            matrix.shared = True
 
 
 def _sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

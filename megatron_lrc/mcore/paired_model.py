@@ -1,10 +1,11 @@
 """PairedModel: one pipeline stage of the teacher and of the student, the captures between them, where losses attach.
 
 What travels between stages is [teacher_hidden, student_hidden] side by side; the configuration that megatron-core's
-schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without autograd; forward hooks on its
-linear layers keep their outputs until the student's same layer has produced its own, where the clone loss is attached.
+schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without autograd; forward hooks on
+its linear layers keep their outputs until the student's same layer has produced its own, where the clone loss is
+attached.
 
-Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a linear layer's output features; `/tp` split.
+Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a linear layer's features; `/tp` split.
 """
 
 import copy
@@ -118,8 +119,8 @@ class PairedModel(nn.Module):
         weights = []
 
         def pair(projection: str, site: Site, teacher: nn.Module, student: nn.Module) -> None:
-            old, new = teacher.get_submodule(site.linear).weight, student.get_submodule(site.linear).weight
-            weights.append(ClonedWeight(projection, site, old, new, self.heads))  # type: ignore[arg-type]
+            old, new = (model.get_parameter(f"{site.linear}.weight") for model in (teacher, student))
+            weights.append(ClonedWeight(projection, site, old, new, self.heads))
 
         if self.pre_process:
             pair(EMBED.name, EMBED, self.teacher, self.student)
@@ -226,7 +227,9 @@ class PairedModel(nn.Module):
             widths = inverse_widths(sites, self.heads, student.shape[-1], self.groups.tp.size())
             self._inverse_widths[linear] = widths.to(student.device, torch.promote_types(student.dtype, torch.float32))
         scale = self.settings.loss.alpha * self._main_loss_scale()
-        attached, per_feature = AttachCloneLoss.apply(student, target, token_weight, self._inverse_widths[linear], scale)
+        attached, per_feature = AttachCloneLoss.apply(
+            student, target, token_weight, self._inverse_widths[linear], scale
+        )
         for site in sites:
             self.sums.clone[layer, LAYER_SITES.index(site)] += select(site, per_feature, self.heads).sum()
         return attached, output[1]

@@ -1,4 +1,4 @@
-"""megatron-core's pipeline schedules over PairedModels: all micro-batches forward (and backward), losses as token sums."""
+"""megatron-core's pipeline schedules over PairedModels: all micro-batches forward and backward, losses as sums."""
 
 from collections.abc import Callable, Iterator
 

@@ -41,10 +41,11 @@ def load_teacher(stage: PairedModel, reader: TeacherReader) -> None:
         model.embedding.word_embeddings.weight.copy_(read(EMBED, None, padded_vocab_size=vocab))
     for index, layer in layers_of(model):
         for site in LAYER_SITES:
-            place = select(site, layer.get_submodule(site.linear).weight, stage.heads)
+            weight = layer.get_parameter(f"{site.linear}.weight")
+            place = select(site, weight, stage.heads)
             place.copy_(read(site, index).view(place.shape))
     if stage.post_process:
-        model.output_layer.weight.copy_(read(LM_HEAD, None, padded_vocab_size=vocab))
+        model.get_parameter("output_layer.weight").copy_(read(LM_HEAD, None, padded_vocab_size=vocab))
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         gain.copy_(reader.norm(kind, int(layer_name[1]) if layer_name else None))

@@ -217,9 +217,12 @@ class Trainer:
         for line in describe_changes(self.config):
             self._say(line)
         shapes = self.run.stages[0].shapes
-        trained = distributed.sum_over_world(
-            torch.tensor(_owned_parameters(self.run), dtype=torch.float64, device=self.groups.device)
-        ).item() / self.groups.dp.size()
+        trained = (
+            distributed.sum_over_world(
+                torch.tensor(_owned_parameters(self.run), dtype=torch.float64, device=self.groups.device)
+            ).item()
+            / self.groups.dp.size()
+        )
         self._say(
             f"teacher d_T {shapes.teacher.hidden_size}, student d_S {shapes.student.hidden_size} "
             f"({_tying(shapes.student)}), {shapes.student.num_layers} layers; trained: {trained / 1e6:.1f}M parameters "

@@ -1,6 +1,7 @@
 """What a run reports: one JSON object per logged step, TensorBoard, a console line. Only the main rank writes.
 
-    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, grad_norm, lr, tokens_per_second, step_seconds
+    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, grad_norm, lr, tokens_per_second,
+                            step_seconds
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss on the held-out split
     RUN/tensorboard/        the same, as train/... and valid/...
 
@@ -16,7 +17,7 @@ from typing import Any
 
 
 class RunLog:
-    """Writes the records of one run; `resume_at` drops what an earlier process logged past the step it continues from."""
+    """Writes the records of one run; drops what an earlier process logged past `resume_at`, where this one goes on."""
 
     def __init__(self, run: str | None, *, train_iters: int, resume_at: int):
         self._train_iters = train_iters

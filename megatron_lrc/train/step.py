@@ -89,9 +89,7 @@ def evaluate(run: Run, batches: Batches, *, num_batches: int) -> LossTotals:
     _reset_losses(run.stages)
     run.compose()
     for _ in range(num_batches):
-        forward_backward(
-            run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True
-        )
+        forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True)
     return _reduce_losses(run.stages)
 
 
@@ -105,4 +103,4 @@ def _reduce_losses(stages: list[PairedModel]) -> LossTotals:
     main = torch.stack([stage.sums.main for stage in stages]).sum(0)
     clone = torch.stack([stage.sums.clone for stage in stages]).sum(0)
     total = sum_over_world(torch.cat([main, clone.flatten()]))
-    return LossTotals(*total[:3], total[3:].view_as(clone))
+    return LossTotals(total[0], total[1], total[2], total[3:].view_as(clone))

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ranks import run_ranks
-from reference import Reference
 from transformers import LlamaForCausalLM
 
 from megatron_lrc.clone.initialization import initialize_random
@@ -18,6 +16,8 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_stages
+from ranks import run_ranks
+from reference import Reference
 
 SEQUENCE, BATCH, STUDENT, TEACHER = 16, 4, 20, 48
 VOCAB = 96  # padded to 256 at TP 2: the second rank has nothing but padding
@@ -63,7 +63,9 @@ def some_gain(name: str) -> torch.Tensor:
 def global_batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
-    mask = (torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25).float()  # ragged: a mean per micro-batch would differ
+    mask = (
+        torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25
+    ).float()  # ragged: a mean per micro-batch would differ
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
 
@@ -157,7 +159,7 @@ def test_losses_and_gradients_equal_the_reference(tiny_llama, layout, tied):
         close(values["lm"], losses.lm.detach())
         close(values["kl"], losses.kl.detach())
         for (layer, site), value in losses.clone.items():
-            close(values["clone"][layer, "q k v o gate up down".split().index(site)], value.detach())
+            close(values["clone"][layer, ["q", "k", "v", "o", "gate", "up", "down"].index(site)], value.detach())
     for _, matrices, gains in ranks:
         for name, (tp_rank, grad, value) in matrices.items():
             close(value, projections[name].detach().chunk(layout.tp)[tp_rank])

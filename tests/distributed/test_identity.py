@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from test_training import make_config, on_layout, records, train
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import load_checkpoint, newest_checkpoint
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.train.build import build_stages
+from ranks import run_ranks
 from tools_path import convert_to_hf
 
 VOCAB = 301

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.mcore.checkpoint import checkpoint_path, open_checkpoint
 from megatron_lrc.train import loop
 from megatron_lrc.validation import validate
+from ranks import run_ranks
 
 STUDENT = 24
 
@@ -87,7 +87,9 @@ def test_one_step_gives_the_same_losses_and_projections_on_every_layout(
         for line, reference in zip(records(tmp_path / "other", name), records(tmp_path / "one", name), strict=True):
             for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
                 assert line[key] == pytest.approx(reference[key], rel=1e-5), (name, key)
-    assert records(tmp_path / "other")[0]["grad_norm"] == pytest.approx(records(tmp_path / "one")[0]["grad_norm"], rel=1e-4)
+    assert records(tmp_path / "other")[0]["grad_norm"] == pytest.approx(
+        records(tmp_path / "one")[0]["grad_norm"], rel=1e-4
+    )
     reference, result = open_checkpoint(str(tmp_path / "one")), open_checkpoint(str(tmp_path / "other"))
     assert ("lm_head" in result.projections) != is_tied
     for name, matrix in reference.projections.items():

@@ -194,7 +194,7 @@ def run_report(root: Path, **replaced: Path) -> subprocess.CompletedProcess[str]
     paths = {name: root / name for name in ("teacher", "untrained", "student")}
     paths |= {
         "heldout": root / "heldout.jsonl",
-        "metrics": root / "metrics.jsonl",
+        "run": root / "run",
         "output-dir": root / "out",
     } | replaced
     flags = [part for name, path in paths.items() for part in (f"--{name}", str(path))]

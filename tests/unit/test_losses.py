@@ -36,7 +36,9 @@ def random_problem(dtype, scale=1.0):
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
 @pytest.mark.parametrize("kl_weight", [0.0, 1.3])
 def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk_tokens, kl_weight):
-    student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(torch.float64, scale=3.0)
+    student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(
+        torch.float64, scale=3.0
+    )
     total, lm, kl = lm_and_kl_loss(
         student_hidden,
         teacher_hidden,
@@ -52,7 +54,11 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
     grads = torch.autograd.grad(total * 0.7, (student_hidden, student_head))
 
     expected_lm, expected_kl = naive_losses(
-        student_hidden @ student_head[:VOCAB].t(), teacher_hidden @ teacher_head[:VOCAB].t(), labels, weight, temperature
+        student_hidden @ student_head[:VOCAB].t(),
+        teacher_hidden @ teacher_head[:VOCAB].t(),
+        labels,
+        weight,
+        temperature,
     )
     expected = torch.autograd.grad((expected_lm + kl_weight * expected_kl) * 0.7, (student_hidden, student_head))
     torch.testing.assert_close(lm, expected_lm)
@@ -85,7 +91,9 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
     target = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
     mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
 
-    attached, per_feature = AttachCloneLoss.apply(student, target, mask, inverse_widths(sites, heads, 40, 1).to(dtype), 0.2)
+    attached, per_feature = AttachCloneLoss.apply(
+        student, target, mask, inverse_widths(sites, heads, 40, 1).to(dtype), 0.2
+    )
     assert torch.equal(attached, student)
     grads = torch.autograd.grad(attached.sin().sum(), (student, target))
 
@@ -96,6 +104,8 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
     terms = [masked_mse(site) for site in sites]
     expected = torch.autograd.grad(student.sin().sum() + 0.2 * sum(terms), (student, target))
     for site, term in zip(sites, terms, strict=True):
-        torch.testing.assert_close(select(site, per_feature, heads).sum(), term.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            select(site, per_feature, heads).sum(), term.detach(), rtol=tolerance, atol=tolerance
+        )
     for grad, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance)
