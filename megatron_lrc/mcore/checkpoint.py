@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
@@ -145,15 +147,15 @@ def _sharded_parameters(stage: PairedModel) -> dict[str, ShardedTensor]:
 class _Tensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint under one prefix, each read whole when it is asked for."""
 
-    def __init__(self, path: Path, sizes: dict[str, TensorStorageMetadata], prefix: str):
-        self._path, self._prefix = path, prefix
+    def __init__(self, reader: CachedMetadataFileSystemReader, sizes: dict[str, TensorStorageMetadata], prefix: str):
+        self._reader, self._prefix = reader, prefix
         self._sizes = {key: size for key, size in sizes.items() if key.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._prefix + name
         stored = self._sizes[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        load_tensors({key: tensor}, storage_reader=FileSystemReader(self._path), no_dist=True)
+        load_tensors({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -185,8 +187,9 @@ def open_checkpoint(run: str) -> SavedStudent:
             f"--load {run} holds no checkpoint (iter_NNNNNNN/{STATE_FILE}). Give a run directory, as --save wrote it."
         )
     state, config, shape = read_state(path)
+    reader = CachedMetadataFileSystemReader(str(path))
     try:
-        sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+        sizes = reader.read_metadata().state_dict_metadata
     except OSError as error:
         raise ConfigError(f"{path} is damaged ({error}). Use an older checkpoint of the run.") from None
     tensors = {key: size for key, size in sizes.items() if isinstance(size, TensorStorageMetadata)}
@@ -197,6 +200,6 @@ def open_checkpoint(run: str) -> SavedStudent:
         teacher_fingerprint=state.teacher_fingerprint,
         step=state.step,
         tokens=state.tokens,
-        projections=_Tensors(path, tensors, PROJECTIONS),
-        norms=_Tensors(path, tensors, NORMS),
+        projections=_Tensors(reader, tensors, PROJECTIONS),
+        norms=_Tensors(reader, tensors, NORMS),
     )
