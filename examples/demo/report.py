@@ -151,12 +151,23 @@ def plot(results: dict[str, Result], training: list[dict], validation: list[dict
             if validation:
                 places = [record["tokens"] / 1e3 for record in validation]
                 losses = [record[term] for record in validation]
-                axis.plot(places, losses, "o--", color="black", markersize=5, clip_on=False, label="held-out text")
+                axis.plot(
+                    places,
+                    losses,
+                    "o--",
+                    color="black",
+                    markersize=5,
+                    clip_on=False,
+                    label="held-out sample, while training",
+                )
             axis.set(title=name, xlabel="tokens trained on (thousands)", ylabel=f"{name} ({unit})")
             axis.set_xlim(left=0)
+        axes[2].set_yscale("log")  # a few tokens with massive activations make single batches leap
         draw_references(axes[0], results)
         for axis in axes:
-            axis.legend(frameon=False, fontsize=9)
+            low, high = axis.get_ylim()
+            axis.set_ylim(top=high * (high / low) ** 0.2 if axis is axes[2] else high + 0.35 * (high - low))
+            axis.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
         teacher, student = results["teacher"], results["trained student"]
         figure.suptitle(
             f"Low-Rank Clone: hidden size {teacher.hidden_size} -> {student.hidden_size}, "

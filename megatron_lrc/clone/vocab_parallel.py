@@ -106,17 +106,24 @@ class _LmAndKl(torch.autograd.Function):
             if hidden_grad is not None and head_grad is not None and logits_grad is not None:
                 narrow = logits_grad.to(student_hidden.dtype)
                 hidden_grad[chunk] = narrow @ student_rows
-                head_grad[: shard.num_valid] += narrow.t() @ student_hidden[chunk]
-        if needs_grad:
-            ctx.save_for_backward(hidden_grad, head_grad)
+                _add_product(head_grad[: shard.num_valid], narrow.t(), student_hidden[chunk])
+        ctx.gradients = (hidden_grad, head_grad)  # made here and used once: no need of save_for_backward's checks
         ctx.mark_non_differentiable(lm_sum, kl_sum)
         return lm_sum + kl_weight * kl_sum, lm_sum, kl_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, head_grad = ctx.saved_tensors
-        scale = grads[0]
-        return (hidden_grad * scale).to(hidden_grad.dtype), (head_grad * scale).to(hidden_grad.dtype), *[None] * 6
+        hidden_grad, head_grad = ctx.gradients
+        ctx.gradients = None
+        return hidden_grad.mul_(grads[0]), head_grad.mul_(grads[0]).to(hidden_grad.dtype), *[None] * 6
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; without a temporary of the head's size where the dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _chunk_losses(

@@ -1,5 +1,6 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.validation import validate_against_teacher
 
+CONFIG_FILE = "config.yaml"
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
@@ -44,7 +47,17 @@ def check(config: Config, world_size: int) -> Checked:
     warnings = validate_against_teacher(config, teacher.shape)
     reader = TeacherReader(teacher)
     check_data(config, teacher.shape.vocab_size)
+    if config.checkpoint.save:
+        _check_writable(Path(config.checkpoint.save))
     return Checked(teacher, reader, _find_checkpoint(config, teacher, reader), warnings)
+
+
+def _check_writable(run: Path) -> None:
+    """Refuse a run directory that could not be made or written to, before hours are spent on what it should hold."""
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "is not writable" if existing.is_dir() else "is a file"
+        raise ConfigError(f"--save {run}: {existing} {why}. Give a directory that can be made and written to.")
 
 
 def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: TeacherReader) -> Path | None:
@@ -77,9 +90,6 @@ def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: Teache
             f"{path} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
         )
     return path
-
-
-CONFIG_FILE = "config.yaml"
 
 
 def _tying(shape: ModelShape) -> str:

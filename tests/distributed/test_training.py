@@ -174,6 +174,9 @@ def test_a_run_is_never_written_over_or_continued_with_another_student(tiny_llam
 
     with pytest.raises(ConfigError, match="already holds checkpoints"):
         loop.check(config, 1)
+    inside_a_file = tmp_path / "run" / "metrics.jsonl" / "new"
+    with pytest.raises(ConfigError, match="metrics.jsonl is a file"):
+        loop.check(replace(config, checkpoint=replace(config.checkpoint, save=str(inside_a_file))), 1)
     wider = replace(continued(config, steps=2), model=replace(config.model, student_hidden_size=32))
     with pytest.raises(ConfigError, match="hidden size 24.*ask for 32"):
         loop.check(wider, 1)
