@@ -97,19 +97,15 @@ write_untrained() {
 }
 
 train_student() {
-    local resume=()
-    if has_checkpoint "$RUN"; then
+    local start=$UNTRAINED_RUN # no second calibration
+    if compgen -G "$RUN/iter_*[0-9]/run.json" >/dev/null; then
         echo "Continuing from the last checkpoint in $RUN"
-        resume=(--load "$RUN")
+        start=$RUN
     else
         rm -rf "$RUN"
     fi
     pretrain "$RUN" --train-iters "$TRAIN_ITERS" --save-interval "$SAVE_INTERVAL" --log-interval 1 \
-        --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" ${resume[@]+"${resume[@]}"}
-}
-
-has_checkpoint() { # a complete one: while it is written its folder is called iter_N.partial
-    compgen -G "$1/iter_*[0-9]/run.json" >/dev/null
+        --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --load "$start"
 }
 
 export_student() { # export_student RUN OUTPUT

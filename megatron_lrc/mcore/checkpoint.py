@@ -12,6 +12,7 @@ names. `open_checkpoint` reads single tensors of it without any process group: t
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,7 +156,9 @@ class _Tensors(Mapping[str, Tensor]):
         key = self._prefix + name
         stored = self._sizes[key]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        load_tensors({key: tensor}, storage_reader=self._reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended: one process
+            load_tensors({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

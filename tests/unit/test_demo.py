@@ -213,7 +213,6 @@ def run_report(root: Path, **replaced: Path) -> subprocess.CompletedProcess[str]
 
 
 def test_report_compares_the_models_on_the_same_tokens(measured: Path) -> None:
-    pytest.importorskip("matplotlib")
     finished = run_report(measured)
     assert finished.returncode == 0, finished.stderr
     figures = json.loads((measured / "out/report.json").read_text())

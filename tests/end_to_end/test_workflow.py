@@ -1,0 +1,63 @@
+"""The README's four steps as a user types them, on a tiny teacher: text, training in two processes, resume, export."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_teachers import write_llama
+from tiny_data import make_texts, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str, **environment: str) -> str:
+    """What the command printed; it must succeed. A newcomer's environment: the package is found without an install."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    settings = {**clean, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_text_to_exported_student_through_the_command_line(tmp_path):
+    teacher, runs = tmp_path / "teacher", tmp_path / "run"
+    write_llama(teacher)
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_texts(300))
+    preprocess = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", corpus, "--output-prefix"]
+    run(*preprocess, str(tmp_path / "corpus"), "--tokenizer-model", str(teacher), "--append-eod")
+
+    flags = [
+        "--teacher",
+        str(teacher),
+        "--student-hidden-size",
+        "20",
+        "--data-path",
+        f"{tmp_path}/corpus_text_document",
+    ]
+    flags += ["--split", "90,10,0", "--seq-length", "32", "--global-batch-size", "4", "--eval-iters", "1"]
+    flags += ["--init-method-std", "0.1", "--pipeline-model-parallel-size", "2", "--log-interval", "1"]
+    script = ["bash", str(ROOT / "examples/pretrain_lrc.sh"), *flags, "--save", str(runs)]
+    first = run(*script, "--train-iters", "2", GPUS_PER_NODE="2")
+    assert "step 2/2" in first and "saved" in first
+    second = run(*script, "--train-iters", "4", "--load", str(runs), GPUS_PER_NODE="2")
+    assert "at step 2" in second and "step 3/4" in second and "step 2/4" not in second
+    steps = [json.loads(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    assert any((runs / "tensorboard").iterdir()) and (runs / "config.yaml").is_file()
+
+    convert = [sys.executable, str(ROOT / "tools/convert_to_hf.py"), "--load", str(runs), "--save-projections"]
+    run(*convert, "--output", str(tmp_path / "student"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert (model.config.hidden_size, model.config.head_dim, model.config.num_hidden_layers) == (20, 16, 2)
+    prompt = tokenizer("a small language model", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] == prompt["input_ids"].shape[1] + 5 or generated[0, -1] == tokenizer.eos_token_id
+    assert torch.isfinite(model(**prompt).logits).all()
