@@ -99,11 +99,8 @@ def _tying(shape: ModelShape) -> str:
 def train(config: Config) -> None:
     """Run the whole training on this process, one of the world that torchrun's environment describes."""
     checked = check(config, distributed.world_size())
-    groups = distributed.start(config)
-    try:
-        Trainer(config, checked, groups).train()
-    finally:
-        distributed.stop()
+    Trainer(config, checked, distributed.start(config)).train()
+    distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
 
 
 class Trainer:
@@ -126,7 +123,10 @@ class Trainer:
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
         self.run = Run(config, groups, stages, optimizer, self.global_batch_size // at_once)
-        self._saved_step = self.state.step if checked.resume_from else None
+        # The step whose state --save already holds; a run may also start from another one's checkpoint.
+        save, resume_from = config.checkpoint.save, checked.resume_from
+        is_same_run = save and resume_from and resume_from.parent.resolve() == Path(save).resolve()
+        self._saved_step = self.state.step if is_same_run else None
         self._announce(checked)
 
     def train(self) -> None:

@@ -124,6 +124,11 @@ def test_a_run_can_go_on_from_its_untrained_state(tiny_llama, tiny_text, tmp_pat
     stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
     train(replace(stopped, training=replace(config.training, train_iters=0)))
     assert records(tmp_path / "stopped", "validation.jsonl")[0] == records(tmp_path / "whole", "validation.jsonl")[0]
+    copied = replace(
+        config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "copy"), load=str(tmp_path / "stopped"))
+    )
+    train(replace(copied, training=replace(config.training, train_iters=0)))
+    assert_same_parameters(tmp_path / "copy", tmp_path / "stopped")
     train(continued(stopped, steps=3))
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
 

@@ -34,17 +34,10 @@ def test_text_to_exported_student_through_the_command_line(tmp_path):
     preprocess = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", corpus, "--output-prefix"]
     run(*preprocess, str(tmp_path / "corpus"), "--tokenizer-model", str(teacher), "--append-eod")
 
-    flags = [
-        "--teacher",
-        str(teacher),
-        "--student-hidden-size",
-        "20",
-        "--data-path",
-        f"{tmp_path}/corpus_text_document",
-    ]
-    flags += ["--split", "90,10,0", "--seq-length", "32", "--global-batch-size", "4", "--eval-iters", "1"]
-    flags += ["--init-method-std", "0.1", "--pipeline-model-parallel-size", "2", "--log-interval", "1"]
-    script = ["bash", str(ROOT / "examples/pretrain_lrc.sh"), *flags, "--save", str(runs)]
+    flags = f"--teacher {teacher} --student-hidden-size 20 --init-method-std 0.1 --save {runs} --log-interval 1"
+    flags += f" --data-path {tmp_path}/corpus_text_document --split 90,10,0 --eval-iters 1"
+    flags += " --seq-length 32 --global-batch-size 4 --pipeline-model-parallel-size 2"
+    script = ["bash", str(ROOT / "examples/pretrain_lrc.sh"), *flags.split()]
     first = run(*script, "--train-iters", "2", GPUS_PER_NODE="2")
     assert "step 2/2" in first and "saved" in first
     second = run(*script, "--train-iters", "4", "--load", str(runs), GPUS_PER_NODE="2")
