@@ -103,12 +103,12 @@ def save_checkpoint(
 
 @torch.no_grad()
 def load_checkpoint(path: Path, stages: list[PairedModel], optimizer: ProjectionOptimizer) -> None:
-    """Read projections, gains, optimizer and schedule of any layout into this rank's objects. Collective."""
+    """Read projections, gains and optimizer state of any layout into this rank's objects. Collective."""
     loaded = dist_checkpointing.load(_sharded_state(stages, optimizer, is_loading=True), str(path))
     for stage in stages:
         for key, parameter in _named_parameters(stage):
             parameter.copy_(loaded["model"][key])
-    optimizer.load_state_dict(loaded["optimizer"], loaded["lr_schedule"])
+    optimizer.load_state_dict(loaded["optimizer"], num_updates=loaded["num_updates"])
 
 
 def _named_parameters(stage: PairedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -123,7 +123,7 @@ def _sharded_state(stages: list[PairedModel], optimizer: ProjectionOptimizer, *,
     return {
         "model": model,
         "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
-        "lr_schedule": optimizer.lr_schedule.state_dict(),
+        "num_updates": optimizer.lr_schedule.num_steps,
     }
 
 

@@ -58,10 +58,17 @@ class ProjectionOptimizer:
                     if isinstance(inner, compat.TORCH_ADAM):  # TE's and apex's count steps per group
                         state["step"] = torch.zeros((), dtype=torch.float32)
 
-    def load_state_dict(self, optimizer_state: dict, schedule_state: dict) -> None:
-        """Take over what `MegatronOptimizer.sharded_state_dict` and the schedule's `state_dict` gave, after loading."""
-        self.lr_schedule.load_state_dict(schedule_state)
-        compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=self.lr_schedule.num_steps)
+    def load_state_dict(self, optimizer_state: dict, *, num_updates: int) -> None:
+        """Take over loaded moments, main parameters and step count. Rates and decays stay as the flags say.
+
+        num_updates: optimizer steps taken so far; the learning-rate schedule is a function of it and the flags alone.
+        """
+        settings = [_settings_of(group) for group in self.optimizer.param_groups]
+        compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=num_updates)
+        for group, present in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(present)
+        self.lr_schedule.num_steps = num_updates
+        self.lr_schedule.step(0)
 
     @property
     def lr(self) -> float:
@@ -98,6 +105,10 @@ class ProjectionOptimizer:
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
         return self.optimizer.step_with_ready_grads(), grad_norm
+
+
+def _settings_of(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def _tied_projections(stage: PairedModel) -> list[nn.Parameter]:

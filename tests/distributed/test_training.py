@@ -120,6 +120,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(tiny_llama, tiny_text, tmp_path,
 def test_a_run_can_go_on_from_its_untrained_state(tiny_llama, tiny_text, tmp_path):
     """Adam's state is lazy, and megatron-core saves no step count of zero: both once lost a run like this."""
     config = make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=3)
+    config.optimizer.lr_decay_iters = None  # follows --train-iters: 0 first, then 3
     train(config)
     stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
     train(replace(stopped, training=replace(config.training, train_iters=0)))
@@ -131,6 +132,15 @@ def test_a_run_can_go_on_from_its_untrained_state(tiny_llama, tiny_text, tmp_pat
     assert_same_parameters(tmp_path / "copy", tmp_path / "stopped")
     train(continued(stopped, steps=3))
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dist_opt", [False, True], ids=["replicated", "distributed-optimizer"])
+def test_a_continued_run_takes_its_learning_rate_from_the_flags(tiny_llama, tiny_text, tmp_path, dist_opt):
+    config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1), dist_opt=dist_opt)
+    train(config)
+    train(continued(replace(config, optimizer=replace(config.optimizer, lr=5e-4, lr_decay_iters=10)), steps=3))
+    assert [line["lr"] for line in records(tmp_path / "run")] == pytest.approx([1e-3, 5e-4 * 0.9, 5e-4 * 0.8])
 
 
 @pytest.mark.distributed
