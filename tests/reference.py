@@ -1,7 +1,7 @@
 """The method in one process: transformers modules, fp64, plain autograd from the projections to the loss. The oracle.
 
-METHOD.md sections 1 and 2 written down as directly as possible, and sharing no code with the package: the student's
-weights are composed inside the graph, both models run, all logits exist, and torch.autograd does the rest.
+Equations 1-3 and Algorithm 1 of arXiv 2505.12781, as directly as possible, sharing no code with the package: the
+student's weights are composed inside the graph, both models run, all logits exist, and torch.autograd does the rest.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""How the projections start: from a normal, or in closed form from the teacher's residual stream (METHOD section 7).
+"""How the projections start: from a normal, or in closed form from the teacher's residual stream.
 
 PCA: Q (D, d) holds the leading eigenvectors of the second moment of the residual stream, over calibration tokens and
 all the places where it is read, each token scaled to unit RMS. With g the teacher's norm gain in front of a matrix and

@@ -1,6 +1,6 @@
 """The activation-clone loss of one captured linear layer, attached to the student's activation.
 
-METHOD: Algorithm 1 of arXiv 2505.12781. E is a mean over tokens and features, so each site contributes
+Algorithm 1 of arXiv 2505.12781. Its E is a mean over tokens and features, so each site contributes
 sum over tokens of (squared difference / the site's global width); the division by the global token count comes once per
 step, where all gradients are divided. Whatever this rank holds, a shard of the features or its own tokens, its value is
 a partial sum, and its gradient exact without any communication.

@@ -6,7 +6,7 @@ capturing activations, reading a teacher and exporting a student are loops over 
 layout.
 
 Notation: D teacher hidden, d student hidden, o output features, i input features; `/tp` split over TP ranks.
-Weights are stored (out, in). METHOD: arXiv 2505.12781, equations 1-3.
+Weights are stored (out, in). Source: arXiv 2505.12781, equations 1-3.
 
 Fused layouts (megatron-core's): linear_qkv holds, for each KV group, its queries, then its key, then its value;
 linear_fc1 holds on each rank its share of gate, then its share of up.

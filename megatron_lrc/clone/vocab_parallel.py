@@ -2,9 +2,9 @@
 
     L_LM = -log softmax(z_S)[label]         L_KL = tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau))
 
-Logits z = hidden @ head^T exist for one chunk only, in fp32, and gradients are taken in the same pass, so memory does
-not grow with tokens x vocabulary. KL must be fp32: at tau = 40 a bf16 log-softmax turns its gradient by 45 to 65
-degrees (METHOD section 3). Under tensor parallelism each rank has a slice of the vocabulary; per token two small
+Logits z = hidden @ head^T exist for one chunk only, and gradients are taken in the same pass, so memory does not grow
+with tokens x vocabulary. What follows the GEMM is fp32 also for bf16 models: at tau = 40 a bf16 log-softmax turns the
+KL's gradient by 45 to 65 degrees. Under tensor parallelism each rank has a slice of the vocabulary; per token two small
 reductions (the largest logits, then five sums) give the exact loss, and the gradients stay local. dhidden is then a
 partial sum over ranks, which the backward of the sequence-parallel gather sums.
 

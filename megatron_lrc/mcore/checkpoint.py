@@ -35,7 +35,7 @@ from megatron_lrc.mcore.paired_model import PairedModel
 
 STATE_FILE = "run.json"
 PROJECTIONS, NORMS = "projections.", "norms."
-#: Optimizer state by parameter, readable at any layout. The default type of 0.16.1 is broken (DESIGN section 6).
+#: Optimizer state by parameter, readable at any layout. The default type of 0.16.1 raises (`flattened_range`).
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 

@@ -37,7 +37,7 @@ def random_student(description: TeacherDescription, hidden: int, *, has_lm_head:
 
 
 def closed_form(model: LlamaForCausalLM, basis: Tensor) -> State:
-    """METHOD section 7 at d_S = d_T: an orthonormal basis, each norm gain moved into the matrices behind it."""
+    """The closed-form start at d_S = d_T: an orthonormal basis, each norm gain moved into the matrices behind it."""
     state, hidden = model.state_dict(), basis.shape[0]
 
     def behind(norm: str) -> Tensor:
