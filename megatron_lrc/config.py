@@ -131,7 +131,7 @@ class OptimizerConfig:
         None, "Warmup, as a fraction of the decay steps. Default 0.005 without --lr-warmup-iters.", at_least=0, below=1
     )
     lr_warmup_iters: int | None = setting(None, "Warmup in steps, instead of --lr-warmup-fraction.", at_least=0)
-    weight_decay: float = setting(0.0, "AdamW weight decay.", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay of the projections; norm gains have none.", at_least=0)
     adam_beta1: float = setting(0.9, "Adam's first-moment decay.", at_least=0, below=1)
     adam_beta2: float = setting(0.999, "Adam's second-moment decay.", at_least=0, below=1)
     adam_eps: float = setting(1e-8, "Adam's epsilon.", above=0)

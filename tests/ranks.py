@@ -3,6 +3,7 @@
 The processes meet through a file, so no port can be taken by another test; a world that hangs is killed in time.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -39,7 +40,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 1
             return _collect(pipes, time.monotonic() + timeout)
         finally:
             for process in processes:
-                if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                     os.killpg(process.pid, signal.SIGKILL)  # with what it has started
                 process.join()
 

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+#: What a parameter group has from the flags, alike in all groups; the scheduler sets the weight decay.
+FLAG_SETTINGS = ("lr", "max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
+
 TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)  # before torch 2.7 the second was no subclass of the first
 
 
@@ -19,7 +22,10 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:
-    """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: optimizer steps so far.
+    """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: steps so far.
+
+    Settings are those of the flags, not the saved ones; 0.19 finds a group's saved counterpart by rates among others, so
+    they must agree before loading.
 
     torch's Adam counts steps for each parameter; TE's and apex's, for which megatron-core is written, for each group.
     So of the count, 0.16.1 and 0.19.2 save none at step 0, fail to load it under the DistributedOptimizer, and
@@ -29,6 +35,9 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *,
     for single in chained_optimizers(optimizer):
         _keep_step_through_load(single)
     inner_state = state.get("optimizer", state)
+    present = optimizer.param_groups[0]
+    for group in inner_state["param_groups"]:
+        group.update({key: present[key] for key in FLAG_SETTINGS if key in group and key in present})
     if "state" in inner_state and any(isinstance(inner, TORCH_ADAM) for inner in inner_optimizers(optimizer)):
         inner_state["state"]["common_step"] = step
     optimizer.load_state_dict(state)

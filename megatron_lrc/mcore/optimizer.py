@@ -9,7 +9,12 @@ import math
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
@@ -32,7 +37,12 @@ class ProjectionOptimizer:
         for stage in stages:
             _mark_for_grad_norm(stage)
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.replicas)
+        optimizer_config = _optimizer_config(config)
+        self.optimizer = get_megatron_optimizer(
+            optimizer_config,
+            self.replicas,
+            config_overrides=get_standard_config_overrides(optimizer_config),  # no weight decay of the gains
+        )
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
 
@@ -63,10 +73,7 @@ class ProjectionOptimizer:
 
         num_updates: optimizer steps taken so far; the learning-rate schedule is a function of it and the flags alone.
         """
-        settings = [_settings_of(group) for group in self.optimizer.param_groups]
         compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=num_updates)
-        for group, present in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(present)
         self.lr_schedule.num_steps = num_updates
         self.lr_schedule.step(0)
 
@@ -105,10 +112,6 @@ class ProjectionOptimizer:
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
         return self.optimizer.step_with_ready_grads(), grad_norm
-
-
-def _settings_of(group: dict) -> dict:
-    return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def _tied_projections(stage: PairedModel) -> list[nn.Parameter]:

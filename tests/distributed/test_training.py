@@ -105,7 +105,7 @@ def test_one_step_gives_the_same_losses_and_projections_on_every_layout(
 )
 def test_a_run_that_stopped_goes_on_bit_for_bit(tiny_llama, tiny_text, tmp_path, ranks, layout, bf16):
     config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=5), **layout)
-    config.training.bf16 = bf16
+    config.training.bf16, config.optimizer.weight_decay = bf16, 0.01
     train(config, ranks)
     stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
     train(replace(stopped, training=replace(config.training, train_iters=2)), ranks)
