@@ -22,7 +22,7 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:
-    """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: steps so far.
+    """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: steps taken so far.
 
     Settings are those of the flags, not the saved ones; 0.19 finds a group's saved counterpart by rates among others, so
     they must agree before loading.
