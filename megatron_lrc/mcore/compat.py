@@ -24,8 +24,8 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:
     """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: steps taken so far.
 
-    Settings are those of the flags, not the saved ones; 0.19 finds a group's saved counterpart by rates among others, so
-    they must agree before loading.
+    Settings are those of the flags, not the saved ones. 0.19 finds a group's saved counterpart by its rates, among
+    others, so they must agree before loading.
 
     torch's Adam counts steps for each parameter; TE's and apex's, for which megatron-core is written, for each group.
     So of the count, 0.16.1 and 0.19.2 save none at step 0, fail to load it under the DistributedOptimizer, and
