@@ -19,9 +19,8 @@ TRAIN_ITERS=${TRAIN_ITERS:-30}            # optimizer steps
 SEQ_LENGTH=${SEQ_LENGTH:-256}             # tokens per sequence
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}   # sequences per forward pass
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-4} # sequences per optimizer step; few make the two stages wait for each other
-# Small, because of the teacher's massive activations: on the first token of a sequence the FFN outputs of two layers
-# reach 14,000 and 22,000. The clone loss starts near 1000 and its gradient leaps; at a rate of 1e-4, or with a large
-# alpha, training undoes the PCA start instead of improving on it.
+# Small, because of the teacher's massive activations (a few FFN outputs on first tokens): the clone loss starts near
+# 1000 and its gradient leaps. At a rate of 1e-4, or with a large alpha, training undoes the PCA start.
 LR=${LR:-2e-5}                            # peak learning rate
 ALPHA=${ALPHA:-1e-3}                      # weight of the clone loss
 CALIBRATION_TOKENS=${CALIBRATION_TOKENS:-8192} # read by --init pca
