@@ -101,11 +101,14 @@ def documents_from_files(root: Path, label: str) -> Iterator[Document]:
 
 
 def documents_from_descriptions(distributions: Iterable[importlib.metadata.Distribution]) -> Iterator[Document]:
-    """One document for each installed distribution: the README that its metadata carries."""
+    """One document for each installed distribution but this project's: the README that its metadata carries.
+
+    With ours among them, each change of our README would shift the documents, and so what calibration and training see.
+    """
     for distribution in distributions:
         name = distribution.metadata["Name"]
         text = distribution.metadata.get("Description") or distribution.metadata.get_payload()
-        if name and isinstance(text, str):
+        if name and name.replace("_", "-") != "megatron-lrc" and isinstance(text, str):
             yield f"description/{name}", prose_paragraphs(inspect.cleandoc(text))
 
 
