@@ -104,6 +104,9 @@ class ParallelConfig:
         1, "Processes (TP) that share each layer's matrices. Above 1 needs --sequence-parallel.", at_least=1
     )
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages (PP).", at_least=1)
+    num_virtual_stages_per_pipeline_rank: int | None = setting(
+        None, "Model chunks on each pipeline rank: above 1 the interleaved schedule. Default: 1F1B.", at_least=2
+    )
     sequence_parallel: bool = setting(
         False, "Shard norms and residual stream over the sequence among the TP processes."
     )
@@ -112,6 +115,12 @@ class ParallelConfig:
     )
     decoder_last_pipeline_num_layers: int | None = setting(
         None, "Layers on the last pipeline stage. Default: an even split.", at_least=1
+    )
+    account_for_embedding_in_pipeline_split: bool = setting(
+        False, "Count the embedding as one layer when layers are divided over stages."
+    )
+    account_for_loss_in_pipeline_split: bool = setting(
+        False, "Count the LM heads and losses as one layer when layers are divided over stages."
     )
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
     distributed_timeout_minutes: int = setting(
@@ -226,6 +235,11 @@ class Config:
             return self.optimizer.lr_warmup_iters
         fraction = self.optimizer.lr_warmup_fraction
         return int((DEFAULT_WARMUP_FRACTION if fraction is None else fraction) * self.decay_iters + 0.5)
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks (virtual stages) on each pipeline rank."""
+        return self.parallel.num_virtual_stages_per_pipeline_rank or 1
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of both models (DP): what tensor and pipeline parallelism leave over."""

@@ -85,21 +85,43 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
             f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} takes {tp * pp} each. "
             f"Start a multiple of {tp * pp} processes."
         )
-    for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
-        if getattr(parallel, name) is not None and pp == 1:
+    for name in PIPELINE_ONLY:
+        if getattr(parallel, name) and pp == 1:
             yield f"{flag_of(name)} needs several pipeline stages. Set --pipeline-model-parallel-size, or leave it out."
+    sized = [flag_of(name) for name in PIPELINE_ONLY[:2] if getattr(parallel, name)]
+    counted = [flag_of(name) for name in PIPELINE_ONLY[2:4] if getattr(parallel, name)]
+    if sized and counted:
+        yield f"{' and '.join(sized)} cannot go with {' and '.join(counted)}: two ways to divide the layers. Keep one."
+
+
+#: Flags that mean nothing without pipeline stages: sizes of the end stages, what counts as a layer, chunks.
+PIPELINE_ONLY = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_virtual_stages_per_pipeline_rank",
+)
 
 
 def check_batches(config: Config, world_size: int) -> Iterator[str]:
-    global_batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
-    data_parallel = config.data_parallel_size(world_size)
-    if global_batch is None or data_parallel == 0:  # check_layout has reported too few processes
+    micro_batch, data_parallel = config.training.micro_batch_size, config.data_parallel_size(world_size)
+    global_batch = config.global_batch_size(world_size)
+    if data_parallel == 0:  # check_layout has reported too few processes
         return
     at_once = micro_batch * data_parallel
     if global_batch % at_once:
         yield (
             f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro_batch} times "
             f"{data_parallel} data-parallel replicas. Use a multiple of {at_once}: {round_up(global_batch, at_once)}."
+        )
+        return
+    pp, micro_batches = config.parallel.pipeline_model_parallel_size, global_batch // at_once
+    if config.num_chunks > 1 and micro_batches % pp:
+        yield (
+            f"--num-virtual-stages-per-pipeline-rank {config.num_chunks} needs micro-batches in multiples of "
+            f"--pipeline-model-parallel-size {pp}; these sizes make {micro_batches}. "
+            f"Use --global-batch-size {round_up(global_batch, at_once * pp)}."
         )
 
 
@@ -216,7 +238,11 @@ def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
 def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
     """Stages given by --decoder-first/last-pipeline-num-layers, then equal shares of what is left for the others."""
     parallel, layers = config.parallel, teacher.num_layers
-    pp = parallel.pipeline_model_parallel_size
+    pp, chunks = parallel.pipeline_model_parallel_size, config.num_chunks
+    counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
+    if counted or chunks > 1:
+        yield from check_chunks(config, layers + counted, layers)
+        return
     ends = {"first": parallel.decoder_first_pipeline_num_layers, "last": parallel.decoder_last_pipeline_num_layers}
     given = {end: size for end, size in ends.items() if size is not None}
     others, left = pp - len(given), layers - sum(given.values())
@@ -232,6 +258,30 @@ def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
         f"{others} other pipeline stage{'s' * (others != 1)}, which need equal shares of at least one."
         f"{suggest_last_stage(pp, layers)}"
     )
+
+
+def check_chunks(config: Config, counted: int, layers: int) -> Iterator[str]:
+    """Virtual stages, and splits in which an end counts as a layer: `counted` layers in all. Every share is alike."""
+    parallel = config.parallel
+    pp, chunks = parallel.pipeline_model_parallel_size, config.num_chunks
+    ends = {"first": parallel.decoder_first_pipeline_num_layers, "last": parallel.decoder_last_pipeline_num_layers}
+    given = {end: size for end, size in ends.items() if size is not None}
+    others, left = pp - len(given), counted - sum(given.values())
+    uneven = [f"--decoder-{end}-pipeline-num-layers {size}" for end, size in given.items() if size % chunks]
+    if uneven:
+        yield (
+            f"{' and '.join(uneven)} cannot be divided over --num-virtual-stages-per-pipeline-rank {chunks}. "
+            f"Use a multiple of {chunks}."
+        )
+    elif left < 0 or (left if others == 0 else left % (others * chunks) or left < others * chunks):
+        extra = f" (counted as {counted} with the ends)" if counted != layers else ""
+        yield (
+            f"The teacher's {layers} layers{extra} cannot be divided alike over the {others * chunks} "
+            f"stages that --pipeline-model-parallel-size {pp}, --num-virtual-stages-per-pipeline-rank {chunks} and the "
+            f"sizes of the ends leave: {left} are left for them, and a multiple of {max(others * chunks, 1)} is "
+            "needed. Change the number of stages, or the layers of the first and last "
+            "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)."
+        )
 
 
 def suggest_last_stage(pp: int, layers: int) -> str:

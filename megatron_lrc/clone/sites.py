@@ -12,6 +12,7 @@ Fused layouts (megatron-core's): linear_qkv holds, for each KV group, its querie
 linear_fc1 holds on each rank its share of gate, then its share of up.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +100,7 @@ def pull_back(site: Site, teacher: Tensor, student_grad: Tensor) -> Tensor:
     return teacher @ student_grad.t()
 
 
-def projection_names(layers: range, has_embedding: bool, has_lm_head: bool) -> list[str]:
+def projection_names(layers: Iterable[int], has_embedding: bool, has_lm_head: bool) -> list[str]:
     """Global names of the projections of these layers (0-based) and ends: `layers.{i}.{site}`, `embed`, `lm_head`."""
     names = [EMBED.name] if has_embedding else []
     names += [f"layers.{layer}.{site.name}" for layer in layers for site in LAYER_SITES]

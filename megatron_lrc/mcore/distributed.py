@@ -28,11 +28,11 @@ class Groups:
     device: torch.device
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_rank(self) -> bool:
         return self.pp.rank() == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_rank(self) -> bool:
         return self.pp.rank() == self.pp.size() - 1
 
     @property
@@ -66,6 +66,7 @@ def start(config: Config) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.parallel.num_virtual_stages_per_pipeline_rank,
         distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)

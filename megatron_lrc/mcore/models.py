@@ -120,6 +120,13 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype) ->
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+        # With two stages, batched exchanges of several chunks between the same two ranks mix, and losses are silently
+        # wrong from the third micro-batch on: the interleaved schedule sends each tensor by itself.
+        overlap_p2p_comm=config.num_chunks > 1,
+        batch_p2p_comm=config.num_chunks == 1,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -141,10 +148,11 @@ def build_stage(
     inverse_frequencies: Tensor,
     *,
     dtype: torch.dtype,
+    chunk: int,
     is_first_stage: bool,
     is_last_stage: bool,
 ) -> GPTModel:
-    """One stage of a model of `shape`, its weights not yet set.
+    """One stage of a model of `shape`, its weights not yet set. chunk: which of this rank's virtual stages.
 
     inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. The embedding and the LM head
     are separate parameters even of a tied model, so that megatron-core's own tying stays out of the way.
@@ -154,7 +162,7 @@ def build_stage(
     layer_spec.submodules.input_layernorm = RMSNorm
     layer_spec.submodules.pre_mlp_layernorm = RMSNorm
     layer_spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
-    num_layers = get_num_layers_to_build(model_config)
+    num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
     model = GPTModel(
         config=model_config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=RMSNorm),
@@ -164,6 +172,7 @@ def build_stage(
         post_process=is_last_stage,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
+        vp_stage=chunk,
     )
     model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
     if is_last_stage:

@@ -57,17 +57,26 @@ class LossSums:
 
 
 class PairedModel(nn.Module):
-    """One stage of both models. `projections` generates the student's weights and is what an optimizer trains."""
+    """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
+
+    chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
+    """
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype):
+    def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0):
         super().__init__()
         self.settings, self.shapes, self.groups = config, shapes, groups
-        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
-        ends = {"dtype": dtype, "is_first_stage": self.pre_process, "is_last_stage": self.post_process}
-        self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, **ends)
-        self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, **ends)
+        self.pre_process = groups.is_first_rank and chunk == 0
+        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
+        place = {
+            "dtype": dtype,
+            "chunk": chunk,
+            "is_first_stage": self.pre_process,
+            "is_last_stage": self.post_process,
+        }
+        self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, **place)
+        self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, **place)
         self._share_tied_weights()
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
@@ -79,7 +88,9 @@ class PairedModel(nn.Module):
         )
         self.projections = Projections(
             projection_names(
-                range(*self._layer_span()), self.pre_process or self._has_tied_head(), self._has_own_head()
+                [index for index, _ in layers_of(self.student)],
+                self.pre_process or self._has_tied_head(),
+                self._has_own_head(),
             ),
             norm_gains(self.student),
             teacher_size=shapes.teacher.hidden_size,
@@ -103,10 +114,6 @@ class PairedModel(nn.Module):
 
     def _has_own_head(self) -> bool:
         return self.post_process and not self.shapes.student.is_tied
-
-    def _layer_span(self) -> tuple[int, int]:
-        indices = [index for index, _ in layers_of(self.student)]
-        return indices[0], indices[-1] + 1
 
     def _share_tied_weights(self) -> None:
         """On a stage with both ends, a tied model's head is its embedding. Elsewhere each end has its own copy."""

@@ -1,5 +1,6 @@
 """megatron-core's pipeline schedules over PairedModels: all micro-batches forward and backward, losses as sums."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -35,7 +36,8 @@ def forward_backward(
 
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=batches if len(stages) == 1 else [batches] * len(stages),
+        # Each chunk reads every micro-batch for itself.
+        data_iterator=batches if len(stages) == 1 else list(itertools.tee(batches, len(stages))),
         model=stages,
         num_microbatches=num_microbatches,
         seq_length=config.training.seq_length,

@@ -23,9 +23,10 @@ def build_stages(
 ) -> list[PairedModel]:
     """This rank's stages (one, without interleaving), the teacher read into its shards; projections are still zero."""
     shapes = Shapes(teacher.shape, config.student_shape(teacher.shape), rope_inverse_frequencies(teacher))
-    stage = PairedModel(config, shapes, groups, dtype)
-    load_teacher(stage, reader)
-    return [stage]
+    stages = [PairedModel(config, shapes, groups, dtype, chunk) for chunk in range(config.num_chunks)]
+    for stage in stages:
+        load_teacher(stage, reader)
+    return stages
 
 
 @torch.no_grad()

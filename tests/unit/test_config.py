@@ -256,3 +256,17 @@ def test_split(text, parts):
 def test_small_helpers():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert flag_of("student_hidden_size") == "--student-hidden-size"
+
+
+def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(config):
+    change(config, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, global_batch_size=3)
+    (error,) = errors_of(validate, config, world_size=2)
+    assert "multiples of --pipeline-model-parallel-size 2" in error and "Use --global-batch-size 4" in error
+    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+    assert "30 layers cannot be divided alike over the 4 stages" in error
+    validate_against_teacher(config, replace(SMOLLM2, num_layers=8))
+    change(config, account_for_embedding_in_pipeline_split=True)
+    validate_against_teacher(config, replace(SMOLLM2, num_layers=7))
+    change(config, global_batch_size=4, decoder_first_pipeline_num_layers=2)
+    (error,) = errors_of(validate, config, world_size=2)
+    assert "two ways to divide the layers" in error
