@@ -29,11 +29,12 @@ def make_config(teacher: str, data: str, run: Path, *, steps: int) -> Config:
     return config
 
 
-def on_layout(config: Config, *, tp: int = 1, pp: int = 1, dist_opt: bool = False) -> Config:
+def on_layout(config: Config, *, tp: int = 1, pp: int = 1, chunks: int = 1, dist_opt: bool = False) -> Config:
     parallel = replace(
         config.parallel,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
         sequence_parallel=tp > 1,
         use_distributed_optimizer=dist_opt,
     )
@@ -200,3 +201,21 @@ def test_a_run_is_never_written_over_or_continued_with_another_student(tiny_llam
         loop.check(other, 1)
     with pytest.raises(ConfigError, match="past --train-iters 0"):
         loop.check(continued(config, steps=0), 1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dist_opt", [False, True], ids=["replicated", "distributed-optimizer"])
+def test_an_interleaved_run_is_that_of_one_rank_and_its_checkpoint_loads_anywhere(
+    tiny_llama, tiny_text, tmp_path, dist_opt
+):
+    teacher = tiny_llama(is_tied=True, num_layers=4)
+    config = on_layout(make_config(teacher, tiny_text, tmp_path / "whole", steps=4), dist_opt=dist_opt)
+    train(config)
+    moved = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "moved")))
+    interleaved = {"pp": 2, "chunks": 2, "dist_opt": dist_opt}
+    train(on_layout(replace(moved, training=replace(config.training, train_iters=1)), **interleaved), 2)
+    train(on_layout(continued(moved, steps=3), **interleaved), 2)
+    train(on_layout(continued(moved, steps=4), dist_opt=dist_opt))
+    for line, reference in zip(records(tmp_path / "moved"), records(tmp_path / "whole"), strict=True):
+        for key in ("loss", "lm_loss", "kl_loss", "clone_loss", "grad_norm"):
+            assert line[key] == pytest.approx(reference[key], rel=1e-4), (line["step"], key)
