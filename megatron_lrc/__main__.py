@@ -2,7 +2,8 @@
 
 An error of the user's costs one line of stderr per error and exit code 2. Of several processes rank 0 prints; what
 another rank has to say goes into torchrun's error file, which torchrun quotes in its report, and to stderr where
-there is no torchrun. Exit codes: 0 done, 1 a bug or a failing machine (with a traceback), 2 the user's error.
+there is no torchrun. Exit codes: 0 done, 1 a run that stopped itself (one line), a bug or a failing
+machine (with a traceback), 2 the user's error.
 """
 
 import json
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .arguments import parse_config
-from .config import ConfigError
+from .config import ConfigError, RunStopped
 from .validation import validate
 
 USAGE = """usage: python -m megatron_lrc COMMAND FLAGS
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         report_user_error(str(error))
         return 2
+    except RunStopped as error:
+        report_user_error(str(error))
+        return 1
     except Exception as error:
         write_error_file(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise

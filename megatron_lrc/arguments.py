@@ -58,7 +58,7 @@ def iterate_settings() -> Iterator[Setting]:
         hints = typing.get_type_hints(section.default_factory)
         for field in fields(section.default_factory):  # type: ignore[arg-type]
             hint = hints[field.name]
-            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
             yield Setting(
                 section=section.name,
                 name=field.name,
@@ -166,7 +166,11 @@ def describe_setting(setting: Setting) -> str:
         return f"{setting.help} Required."
     if setting.default is None or setting.default == []:
         return setting.help
-    default = str(setting.default).lower() if setting.kind is bool else setting.default
+    default = setting.default
+    if setting.kind is bool:
+        default = str(default).lower()
+    elif isinstance(default, list):
+        default = " ".join(default)
     return f"{setting.help} Default: {default}."
 
 

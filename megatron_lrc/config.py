@@ -15,14 +15,37 @@ from typing import Any, Literal
 
 DEFAULT_WARMUP_FRACTION = 0.005
 
+#: The terms of the clone loss: the seven matrices of a layer.
+CLONE_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 class ConfigError(ValueError):
     """What the user asked for cannot be done. The message says what was wrong, what was expected and what to do."""
 
 
+class RunStopped(RuntimeError):
+    """A run ended itself: going on would be of no use. The message says why and what to do."""
+
+
 def flag_of(name: str) -> str:
     """The command-line spelling of a field, which is also how messages name it."""
     return "--" + name.replace("_", "-")
+
+
+def parse_clone_term(text: str) -> tuple[str, list[range] | None]:
+    """`gate:0-3,7` -> (`gate`, [range(0, 4), range(7, 8)]); without layers None. ValueError if it is no such text."""
+    term, colon, layers = text.partition(":")
+    if term not in CLONE_TERMS:
+        raise ValueError(f"{term!r} is none of {' '.join(CLONE_TERMS)}")
+    if not colon:
+        return term, None
+    ranges = []
+    for part in layers.split(","):
+        first, dash, last = part.partition("-")
+        ranges.append(range(int(first), int(last if dash else first) + 1))
+        if not ranges[-1]:
+            raise ValueError(f"{part!r} holds no layer")
+    return term, ranges
 
 
 def setting(default: Any, text: str, **extra: Any) -> Any:
@@ -86,13 +109,32 @@ class ProjectionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LossConfig:
-    """L = L_LM + L_KL + alpha * L_clone."""
+    """L = lm_weight * L_LM + kl_weight * L_KL + alpha * L_clone."""
 
-    alpha: float = setting(0.2, "Weight of the activation-clone loss.", at_least=0)
+    alpha: float = setting(0.2, "Weight of the activation-clone loss; 0 turns it off.", at_least=0)
+    lm_weight: float = setting(1.0, "Weight of the language-modelling loss; 0 turns it off.", at_least=0)
     kl_weight: float = setting(
         1.0, "Weight of tau^2 * KL(teacher || student), mean over tokens; 0 turns it off.", at_least=0
     )
+    kl_reduction: Literal["mean", "sequence-sum"] = setting(
+        "mean",
+        "mean: over tokens, times tau^2; sequence-sum: over the tokens of a sequence, then the mean over sequences, "
+        "without tau^2 (the released code), which is --seq-length / tau^2 times the other.",
+    )
     kl_temperature: float = setting(40.0, "Temperature tau of both distributions in the KL loss.", above=0)
+    clone_terms: list[str] = setting(
+        list(CLONE_TERMS),
+        "Terms of the clone loss, each with the layers it covers (from 0) if not all: q k v o gate:0-13 up:4,8-11.",
+        metavar="TERM[:LAYERS]",
+    )
+    clone_attention_output: Literal["student", "teacher"] = setting(
+        "student",
+        "Width at which the o term compares. student: E(o_S, o_T P_o). teacher: the student's attention through the "
+        "teacher's o matrix with o_T (the released code), which gives P_o no clone gradient.",
+    )
+    detach_clone_targets: bool = setting(
+        False, "Keep the targets o_T P_o and o_ffn_T P_down from passing gradients to their projection."
+    )
     loss_chunk_tokens: int = setting(512, "Tokens whose logits exist at once in the LM and KL losses.", at_least=1)
 
 
@@ -122,6 +164,15 @@ class ParallelConfig:
     account_for_loss_in_pipeline_split: bool = setting(
         False, "Count the LM heads and losses as one layer when layers are divided over stages."
     )
+    recompute_granularity: Literal["full", "selective"] | None = setting(
+        None, "Recompute activations in backward. full: whole layers; selective: --recompute-modules. Default: none."
+    )
+    recompute_method: Literal["uniform", "block"] = setting(
+        "uniform",
+        "With full. uniform: all layers, in groups of --recompute-num-layers; block: that many layers of each stage.",
+    )
+    recompute_num_layers: int = setting(1, "See --recompute-method.", at_least=1)
+    recompute_modules: list[str] = setting(["core_attn"], "With selective: core_attn, mlp or both.", metavar="MODULE")
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
     distributed_timeout_minutes: int = setting(
         10, "Minutes a collective may wait before the run is stopped.", at_least=1
@@ -162,6 +213,11 @@ class TrainingConfig:
         0, "Optimizer steps of the whole run; 0 with --save writes the untrained student.", at_least=0
     )
     bf16: bool = setting(False, "Parameters and activations in bfloat16; gradients and optimizer state stay fp32.")
+    max_skipped_steps: int = setting(
+        10,
+        "Stop after this many steps in a row had a loss or gradient that is not finite; each is skipped.",
+        at_least=1,
+    )
     seed: int = setting(1234, "Seed of initialisation and data order.", at_least=0)
 
 
@@ -240,6 +296,19 @@ class Config:
     def num_chunks(self) -> int:
         """Model chunks (virtual stages) on each pipeline rank."""
         return self.parallel.num_virtual_stages_per_pipeline_rank or 1
+
+    @property
+    def total_kl_weight(self) -> float:
+        """What tau^2 * KL, mean over tokens, is multiplied by: --kl-weight, converted by --kl-reduction."""
+        loss = self.loss
+        if loss.kl_reduction == "sequence-sum":
+            return loss.kl_weight * self.training.seq_length / loss.kl_temperature**2
+        return loss.kl_weight
+
+    def clone_terms_of(self, layer: int) -> set[str]:
+        """Names of the clone terms that are on in a layer (from 0); none if alpha is 0."""
+        terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha else [])
+        return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of both models (DP): what tensor and pipeline parallelism leave over."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from .config import Config, ConfigError, ModelShape, flag_of
+from .config import CLONE_TERMS, Config, ConfigError, ModelShape, flag_of, parse_clone_term
 
 
 def raise_all(errors: list[str]) -> None:
@@ -26,6 +26,7 @@ def validate(config: Config, *, world_size: int = 1) -> None:
         errors += check_layout(config, world_size)
         errors += check_batches(config, world_size)
     errors += check_model(config)
+    errors += check_losses(config)
     errors += check_schedule(config)
     errors += check_data(config)
     errors += check_checkpoint(config)
@@ -39,6 +40,7 @@ def validate_against_teacher(config: Config, teacher: ModelShape) -> list[str]:
             *check_tensor_parallel(config, teacher),
             *check_pipeline(config, teacher),
             *check_student(config, teacher),
+            *check_clone_layers(config, teacher),
         ]
     )
     return list(warn_about_sizes(config, teacher))
@@ -140,6 +142,27 @@ def check_model(config: Config) -> Iterator[str]:
             "--no-untie-embeddings-and-output-weights cannot go with --init pca, whose closed form needs a projection "
             "for the embedding and another for the LM head. Leave it out, or use --init random."
         )
+
+
+#: megatron-core's other modules are for MoE and MLA, or (layernorm) need Transformer Engine.
+RECOMPUTE_MODULES = ("core_attn", "mlp")
+
+
+def check_losses(config: Config) -> Iterator[str]:
+    loss = config.loss
+    if not (loss.lm_weight or loss.kl_weight or loss.alpha):
+        yield "--lm-weight, --kl-weight and --alpha are all 0: nothing is left to train on. Give one a weight."
+    for text in loss.clone_terms:
+        try:
+            parse_clone_term(text)
+        except ValueError as problem:
+            yield (
+                f"--clone-terms {text}: {problem}. Expected is {' '.join(CLONE_TERMS)}, each alone or with layers, "
+                "as in gate:0-13 or up:4,8-11."
+            )
+    unknown = [module for module in config.parallel.recompute_modules if module not in RECOMPUTE_MODULES]
+    if unknown:
+        yield f"--recompute-modules {' '.join(unknown)}: expected are any of {' '.join(RECOMPUTE_MODULES)}."
 
 
 def check_schedule(config: Config) -> Iterator[str]:
@@ -308,6 +331,16 @@ def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
             "--no-untie-embeddings-and-output-weights cannot tie the student: the teacher's embedding and LM head are "
             "two matrices, so what one projection makes of them differs. Leave it out."
         )
+
+
+def check_clone_layers(config: Config, teacher: ModelShape) -> Iterator[str]:
+    for text in config.loss.clone_terms:
+        _, ranges = parse_clone_term(text)
+        if any(layers[-1] >= teacher.num_layers for layers in ranges or []):
+            yield (
+                f"--clone-terms {text} names a layer that the teacher does not have: its {teacher.num_layers} layers "
+                f"are 0-{teacher.num_layers - 1}."
+            )
 
 
 def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:

@@ -1,14 +1,23 @@
-"""Tiny random Llama teachers, written by transformers itself: the inputs of the hf tests.
+"""Tiny random teachers of each family, written by transformers itself: the inputs of the hf tests.
 
 Heads are grouped (4 query, 2 key-value), head_dim is not hidden / heads, the vocabulary is odd, RoPE is scaled as in
 Llama 3.1: whatever is assumed instead of read from config.json shows.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -31,27 +40,61 @@ def write_llama(
     vocab_size: int = 301,
 ) -> LlamaForCausalLM:
     """A random Llama in `directory`, with a tokenizer if the vocabulary has room for one; the model is returned."""
-    config = LlamaConfig(
-        hidden_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=80,
-        num_hidden_layers=num_layers,
-        vocab_size=vocab_size,
-        max_position_embeddings=256,
-        rms_norm_eps=3e-5,
-        tie_word_embeddings=is_tied,
-        rope_parameters=dict(LLAMA3_ROPE if rope is None else rope),
+    sizes = _sizes(
+        num_layers=num_layers, vocab_size=vocab_size, is_tied=is_tied, rope=LLAMA3_ROPE if rope is None else rope
     )
+    return _write(directory, LlamaForCausalLM, LlamaConfig(**sizes), dtype=dtype, max_shard_size=max_shard_size)
+
+
+def write_qwen2(
+    directory: Path,
+    *,
+    is_tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
+    head_dim: int | None = 16,
+) -> Qwen2ForCausalLM:
+    """A random Qwen2: biases of q, k and v. Without head_dim its config.json has none, and a head is hidden / heads."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"head_dim": head_dim}
+    config = Qwen2Config(**{name: value for name, value in sizes.items() if value is not None})
+    return _write(directory, Qwen2ForCausalLM, config, dtype=dtype)
+
+
+def write_qwen3(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Qwen3ForCausalLM:
+    """A random Qwen3: norms of q and k."""
+    config = Qwen3Config(**_sizes(num_layers=num_layers, is_tied=is_tied))
+    return _write(directory, Qwen3ForCausalLM, config, dtype=dtype)
+
+
+def _sizes(*, num_layers: int, is_tied: bool, vocab_size: int = 301, rope: dict | None = None) -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 80,
+        "num_hidden_layers": num_layers,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 3e-5,
+        "tie_word_embeddings": is_tied,
+        "rope_parameters": dict(rope or {"rope_type": "default", "rope_theta": 10000.0}),
+    }
+
+
+def _write(
+    directory: Path, model_class: type[Any], config: Any, *, dtype: torch.dtype, max_shard_size: str = "5GB"
+) -> Any:
     torch.manual_seed(5)
-    model = LlamaForCausalLM(config).eval()
+    model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
-    if vocab_size > 256:
-        write_tokenizer(directory, vocab_size=vocab_size)
+    if config.vocab_size > 256:
+        write_tokenizer(directory, vocab_size=config.vocab_size)
     return model
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 MODULES = {
     "q": "self_attn.q_proj",
@@ -22,6 +22,7 @@ MODULES = {
     "down": "mlp.down_proj",
 }
 PROJECTS_OUTPUT = ("o", "down")
+FROZEN = ("proj.bias", "q_norm.weight", "k_norm.weight")
 
 
 @dataclass
@@ -32,14 +33,14 @@ class Losses:
     kl: Tensor
     clone: dict[tuple[int, str], Tensor]
 
-    def total(self, alpha: float, kl_weight: float) -> Tensor:
-        return self.lm + kl_weight * self.kl + alpha * sum(self.clone.values())
+    def total(self, alpha: float, kl_weight: float, lm_weight: float = 1.0) -> Tensor:
+        return lm_weight * self.lm + kl_weight * self.kl + alpha * sum(self.clone.values())
 
 
-def in_fp64(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def in_fp64(model: PreTrainedModel) -> PreTrainedModel:
     """The model in fp64 throughout. transformers' RMSNorm goes to fp32 whatever the dtype; torch's does not."""
     for path, module in list(model.named_modules()):
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm") and type(module) is not torch.nn.RMSNorm:
             exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
             exact.weight = module.weight
             model.set_submodule(path, exact)
@@ -49,12 +50,12 @@ def in_fp64(model: LlamaForCausalLM) -> LlamaForCausalLM:
 class Reference:
     """A teacher, and the student that projections and gains make of it."""
 
-    def __init__(self, teacher: LlamaForCausalLM, student_size: int):
+    def __init__(self, teacher: PreTrainedModel, student_size: int):
         self.teacher = in_fp64(teacher).requires_grad_(False)
-        config: LlamaConfig = copy.deepcopy(teacher.config)
+        config = copy.deepcopy(teacher.config)
         config.hidden_size = student_size
         config.head_dim = teacher.model.layers[0].self_attn.head_dim
-        self.student = in_fp64(LlamaForCausalLM(config))
+        self.student = in_fp64(type(teacher)(config))
         self.num_layers = config.num_hidden_layers
         self.outputs: dict[str, Tensor] = {}
         for prefix, model in (("T", self.teacher), ("S", self.student)):
@@ -65,7 +66,7 @@ class Reference:
 
     def _keep(self, name):
         def hook(module, inputs, output):
-            self.outputs[name] = output
+            self.outputs[name], self.outputs[f"{name}.input"] = output, inputs[0]
 
         return hook
 
@@ -77,6 +78,8 @@ class Reference:
             "model.embed_tokens.weight": old["model.embed_tokens.weight"] @ projections["embed"],
             "lm_head.weight": old["lm_head.weight"] @ head,
             "model.norm.weight": norms["final"],
+            # Qwen's biases and q/k norms live in head space: the teacher's, unchanged.
+            **{name: value for name, value in old.items() if name.endswith(FROZEN)},
         }
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
@@ -98,8 +101,13 @@ class Reference:
         labels: Tensor,
         mask: Tensor,
         temperature: float,
+        attention_at_teacher_width: bool = False,
+        detach_targets: bool = False,
     ) -> Losses:
-        """tokens, labels, mask: [batch, sequence]; labels are already shifted."""
+        """tokens, labels, mask: [batch, sequence]; labels are already shifted.
+
+        attention_at_teacher_width: the released code's o term, the student's attention through the teacher's o matrix.
+        """
         weights = self.student_weights(projections, norms)
         teacher_logits = self.teacher(tokens).logits
         student_logits = torch.func.functional_call(self.student, weights, (tokens,), tie_weights=False).logits
@@ -116,8 +124,12 @@ class Reference:
         clone = {}
         for layer in range(self.num_layers):
             for site in MODULES:
-                target = self.outputs[f"T.{layer}.{site}"]
-                if site in PROJECTS_OUTPUT:
+                target, student = self.outputs[f"T.{layer}.{site}"], self.outputs[f"S.{layer}.{site}"]
+                if site == "o" and attention_at_teacher_width:
+                    matrix = self.teacher.model.layers[layer].self_attn.o_proj.weight
+                    student = self.outputs[f"S.{layer}.o.input"] @ matrix.t()
+                elif site in PROJECTS_OUTPUT:
                     target = target @ projections[f"layers.{layer}.{site}"]
-                clone[layer, site] = mean((self.outputs[f"S.{layer}.{site}"] - target).square().mean(-1))
+                    target = target.detach() if detach_targets else target
+                clone[layer, site] = mean((student - target).square().mean(-1))
         return Losses(lm, kl, clone)

@@ -25,32 +25,47 @@ def inverse_widths(sites: list[Site], heads: HeadLayout, num_features: int, tp_s
     return inverse
 
 
-class AttachCloneLoss(torch.autograd.Function):
-    """Returns the student's activation unchanged, and in backward adds the gradient of `scale` times the clone loss.
+class CloneLoss(torch.autograd.Function):
+    """Masked squared error of one captured output, summed over tokens, each site's features averaged.
 
-    The loss need not be carried to the last pipeline stage: it acts where the layer lives. Also returns the loss summed
-    over tokens for each feature (fp32 or better [f], not differentiable), for reporting.
+    Gives (loss, the same for each feature [f], for reporting and not differentiable), in fp32 or better.
 
-    student, target: [s, b, f]; the target may need a gradient (o and down: the teacher's output times P).
-    token_weight: [s, b], 0 for masked tokens. scale: what the main loss is multiplied by before backward, times alpha.
+    student, target: [s, b, f]; either may need a gradient (the target of o and down is the teacher's output times P).
+    token_weight: [s, b], 0 for masked tokens. inverse_width: [f], 0 for features whose site is off.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, target: Tensor, token_weight: Tensor, inverse_width: Tensor, scale: Tensor | float
+        ctx: Any, student: Tensor, target: Tensor, token_weight: Tensor, inverse_width: Tensor
     ) -> tuple[Tensor, Tensor]:
         difference = student - target
         wide = difference.to(torch.promote_types(difference.dtype, torch.float32)).flatten(0, 1)  # [s*b, f]
         weight = token_weight.to(wide.dtype)
         per_feature = (weight.flatten() @ wide.square()) * inverse_width  # [f]
         ctx.save_for_backward(difference, weight, inverse_width)
-        ctx.scale = scale
         ctx.mark_non_differentiable(per_feature)
-        return student.view_as(student), per_feature
+        return per_feature.sum(), per_feature
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         difference, weight, inverse_width = ctx.saved_tensors
-        factor = weight.unsqueeze(-1) * (2.0 * ctx.scale * inverse_width)  # [s, b, f]
-        clone_grad = (difference * factor).to(difference.dtype)
-        return grads[0] + clone_grad, -clone_grad if ctx.needs_input_grad[1] else None, None, None, None
+        factor = weight.unsqueeze(-1) * (2.0 * grads[0] * inverse_width)  # [s, b, f]
+        grad = (difference * factor).to(difference.dtype)
+        return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, None, None
+
+
+class AttachLoss(torch.autograd.Function):
+    """Returns an activation unchanged, and in backward starts the gradient of `scale` times a scalar loss.
+
+    The loss need not be carried to the last pipeline stage: it acts where its layer lives. scale: what the main loss is
+    multiplied by before backward, times alpha.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:
+        ctx.loss_grad = loss.new_ones(()) * scale
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.loss_grad, None

@@ -52,11 +52,12 @@ def lm_and_kl_loss(
     token_weight: Tensor,
     *,
     shard: VocabularyShard,
+    lm_weight: float,
     kl_weight: float,
     temperature: float,
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(L_LM + kl_weight * L_KL, L_LM, L_KL), summed over tokens with `token_weight`; only the first is differentiable.
+    """(lm_weight * L_LM + kl_weight * L_KL, L_LM, L_KL), summed over weighted tokens; the first has a gradient.
 
     student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: this rank's rows.
     labels [n]: global vocabulary ids. The three sums are complete on every rank, in fp32 (fp64 for fp64 input).
@@ -69,7 +70,7 @@ def lm_and_kl_loss(
         labels,
         token_weight,
         shard,
-        (kl_weight, temperature, chunk_tokens),
+        (lm_weight, kl_weight, temperature, chunk_tokens),
     )
 
 
@@ -84,9 +85,9 @@ class _LmAndKl(torch.autograd.Function):
         labels: Tensor,
         token_weight: Tensor,
         shard: VocabularyShard,
-        settings: tuple[float, float, int],
+        settings: tuple[float, float, float, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kl_weight, temperature, chunk_tokens = settings
+        lm_weight, kl_weight, temperature, chunk_tokens = settings
         wide = torch.promote_types(student_hidden.dtype, torch.float32)
         student_rows, teacher_rows = student_head[: shard.num_valid], teacher_head[: shard.num_valid]
         weight = token_weight.to(wide)
@@ -99,7 +100,13 @@ class _LmAndKl(torch.autograd.Function):
             student_logits = (student_hidden[chunk] @ student_rows.t()).to(wide)  # [n', v]
             teacher_logits = (teacher_hidden[chunk] @ teacher_rows.t()).to(wide) if kl_weight else None
             lm, kl, logits_grad = _chunk_losses(
-                student_logits, teacher_logits, labels[chunk], weight[chunk], shard, kl_weight, temperature, needs_grad
+                student_logits,
+                teacher_logits,
+                labels[chunk],
+                weight[chunk],
+                shard,
+                (lm_weight, kl_weight, temperature),
+                needs_grad,
             )
             lm_sum += lm
             kl_sum += kl
@@ -109,7 +116,7 @@ class _LmAndKl(torch.autograd.Function):
                 _add_product(head_grad[: shard.num_valid], narrow.t(), student_hidden[chunk])
         ctx.gradients = (hidden_grad, head_grad)  # made here and used once: no need of save_for_backward's checks
         ctx.mark_non_differentiable(lm_sum, kl_sum)
-        return lm_sum + kl_weight * kl_sum, lm_sum, kl_sum
+        return lm_weight * lm_sum + kl_weight * kl_sum, lm_sum, kl_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,11 +139,11 @@ def _chunk_losses(
     labels: Tensor,
     weight: Tensor,
     shard: VocabularyShard,
-    kl_weight: float,
-    temperature: float,
+    settings: tuple[float, float, float],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weighted LM sum, KL sum (with tau^2), and the gradient of LM + kl_weight * KL by student_logits [n', v]."""
+    """LM sum, KL sum (with tau^2), and the gradient of lm_weight * LM + kl_weight * KL by student_logits [n', v]."""
+    lm_weight, kl_weight, temperature = settings
     both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
     if shard.num_valid:
         largest = torch.stack([logits.amax(dim=1) for logits in both])
@@ -165,8 +172,8 @@ def _chunk_losses(
         kl = temperature**2 * (weight @ (torch.log1p(excess_sum / teacher_sum) + gap_sum / teacher_sum))
     if not needs_grad:
         return lm, kl, None
-    grad = student_exp.mul_((weight / total[0]).unsqueeze(1))
-    grad[rows, columns] -= weight[rows]
+    grad = student_exp.mul_((lm_weight * weight / total[0]).unsqueeze(1))
+    grad[rows, columns] -= lm_weight * weight[rows]
     if teacher_logits is not None:
         # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
         teacher_sum, excess_sum = total[2], total[3]

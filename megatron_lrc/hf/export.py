@@ -145,7 +145,10 @@ def _student_weight(
     projections: Mapping[str, Tensor],
     norms: Mapping[str, Tensor],
 ) -> Tensor:
-    """A student weight in the projections' dtype, or a norm gain. `given` is P [D, d] or the gain [d]."""
+    """A weight in the projections' dtype, a norm gain, or a frozen tensor. `given` is P [D, d] or the gain [d]."""
+    if weight.is_frozen:
+        assert weight.layer is not None, f"{weight.key} belongs to no layer"
+        return reader.frozen(weight.key.rpartition(".")[2], weight.layer)
     given = norms[weight.key] if weight.site is None else projections[weight.key]
     teacher_hidden = reader.description.shape.hidden_size
     expected = (hidden,) if weight.site is None else (teacher_hidden, hidden)
@@ -190,7 +193,7 @@ def _check_names(
     wanted = expected_weights(teacher.family, shape)
     for kind, found, keys in (
         ("projections", projections, [weight.key for weight in wanted if weight.site is not None]),
-        ("norm gains", norms, [weight.key for weight in wanted if weight.site is None]),
+        ("norm gains", norms, [weight.key for weight in wanted if weight.is_norm_gain]),
     ):
         differing = sorted(set(found) ^ set(keys))
         if differing:

@@ -1,8 +1,7 @@
-"""Model families: how each one names its weights, what it may and may not have, and what a teacher's config.json says.
+"""What a teacher's config.json says of it: its family, its shape, and the tensors that its files must hold.
 
-A `Family` is a declaration: name templates for the rows of `clone/sites.py` and for the norm gains, config fields
-that must be off, tensors that may be ignored. `describe_teacher` reads config.json and nothing else, so that every
-impossible teacher is refused before a weight is read or a process group exists.
+`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused before a weight is
+read or a process group exists. The families themselves are declared in `architectures.py`.
 
 A student keeps everything of its teacher's config but the hidden size. transformers 5 refuses a Llama config whose
 hidden_size is no multiple of its heads, even with an explicit head_dim; for such a width the student is written as the
@@ -22,57 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import ConfigError, ModelShape
-
-
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """A class that computes what the family does, at any hidden_size. `extra`: config fields that it needs."""
-
-    architecture: str
-    model_type: str
-    extra: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One architecture. Templates take `layer`; keys of `sites` are Site names, of `norms` LAYER_NORMS and "final"."""
-
-    name: str
-    architecture: str
-    model_type: str
-    sites: Mapping[str, str]
-    norms: Mapping[str, str]
-    must_be_off: tuple[str, ...] = ()
-    ignored_suffixes: tuple[str, ...] = ()
-    twin: Twin | None = None
-
-
-LLAMA = Family(
-    name="Llama",
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    sites={
-        "embed": "model.embed_tokens.weight",
-        "q": "model.layers.{layer}.self_attn.q_proj.weight",
-        "k": "model.layers.{layer}.self_attn.k_proj.weight",
-        "v": "model.layers.{layer}.self_attn.v_proj.weight",
-        "o": "model.layers.{layer}.self_attn.o_proj.weight",
-        "gate": "model.layers.{layer}.mlp.gate_proj.weight",
-        "up": "model.layers.{layer}.mlp.up_proj.weight",
-        "down": "model.layers.{layer}.mlp.down_proj.weight",
-        "lm_head": "lm_head.weight",
-    },
-    norms={
-        "input": "model.layers.{layer}.input_layernorm.weight",
-        "post": "model.layers.{layer}.post_attention_layernorm.weight",
-        "final": "model.norm.weight",
-    },
-    must_be_off=("attention_bias", "mlp_bias"),
-    ignored_suffixes=(".rotary_emb.inv_freq",),  # Llama 2 files carry what the config already says
-    twin=Twin(architecture="MistralForCausalLM", model_type="mistral", extra={"sliding_window": None}),
-)
-
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+from megatron_lrc.hf.architectures import FAMILIES, FROZEN_BIASES, FROZEN_NORMS, Family
 
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
@@ -82,7 +31,8 @@ ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
 class Weight:
     """One tensor of a Hugging Face model: its name there, its shape, and our name for it.
 
-    key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final` (site None).
+    key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final`, `layers.{i}.{frozen}` (site
+    None). is_frozen: the student has the teacher's tensor unchanged.
     """
 
     key: str
@@ -90,6 +40,12 @@ class Weight:
     shape: tuple[int, ...]
     layer: int | None = None
     site: Site | None = None
+    is_frozen: bool = False
+
+    @property
+    def is_norm_gain(self) -> bool:
+        """Whether training gives the student a gain of its own here."""
+        return self.site is None and not self.is_frozen
 
 
 @dataclass(frozen=True)
@@ -120,6 +76,12 @@ def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:
     }[site.name]
 
 
+def frozen_shape(name: str, shape: ModelShape) -> tuple[int]:
+    """Shape of a frozen tensor, unsharded. It is the same in teacher and student."""
+    heads = {"q_bias": shape.num_attention_heads, **dict.fromkeys(("k_bias", "v_bias"), shape.num_query_groups)}
+    return (heads.get(name, 1) * shape.head_dim,)
+
+
 def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
     """Every tensor of a model of this family and shape, in the order of the forward pass. Tied: no `lm_head`."""
 
@@ -131,10 +93,16 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
         key = norm if layer is None else f"layers.{layer}.{norm}"
         return Weight(key, family.norms[norm].format(layer=layer), (shape.hidden_size,), layer)
 
+    def of_frozen(name: str, layer: int) -> Weight:
+        template = family.frozen[name]
+        key = f"layers.{layer}.{name}"
+        return Weight(key, template.format(layer=layer), frozen_shape(name, shape), layer, is_frozen=True)
+
     weights = [of_site(EMBED, None)]
     for layer in range(shape.num_layers):
         weights += [of_norm(norm, layer) for norm in LAYER_NORMS]
         weights += [of_site(site, layer) for site in LAYER_SITES]
+        weights += [of_frozen(name, layer) for name in (*FROZEN_BIASES, *FROZEN_NORMS) if name in family.frozen]
     weights.append(of_norm("final", None))
     return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
 
@@ -154,7 +122,7 @@ def describe_teacher(directory: str | Path) -> TeacherDescription:
             "Correct config.json."
         ) from error
     _check_features(path, family, config)
-    description = TeacherDescription(path, family, _read_shape(path, config), config, values)
+    description = TeacherDescription(path, family, _read_shape(path, family, config), config, values)
     rope_settings(description)
     return description
 
@@ -263,9 +231,14 @@ def _check_features(path: Path, family: Family, config: PretrainedConfig) -> Non
     for name in family.must_be_off:
         if getattr(config, name, False):
             raise ConfigError(
-                f"--teacher {path}: config.json has {name}: true. {family.name} teachers are supported without these "
-                "biases, since the student has no place for them. Choose another teacher."
+                f"--teacher {path}: config.json has {name}: true. {family.name} teachers are supported with {name}: "
+                "false only, since the student has no place for what it adds. Choose another teacher."
             )
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        raise ConfigError(
+            f"--teacher {path}: config.json has layer_types {sorted(set(config.layer_types))}. Every layer must have "
+            '"full_attention". Choose another teacher.'
+        )
     if config.hidden_act != "silu":
         raise ConfigError(
             f'--teacher {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is supported. '
@@ -273,7 +246,7 @@ def _check_features(path: Path, family: Family, config: PretrainedConfig) -> Non
         )
 
 
-def _read_shape(path: Path, config: PretrainedConfig) -> ModelShape:
+def _read_shape(path: Path, family: Family, config: PretrainedConfig) -> ModelShape:
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups or head_dim % 2:
@@ -292,5 +265,7 @@ def _read_shape(path: Path, config: PretrainedConfig) -> ModelShape:
         vocab_size=config.vocab_size,
         norm_epsilon=config.rms_norm_eps,
         is_tied=bool(config.tie_word_embeddings),
+        has_qkv_bias=FROZEN_BIASES[0] in family.frozen,
+        has_qk_norm=FROZEN_NORMS[0] in family.frozen,
         max_position_embeddings=config.max_position_embeddings,
     )

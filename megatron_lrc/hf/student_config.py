@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from megatron_lrc.config import ModelShape
-from megatron_lrc.hf.families import TeacherDescription, Twin, rope_settings
+from megatron_lrc.hf.architectures import Twin
+from megatron_lrc.hf.families import TeacherDescription, rope_settings
 
 
 def student_class(teacher: TeacherDescription, student_hidden_size: int) -> Twin:

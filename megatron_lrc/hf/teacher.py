@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
@@ -94,6 +95,11 @@ class TeacherReader:
     def norm(self, name: str, layer: int | None = None) -> Tensor:
         """A norm gain [D]: "input" or "post" of a layer, or "final"."""
         return self.read(self._weights[name if layer is None else f"layers.{layer}.{name}"].name)
+
+    def frozen(self, name: str, layer: int, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """This rank's part of a frozen tensor: a bias [o/tp], split like its weight, or a norm gain [head_dim]."""
+        split_dim = 0 if name in FROZEN_BIASES else None
+        return self.read(self._weights[f"layers.{layer}.{name}"].name, split_dim=split_dim, rank=tp_rank, size=tp_size)
 
     def fingerprint(self) -> str:
         """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.

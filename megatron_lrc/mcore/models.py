@@ -97,8 +97,9 @@ class OutputLayer(nn.Module):
         return hidden.transpose(0, 1), None
 
 
-def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *, is_trained: bool) -> TransformerConfig:
     """megatron-core's configuration of one of the two models. Losses are sums; the division by tokens is ours."""
+    recompute = config.parallel.recompute_granularity if is_trained else None
     parallel = config.parallel
     on_cpu = not torch.cuda.is_available()
     return TransformerConfig(
@@ -114,6 +115,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype) ->
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -128,6 +130,10 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype) ->
         overlap_p2p_comm=config.num_chunks > 1,
         batch_p2p_comm=config.num_chunks == 1,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        recompute_granularity=recompute,
+        recompute_method=config.parallel.recompute_method if recompute == "full" else None,
+        recompute_num_layers=config.parallel.recompute_num_layers if recompute == "full" else None,
+        recompute_modules=list(config.parallel.recompute_modules) if recompute == "selective" else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -149,6 +155,7 @@ def build_stage(
     *,
     dtype: torch.dtype,
     chunk: int,
+    is_trained: bool,
     is_first_stage: bool,
     is_last_stage: bool,
 ) -> GPTModel:
@@ -157,11 +164,16 @@ def build_stage(
     inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. The embedding and the LM head
     are separate parameters even of a tied model, so that megatron-core's own tying stays out of the way.
     """
-    model_config = transformer_config(config, shape, dtype)
-    layer_spec: ModuleSpec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    model_config = transformer_config(config, shape, dtype, is_trained=is_trained)
+    layer_spec: ModuleSpec = copy.deepcopy(
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm)
+    )
     layer_spec.submodules.input_layernorm = RMSNorm
     layer_spec.submodules.pre_mlp_layernorm = RMSNorm
-    layer_spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    attention_spec = layer_spec.submodules.self_attention.submodules
+    attention_spec.core_attention = ScaledDotProductAttention
+    if shape.has_qk_norm:
+        attention_spec.q_layernorm = attention_spec.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
     model = GPTModel(
         config=model_config,

@@ -103,11 +103,14 @@ class ProjectionOptimizer:
             replica.scale_gradients(scale)
 
     @torch.no_grad()
-    def clip_and_step(self) -> tuple[bool, float]:
-        """(whether P was updated, the gradient norm before clipping). All ranks skip if the norm is not finite."""
+    def clip_and_step(self, *, may_step: bool = True) -> tuple[bool, float]:
+        """(whether P was updated, the gradient norm before clipping). All ranks skip if the norm is not finite.
+
+        may_step: False if the losses already forbid it; the same on every rank.
+        """
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if found_inf or not math.isfinite(grad_norm):
+        if not may_step or found_inf or not math.isfinite(grad_norm):
             return False, grad_norm
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)

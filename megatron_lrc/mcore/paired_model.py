@@ -9,7 +9,8 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a lin
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_lrc.clone.losses import AttachCloneLoss, inverse_widths
+from megatron_lrc.clone.losses import AttachLoss, CloneLoss, inverse_widths
 from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
 from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_and_kl_loss
@@ -56,6 +57,39 @@ class LossSums:
         self.clone.zero_()
 
 
+@dataclass(slots=True)
+class MicroBatch:
+    """What belongs to one micro-batch while it is under way.
+
+    token_weight: [s, b], 0 for masked tokens. activations: the teacher's outputs that the student has yet to meet, by
+    (layer, linear). inputs: arguments of the teacher's attention and MLP blocks, by (layer, block), for recomputation.
+    """
+
+    token_weight: Tensor
+    activations: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    inputs: dict[tuple[int, str], tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
+    is_recomputing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A linear layer whose outputs are compared, and the sites in it whose terms are on. layer: global, from 0."""
+
+    layer: int
+    linear: str
+    teacher_layer: nn.Module
+    sites: list[Site]
+
+    @property
+    def block(self) -> str:
+        """The part of a transformer layer that holds it: self_attention or mlp."""
+        return self.linear.partition(".")[0]
+
+    @property
+    def teacher_block(self) -> nn.Module:
+        return self.teacher_layer.get_submodule(self.block)
+
+
 class PairedModel(nn.Module):
     """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
 
@@ -75,8 +109,8 @@ class PairedModel(nn.Module):
             "is_first_stage": self.pre_process,
             "is_last_stage": self.post_process,
         }
-        self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, **place)
-        self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, **place)
+        self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, is_trained=False, **place)
+        self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, is_trained=True, **place)
         self._share_tied_weights()
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
@@ -101,9 +135,8 @@ class PairedModel(nn.Module):
         )
         self.cloned_weights = self._pair_weights()
         self._set_trainable()
-        self._captured: dict[tuple[int, str], Tensor] = {}
-        self._inverse_widths: dict[str, Tensor] = {}
-        self._token_weight: Tensor | None = None  # [s, b], set for the micro-batch in progress
+        self._micro_batch: MicroBatch | None = None  # the one in progress
+        self._inverse_widths: dict[tuple, Tensor] = {}
         self._input: Tensor | None = None
         self._capture_activations()
 
@@ -152,10 +185,23 @@ class PairedModel(nn.Module):
             accumulate_in_fp32(matrix)
 
     def _capture_activations(self) -> None:
-        for model, hook in ((self.teacher, self._keep_teacher_output), (self.student, self._attach_clone_loss)):
-            for index, layer in layers_of(model):
-                for linear in CAPTURED_LINEARS:
-                    layer.get_submodule(linear).register_forward_hook(_with_place(hook, index, linear))
+        teacher_layers = dict(layers_of(self.teacher))
+        for index, student_layer in layers_of(self.student):
+            terms = self.settings.clone_terms_of(index)
+            for linear in CAPTURED_LINEARS:
+                sites = [site for site in SITES_OF[linear] if site.name in terms]
+                if not sites:
+                    continue
+                place = Place(index, linear, teacher_layers[index], sites)
+                teacher_linear, student_linear = (
+                    layer.get_submodule(linear) for layer in (place.teacher_layer, student_layer)
+                )
+                teacher_linear.register_forward_hook(partial(self._keep_teacher_output, place))
+                student_linear.register_forward_hook(partial(self._attach_clone_loss, place))
+                if self.settings.parallel.recompute_granularity is not None:
+                    place.teacher_block.register_forward_pre_hook(
+                        partial(self._keep_teacher_input, place), with_kwargs=True
+                    )
 
     # --- forward ------------------------------------------------------------------------------------------------
 
@@ -168,12 +214,14 @@ class PairedModel(nn.Module):
 
         Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens.
         """
-        self._token_weight = batch["loss_mask"].t().contiguous()  # [s, b]
+        micro_batch = self._micro_batch = MicroBatch(batch["loss_mask"].t().contiguous())
         teacher_in, student_in = self._split_input()
         with torch.no_grad():
             teacher_hidden = _run_stage(self.teacher, batch, teacher_in)
         student_hidden = _run_stage(self.student, batch, student_in)
-        assert not self._captured, "a student layer did not meet its teacher's activation"
+        assert not micro_batch.activations, "a student layer did not meet its teacher's activation"
+        if micro_batch.inputs:
+            student_hidden = _EnterBackward.apply(student_hidden, self, micro_batch)
         if not self.post_process:
             return torch.cat([teacher_hidden, student_hidden], dim=-1)
         return self._lm_and_kl(teacher_hidden, student_hidden, batch["labels"])
@@ -181,9 +229,10 @@ class PairedModel(nn.Module):
     def forward_teacher(self, batch: dict[str, Tensor]) -> Tensor:
         """The teacher alone, for calibration. Same outputs and inputs as `forward`, the student's part zero."""
         teacher_in, _ = self._split_input()
+        self._micro_batch = MicroBatch(batch["loss_mask"].t())
         with torch.no_grad():
             hidden = _run_stage(self.teacher, batch, teacher_in)
-        self._captured.clear()
+        self._micro_batch = None
         if self.post_process:
             return hidden.new_zeros(())
         return torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size)], dim=-1)
@@ -196,7 +245,8 @@ class PairedModel(nn.Module):
         return self._input[..., :width].detach(), self._input[..., width:]
 
     def _lm_and_kl(self, teacher_hidden: Tensor, student_hidden: Tensor, labels: Tensor) -> Tensor:
-        assert self._token_weight is not None
+        assert self._micro_batch is not None
+        token_weight = self._micro_batch.token_weight
         if self.student.config.sequence_parallel:
             teacher_hidden = gather_from_sequence_parallel_region(teacher_hidden, tensor_parallel_output_grad=False)
             student_hidden = gather_from_sequence_parallel_region(student_hidden, tensor_parallel_output_grad=True)
@@ -206,40 +256,72 @@ class PairedModel(nn.Module):
             self.student.output_layer.weight,
             self.teacher.output_layer.weight,
             labels.t().flatten(),
-            self._token_weight.flatten(),
+            token_weight.flatten(),
             shard=self.vocabulary,
-            kl_weight=self.settings.loss.kl_weight,
+            lm_weight=self.settings.loss.lm_weight,
+            kl_weight=self.settings.total_kl_weight,
             temperature=self.settings.loss.kl_temperature,
             chunk_tokens=self.settings.loss.loss_chunk_tokens,
         )
         if self.groups.tp.rank() == 0:
-            self.sums.main += torch.stack([lm.double(), kl.double(), self._token_weight.sum().double()])
+            self.sums.main += torch.stack([lm.double(), kl.double(), token_weight.sum().double()])
         return loss
 
     # --- captures -----------------------------------------------------------------------------------------------
 
-    def _keep_teacher_output(self, layer: int, linear: str, output: tuple[Tensor, Any]) -> None:
-        self._captured[layer, linear] = output[0]
+    def _keep_teacher_output(self, place: Place, module: nn.Module, inputs: tuple, output: tuple[Tensor, Any]) -> None:
+        assert self._micro_batch is not None
+        self._micro_batch.activations[place.layer, place.linear] = output[0]
 
-    def _attach_clone_loss(self, layer: int, linear: str, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def _keep_teacher_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert self._micro_batch is not None
+        self._micro_batch.inputs[place.layer, place.block] = (args, kwargs)
+
+    def _teacher_output(self, place: Place) -> Tensor:
+        """The teacher's activation of a place. Where the student recomputes its own, the teacher's is recomputed too:
+        kept, they would take most of the memory that recomputation frees."""
+        assert self._micro_batch is not None
+        key, activations = (place.layer, place.linear), self._micro_batch.activations
+        if key not in activations:
+            args, kwargs = self._micro_batch.inputs[place.layer, place.block]
+            with torch.no_grad():
+                place.teacher_block(*args, **kwargs)  # its hooks fill `activations`
+        return activations.pop(key)
+
+    def _attach_clone_loss(
+        self, place: Place, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any]:
         """Compare a student's linear output with the teacher's of the same place, and hang the loss on it."""
-        assert self._token_weight is not None
-        student, target = output[0], self._captured.pop((layer, linear))
-        token_weight, sites = self._token_weight, SITES_OF[linear]
-        if sites[0].projected == "output":
-            target = target @ self.projections.target(f"layers.{layer}.{sites[0].name}")  # [s/tp, b, d]
+        assert self._micro_batch is not None
+        micro_batch, target = self._micro_batch, self._teacher_output(place)
+        compared, token_weight = output[0], micro_batch.token_weight
+        if place.sites[0].projected == "output":
+            compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d] or [s/tp, b, D]
             if self.student.config.sequence_parallel:
                 token_weight = token_weight.chunk(self.groups.tp.size())[self.groups.tp.rank()]  # [s/tp, b]
-        if linear not in self._inverse_widths:
-            widths = inverse_widths(sites, self.heads, student.shape[-1], self.groups.tp.size())
-            self._inverse_widths[linear] = widths.to(student.device, torch.promote_types(student.dtype, torch.float32))
-        scale = self.settings.loss.alpha * self._main_loss_scale()
-        attached, per_feature = AttachCloneLoss.apply(
-            student, target, token_weight, self._inverse_widths[linear], scale
-        )
-        for site in sites:
-            self.sums.clone[layer, LAYER_SITES.index(site)] += select(site, per_feature, self.heads).sum()
-        return attached, output[1]
+        loss, per_feature = CloneLoss.apply(compared, target, token_weight, self._inverse_width(place, compared))
+        if not micro_batch.is_recomputing:
+            for site in place.sites:
+                self.sums.clone[place.layer, LAYER_SITES.index(site)] += select(site, per_feature, self.heads).sum()
+        return AttachLoss.apply(output[0], loss, self.settings.loss.alpha * self._main_loss_scale()), output[1]
+
+    def _output_pair(self, place: Place, attention: Tensor, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared at o and down: at student width, or for o at the teacher's, as the flags say."""
+        (site,), loss = place.sites, self.settings.loss
+        if site.name == "o" and loss.clone_attention_output == "teacher":
+            # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
+            through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
+            return through_teacher, target
+        target = target @ self.projections.target(f"layers.{place.layer}.{site.name}")
+        return student, target.detach() if loss.detach_clone_targets else target
+
+    def _inverse_width(self, place: Place, compared: Tensor) -> Tensor:
+        key = (place.linear, tuple(site.name for site in place.sites), compared.shape[-1])
+        if key not in self._inverse_widths:
+            widths = inverse_widths(place.sites, self.heads, compared.shape[-1], self.groups.tp.size())
+            wide = torch.promote_types(compared.dtype, torch.float32)
+            self._inverse_widths[key] = widths.to(compared.device, wide)
+        return self._inverse_widths[key]
 
     def _main_loss_scale(self) -> Tensor | float:
         """What the schedule multiplies the main loss by before backward (fp16 loss scaling; 1 otherwise)."""
@@ -247,8 +329,19 @@ class PairedModel(nn.Module):
         return 1.0 if scale is None else scale(torch.ones((), device=self.groups.device))
 
 
-def _with_place(hook: Any, layer: int, linear: str) -> Any:
-    return lambda module, inputs, output: hook(layer, linear, output)
+class _EnterBackward(torch.autograd.Function):
+    """The identity; its backward tells the stage which micro-batch the layers that are about to recompute belong to."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, stage: PairedModel, micro_batch: MicroBatch) -> Tensor:
+        ctx.stage, ctx.micro_batch = stage, micro_batch
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.micro_batch.is_recomputing = True
+        ctx.stage._micro_batch = ctx.micro_batch
+        return grads[0], None, None
 
 
 def _run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lrc.clone.initialization import SecondMoment, initialize_from_basis, initialize_random
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, select
@@ -50,6 +50,20 @@ def load_teacher(stage: PairedModel, reader: TeacherReader) -> None:
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         gain.copy_(reader.norm(kind, int(layer_name[1]) if layer_name else None))
+    for either in (stage.teacher, stage.student):
+        for index, layer in layers_of(either):
+            _load_frozen(stage, layer, index, reader)
+
+
+def _load_frozen(stage: PairedModel, layer: nn.Module, index: int, reader: TeacherReader) -> None:
+    """Set the tensors of a layer that teacher and student share: biases of q, k and v, gains of the q and k norms."""
+    tp, frozen = stage.groups.tp, reader.description.family.frozen
+    for site in LAYER_SITES:
+        if (name := f"{site.name}_bias") in frozen:
+            place = select(site, layer.get_parameter(f"{site.linear}.bias"), stage.heads)
+            place.copy_(reader.frozen(name, index, tp_rank=tp.rank(), tp_size=tp.size()).view(place.shape))
+        if (name := f"{site.name}_norm") in frozen:
+            layer.get_parameter(f"self_attention.{site.name}_layernorm.weight").copy_(reader.frozen(name, index))
 
 
 def initialize(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches], groups: Groups) -> None:

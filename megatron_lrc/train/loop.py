@@ -23,6 +23,7 @@ from megatron_lrc.mcore.checkpoint import (
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.train.build import build_stages, initialize
+from megatron_lrc.train.guard import SkippedSteps, find_fault
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.validation import validate_against_teacher
@@ -119,6 +120,7 @@ class Trainer:
         optimizer = ProjectionOptimizer(config, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
+        self.skipped_steps = SkippedSteps(config.training.max_skipped_steps)
         at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
@@ -150,8 +152,7 @@ class Trainer:
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
-            if not report.is_updated:
-                self._say(f"step {state.step}: gradient norm {report.grad_norm}, step skipped")
+            self._guard(report)
             is_last = state.step == config.training.train_iters
             if is_last or state.step % config.logging.log_interval == 0:
                 losses = report.losses.means(config)  # waits for the device, so before the clock is read
@@ -164,6 +165,21 @@ class Trainer:
                 self._save()
             stopwatch.resume()
 
+    def _guard(self, report: StepReport) -> None:
+        """Say where a skipped step went wrong; after too many in a row save what there is and stop."""
+        if report.is_updated:
+            self.skipped_steps.updated()
+            return
+        reason = find_fault(self.run.stages)
+        self.skipped_steps.skipped()
+        self._say(
+            f"step {self.state.step} skipped ({self.skipped_steps.in_a_row} in a row, the run stops at "
+            f"{self.skipped_steps.limit}): {reason}"
+        )
+        if self.skipped_steps.in_a_row >= self.skipped_steps.limit:
+            self._save()
+        self.skipped_steps.check(self.state.step, reason)
+
     def _log_step(
         self, log: RunLog | None, report: StepReport, losses: dict[str, float], lr: float, seconds: float
     ) -> None:
@@ -175,6 +191,7 @@ class Trainer:
                 "step": self.state.step,
                 "tokens": self.state.tokens,
                 **losses,
+                "clone_by_layer": report.losses.clone_by_layer(self.config),
                 "grad_norm": report.grad_norm,
                 "lr": lr,
                 "tokens_per_second": tokens_per_step / seconds,

@@ -1,15 +1,17 @@
 """What a run reports: one JSON object per logged step, TensorBoard, a console line. Only the main rank writes.
 
-    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, grad_norm, lr, tokens_per_second,
-                            step_seconds
+    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, clone_by_layer, grad_norm, lr,
+                            tokens_per_second, step_seconds
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss on the held-out split
     RUN/tensorboard/        the same, as train/... and valid/...
 
 Losses are means over the tokens of the step's global batch (or of the whole validation): `loss` is the sum that is
-minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and terms, before alpha.
+minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and terms, before alpha, and `clone_by_layer`
+its parts: term -> one value per layer, whatever its pipeline stage. What is not finite, or off, is null.
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -31,7 +33,7 @@ class RunLog:
 
             self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
 
-    def step(self, record: dict[str, float]) -> None:
+    def step(self, record: dict[str, Any]) -> None:
         self._write("metrics.jsonl", "train", record)
         remaining = (self._train_iters - record["step"]) * record["step_seconds"]
         print(
@@ -42,7 +44,7 @@ class RunLog:
             flush=True,
         )
 
-    def validation(self, record: dict[str, float]) -> None:
+    def validation(self, record: dict[str, Any]) -> None:
         self._write("validation.jsonl", "valid", record)
         print(f"validation at step {record['step']} | {_losses(record)}", flush=True)
 
@@ -50,15 +52,28 @@ class RunLog:
         if self._board:
             self._board.close()
 
-    def _write(self, name: str, tag: str, record: dict[str, float]) -> None:
+    def _write(self, name: str, tag: str, record: dict[str, Any]) -> None:
         if not self._run:
             return
         with open(self._run / name, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
         for key, value in record.items():
-            if key != "step":
+            if key == "clone_by_layer":
+                for term, layers in value.items():
+                    for layer, loss in enumerate(layers):
+                        if loss is not None:
+                            self._board.add_scalar(f"{tag}_clone_{term}/layer_{layer:02d}", loss, record["step"])
+            elif key != "step":
                 self._board.add_scalar(f"{tag}/{key}", value, record["step"])
         self._board.flush()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Stopwatch:
@@ -99,7 +114,7 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
-def _losses(record: dict[str, float]) -> str:
+def _losses(record: dict[str, Any]) -> str:
     names = ("loss", "lm_loss", "kl_loss", "clone_loss")
     return " ".join(f"{name.removesuffix('_loss')} {record[name]:.4f}" for name in names)
 

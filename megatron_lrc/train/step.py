@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.clone.projections import zero_gradient
+from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
@@ -51,10 +52,24 @@ class LossTotals:
     tokens: Tensor
     clone: Tensor  # [layers, sites]
 
+    @property
+    def is_finite(self) -> bool:
+        """Reads the device, which the gradient norm has to wait for anyway."""
+        return bool((self.lm + self.kl + self.clone.sum()).isfinite())
+
+    def clone_by_layer(self, config: Config) -> dict[str, list[float | None]]:
+        """Term -> its clone loss in each layer, a mean over tokens; None where it is off. Waits for the device."""
+        means = (self.clone / self.tokens).tolist()
+        terms_on = [config.clone_terms_of(layer) for layer in range(len(means))]
+        return {
+            site.name: [row[column] if site.name in on else None for row, on in zip(means, terms_on, strict=True)]
+            for column, site in enumerate(LAYER_SITES)
+        }
+
     def means(self, config: Config) -> dict[str, float]:
         """`loss` and its terms, as means over tokens. Waits for the device."""
         lm, kl, clone = ((value / self.tokens).item() for value in (self.lm, self.kl, self.clone.sum()))
-        total = lm + config.loss.kl_weight * kl + config.loss.alpha * clone
+        total = config.loss.lm_weight * lm + config.total_kl_weight * kl + config.loss.alpha * clone
         return {"loss": total, "lm_loss": lm, "kl_loss": kl, "clone_loss": clone}
 
 
@@ -77,7 +92,7 @@ def train_step(run: Run, batches: Batches) -> StepReport:
 
     losses = _reduce_losses(run.stages)
     run.optimizer.reduce_gradients(losses.tokens)  # TP sum of gains, tied P, DP; the only division by tokens
-    is_updated, grad_norm = run.optimizer.clip_and_step()  # every rank skips if any saw a non-finite gradient
+    is_updated, grad_norm = run.optimizer.clip_and_step(may_step=losses.is_finite)  # every rank alike, or none
     if is_updated:
         run.optimizer.lr_schedule.step(1)
     return StepReport(losses, grad_norm, is_updated)

@@ -2,12 +2,13 @@
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.clone.initialization import initialize_random
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.config import Config
@@ -17,6 +18,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_stages
+from megatron_lrc.validation import validate
 from ranks import run_ranks
 from reference import Reference
 
@@ -34,6 +36,7 @@ class Layout:
     first: int | None = None
     chunks: int = 1
     ends: bool = False  # embedding and loss count as layers
+    recompute: str | None = None
     dist_opt: bool = False
 
     @property
@@ -41,12 +44,31 @@ class Layout:
         return self.tp * self.pp * self.dp
 
 
-def make_config(teacher: str, layout: Layout, *, untie: bool | None) -> Config:
+@dataclass(frozen=True)
+class Variant:
+    """What is trained on. terms: as --clone-terms, and the same as (layer, site) pairs for the reference."""
+
+    released: bool = False
+    detach: bool = False
+    lm_weight: float = 1.0
+    kl_weight: float = KL_WEIGHT
+    alpha: float = ALPHA
+    terms: str = "q k v o gate up down"
+    off: tuple[tuple[int, str], ...] = ()
+
+
+def make_config(teacher: str, layout: Layout, *, untie: bool | None, variant: Variant = Variant()) -> Config:  # noqa: B008
     config = Config()
     config.model.teacher, config.model.student_hidden_size = teacher, STUDENT
     config.model.untie_embeddings_and_output_weights = untie
     config.projection.init_method_std = 0.2
-    config.loss.alpha, config.loss.kl_weight, config.loss.kl_temperature = ALPHA, KL_WEIGHT, TEMPERATURE
+    config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
+    config.loss.kl_weight, config.loss.kl_temperature = variant.kl_weight, TEMPERATURE
+    config.loss.detach_clone_targets, config.loss.clone_terms = variant.detach, variant.terms.split()
+    if variant.released:
+        config.loss.clone_attention_output, config.loss.kl_reduction = "teacher", "sequence-sum"
+    config.parallel.recompute_granularity = layout.recompute and ("full" if layout.recompute == "full" else "selective")
+    config.parallel.recompute_modules = ["core_attn"] if layout.recompute in (None, "full") else [layout.recompute]
     config.loss.loss_chunk_tokens = 7
     config.parallel.tensor_model_parallel_size = layout.tp
     config.parallel.pipeline_model_parallel_size = layout.pp
@@ -58,6 +80,7 @@ def make_config(teacher: str, layout: Layout, *, untie: bool | None) -> Config:
     config.parallel.use_distributed_optimizer = layout.dist_opt
     config.training.micro_batch_size, config.training.global_batch_size = layout.micro, BATCH
     config.training.seq_length = SEQUENCE
+    config.data.data_path, config.data.split = ["unused"], "90,10,0"
     config.training.train_iters = 10
     return config
 
@@ -112,9 +135,9 @@ def gradients_of_one_step(config: Config) -> tuple[dict, dict, dict]:
 
 
 @functools.cache
-def expected(teacher: str, names: tuple[str, ...]):
+def expected(teacher: str, names: tuple[str, ...], variant: Variant):
     """Reference losses and gradients for the projections `names`, initialised as the package does."""
-    reference = Reference(LlamaForCausalLM.from_pretrained(teacher, dtype=torch.float64), STUDENT)
+    reference = Reference(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64), STUDENT)
     projections, norms = {}, {}
     for name in names:
         seed = int.from_bytes(hashlib.sha256(f"1:{name}".encode()).digest()[:8], "little") >> 1
@@ -134,8 +157,14 @@ def expected(teacher: str, names: tuple[str, ...]):
         labels=batch["labels"],
         mask=batch["loss_mask"],
         temperature=TEMPERATURE,
+        attention_at_teacher_width=variant.released,
+        detach_targets=variant.detach,
     )
-    losses.total(ALPHA, KL_WEIGHT).backward()
+    for place in variant.off:
+        del losses.clone[place]
+    # The released code sums KL(p_T || p_S) of logits / tau over a sequence, without tau^2.
+    kl_weight = variant.kl_weight * (SEQUENCE / TEMPERATURE**2 if variant.released else 1.0)
+    losses.total(variant.alpha, kl_weight, variant.lm_weight).backward()
     return losses, projections, norms
 
 
@@ -156,20 +185,61 @@ LAYOUTS = [
 ]
 
 
+VARIANTS = [
+    Variant(released=True),
+    Variant(detach=True),
+    Variant(lm_weight=0.4, kl_weight=0.0),
+    Variant(lm_weight=0.0, alpha=1.5),
+    Variant(
+        terms="q v:0,2-3 o:1 gate up down:0-1",
+        off=(*((i, "k") for i in range(4)), (1, "v"), (0, "o"), (2, "o"), (3, "o"), (2, "down"), (3, "down")),
+    ),
+]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_losses_and_gradients_equal_the_reference(tiny_llama, layout, tied):
+    assert_equal_to_the_reference(tiny_llama, layout, Variant(), tied=tied)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [Layout(micro=2), Layout(tp=2), Layout(pp=2, recompute="full")], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
+def test_every_variant_of_the_loss_equals_the_reference(tiny_llama, layout, variant):
+    assert_equal_to_the_reference(tiny_llama, layout, variant, tied=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("write", [write_qwen2, write_qwen3])
+@pytest.mark.parametrize("layout", [Layout(micro=2), Layout(tp=2), Layout(pp=2, chunks=2, recompute="full")], ids=str)
+def test_other_families_equal_the_reference(tmp_path, layout, write):
+    write(tmp_path, num_layers=4, dtype=torch.float64)
+    assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, Variant(), tied=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["full", "core_attn", "mlp"])
+@pytest.mark.parametrize("layout", [Layout(pp=2, chunks=2), Layout(tp=2)], ids=str)
+def test_recomputation_changes_nothing(tiny_llama, layout, recompute):
+    assert_equal_to_the_reference(tiny_llama, replace(layout, recompute=recompute), Variant(), tied=True)
+
+
+def assert_equal_to_the_reference(tiny_llama, layout: Layout, variant: Variant, *, tied: bool) -> None:
     teacher = tiny_llama(is_tied=tied, num_layers=4, vocab_size=VOCAB, dtype=torch.float64)
-    ranks = run_ranks(layout.world, gradients_of_one_step, make_config(teacher, layout, untie=not tied))
+    config = make_config(teacher, layout, untie=not tied, variant=variant)
+    validate(config, world_size=layout.world)
+    ranks = run_ranks(layout.world, gradients_of_one_step, config)
     names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
-    losses, projections, norms = expected(teacher, names)
+    losses, projections, norms = expected(teacher, names, variant)
     assert len(names) == 4 * 7 + (1 if tied else 2)
 
     close = functools.partial(torch.testing.assert_close, rtol=1e-8, atol=1e-12)
     for values, _, _ in ranks:
         close(values["lm"], losses.lm.detach())
-        close(values["kl"], losses.kl.detach())
+        if variant.kl_weight:
+            close(values["kl"], losses.kl.detach())
         for (layer, site), value in losses.clone.items():
             close(values["clone"][layer, ["q", "k", "v", "o", "gate", "up", "down"].index(site)], value.detach())
     for _, matrices, gains in ranks:

@@ -258,6 +258,36 @@ def test_small_helpers():
     assert flag_of("student_hidden_size") == "--student-hidden-size"
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"clone_terms": ["query"]}, "--clone-terms query: 'query' is none of q k v o gate up down"),
+        ({"clone_terms": ["q:3-1"]}, "'3-1' holds no layer"),
+        ({"clone_terms": ["q:x"]}, "each alone or with layers"),
+        ({"recompute_modules": ["attn"]}, "--recompute-modules attn: expected are any of core_attn mlp"),
+        ({"alpha": 0.0, "kl_weight": 0.0, "lm_weight": 0.0}, "nothing is left to train on"),
+    ],
+)
+def test_losses_that_cannot_be_meant_are_refused(config, values, expected):
+    change(config, **values)
+    (error,) = errors_of(validate, config)
+    assert expected in error
+
+
+def test_clone_terms_cover_the_layers_they_name(config):
+    change(config, clone_terms=["q", "gate:0-2,7"])
+    assert [config.clone_terms_of(layer) for layer in (2, 3, 7)] == [{"q", "gate"}, {"q"}, {"q", "gate"}]
+    (error,) = errors_of(validate_against_teacher, config, replace(SMOLLM2, num_layers=7))
+    assert "--clone-terms gate:0-2,7 names a layer" in error and "0-6" in error
+    change(config, alpha=0.0)
+    assert config.clone_terms_of(0) == set()
+
+
+def test_the_released_codes_kl_is_the_sum_over_a_sequence(config):
+    change(config, kl_reduction="sequence-sum", seq_length=2048)
+    assert config.total_kl_weight == pytest.approx(1.28)
+
+
 def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(config):
     change(config, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, global_batch_size=3)
     (error,) = errors_of(validate, config, world_size=2)

@@ -1,6 +1,8 @@
 """An exported student is a plain transformers model, equal by value to what training composes; or nothing at all."""
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_teachers import LLAMA3_ROPE, write_llama
+from hf_teachers import LLAMA3_ROPE, write_llama, write_qwen2, write_qwen3
 from megatron_lrc.clone.sites import projection_names
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.export import export_student
@@ -110,20 +112,67 @@ def test_exported_weights_are_the_composed_ones(tmp_path: Path, hidden: int, is_
     if is_tied:
         del state["lm_head.weight"]  # the embedding's second name
     for name, weight in state.items():
-        parts = name.split(".")
-        layer = f"layers.{parts[2]}." if parts[1] == "layers" else ""
-        if "norm" in name:
-            expected[name] = norms["final" if not layer else layer + ("input" if "input" in name else "post")]
-        elif "o_proj" in name or "down_proj" in name:
-            expected[name] = projections[layer + parts[-2].removesuffix("_proj")].T @ weight
-        else:
-            expected[name] = (
-                weight @ projections[layer + parts[-2].removesuffix("_proj").replace("embed_tokens", "embed")]
-            )
+        expected[name] = compose_by_hand(name, weight, projections, norms)
     written = load_file(output / "model.safetensors")
     assert written.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(written[name], weight), name
+
+
+@pytest.mark.parametrize("hidden", [28, 30])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("write", [write_qwen2, write_qwen3])
+def test_qwen_student_has_its_teachers_frozen_tensors(
+    tmp_path: Path, write: Callable, is_tied: bool, hidden: int
+) -> None:
+    """Composed by hand into transformers' own class at the student's width, the logits are those of the export."""
+    model = write(tmp_path / "teacher", is_tied=is_tied)
+    description = describe_teacher(tmp_path / "teacher")
+    projections, norms = random_student(description, hidden, has_lm_head=not is_tied)
+    output = tmp_path / "student"
+    export_student(teacher=description, projections=projections, norms=norms, student_hidden_size=hidden, output=output)
+    student = load(output)
+    assert type(student) is type(model)
+    assert (student.config.hidden_size, student.config.head_dim) == (hidden, 16)
+
+    config = copy.deepcopy(model.config)
+    config.hidden_size = hidden
+    expected = type(model)(config).eval()
+    with torch.no_grad():
+        for name, weight in expected.named_parameters():
+            weight.copy_(compose_by_hand(name, model.get_parameter(name), projections, norms))
+    assert (logits_of(student) - logits_of(expected)).abs().max() < 1e-5
+    assert logits_of(expected).std() > 0.1
+    frozen = [
+        name for name, _ in model.named_parameters() if name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
+    ]
+    assert len(frozen) == {write_qwen2: 6, write_qwen3: 4}[write]
+    written = load_file(output / "model.safetensors")
+    assert all(torch.equal(written[name], model.get_parameter(name)) for name in frozen)
+
+
+def test_student_of_a_qwen2_that_leaves_head_dim_out_keeps_its_heads(tmp_path: Path) -> None:
+    """As published Qwen2 configs do: by itself, transformers would take the student's hidden size over the heads."""
+    write_qwen2(tmp_path / "teacher", head_dim=None)
+    description = describe_teacher(tmp_path / "teacher")
+    assert "head_dim" not in description.config_values
+    projections, norms = random_student(description, 20, has_lm_head=True)
+    output = tmp_path / "student"
+    export_student(teacher=description, projections=projections, norms=norms, student_hidden_size=20, output=output)
+    attention = load(output).model.layers[1].self_attn
+    assert attention.head_dim == 12 and attention.q_proj.weight.shape == (48, 20)
+
+
+def compose_by_hand(name: str, weight: Tensor, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
+    """The student's tensor of this Hugging Face name, from the teacher's."""
+    parts = name.split(".")
+    layer = f"layers.{parts[2]}." if parts[1] == "layers" else ""
+    if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+        return weight
+    if "norm" in name:
+        return norms["final" if not layer else layer + ("input" if "input" in name else "post")]
+    projection = projections[layer + parts[-2].removesuffix("_proj").replace("embed_tokens", "embed")]
+    return projection.T @ weight if parts[-2] in ("o_proj", "down_proj") else weight @ projection
 
 
 @pytest.mark.parametrize("hidden", [28, 30])

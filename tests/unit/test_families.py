@@ -1,6 +1,7 @@
 """What config.json says of a teacher, and which directories are refused before a weight is read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_teachers import LLAMA3_ROPE, write_llama
+from hf_teachers import LLAMA3_ROPE, write_llama, write_qwen2, write_qwen3
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import describe_teacher, expected_weights, rope_inverse_frequencies
 
@@ -32,8 +33,9 @@ def test_shape_is_read_from_config_json(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool) -> None:
-    model = write_llama(tmp_path / "teacher", is_tied=is_tied)
+@pytest.mark.parametrize("write", [write_llama, write_qwen2, write_qwen3])
+def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool, write: Callable) -> None:
+    model = write(tmp_path / "teacher", is_tied=is_tied)
     description = describe_teacher(tmp_path / "teacher")
     found = {weight.name: weight.shape for weight in expected_weights(description.family, description.shape)}
     assert found == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -92,6 +94,40 @@ def test_unsupported_config_is_refused_in_one_line(teacher: Path, changes: dict,
     message = str(caught.value)
     assert all(word in message for word in [str(teacher), *words]), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("write", "has_qkv_bias", "has_qk_norm"),
+    [(write_llama, False, False), (write_qwen2, True, False), (write_qwen3, False, True)],
+)
+def test_shape_says_what_attention_has(tmp_path: Path, write: Callable, has_qkv_bias: bool, has_qk_norm: bool) -> None:
+    write(tmp_path)
+    shape = describe_teacher(tmp_path).shape
+    assert (shape.has_qkv_bias, shape.has_qk_norm) == (has_qkv_bias, has_qk_norm)
+    assert (shape.head_dim, shape.hidden_size) == (16, 48)
+
+
+def test_qwen2_without_head_dim_has_hidden_size_over_heads(tmp_path: Path) -> None:
+    write_qwen2(tmp_path, head_dim=None)
+    assert describe_teacher(tmp_path).shape.head_dim == 12
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "words"),
+    [
+        (write_qwen2, {"use_sliding_window": True, "layer_types": None}, "Qwen2 .*use_sliding_window: false"),
+        (write_qwen3, {"use_sliding_window": True, "layer_types": None}, "Qwen3 .*use_sliding_window: false"),
+        (write_qwen3, {"attention_bias": True}, "Qwen3 .*attention_bias: false"),
+        (write_qwen2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*'sliding_attention'"),
+    ],
+)
+def test_features_that_qwen_may_not_have_are_refused(
+    tmp_path: Path, write: Callable, changes: dict, words: str
+) -> None:
+    write(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=words):
+        describe_teacher(tmp_path)
 
 
 def test_missing_directory_is_refused_saying_that_nothing_is_downloaded() -> None:

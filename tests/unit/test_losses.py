@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_lrc.clone.losses import AttachCloneLoss, inverse_widths
+from megatron_lrc.clone.losses import AttachLoss, CloneLoss, inverse_widths
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
 from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_and_kl_loss
 
@@ -34,8 +34,8 @@ def random_problem(dtype, scale=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
-@pytest.mark.parametrize("kl_weight", [0.0, 1.3])
-def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk_tokens, kl_weight):
+@pytest.mark.parametrize("lm_weight, kl_weight", [(1.0, 0.0), (0.6, 1.3), (0.0, 1.3)])
+def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk_tokens, lm_weight, kl_weight):
     student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(
         torch.float64, scale=3.0
     )
@@ -47,6 +47,7 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
         labels,
         weight,
         shard=VocabularyShard.of(VOCAB, PADDED, None),
+        lm_weight=lm_weight,
         kl_weight=kl_weight,
         temperature=temperature,
         chunk_tokens=chunk_tokens,
@@ -60,7 +61,9 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
         weight,
         temperature,
     )
-    expected = torch.autograd.grad((expected_lm + kl_weight * expected_kl) * 0.7, (student_hidden, student_head))
+    expected = torch.autograd.grad(
+        (lm_weight * expected_lm + kl_weight * expected_kl) * 0.7, (student_hidden, student_head)
+    )
     torch.testing.assert_close(lm, expected_lm)
     if kl_weight:
         torch.testing.assert_close(kl, expected_kl)
@@ -74,7 +77,12 @@ def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
     results = []
     for student_hidden, student_head, teacher_hidden, teacher_head, labels, weight in (wide, narrow):
         student_hidden = student_hidden.detach().requires_grad_()
-        settings = {"shard": VocabularyShard.of(VOCAB, PADDED, None), "kl_weight": 1.0, "temperature": 40.0}
+        settings = {
+            "shard": VocabularyShard.of(VOCAB, PADDED, None),
+            "lm_weight": 1.0,
+            "kl_weight": 1.0,
+            "temperature": 40.0,
+        }
         _, lm, kl = lm_and_kl_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, labels, weight, **settings, chunk_tokens=5
         )
@@ -91,9 +99,8 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
     target = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
     mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
 
-    attached, per_feature = AttachCloneLoss.apply(
-        student, target, mask, inverse_widths(sites, heads, 40, 1).to(dtype), 0.2
-    )
+    loss, per_feature = CloneLoss.apply(student, target, mask, inverse_widths(sites, heads, 40, 1).to(dtype))
+    attached = AttachLoss.apply(student, loss, 0.2)
     assert torch.equal(attached, student)
     grads = torch.autograd.grad(attached.sin().sum(), (student, target))
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_teachers import write_llama
+from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import describe_teacher
@@ -76,6 +76,39 @@ def test_sites_fill_the_fused_weights_of_megatron_core(untied: tuple[Path, dict]
             target.copy_(reader.site(site, layer, tp_rank=rank, tp_size=size).view_as(target))
         for name, weight in expected.items():
             assert torch.equal(fused[name], weight), name
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
+def test_biases_fill_the_fused_bias_of_megatron_core(tmp_path: Path, rank: int, size: int) -> None:
+    state = write_qwen2(tmp_path).state_dict()
+    reader = open_teacher(tmp_path)
+    for layer in range(2):
+        q, k, v = (state[f"model.layers.{layer}.self_attn.{name}_proj.bias"] for name in "qkv")
+        rows = []
+        for group in range(2)[rank * 2 // size : (rank + 1) * 2 // size]:
+            rows += [q[group * 32 : group * 32 + 32], k[group * 16 : group * 16 + 16], v[group * 16 : group * 16 + 16]]
+        fused = torch.full((128 // size,), float("nan"))
+        for site in LAYER_SITES[:3]:
+            target = select(site, fused, HEADS)
+            target.copy_(reader.frozen(f"{site.name}_bias", layer, tp_rank=rank, tp_size=size).view_as(target))
+        assert torch.equal(fused, torch.cat(rows))
+
+
+def test_gains_of_q_and_k_norms_are_whole_on_every_rank(tmp_path: Path) -> None:
+    state = write_qwen3(tmp_path).state_dict()
+    reader = open_teacher(tmp_path)
+    for name in ("q_norm", "k_norm"):
+        for rank in range(2):
+            gain = reader.frozen(name, 1, tp_rank=rank, tp_size=2)
+            assert torch.equal(gain, state[f"model.layers.1.self_attn.{name}.weight"])
+
+
+def test_qwen_without_its_biases_or_norms_is_refused(tmp_path: Path) -> None:
+    for write, name in ((write_qwen2, "self_attn.k_proj.bias"), (write_qwen3, "self_attn.k_norm.weight")):
+        directory = tmp_path / write.__name__
+        write(directory)
+        rewrite(directory, {f"model.layers.1.{name}": None})
+        assert f"tensor model.layers.1.{name}" in (message := refusal(directory)) and "is missing" in message
 
 
 def test_vocabulary_rows_are_padded_with_zeros_and_split_over_ranks(untied: tuple[Path, dict]) -> None:

@@ -1,0 +1,93 @@
+"""The supported model families: how each one names its weights, and what it may and may not have.
+
+A `Family` is a declaration: name templates for the rows of `clone/sites.py`, for the norm gains and for frozen tensors,
+config fields that must be off, tensors that may be ignored. A frozen tensor does not depend on the hidden size (a bias
+of q, k or v, a norm gain over head_dim): the student has the teacher's own, untrained. Adding a family is adding one
+declaration here, as long as it computes what these compute.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Frozen tensors by kind: biases, split over TP with their rows, and gains of RMSNorms over head_dim, which are not.
+FROZEN_BIASES: tuple[str, ...] = ("q_bias", "k_bias", "v_bias")
+FROZEN_NORMS: tuple[str, ...] = ("q_norm", "k_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A class that computes what the family does, at any hidden_size. `extra`: config fields that it needs."""
+
+    architecture: str
+    model_type: str
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture. Templates take `layer`.
+
+    Keys of `sites` are Site names, of `norms` LAYER_NORMS and "final", of `frozen` FROZEN_BIASES and FROZEN_NORMS.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    sites: Mapping[str, str]
+    norms: Mapping[str, str]
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    must_be_off: tuple[str, ...] = ()
+    ignored_suffixes: tuple[str, ...] = ()
+    twin: Twin | None = None
+
+
+_SITES = {
+    "embed": "model.embed_tokens.weight",
+    "q": "model.layers.{layer}.self_attn.q_proj.weight",
+    "k": "model.layers.{layer}.self_attn.k_proj.weight",
+    "v": "model.layers.{layer}.self_attn.v_proj.weight",
+    "o": "model.layers.{layer}.self_attn.o_proj.weight",
+    "gate": "model.layers.{layer}.mlp.gate_proj.weight",
+    "up": "model.layers.{layer}.mlp.up_proj.weight",
+    "down": "model.layers.{layer}.mlp.down_proj.weight",
+    "lm_head": "lm_head.weight",
+}
+_NORMS = {
+    "input": "model.layers.{layer}.input_layernorm.weight",
+    "post": "model.layers.{layer}.post_attention_layernorm.weight",
+    "final": "model.norm.weight",
+}
+
+LLAMA = Family(
+    name="Llama",
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    sites=_SITES,
+    norms=_NORMS,
+    must_be_off=("attention_bias", "mlp_bias"),
+    ignored_suffixes=(".rotary_emb.inv_freq",),  # Llama 2 files carry what the config already says
+    twin=Twin(architecture="MistralForCausalLM", model_type="mistral", extra={"sliding_window": None}),
+)
+
+QWEN2 = Family(
+    name="Qwen2",
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    sites=_SITES,
+    norms=_NORMS,
+    frozen={f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"},
+    must_be_off=("use_sliding_window",),
+)
+
+QWEN3 = Family(
+    name="Qwen3",
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    sites=_SITES,
+    norms=_NORMS,
+    frozen={name: f"model.layers.{{layer}}.self_attn.{name}.weight" for name in FROZEN_NORMS},
+    must_be_off=("attention_bias", "use_sliding_window"),
+)
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)

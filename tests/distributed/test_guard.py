@@ -1,0 +1,90 @@
+"""Losses and gradients that are not finite: named, skipped, and the end of the run when there are too many."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same_parameters, make_config, on_layout, records, train
+
+from megatron_lrc.config import Config, RunStopped
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.train import loop
+from ranks import run_ranks
+
+
+class SpoilGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.inf
+
+
+def train_spoiled(config: Config, layer: int, kind: str, steps: tuple[int, ...]) -> str:
+    """Train; in these steps spoil the input of a student layer's FFN, or its gradient. Returns what stopped the run."""
+    checked = loop.check(config, distributed.world_size())
+    trainer = loop.Trainer(config, checked, distributed.start(config))
+
+    def spoil(module, inputs):
+        if trainer.state.step + 1 not in steps or not torch.is_grad_enabled():
+            return None
+        return (inputs[0] * torch.inf if kind == "loss" else SpoilGradient.apply(inputs[0]), *inputs[1:])
+
+    for stage in trainer.run.stages:
+        for index, student_layer in layers_of(stage.student):
+            if index == layer:
+                student_layer.mlp.linear_fc1.register_forward_pre_hook(spoil)
+    try:
+        trainer.train()
+    except RunStopped as stopped:
+        return str(stopped)
+    return ""
+
+
+def spoiled_run(tiny_llama, tiny_text, run: Path, kind: str, steps: tuple[int, ...], limit: int) -> list[str]:
+    config = make_config(tiny_llama(num_layers=4), tiny_text, run, steps=6)
+    config.training.max_skipped_steps = limit
+    config = on_layout(config, pp=2)
+    return run_ranks(2, train_spoiled, config.resolved(2), 2, kind, steps)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind, where",
+    [
+        ("loss", "the clone loss of layer 2, term gate, is not finite on rank 1"),
+        # Spoiled below layer 2's FFN matrices: the first to see it is the o matrix of the same layer.
+        ("gradient", "the gradient of layer 2, term o, is not finite on rank 1"),
+    ],
+)
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_lose_nothing(tiny_llama, tiny_text, tmp_path, kind, where):
+    stopped = spoiled_run(tiny_llama, tiny_text, tmp_path / "run", kind, (3, 4, 5, 6), limit=2)
+    assert stopped[0] == stopped[1]
+    assert "stopped at step 4 after 2 skipped steps in a row" in stopped[0] and where in stopped[0]
+    good = make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "good", steps=2)
+    train(on_layout(good, pp=2), 2)
+    assert_same_parameters(tmp_path / "run", tmp_path / "good")
+
+
+@pytest.mark.distributed
+def test_a_single_bad_step_is_skipped_and_the_log_stays_valid_json(tiny_llama, tiny_text, tmp_path):
+    assert spoiled_run(tiny_llama, tiny_text, tmp_path / "run", "loss", (2, 4), limit=2) == ["", ""]
+    lines = records(tmp_path / "run")
+    assert [line["loss"] is None for line in lines] == [False, True, False, True, False, False]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.distributed
+def test_every_layers_clone_loss_arrives_from_every_stage(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "run", steps=1)
+    config.loss.clone_terms = ["q", "down:1-2"]
+    train(on_layout(config, pp=2, chunks=2), 2)
+    (line,) = records(tmp_path / "run")
+    parts = line["clone_by_layer"]
+    assert [value is not None for value in parts["down"]] == [False, True, True, False]
+    assert parts["gate"] == [None] * 4 and all(value > 0 for value in parts["q"])
+    on = [value for values in parts.values() for value in values if value is not None]
+    assert sum(on) == pytest.approx(line["clone_loss"], rel=1e-12)
