@@ -1,5 +1,6 @@
 # make test    the whole CPU suite            make demo    a real teacher cloned, end to end
 # make check   lint, types, unit tests        make clean   removes the environment and caches, keeps demo/ and runs/
+# make layout-report   writes docs/layouts.md: gradient errors against the reference, layout by layout
 #
 # Everything runs in .venv, made with $(PYTHON), and installed again only when setup.py or the pinned versions change.
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-cpu.txt -e
 INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: test check demo clean
+.PHONY: test check demo clean layout-report
 .DELETE_ON_ERROR:
 
 # One thread per process unless told otherwise: the tests start several processes.
@@ -22,6 +23,10 @@ check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/unit
+
+layout-report: export OMP_NUM_THREADS ?= 1
+layout-report: $(VENV)/.installed-test
+	$(BIN)/python tests/layout_report.py
 
 demo: $(VENV)/.installed-demo
 	PYTHON=$(abspath $(BIN)/python) bash examples/demo/run.sh

@@ -38,11 +38,13 @@ def write_llama(
     max_shard_size: str = "5GB",
     num_layers: int = 2,
     vocab_size: int = 301,
+    num_kv_heads: int = 2,
 ) -> LlamaForCausalLM:
     """A random Llama in `directory`, with a tokenizer if the vocabulary has room for one; the model is returned."""
     sizes = _sizes(
         num_layers=num_layers, vocab_size=vocab_size, is_tied=is_tied, rope=LLAMA3_ROPE if rope is None else rope
     )
+    sizes["num_key_value_heads"] = num_kv_heads
     return _write(directory, LlamaForCausalLM, LlamaConfig(**sizes), dtype=dtype, max_shard_size=max_shard_size)
 
 

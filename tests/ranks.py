@@ -77,7 +77,8 @@ def _run(rank: int, size: int, store: str, sender: Connection, function: Callabl
         )
         result = function(*args)
         sender.send_bytes(pickle.dumps((None, result)))  # not send(): it would share memory with a dying process
-        dist.barrier()
+        with contextlib.suppress(RuntimeError):  # ranks whose result has arrived may be gone already
+            dist.barrier()
     except BaseException:
         sender.send_bytes(pickle.dumps((traceback.format_exc(), None)))
         raise

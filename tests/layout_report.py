@@ -1,0 +1,96 @@
+"""Writes docs/layouts.md: for each layout the largest relative error of any gradient against the fp64 reference.
+
+    make layout-report
+
+The error of a gradient is the largest difference of its elements over the largest element of the reference's. Beyond
+the layouts of the test suite this has four-rank ones that are slow on small machines.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed")]
+
+from test_gradients import VOCAB, Layout, Variant, expected, gradients_of_one_step, make_config  # noqa: E402
+
+from hf_teachers import write_llama, write_qwen2, write_qwen3  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+
+LAYOUTS = {
+    "1 rank, 4 micro-batches": Layout(),
+    "TP2 + SP": Layout(tp=2),
+    "TP4 + SP": Layout(tp=4),
+    "1 rank, 1 micro-batch": Layout(micro=24),
+    "1 rank, 3 micro-batches": Layout(micro=8),
+    "1 rank, 8 micro-batches": Layout(micro=3),
+    "PP2": Layout(pp=2),
+    "PP2, 3 micro-batches": Layout(pp=2, micro=8),
+    "PP2, 8 micro-batches": Layout(pp=2, micro=3),
+    "PP2, first stage smaller": Layout(pp=2, first=1),
+    "PP2, ends counted as layers": Layout(pp=2, ends=True),
+    "PP4": Layout(pp=4),
+    "PP2 interleaved x 2": Layout(pp=2, chunks=2),
+    "PP2 interleaved x 2, full recomputation": Layout(pp=2, chunks=2, recompute="full"),
+    "DP2": Layout(dp=2),
+    "TP2 + SP x PP2": Layout(tp=2, pp=2),
+    "TP2 + SP x PP2 interleaved x 2": Layout(tp=2, pp=2, chunks=2),
+    "TP2 + SP x DP2": Layout(tp=2, dp=2),
+    "PP2 x DP2": Layout(pp=2, dp=2),
+}
+TEACHERS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
+
+
+def largest_error(teacher: str, layout: Layout) -> float:
+    ranks = run_ranks(layout.world, gradients_of_one_step, make_config(teacher, layout, untie=True))
+    names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
+    _, projections, norms = expected(teacher, names, Variant())
+    errors = []
+    for _, matrices, gains in ranks:
+        for name, (tp_rank, grad, _) in matrices.items():
+            errors.append(relative_error(grad, projections[name].grad.chunk(layout.tp)[tp_rank]))
+        errors += [relative_error(grad, norms[name].grad) for name, (grad, _) in gains.items()]
+    return max(errors)
+
+
+def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((found - reference).abs().max() / reference.abs().max()).item()
+
+
+def main() -> None:
+    os.environ["PYTHONWARNINGS"] = "ignore"  # every rank has megatron-core's to say
+    transformers.utils.logging.disable_progress_bar()
+    output = Path(__file__).parents[1] / "docs/layouts.md"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        teachers = {}
+        for name, write in TEACHERS.items():
+            settings = {"vocab_size": VOCAB} if write is write_llama else {}
+            write(Path(folder) / name, num_layers=4, dtype=torch.float64, **settings)
+            teachers[name] = str(Path(folder) / name)
+        four_heads = str(Path(folder) / "four")
+        write_llama(Path(four_heads), num_layers=4, dtype=torch.float64, vocab_size=VOCAB, num_kv_heads=4)
+        for title, layout in LAYOUTS.items():
+            if layout.tp == 4:  # needs a KV head for each rank
+                cells = [f"{largest_error(four_heads, layout):.1e}", "-", "-"]
+            else:
+                cells = [f"{largest_error(teacher, layout):.1e}" for teacher in teachers.values()]
+            rows.append(f"| {title} | {' | '.join(cells)} |")
+            print(rows[-1], flush=True)
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(
+        "# Gradients on every layout\n\n"
+        "Largest relative error of any projection's or norm gain's gradient against a single-process autograd\n"
+        "reference (`tests/reference.py`), both in fp64, with ragged loss masks and all losses on. Made by\n"
+        "`make layout-report`.\n\n"
+        f"| layout | {' | '.join(TEACHERS)} |\n|---|{'---|' * len(TEACHERS)}\n" + "\n".join(rows) + "\n"
+    )
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
