@@ -186,6 +186,7 @@ class PairedModel(nn.Module):
 
     def _capture_activations(self) -> None:
         teacher_layers = dict(layers_of(self.teacher))
+        kept: set[tuple[int, str]] = set()  # blocks whose inputs are kept: one hook for both of their linears
         for index, student_layer in layers_of(self.student):
             terms = self.settings.clone_terms_of(index)
             for linear in CAPTURED_LINEARS:
@@ -198,10 +199,18 @@ class PairedModel(nn.Module):
                 )
                 teacher_linear.register_forward_hook(partial(self._keep_teacher_output, place))
                 student_linear.register_forward_hook(partial(self._attach_clone_loss, place))
-                if self.settings.parallel.recompute_granularity is not None:
+                if self._is_recomputed(place) and (index, place.block) not in kept:
+                    kept.add((index, place.block))
                     place.teacher_block.register_forward_pre_hook(
                         partial(self._keep_teacher_input, place), with_kwargs=True
                     )
+
+    def _is_recomputed(self, place: Place) -> bool:
+        """Whether the student may run this linear again in backward. (Attention's core has no linear in it.)"""
+        parallel = self.settings.parallel
+        if parallel.recompute_granularity == "selective":
+            return place.block in parallel.recompute_modules
+        return parallel.recompute_granularity == "full"
 
     # --- forward ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ def find_fault(stages: list[PairedModel]) -> str:
     dist.all_gather_object(gathered, min(mine, default=None))
     found = sorted(fault for fault in gathered if fault is not None)
     if not found:
-        return "the gradient norm is not finite, though every gradient is"
+        return "the gradient norm is not finite, though the gradients of the student's matrices are"
     order, what, _ = found[0]
     ranks = [str(rank) for other_order, _, rank in found if other_order == order]
     return f"{what} is not finite on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
