@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from megatron_lrc.clone.projections import ClonedWeight, gradient_of
 from megatron_lrc.clone.sites import LAYER_SITES
-from megatron_lrc.config import RunStopped
 from megatron_lrc.mcore.paired_model import PairedModel
 
 
@@ -49,25 +48,3 @@ def _place_of_gradient(weight: ClonedWeight) -> tuple[tuple[int, int, int], str]
         return (2, first_or_last, 0), f"the gradient of {weight.site.name}"
     layer = int(weight.projection.split(".")[1])
     return (2, -layer, -LAYER_SITES.index(weight.site)), f"the gradient of layer {layer}, term {weight.site.name},"
-
-
-class SkippedSteps:
-    """Counts skipped steps in a row."""
-
-    def __init__(self, limit: int):
-        self.limit, self.in_a_row = limit, 0
-
-    def updated(self) -> None:
-        self.in_a_row = 0
-
-    def skipped(self) -> None:
-        self.in_a_row += 1
-
-    def check(self, step: int, reason: str) -> None:
-        """RunStopped when the limit is reached."""
-        if self.in_a_row >= self.limit:
-            raise RunStopped(
-                f"stopped at step {step} after {self.limit} skipped steps in a row (--max-skipped-steps): {reason}. "
-                "The projections are those of the last step that was taken. Lower --lr or --alpha, or look at the data "
-                "of these steps, and continue with --load."
-            )

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_lrc.arguments import describe_changes, save_yaml
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import Config, ConfigError, ModelShape, RunStopped
 from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
@@ -23,7 +23,7 @@ from megatron_lrc.mcore.checkpoint import (
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.train.build import build_stages, initialize
-from megatron_lrc.train.guard import SkippedSteps, find_fault
+from megatron_lrc.train.guard import find_fault
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.validation import validate_against_teacher
@@ -120,7 +120,7 @@ class Trainer:
         optimizer = ProjectionOptimizer(config, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
-        self.skipped_steps = SkippedSteps(config.training.max_skipped_steps)
+        self._skipped_in_a_row = 0
         at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
@@ -168,17 +168,18 @@ class Trainer:
     def _guard(self, report: StepReport) -> None:
         """Say where a skipped step went wrong; after too many in a row save what there is and stop."""
         if report.is_updated:
-            self.skipped_steps.updated()
+            self._skipped_in_a_row = 0
             return
-        reason = find_fault(self.run.stages)
-        self.skipped_steps.skipped()
-        self._say(
-            f"step {self.state.step} skipped ({self.skipped_steps.in_a_row} in a row, the run stops at "
-            f"{self.skipped_steps.limit}): {reason}"
-        )
-        if self.skipped_steps.in_a_row >= self.skipped_steps.limit:
+        self._skipped_in_a_row += 1
+        step, limit, reason = self.state.step, self.config.training.max_skipped_steps, find_fault(self.run.stages)
+        self._say(f"step {step} skipped ({self._skipped_in_a_row} in a row, the run stops at {limit}): {reason}")
+        if self._skipped_in_a_row >= limit:
             self._save()
-        self.skipped_steps.check(self.state.step, reason)
+            raise RunStopped(
+                f"stopped at step {step} after {limit} skipped steps in a row (--max-skipped-steps): {reason}. The "
+                "projections are those of the last step that was taken. Lower --lr or --alpha, or look at the data of "
+                "these steps, and continue with --load."
+            )
 
     def _log_step(
         self, log: RunLog | None, report: StepReport, losses: dict[str, float], lr: float, seconds: float
