@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from .config import CLONE_TERMS, Config, ConfigError, ModelShape, flag_of, parse_clone_term
+from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
+from .layout_checks import check_batches, check_layout, check_pipeline, check_tensor_parallel
+from .settings import CLONE_TERMS
 
 
 def raise_all(errors: list[str]) -> None:
@@ -65,66 +67,6 @@ def check_ranges(config: Config) -> Iterator[str]:
 
 
 RANGE_WORDS = {"at_least": "at least", "above": "above", "below": "below"}
-
-
-def check_layout(config: Config, world_size: int) -> Iterator[str]:
-    parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if tp > 1 and not parallel.sequence_parallel:
-        yield (
-            f"--tensor-model-parallel-size {tp} requires sequence parallel: without it every TP process would add the "
-            "same tokens' gradient to the projections once more. Add --sequence-parallel."
-        )
-    if parallel.sequence_parallel and config.training.seq_length % tp:
-        yield (
-            f"--seq-length {config.training.seq_length} is not divisible by --tensor-model-parallel-size {tp}, which "
-            f"--sequence-parallel needs: each process takes an equal part. "
-            f"Use --seq-length {round_up(config.training.seq_length, tp)}."
-        )
-    if world_size % (tp * pp):
-        yield (
-            f"{world_size} process{'es' * (world_size > 1)} cannot hold whole copies of the model: "
-            f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} takes {tp * pp} each. "
-            f"Start a multiple of {tp * pp} processes."
-        )
-    for name in PIPELINE_ONLY:
-        if getattr(parallel, name) and pp == 1:
-            yield f"{flag_of(name)} needs several pipeline stages. Set --pipeline-model-parallel-size, or leave it out."
-    sized = [flag_of(name) for name in PIPELINE_ONLY[:2] if getattr(parallel, name)]
-    counted = [flag_of(name) for name in PIPELINE_ONLY[2:4] if getattr(parallel, name)]
-    if sized and counted:
-        yield f"{' and '.join(sized)} cannot go with {' and '.join(counted)}: two ways to divide the layers. Keep one."
-
-
-#: Flags that mean nothing without pipeline stages: sizes of the end stages, what counts as a layer, chunks.
-PIPELINE_ONLY = (
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "num_virtual_stages_per_pipeline_rank",
-)
-
-
-def check_batches(config: Config, world_size: int) -> Iterator[str]:
-    micro_batch, data_parallel = config.training.micro_batch_size, config.data_parallel_size(world_size)
-    global_batch = config.global_batch_size(world_size)
-    if data_parallel == 0:  # check_layout has reported too few processes
-        return
-    at_once = micro_batch * data_parallel
-    if global_batch % at_once:
-        yield (
-            f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro_batch} times "
-            f"{data_parallel} data-parallel replicas. Use a multiple of {at_once}: {round_up(global_batch, at_once)}."
-        )
-        return
-    pp, micro_batches = config.parallel.pipeline_model_parallel_size, global_batch // at_once
-    if config.num_chunks > 1 and micro_batches % pp:
-        yield (
-            f"--num-virtual-stages-per-pipeline-rank {config.num_chunks} needs micro-batches in multiples of "
-            f"--pipeline-model-parallel-size {pp}; these sizes make {micro_batches}. "
-            f"Use --global-batch-size {round_up(global_batch, at_once * pp)}."
-        )
 
 
 def check_model(config: Config) -> Iterator[str]:
@@ -230,92 +172,7 @@ def parse_split(text: str) -> tuple[float, float, float] | None:
     return train, valid, test
 
 
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 # --------------------------------------------------------------------------------------------------- with the teacher
-
-
-def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
-    """Heads, KV heads and FFN are split by megatron-core, the projections by us on d_T. The vocabulary is padded."""
-    tp = config.parallel.tensor_model_parallel_size
-    sizes = {
-        "attention heads": teacher.num_attention_heads,
-        "KV heads": teacher.num_query_groups,
-        "FFN features": teacher.ffn_hidden_size,
-        "hidden features": teacher.hidden_size,
-    }
-    undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
-    if undivided:
-        possible = divisors(math.gcd(*sizes.values()))
-        use = max(size for size in possible if size <= tp)
-        yield (
-            f"--tensor-model-parallel-size {tp} does not divide the teacher's {', '.join(undivided)}. Each process "
-            "needs whole heads and KV heads (they are not replicated) and an equal share of the rest: "
-            f"{join_or(possible)}. "
-            f"Use --tensor-model-parallel-size {use}."
-        )
-
-
-def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
-    """Stages given by --decoder-first/last-pipeline-num-layers, then equal shares of what is left for the others."""
-    parallel, layers = config.parallel, teacher.num_layers
-    pp, chunks = parallel.pipeline_model_parallel_size, config.num_chunks
-    counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
-    if counted or chunks > 1:
-        yield from check_chunks(config, layers + counted, layers)
-        return
-    ends = {"first": parallel.decoder_first_pipeline_num_layers, "last": parallel.decoder_last_pipeline_num_layers}
-    given = {end: size for end, size in ends.items() if size is not None}
-    others, left = pp - len(given), layers - sum(given.values())
-    if left == 0 if others == 0 else (left >= others and left % others == 0):
-        return
-    if not given:
-        remedy = f"Sizes that do: {join_or(divisors(layers))}." + suggest_last_stage(pp, layers)
-        yield f"--pipeline-model-parallel-size {pp} does not divide the teacher's {layers} layers. {remedy}"
-        return
-    flags = " and ".join(f"--decoder-{end}-pipeline-num-layers {size}" for end, size in given.items())
-    yield (
-        f"{flags} {'leaves' if len(given) == 1 else 'leave'} {left} of the teacher's {layers} layers to "
-        f"{others} other pipeline stage{'s' * (others != 1)}, which need equal shares of at least one."
-        f"{suggest_last_stage(pp, layers)}"
-    )
-
-
-def check_chunks(config: Config, counted: int, layers: int) -> Iterator[str]:
-    """Virtual stages, and splits in which an end counts as a layer: `counted` layers in all. Every share is alike."""
-    parallel = config.parallel
-    pp, chunks = parallel.pipeline_model_parallel_size, config.num_chunks
-    ends = {"first": parallel.decoder_first_pipeline_num_layers, "last": parallel.decoder_last_pipeline_num_layers}
-    given = {end: size for end, size in ends.items() if size is not None}
-    others, left = pp - len(given), counted - sum(given.values())
-    uneven = [f"--decoder-{end}-pipeline-num-layers {size}" for end, size in given.items() if size % chunks]
-    if uneven:
-        yield (
-            f"{' and '.join(uneven)} cannot be divided over --num-virtual-stages-per-pipeline-rank {chunks}. "
-            f"Use a multiple of {chunks}."
-        )
-    elif left < 0 or (left if others == 0 else left % (others * chunks) or left < others * chunks):
-        extra = f" (counted as {counted} with the ends)" if counted != layers else ""
-        yield (
-            f"The teacher's {layers} layers{extra} cannot be divided alike over the {others * chunks} "
-            f"stages that --pipeline-model-parallel-size {pp}, --num-virtual-stages-per-pipeline-rank {chunks} and the "
-            f"sizes of the ends leave: {left} are left for them, and a multiple of {max(others * chunks, 1)} is "
-            "needed. Change the number of stages, or the layers of the first and last "
-            "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers)."
-        )
-
-
-def suggest_last_stage(pp: int, layers: int) -> str:
-    """A split in which only the last stage, which also has the LM heads, differs from the others."""
-    if pp == 1 or pp > layers:
-        return ""
-    each = -(-layers // pp)
-    if (pp - 1) * each >= layers:
-        each = layers // pp
-    last = layers - (pp - 1) * each
-    return f" With {pp}: --decoder-last-pipeline-num-layers {last} alone gives the others {each} each."
 
 
 def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
@@ -355,13 +212,3 @@ def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
             f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the teacher was "
             "trained for: its targets beyond them may be poor."
         )
-
-
-def divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def join_or(sizes: list[int]) -> str:
-    """[1, 2, 4] -> '1, 2 or 4'."""
-    *others, last = [str(size) for size in sizes]
-    return f"{', '.join(others)} or {last}" if others else last

@@ -47,14 +47,17 @@ def imports_of(*folders: str) -> list[tuple[str, str]]:
     return [(module_name(path), imported) for path in files for imported in imported_modules(path)]
 
 
-def test_config_imports_nothing_of_the_package_and_only_the_standard_library():
-    assert {imported.partition(".")[0] for _, imported in imports_of("config")} <= set(sys.stdlib_module_names)
+def test_settings_and_config_import_only_the_standard_library():
+    for importer, imported in imports_of("settings", "config"):
+        below = is_within(imported, "megatron_lrc.settings")
+        assert below or imported.partition(".")[0] in sys.stdlib_module_names, (importer, imported)
 
 
 def test_the_front_end_answers_without_torch():
     allowed = {*sys.stdlib_module_names, "yaml"}
-    ours = ("megatron_lrc.config", "megatron_lrc.arguments", "megatron_lrc.validation", "megatron_lrc.__version__")
-    for importer, imported in imports_of("config", "arguments", "validation"):
+    front_end = ("settings", "config", "arguments", "validation", "layout_checks")
+    ours = (*(f"megatron_lrc.{name}" for name in front_end), "megatron_lrc.__version__")
+    for importer, imported in imports_of(*front_end):
         assert imported.partition(".")[0] in allowed or is_within(imported, *ours), (importer, imported)
 
 

@@ -1,0 +1,211 @@
+"""The settings of a run, section by section: each field is a command-line flag, with its default and its help.
+
+`arguments.py` turns each field into a flag (`student_hidden_size` -> `--student-hidden-size`) and a key of the YAML
+file; a field's `help` is what `--help` prints. Flags have Megatron-LM's names wherever the concept exists there. A
+number's range stands beside it (`at_least`, `above`, `below`) and is enforced by `validation.validate()`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+#: The terms of the clone loss: the seven matrices of a layer.
+CLONE_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def setting(default: Any, text: str, **extra: Any) -> Any:
+    """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range
+    of a number (`at_least`, `above`, `below`)."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text, **extra})
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Teacher and student."""
+
+    teacher: str | None = setting(
+        None,
+        "Hugging Face directory of the frozen teacher (config.json, *.safetensors, tokenizer).",
+        required=True,
+        metavar="DIR",
+    )
+    student_hidden_size: int | None = setting(
+        None, "Hidden size d_S of the student, in features; below the teacher's d_T.", at_least=1, required=True
+    )
+    untie_embeddings_and_output_weights: bool | None = setting(
+        None,
+        "Give the student's LM head a projection of its own. Default: untied if the teacher is untied or with --init "
+        "pca (whose closed form needs two projections), else tied.",
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class ProjectionConfig:
+    """How the projections P start."""
+
+    init: Literal["random", "pca"] = setting(
+        "random",
+        "random: every P ~ N(0, --init-method-std) (the released code); pca: closed form from the teacher's residual "
+        "stream.",
+    )
+    init_method_std: float = setting(0.02, "Standard deviation of --init random.", above=0)
+    calibration_tokens: int = setting(65536, "Training tokens that --init pca runs through the teacher.", at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """L = lm_weight * L_LM + kl_weight * L_KL + alpha * L_clone."""
+
+    alpha: float = setting(0.2, "Weight of the activation-clone loss; 0 turns it off.", at_least=0)
+    lm_weight: float = setting(1.0, "Weight of the language-modelling loss; 0 turns it off.", at_least=0)
+    kl_weight: float = setting(
+        1.0, "Weight of tau^2 * KL(teacher || student), mean over tokens; 0 turns it off.", at_least=0
+    )
+    kl_reduction: Literal["mean", "sequence-sum"] = setting(
+        "mean",
+        "mean: over tokens, times tau^2; sequence-sum: over the tokens of a sequence, then the mean over sequences, "
+        "without tau^2 (the released code), which is --seq-length / tau^2 times the other.",
+    )
+    kl_temperature: float = setting(40.0, "Temperature tau of both distributions in the KL loss.", above=0)
+    clone_terms: list[str] = setting(
+        list(CLONE_TERMS),
+        "Terms of the clone loss, each with the layers it covers (from 0) if not all: q k v o gate:0-13 up:4,8-11.",
+        metavar="TERM[:LAYERS]",
+    )
+    clone_attention_output: Literal["student", "teacher"] = setting(
+        "student",
+        "Width at which the o term compares. student: E(o_S, o_T P_o). teacher: the student's attention through the "
+        "teacher's o matrix with o_T (the released code), which gives P_o no clone gradient.",
+    )
+    detach_clone_targets: bool = setting(
+        False, "Keep the targets o_T P_o and o_ffn_T P_down from passing gradients to their projection."
+    )
+    loss_chunk_tokens: int = setting(512, "Tokens whose logits exist at once in the LM and KL losses.", at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How one model is laid out over processes; what is left over is data parallel."""
+
+    tensor_model_parallel_size: int = setting(
+        1, "Processes (TP) that share each layer's matrices. Above 1 needs --sequence-parallel.", at_least=1
+    )
+    pipeline_model_parallel_size: int = setting(1, "Pipeline stages (PP).", at_least=1)
+    num_virtual_stages_per_pipeline_rank: int | None = setting(
+        None, "Model chunks on each pipeline rank: above 1 the interleaved schedule. Default: 1F1B.", at_least=2
+    )
+    sequence_parallel: bool = setting(
+        False, "Shard norms and residual stream over the sequence among the TP processes."
+    )
+    decoder_first_pipeline_num_layers: int | None = setting(
+        None, "Layers on the first pipeline stage. Default: an even split.", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = setting(
+        None, "Layers on the last pipeline stage. Default: an even split.", at_least=1
+    )
+    account_for_embedding_in_pipeline_split: bool = setting(
+        False, "Count the embedding as one layer when layers are divided over stages."
+    )
+    account_for_loss_in_pipeline_split: bool = setting(
+        False, "Count the LM heads and losses as one layer when layers are divided over stages."
+    )
+    recompute_granularity: Literal["full", "selective"] | None = setting(
+        None, "Recompute activations in backward. full: whole layers; selective: --recompute-modules. Default: none."
+    )
+    recompute_method: Literal["uniform", "block"] = setting(
+        "uniform",
+        "With full. uniform: all layers, in groups of --recompute-num-layers; block: that many layers of each stage.",
+    )
+    recompute_num_layers: int = setting(1, "See --recompute-method.", at_least=1)
+    recompute_modules: list[str] = setting(["core_attn"], "With selective: core_attn, mlp or both.", metavar="MODULE")
+    use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
+    distributed_timeout_minutes: int = setting(
+        10, "Minutes a collective may wait before the run is stopped.", at_least=1
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW on the projections and norm gains, and the learning-rate schedule."""
+
+    lr: float = setting(1e-4, "Peak learning rate.", at_least=0)
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.", at_least=0)
+    lr_decay_style: Literal["linear", "cosine", "constant"] = setting("linear", "Shape of the decay after the warmup.")
+    lr_decay_iters: int | None = setting(None, "Steps over which the rate decays. Default: --train-iters.", at_least=1)
+    lr_warmup_fraction: float | None = setting(
+        None, "Warmup, as a fraction of the decay steps. Default 0.005 without --lr-warmup-iters.", at_least=0, below=1
+    )
+    lr_warmup_iters: int | None = setting(None, "Warmup in steps, instead of --lr-warmup-fraction.", at_least=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay of the projections; norm gains have none.", at_least=0)
+    adam_beta1: float = setting(0.9, "Adam's first-moment decay.", at_least=0, below=1)
+    adam_beta2: float = setting(0.999, "Adam's second-moment decay.", at_least=0, below=1)
+    adam_eps: float = setting(1e-8, "Adam's epsilon.", above=0)
+    clip_grad: float = setting(
+        1.0, "Largest gradient norm, over all projections and norm gains; 0 turns clipping off.", at_least=0
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingConfig:
+    """Batch, length and precision."""
+
+    micro_batch_size: int = setting(1, "Sequences per forward pass on one data-parallel replica.", at_least=1)
+    global_batch_size: int | None = setting(
+        None, "Sequences per optimizer step. Default: --micro-batch-size times DP.", at_least=1
+    )
+    seq_length: int = setting(2048, "Tokens per sequence.", at_least=1)
+    train_iters: int = setting(
+        0, "Optimizer steps of the whole run; 0 with --save writes the untrained student.", at_least=0
+    )
+    bf16: bool = setting(False, "Parameters and activations in bfloat16; gradients and optimizer state stay fp32.")
+    max_skipped_steps: int = setting(
+        10,
+        "Stop after this many steps in a row had a loss or gradient that is not finite; each is skipped.",
+        at_least=1,
+    )
+    seed: int = setting(1234, "Seed of initialisation and data order.", at_least=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Indexed datasets written by tools/preprocess_data.py."""
+
+    data_path: list[str] = setting(
+        [],
+        "Dataset prefixes, optionally weighted: PREFIX, or W1 PREFIX1 W2 PREFIX2 ...; divided by --split.",
+        metavar="PREFIX",
+    )
+    split: str = setting("969,30,1", "Train, validation and test parts of --data-path.", metavar="TRAIN,VALID,TEST")
+    train_data_path: list[str] = setting([], "Training prefixes, instead of --data-path; same form.", metavar="PREFIX")
+    valid_data_path: list[str] = setting(
+        [], "Validation prefixes, beside --train-data-path; same form.", metavar="PREFIX"
+    )
+    data_cache_path: str | None = setting(
+        None, "Folder for the dataset's index maps. Default: cache/ beside the data.", metavar="DIR"
+    )
+    tokenizer_model: str | None = setting(None, "Tokenizer directory. Default: --teacher.", metavar="DIR")
+    eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
+    num_workers: int = setting(
+        0, "Processes that read data for each rank; 0 reads in the training process.", at_least=0
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """The run directory: checkpoints, metrics.jsonl, TensorBoard."""
+
+    save: str | None = setting(None, "Run directory to write.", metavar="RUN")
+    load: str | None = setting(None, "Run directory to continue from (its newest complete checkpoint).", metavar="RUN")
+    save_interval: int | None = setting(None, "Steps between checkpoints. Default: only at the end.", at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    log_interval: int = setting(10, "Steps between console lines and metrics.jsonl records.", at_least=1)
+    eval_interval: int | None = setting(
+        None, "Steps between validations. Default: only before the first and after the last step.", at_least=1
+    )
+    eval_iters: int = setting(10, "Global batches per validation; 0 turns it off.", at_least=0)
