@@ -1,4 +1,4 @@
-"""Flags and YAML keys made from the dataclass fields of config.py. Precedence: defaults < --config FILE < flag.
+"""Flags and YAML keys made from the fields of settings.py. Precedence: default < --preset < --config FILE < flag.
 
 Both sources give one dict, field name -> value, through the same `convert()`, so that a wrong type reads the same
 wherever it stands. YAML keys are field names with `-` or `_`, at the top level or under their section's name; what
@@ -8,110 +8,21 @@ because its own type errors stop at the first and print the whole usage. Ranges 
 """
 
 import argparse
-import difflib
 import os
 import re
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
 from . import __version__
 from .config import Config, ConfigError, flag_of
+from .schema import SECTIONS, SETTINGS, Setting, convert, suggest
+from .settings import PRESETS
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-(inf|nan)")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """One field of one section, with what a flag needs to know about it."""
-
-    section: str
-    name: str
-    kind: Any  # bool, int, float, str, list[str] or a Literal; without its "| None"
-    is_optional: bool
-    default: Any
-    help: str
-    metavar: str
-    is_required: bool
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
-
-    @property
-    def expectation(self) -> str:
-        """What a value has to be, for messages."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        return names.get(self.kind, "a list of texts")
-
-
-def iterate_settings() -> Iterator[Setting]:
-    """Every setting, section by section, in the order of config.py."""
-    for section in fields(Config):
-        hints = typing.get_type_hints(section.default_factory)
-        for field in fields(section.default_factory):  # type: ignore[arg-type]
-            hint = hints[field.name]
-            options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-            yield Setting(
-                section=section.name,
-                name=field.name,
-                kind=options[0],
-                is_optional=type(None) in options,
-                default=field.default if field.default_factory is MISSING else field.default_factory(),
-                help=field.metadata["help"],
-                metavar=field.metadata.get("metavar") or {int: "N", float: "X"}.get(options[0], "TEXT"),
-                is_required=field.metadata.get("required", False),
-            )
-
-
-SETTINGS = {setting.name: setting for setting in iterate_settings()}
-SECTIONS = tuple(section.name for section in fields(Config))
-
-
-# ---------------------------------------------------------------------------------------------------------- values
-
-
-def convert(setting: Setting, value: Any) -> Any:
-    """`value`, from YAML or as the text of a flag, as the setting's type; ValueError with the expectation otherwise."""
-    if value is None and setting.is_optional:
-        return None
-    if setting.kind == list[str]:
-        items = value if isinstance(value, list) else [value]
-        if all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in items):
-            return [str(item) for item in items]
-    elif setting.choices:
-        if value in setting.choices:
-            return value
-    elif setting.kind is bool or setting.kind is str:
-        if isinstance(value, setting.kind):
-            return value
-    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        number = parse_number(value, setting.kind)
-        if number is not None:
-            return number
-    raise ValueError(f"{value!r} is not {setting.expectation}")
-
-
-def parse_number(value: str | int | float, kind: type) -> int | float | None:
-    """Text is taken for numbers too: PyYAML reads `1e-4` as text. No rounding: 1.5 is no whole number."""
-    if kind is int and isinstance(value, float):
-        return None
-    try:
-        return kind(value)
-    except ValueError:
-        return None
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -128,7 +39,7 @@ def build_parser(prog: str) -> Parser:
     """One flag per setting, grouped by section. No defaults: a flag not given must not hide the file's value."""
     description = (
         "Pretrain a Low-Rank Clone of a teacher model. Sizes are counts (tokens, features, layers, sequences, steps). "
-        "Precedence: default < --config FILE < flag."
+        "Precedence: default < --preset < --config FILE < flag."
     )
     parser = Parser(
         usage=f"{prog} [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
@@ -139,6 +50,12 @@ def build_parser(prog: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"megatron_lrc {__version__}")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file: field names, optionally under their section's name."
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="{" + ",".join(PRESETS) + "}",
+        help="paper: the losses as published, which is the default; reference: as in the released code "
+        f"({', '.join(f'{flag_of(name)} {value}' for name, value in PRESETS['reference'].items())}).",
     )
     for section in fields(Config):
         summary = (section.default_factory.__doc__ or "").partition("\n")[0]  # type: ignore[union-attr]
@@ -175,7 +92,7 @@ def describe_setting(setting: Setting) -> str:
 
 
 def read_flags(argv: Sequence[str], prog: str, errors: list[str]) -> tuple[dict[str, Any], str | None]:
-    """The values given as flags and the --config file. argv is without the program's name."""
+    """The values given as flags (`preset` among them), and the --config file. argv: without the program's name."""
     parser = build_parser(prog)
     known = [option for action in parser._actions for option in action.option_strings]
     namespace, unknown = parser.parse_known_args(join_negative_numbers(argv))
@@ -185,7 +102,7 @@ def read_flags(argv: Sequence[str], prog: str, errors: list[str]) -> tuple[dict[
     errors += [f"unknown flag {flag}{suggest(flag, known)}" for flag in unknown_flags]
     if unknown and not unknown_flags:  # after an unknown flag they are its values
         errors.append(f"{' '.join(unknown)} belongs to no flag")
-    values = {}
+    values = {"preset": given.pop("preset")} if "preset" in given else {}
     for name, text in given.items():
         try:
             values[name] = convert(SETTINGS[name], text)
@@ -245,13 +162,15 @@ def read_mapping(
                 read_mapping(loader, value_node, name, values, path, errors)
             else:
                 errors.append(f"{where}: section {key} has no `key: value` lines under it")
+        elif name in values:
+            errors.append(f"{where}: {key} is set twice")
+        elif section is None and name == "preset":
+            values[name] = str(value_node.value)
         elif name not in SETTINGS:
-            known = [*SETTINGS, *SECTIONS] if section is None else list(SETTINGS)
+            known = [*SETTINGS, *SECTIONS, "preset"] if section is None else list(SETTINGS)
             errors.append(f"{where}: unknown key {key}{suggest(name, known)}")
         elif section not in (None, SETTINGS[name].section):
             errors.append(f"{where}: {key} belongs to section {SETTINGS[name].section}, not {section}")
-        elif name in values:
-            errors.append(f"{where}: {key} is set twice")
         else:
             try:
                 values[name] = convert(SETTINGS[name], loader.construct_document(value_node))
@@ -278,10 +197,14 @@ def load_yaml(path: str | Path) -> Config:
 
 
 def build_config(values: dict[str, Any], errors: list[str]) -> Config:
+    """The Config of these values, with those of their `preset` underneath."""
+    preset = values.pop("preset", "paper")
+    if preset not in PRESETS:
+        errors.append(f"--preset {preset} is unknown; expected is one of {', '.join(PRESETS)}")
     if errors:
         raise ConfigError("\n".join(errors))
     config = Config()
-    for name, value in values.items():
+    for name, value in (PRESETS[preset] | values).items():
         setattr(getattr(config, SETTINGS[name].section), name, value)
     return config
 

@@ -11,6 +11,17 @@ from typing import Any, Literal
 #: The terms of the clone loss: the seven matrices of a layer.
 CLONE_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 
+#: --preset: what paper (arXiv 2505.12781) and released code do differently. Where both agree the defaults do too.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"kl_reduction": "mean", "clone_attention_output": "student"},
+    "reference": {
+        "kl_reduction": "sequence-sum",
+        "clone_attention_output": "teacher",
+        "init": "random",
+        "init_method_std": 0.02,
+    },
+}
+
 
 def setting(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range

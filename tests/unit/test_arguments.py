@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megatron_lrc.arguments import (
-    SETTINGS,
     build_parser,
     describe_changes,
     load_yaml,
@@ -15,6 +14,8 @@ from megatron_lrc.arguments import (
     save_yaml,
 )
 from megatron_lrc.config import Config, ConfigError, flag_of
+from megatron_lrc.schema import SETTINGS, convert
+from megatron_lrc.settings import PRESETS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "examples/configs").glob("*.yaml"))
 
@@ -73,9 +74,28 @@ def test_default_then_file_then_flag(write):
     assert config.training.micro_batch_size == 1
 
 
+def test_default_then_preset_then_file_then_flag(write):
+    released = parse_config(["--preset", "reference"])
+    assert (released.loss.kl_reduction, released.loss.clone_attention_output) == ("sequence-sum", "teacher")
+    file = write("preset: reference\nkl-reduction: mean\ninit-method-std: 0.1\n")
+    mixed = parse_config(["--config", file, "--init-method-std", "0.3"])
+    assert (mixed.loss.kl_reduction, mixed.loss.clone_attention_output) == ("mean", "teacher")
+    assert mixed.projection.init_method_std == 0.3
+    overruled = parse_config(["--config", file, "--preset", "paper"])
+    assert (overruled.loss.clone_attention_output, overruled.projection.init_method_std) == ("student", 0.1)
+
+
+def test_the_paper_preset_is_the_default_and_presets_name_settings():
+    assert parse_config(["--preset", "paper"]) == Config()
+    for values in PRESETS.values():
+        for name, value in values.items():
+            assert convert(SETTINGS[name], value) == value
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
+        (["--preset", "release"], "--preset release is unknown; expected is one of paper, reference"),
         (["--student-hiden-size", "3"], "unknown flag --student-hiden-size; did you mean --student-hidden-size?"),
         (["--seq_length=3"], "unknown flag --seq_length; did you mean --seq-length?"),
         (["--zzz"], "unknown flag --zzz"),
