@@ -220,3 +220,6 @@ class LoggingConfig:
         None, "Steps between validations. Default: only before the first and after the last step.", at_least=1
     )
     eval_iters: int = setting(10, "Global batches per validation; 0 turns it off.", at_least=0)
+    log_effective_rank: bool = setting(
+        False, "With each validation, measure the effective rank of both models' hidden states, layer by layer."
+    )

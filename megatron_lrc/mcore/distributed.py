@@ -93,6 +93,15 @@ def sum_over_world(partial: torch.Tensor) -> torch.Tensor:
     return partial
 
 
+def reduce_over_stage(partial: torch.Tensor, turn: int) -> bool:
+    """Sum, in place, over the ranks that hold the same pipeline stage. The sum is complete on one of them only, chosen
+    by `turn`; whether it is this one. With tensor parallelism for what each rank has of its own tokens."""
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    owner = dist.get_process_group_ranks(group)[turn % group.size()]
+    dist.reduce(partial, dst=owner, group=group)
+    return dist.get_rank() == owner
+
+
 def broadcast_from_first(value: torch.Tensor) -> torch.Tensor:
     """Make every rank's `value` rank 0's, in place."""
     dist.broadcast(value, src=0)

@@ -213,3 +213,11 @@ def residual_readers(model: GPTModel) -> list[nn.Module]:
     """The norms on this stage: their inputs are all the places where the residual stream is read."""
     norms = [norm for _, layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     return norms + ([model.decoder.final_layernorm] if model.post_process else [])
+
+
+def layer_input_norms(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
+    """(global 0-based index, norm) where a layer of this stage reads its input; the final norm's is num_layers."""
+    for index, layer in layers_of(model):
+        yield index, layer.input_layernorm
+    if model.post_process:
+        yield model.config.num_layers, model.decoder.final_layernorm

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_lrc.clone.losses import AttachLoss, CloneLoss, inverse_widths
 from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
-from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size
@@ -44,12 +44,12 @@ class Shapes:
 class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
 
-    main [3]: LM, KL (with tau^2), tokens, counted on one tensor parallel rank of the last stage.
+    main [4]: LM, KL (with tau^2), the teacher's LM, tokens; counted on one tensor parallel rank of the last stage.
     clone [layers, sites]: rows of this stage's layers; complete after a sum over all ranks.
     """
 
     def __init__(self, num_layers: int, device: torch.device):
-        self.main = torch.zeros(3, dtype=torch.float64, device=device)
+        self.main = torch.zeros(4, dtype=torch.float64, device=device)
         self.clone = torch.zeros(num_layers, len(LAYER_SITES), dtype=torch.float64, device=device)
 
     def reset(self) -> None:
@@ -259,7 +259,7 @@ class PairedModel(nn.Module):
         if self.student.config.sequence_parallel:
             teacher_hidden = gather_from_sequence_parallel_region(teacher_hidden, tensor_parallel_output_grad=False)
             student_hidden = gather_from_sequence_parallel_region(student_hidden, tensor_parallel_output_grad=True)
-        loss, lm, kl = lm_and_kl_loss(
+        loss, sums = lm_and_kl_loss(
             student_hidden.flatten(0, 1),  # [s*b, d]
             teacher_hidden.flatten(0, 1),  # [s*b, D]
             self.student.output_layer.weight,
@@ -267,13 +267,16 @@ class PairedModel(nn.Module):
             labels.t().flatten(),
             token_weight.flatten(),
             shard=self.vocabulary,
-            lm_weight=self.settings.loss.lm_weight,
-            kl_weight=self.settings.total_kl_weight,
-            temperature=self.settings.loss.kl_temperature,
-            chunk_tokens=self.settings.loss.loss_chunk_tokens,
+            settings=HeadLossSettings(
+                lm=self.settings.loss.lm_weight,
+                kl=self.settings.total_kl_weight,
+                temperature=self.settings.loss.kl_temperature,
+                chunk_tokens=self.settings.loss.loss_chunk_tokens,
+                loss_scale=self._main_loss_scale(),
+            ),
         )
         if self.groups.tp.rank() == 0:
-            self.sums.main += torch.stack([lm.double(), kl.double(), token_weight.sum().double()])
+            self.sums.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
         return loss
 
     # --- captures -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -23,8 +24,10 @@ from megatron_lrc.mcore.checkpoint import (
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.train.build import build_stages, initialize
+from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.guard import find_fault
 from megatron_lrc.train.metrics import RunLog, Stopwatch
+from megatron_lrc.train.records import Interval
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.validation import validate_against_teacher
 
@@ -145,19 +148,22 @@ class Trainer:
     def _train_steps(self, log: RunLog | None) -> None:
         config, state = self.config, self.state
         batches = self._batches(self.train_data, state.consumed_samples)
-        stopwatch, last_logged = Stopwatch(), state.step
+        stopwatch = Stopwatch()
+        interval = Interval(self.run.stages[0].shapes.teacher.num_layers, self.groups.device)
         while state.step < config.training.train_iters:
             lr = self.run.optimizer.lr
-            report = train_step(self.run, batches)
+            is_last = state.step + 1 == config.training.train_iters
+            is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
+            report = train_step(self.run, batches, with_group_norms=is_logged)
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
             self._guard(report)
-            is_last = state.step == config.training.train_iters
-            if is_last or state.step % config.logging.log_interval == 0:
-                losses = report.losses.means(config)  # waits for the device, so before the clock is read
-                self._log_step(log, report, losses, lr, stopwatch.lap(state.step - last_logged))
-                last_logged = state.step
+            interval.add(report)
+            if is_logged:
+                record = interval.record(config)  # waits for the device, so before the clock is read
+                self._log_step(log, report, record, lr, stopwatch.lap(interval.steps))
+                interval.reset()
             stopwatch.pause()
             if is_last or _is_due(state.step, config.logging.eval_interval):
                 self._validate(log)
@@ -182,7 +188,7 @@ class Trainer:
             )
 
     def _log_step(
-        self, log: RunLog | None, report: StepReport, losses: dict[str, float], lr: float, seconds: float
+        self, log: RunLog | None, report: StepReport, interval: dict[str, Any], lr: float, seconds: float
     ) -> None:
         if not log:
             return
@@ -191,9 +197,9 @@ class Trainer:
             {
                 "step": self.state.step,
                 "tokens": self.state.tokens,
-                **losses,
-                "clone_by_layer": report.losses.clone_by_layer(self.config),
+                **interval,
                 "grad_norm": report.grad_norm,
+                "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
                 "tokens_per_second": tokens_per_step / seconds,
                 "step_seconds": seconds,
@@ -204,9 +210,17 @@ class Trainer:
         if self.valid_data is None or self.config.logging.eval_iters == 0:
             return
         batches = self._batches(self.valid_data, 0)
-        losses = evaluate(self.run, batches, num_batches=self.config.logging.eval_iters).means(self.config)
+
+        def losses() -> dict[str, Any]:
+            return evaluate(self.run, batches, num_batches=self.config.logging.eval_iters).means(self.config)
+
+        if self.config.logging.log_effective_rank:
+            found, ranks = measure_effective_rank(losses, self.run.stages, self.groups)
+            found["effective_rank"] = ranks
+        else:
+            found = losses()
         if log:
-            log.validation({"step": self.state.step, "tokens": self.state.tokens, **losses})
+            log.validation({"step": self.state.step, "tokens": self.state.tokens, **found})
 
     def _save(self) -> None:
         if self.config.checkpoint.save is None or self._saved_step == self.state.step:

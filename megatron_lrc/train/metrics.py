@@ -1,13 +1,20 @@
 """What a run reports: one JSON object per logged step, TensorBoard, a console line. Only the main rank writes.
 
-    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, clone_by_layer, grad_norm, lr,
-                            tokens_per_second, step_seconds
-    RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss on the held-out split
-    RUN/tensorboard/        the same, as train/... and valid/...
+    RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss, clone_by_layer,
+                            skipped_steps, grad_norm, grad_norm_by_group, lr, tokens_per_second, step_seconds
+    RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
+                            and effective_rank with --log-effective-rank
+    RUN/tensorboard/        the same, as train/... and valid/...; what has parts as train_grad_norm/GROUP,
+                            train_clone_TERM/layer_00, valid_effective_rank_MODEL/layer_00, ...
 
-Losses are means over the tokens of the step's global batch (or of the whole validation): `loss` is the sum that is
-minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and terms, before alpha, and `clone_by_layer`
-its parts: term -> one value per layer, whatever its pipeline stage. What is not finite, or off, is null.
+Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
+not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and
+terms, before alpha, and `clone_by_layer` its parts: term -> one value per layer, whatever its pipeline stage.
+`teacher_lm_loss` is the teacher's LM loss on the same tokens. `skipped_steps` counts the steps since the record before
+that updated nothing. `grad_norm` is the record's own step's, before clipping, and `grad_norm_by_group` its parts: the
+projections of each kind of matrix over all layers (a tied one counts as embed), and the norm gains. `effective_rank`:
+teacher, student -> the effective rank of the hidden states at each layer's input and, last, at the final norm's. What
+is not finite, or off, is null.
 """
 
 import json
@@ -16,6 +23,9 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+
+#: Parts of a record that are lists over layers, and their name in TensorBoard.
+LAYERED = {"clone_by_layer": "clone", "effective_rank": "effective_rank"}
 
 
 class RunLog:
@@ -57,15 +67,24 @@ class RunLog:
             return
         with open(self._run / name, "a") as file:
             file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
-        for key, value in record.items():
-            if key == "clone_by_layer":
-                for term, layers in value.items():
-                    for layer, loss in enumerate(layers):
-                        if loss is not None:
-                            self._board.add_scalar(f"{tag}_clone_{term}/layer_{layer:02d}", loss, record["step"])
-            elif key != "step":
-                self._board.add_scalar(f"{tag}/{key}", value, record["step"])
+        for name, value in scalars(tag, record).items():
+            self._board.add_scalar(name, value, record["step"])
         self._board.flush()
+
+
+def scalars(tag: str, record: dict[str, Any]) -> dict[str, float]:
+    """TensorBoard's name -> value of everything in a record but its step and what is off (None)."""
+    found: dict[str, float | None] = {}
+    for key, value in record.items():
+        if key == "grad_norm_by_group":
+            found |= {f"{tag}_grad_norm/{group}": norm for group, norm in value.items()}
+        elif key in LAYERED:
+            for part, layers in value.items():
+                prefix = f"{tag}_{LAYERED[key]}_{part}"
+                found |= {f"{prefix}/layer_{layer:02d}": item for layer, item in enumerate(layers)}
+        elif key != "step":
+            found[f"{tag}/{key}"] = value
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _without_nan(value: Any) -> Any:

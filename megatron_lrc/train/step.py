@@ -1,7 +1,7 @@
 """One optimizer step, and one validation: the method in the order it happens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from megatron_lrc.clone.projections import zero_gradient
 from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
+from megatron_lrc.mcore.gradient_norms import group_gradient_norms
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
@@ -45,12 +46,22 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class LossTotals:
-    """Sums over the tokens of a global batch, the same on every rank; fp64 on the device, read at log time only."""
+    """Sums over the tokens of global batches, the same on every rank; fp64 on the device, read at log time only."""
 
     lm: Tensor
     kl: Tensor
+    teacher_lm: Tensor  # 0 where the teacher's logits are not computed: in training without KL
     tokens: Tensor
     clone: Tensor  # [layers, sites]
+
+    @staticmethod
+    def zeros(num_layers: int, device: torch.device) -> "LossTotals":
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return LossTotals(zero, zero, zero, zero, zero.new_zeros(num_layers, len(LAYER_SITES)))
+
+    def __add__(self, other: "LossTotals") -> "LossTotals":
+        names = [field.name for field in fields(self)]
+        return LossTotals(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
     def is_finite(self) -> bool:
@@ -66,22 +77,37 @@ class LossTotals:
             for column, site in enumerate(LAYER_SITES)
         }
 
-    def means(self, config: Config) -> dict[str, float]:
-        """`loss` and its terms, as means over tokens. Waits for the device."""
-        lm, kl, clone = ((value / self.tokens).item() for value in (self.lm, self.kl, self.clone.sum()))
+    def means(self, config: Config) -> dict[str, float | None]:
+        """`loss` and its terms, and the teacher's own LM loss, as means over tokens. Waits for the device."""
+        lm, kl, teacher_lm, clone = (
+            (value / self.tokens).item() for value in (self.lm, self.kl, self.teacher_lm, self.clone.sum())
+        )
         total = config.loss.lm_weight * lm + config.total_kl_weight * kl + config.loss.alpha * clone
-        return {"loss": total, "lm_loss": lm, "kl_loss": kl, "clone_loss": clone}
+        return {
+            "loss": total,
+            "lm_loss": lm,
+            "kl_loss": kl,
+            "clone_loss": clone,
+            "teacher_lm_loss": teacher_lm or None,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
+    """is_finite: whether the losses are. Gradient norms are those before clipping; by group only if asked for."""
+
     losses: LossTotals
+    is_finite: bool
     grad_norm: float
+    grad_norm_by_group: dict[str, float | None] | None
     is_updated: bool
 
 
-def train_step(run: Run, batches: Batches) -> StepReport:
-    """One optimizer step over all micro-batches. Trains P and norm gains; W_T is frozen, W_S is derived."""
+def train_step(run: Run, batches: Batches, *, with_group_norms: bool = False) -> StepReport:
+    """One optimizer step over all micro-batches. Trains P and norm gains; W_T is frozen, W_S is derived.
+
+    with_group_norms: also give gradient norms by kind of matrix (one pass over the gradients, one small all-reduce).
+    """
     run.optimizer.zero_grad()  # P and gains: the gradient buffers
     run.zero_student_grads()  # dW_S accumulates over micro-batches
     _reset_losses(run.stages)
@@ -92,10 +118,12 @@ def train_step(run: Run, batches: Batches) -> StepReport:
 
     losses = _reduce_losses(run.stages)
     run.optimizer.reduce_gradients(losses.tokens)  # TP sum of gains, tied P, DP; the only division by tokens
-    is_updated, grad_norm = run.optimizer.clip_and_step(may_step=losses.is_finite)  # every rank alike, or none
+    by_group = group_gradient_norms(run.optimizer, run.stages, run.groups) if with_group_norms else None
+    is_finite = losses.is_finite
+    is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite)  # every rank alike, or none
     if is_updated:
         run.optimizer.lr_schedule.step(1)
-    return StepReport(losses, grad_norm, is_updated)
+    return StepReport(losses, is_finite, grad_norm, by_group, is_updated)
 
 
 @torch.no_grad()
@@ -118,4 +146,5 @@ def _reduce_losses(stages: list[PairedModel]) -> LossTotals:
     main = torch.stack([stage.sums.main for stage in stages]).sum(0)
     clone = torch.stack([stage.sums.clone for stage in stages]).sum(0)
     total = sum_over_world(torch.cat([main, clone.flatten()]))
-    return LossTotals(total[0], total[1], total[2], total[3:].view_as(clone))
+    lm, kl, teacher_lm, tokens = total[: len(main)]
+    return LossTotals(lm, kl, teacher_lm, tokens, total[len(main) :].view_as(clone))

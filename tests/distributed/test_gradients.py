@@ -22,7 +22,6 @@ from megatron_lrc.validation import validate
 from ranks import run_ranks
 from reference import Reference
 
-SEQUENCE, BATCH, STUDENT, TEACHER = 16, 24, 20, 48
 VOCAB = 96  # padded to 256 at TP 2: the second rank has nothing but padding
 ALPHA, KL_WEIGHT, TEMPERATURE = 0.3, 0.7, 40.0
 
@@ -45,6 +44,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Of a run. student: its hidden size; batch: sequences per step; vocab: token ids that occur."""
+
+    student: int = 20
+    sequence: int = 16
+    batch: int = 24
+    vocab: int = VOCAB
+
+
+@dataclass(frozen=True)
 class Variant:
     """What is trained on. terms: as --clone-terms, and the same as (layer, site) pairs for the reference."""
 
@@ -57,9 +66,14 @@ class Variant:
     off: tuple[tuple[int, str], ...] = ()
 
 
-def make_config(teacher: str, layout: Layout, *, untie: bool | None, variant: Variant = Variant()) -> Config:  # noqa: B008
+SIZES, PLAIN = Sizes(), Variant()
+
+
+def make_config(
+    teacher: str, layout: Layout, *, untie: bool | None, variant: Variant = PLAIN, sizes: Sizes = SIZES
+) -> Config:
     config = Config()
-    config.model.teacher, config.model.student_hidden_size = teacher, STUDENT
+    config.model.teacher, config.model.student_hidden_size = teacher, sizes.student
     config.model.untie_embeddings_and_output_weights = untie
     config.projection.init_method_std = 0.2
     config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
@@ -78,35 +92,34 @@ def make_config(teacher: str, layout: Layout, *, untie: bool | None, variant: Va
     config.parallel.account_for_embedding_in_pipeline_split = layout.ends
     config.parallel.account_for_loss_in_pipeline_split = layout.ends
     config.parallel.use_distributed_optimizer = layout.dist_opt
-    config.training.micro_batch_size, config.training.global_batch_size = layout.micro, BATCH
-    config.training.seq_length = SEQUENCE
+    config.training.micro_batch_size, config.training.global_batch_size = layout.micro, sizes.batch
+    config.training.seq_length = sizes.sequence
     config.data.data_path, config.data.split = ["unused"], "90,10,0"
     config.training.train_iters = 10
     return config
 
 
-def some_gain(name: str) -> torch.Tensor:
-    return 1 + 0.1 * torch.sin(torch.arange(STUDENT, dtype=torch.float64) + len(name))
+def some_gain(name: str, size: int) -> torch.Tensor:
+    return 1 + 0.1 * torch.sin(torch.arange(size, dtype=torch.float64) + len(name))
 
 
-def global_batch() -> dict[str, torch.Tensor]:
+def global_batch(sizes: Sizes = SIZES) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
-    mask = (
-        torch.rand(BATCH, SEQUENCE, generator=generator) > 0.25
-    ).float()  # ragged: a mean per micro-batch would differ
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    tokens = torch.randint(sizes.vocab, (sizes.batch, sizes.sequence + 1), generator=generator)
+    # Ragged: a mean per micro-batch would differ.
+    mask = (torch.rand(sizes.batch, sizes.sequence, generator=generator) > 0.25).float()
+    positions = torch.arange(sizes.sequence).expand(sizes.batch, -1)
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
 
 
-def own_micro_batches(config: Config, groups: distributed.Groups):
+def own_micro_batches(config: Config, groups: distributed.Groups, sizes: Sizes):
     """This replica's share of the global batch, in micro-batches."""
     size = config.training.micro_batch_size
-    for start in range(groups.dp.rank() * size, BATCH, size * groups.dp.size()):
-        yield {name: value[start : start + size].contiguous() for name, value in global_batch().items()}
+    for start in range(groups.dp.rank() * size, sizes.batch, size * groups.dp.size()):
+        yield {name: value[start : start + size].contiguous() for name, value in global_batch(sizes).items()}
 
 
-def gradients_of_one_step(config: Config) -> tuple[dict, dict, dict]:
+def gradients_of_one_step(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, dict]:
     """On a rank: the losses, and (gradient, value) of each projection (this rank's rows) and gain after reduction."""
     groups = distributed.start(config)
     teacher = describe_teacher(config.model.teacher)
@@ -114,13 +127,15 @@ def gradients_of_one_step(config: Config) -> tuple[dict, dict, dict]:
     for stage in stages:
         initialize_random(stage.projections, std=config.projection.init_method_std, seed=1)
         for name, gain in stage.projections.named_norms():
-            gain.data.copy_(some_gain(name))
+            gain.data.copy_(some_gain(name, sizes.student))
     optimizer = ProjectionOptimizer(config, stages, groups)
-    run = step.Run(config, groups, stages, optimizer, BATCH // (config.training.micro_batch_size * groups.dp.size()))
+    num_micro_batches = config.num_microbatches(distributed.world_size())
+    run = step.Run(config, groups, stages, optimizer, num_micro_batches)
 
     optimizer.zero_grad()
     run.compose()
-    step.forward_backward(stages, own_micro_batches(config, groups), config, num_microbatches=run.num_microbatches)
+    batches = own_micro_batches(config, groups, sizes)
+    step.forward_backward(stages, batches, config, num_microbatches=num_micro_batches)
     run.pull_back()
     losses = step._reduce_losses(stages)
     optimizer.reduce_gradients(losses.tokens)
@@ -135,21 +150,22 @@ def gradients_of_one_step(config: Config) -> tuple[dict, dict, dict]:
 
 
 @functools.cache
-def expected(teacher: str, names: tuple[str, ...], variant: Variant):
+def expected(teacher: str, names: tuple[str, ...], variant: Variant, sizes: Sizes = SIZES):
     """Reference losses and gradients for the projections `names`, initialised as the package does."""
-    reference = Reference(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64), STUDENT)
+    reference = Reference(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64), sizes.student)
+    teacher_size = reference.teacher.config.hidden_size
     projections, norms = {}, {}
     for name in names:
         seed = int.from_bytes(hashlib.sha256(f"1:{name}".encode()).digest()[:8], "little") >> 1
-        matrix = torch.randn(TEACHER, STUDENT, generator=torch.Generator().manual_seed(seed)) * 0.2
+        matrix = torch.randn(teacher_size, sizes.student, generator=torch.Generator().manual_seed(seed)) * 0.2
         projections[name] = matrix.double().requires_grad_()
     for layer in range(reference.num_layers):
         for kind in ("input", "post"):
             norms[f"layers.{layer}.{kind}"] = None
     norms["final"] = None
     for name in norms:
-        norms[name] = some_gain(name).requires_grad_()
-    batch = global_batch()
+        norms[name] = some_gain(name, sizes.student).requires_grad_()
+    batch = global_batch(sizes)
     losses = reference.losses(
         projections,
         norms,
@@ -163,7 +179,7 @@ def expected(teacher: str, names: tuple[str, ...], variant: Variant):
     for place in variant.off:
         del losses.clone[place]
     # The released code sums KL(p_T || p_S) of logits / tau over a sequence, without tau^2.
-    kl_weight = variant.kl_weight * (SEQUENCE / TEMPERATURE**2 if variant.released else 1.0)
+    kl_weight = variant.kl_weight * (sizes.sequence / TEMPERATURE**2 if variant.released else 1.0)
     losses.total(variant.alpha, kl_weight, variant.lm_weight).backward()
     return losses, projections, norms
 
@@ -237,12 +253,19 @@ def test_recomputation_changes_nothing(tiny_llama, layout, recompute):
 
 def assert_equal_to_the_reference(tiny_llama, layout: Layout, variant: Variant, *, tied: bool) -> None:
     teacher = tiny_llama(is_tied=tied, num_layers=4, vocab_size=VOCAB, dtype=torch.float64)
-    config = make_config(teacher, layout, untie=not tied, variant=variant)
-    validate(config, world_size=layout.world)
-    ranks = run_ranks(layout.world, gradients_of_one_step, config)
-    names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
-    losses, projections, norms = expected(teacher, names, variant)
+    names = compare_with_the_reference(teacher, layout, variant, tied=tied)
     assert len(names) == 4 * 7 + (1 if tied else 2)
+
+
+def compare_with_the_reference(
+    teacher: str, layout: Layout, variant: Variant = PLAIN, *, tied: bool, sizes: Sizes = SIZES
+) -> tuple[str, ...]:
+    """One step on this layout, held against the reference. Names of the projections that were compared."""
+    config = make_config(teacher, layout, untie=not tied, variant=variant, sizes=sizes)
+    validate(config, world_size=layout.world)
+    ranks = run_ranks(layout.world, gradients_of_one_step, config, sizes)
+    names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
+    losses, projections, norms = expected(teacher, names, variant, sizes)
 
     close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
     for values, _, _ in ranks:
@@ -257,3 +280,4 @@ def assert_equal_to_the_reference(tiny_llama, layout: Layout, variant: Variant, 
             close(grad, projections[name].grad.chunk(layout.tp)[tp_rank])
         for name, (grad, _) in gains.items():
             close(grad, norms[name].grad)
+    return names

@@ -1,5 +1,6 @@
 """The whole chain against transformers: what trains is what is exported, and at d_S = d_T it is the teacher."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from test_training import assert_same_parameters, make_config, on_layout, records, train
 from transformers import AutoModelForCausalLM
 
+from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
@@ -19,6 +21,18 @@ from ranks import run_ranks
 from tools_path import convert_to_hf
 
 VOCAB = 301
+FAMILIES = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
+
+
+@pytest.fixture(params=FAMILIES)
+def write_teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
+    """`write_teacher(is_tied=...)`, as `write_llama` -> directory; of each family in turn."""
+
+    def write(**settings) -> str:
+        FAMILIES[request.param](tmp_path / "teacher", **settings)
+        return str(tmp_path / "teacher")
+
+    return write
 
 
 def fixed_tokens() -> torch.Tensor:
@@ -54,8 +68,8 @@ def exported_logits(run: Path, output: Path) -> torch.Tensor:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-def test_a_student_as_wide_as_its_teacher_is_the_teacher(tiny_llama, tiny_text, tmp_path, is_tied):
-    teacher = tiny_llama(is_tied=is_tied)
+def test_a_student_as_wide_as_its_teacher_is_the_teacher(write_teacher, tiny_text, tmp_path, is_tied):
+    teacher = write_teacher(is_tied=is_tied)
     config = make_config(teacher, tiny_text, tmp_path / "run", steps=0)
     config.model.student_hidden_size = 48
     config.projection.init, config.projection.calibration_tokens = "pca", 512
@@ -75,9 +89,9 @@ def test_a_student_as_wide_as_its_teacher_is_the_teacher(tiny_llama, tiny_text, 
 
 
 @pytest.mark.distributed
-def test_at_full_width_the_lm_loss_is_the_teachers(tiny_llama, tiny_text, tmp_path):
+def test_at_full_width_the_lm_loss_is_the_teachers(write_teacher, tiny_text, tmp_path):
     """To 1e-5, on the held-out split, against transformers' own loss on the same tokens."""
-    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=0)
+    config = make_config(write_teacher(), tiny_text, tmp_path / "run", steps=0)
     config.model.student_hidden_size, config.logging.eval_iters = 48, 1
     config.projection.init, config.projection.calibration_tokens = "pca", 512
     train(config)
@@ -100,8 +114,8 @@ def teacher_loss_on_first_validation_batch(config: Config) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-def test_the_exported_student_is_the_one_that_trained(tiny_llama, tiny_text, tmp_path, is_tied):
-    config = make_config(tiny_llama(is_tied=is_tied), tiny_text, tmp_path / "run", steps=3)
+def test_the_exported_student_is_the_one_that_trained(write_teacher, tiny_text, tmp_path, is_tied):
+    config = make_config(write_teacher(is_tied=is_tied), tiny_text, tmp_path / "run", steps=3)
     config = on_layout(replace(config, model=replace(config.model, student_hidden_size=20)), tp=2)
     train(config, 2)
     _, in_training = run_ranks(1, logits_in_training, on_layout(config))[0]
@@ -111,9 +125,10 @@ def test_the_exported_student_is_the_one_that_trained(tiny_llama, tiny_text, tmp
 
 
 @pytest.mark.distributed
-def test_the_pca_start_is_the_same_every_time_and_alike_on_every_layout(tiny_llama, tiny_text, tmp_path):
+def test_the_pca_start_is_the_same_every_time_and_alike_on_every_layout(write_teacher, tiny_text, tmp_path):
+    teacher = write_teacher()
     for name, layout in (("one", {}), ("again", {}), ("stages", {"pp": 2}), ("split", {"tp": 2})):
-        config = make_config(tiny_llama(), tiny_text, tmp_path / name, steps=0)
+        config = make_config(teacher, tiny_text, tmp_path / name, steps=0)
         config.projection.init, config.projection.calibration_tokens = "pca", 512
         train(on_layout(config, **layout), 2 if layout else 1)
     assert_same_parameters(tmp_path / "again", tmp_path / "one")

@@ -1,0 +1,35 @@
+"""What a logged step's record says of the steps since the last one."""
+
+from typing import Any
+
+import torch
+
+from megatron_lrc.config import Config
+from megatron_lrc.train.step import LossTotals, StepReport
+
+
+class Interval:
+    """The steps since the last record (or since this process began): their losses, summed on the device, and how many
+    there were. Steps whose losses are not finite are left out of the losses; with no other step these are NaN."""
+
+    def __init__(self, num_layers: int, device: torch.device):
+        self._num_layers, self._device = num_layers, device
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = self.skipped = 0
+        self._totals = LossTotals.zeros(self._num_layers, self._device)
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        self.skipped += not report.is_updated
+        if report.is_finite:
+            self._totals += report.losses
+
+    def record(self, config: Config) -> dict[str, Any]:
+        """Losses as means over the interval's tokens, and `skipped_steps`. Waits for the device."""
+        return {
+            **self._totals.means(config),
+            "clone_by_layer": self._totals.clone_by_layer(config),
+            "skipped_steps": self.skipped,
+        }

@@ -1,0 +1,113 @@
+"""What a record says of the steps since the record before."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_guard import train_spoiled
+from test_training import make_config, on_layout, records, train
+
+from megatron_lrc.config import Config
+from megatron_lrc.train.metrics import scalars
+from megatron_lrc.train.records import Interval
+from megatron_lrc.train.step import LossTotals, StepReport
+from ranks import run_ranks
+
+LOSSES = ("loss", "lm_loss", "kl_loss", "clone_loss", "teacher_lm_loss")
+OWN = ("step", "tokens", "grad_norm", "grad_norm_by_group", "lr")
+
+
+@pytest.fixture
+def config(tiny_llama, tiny_text, tmp_path) -> Config:
+    """A run of seven steps, a record each."""
+    config = make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "each", steps=7)
+    config.logging.eval_iters, config.training.max_skipped_steps = 0, 5
+    return config
+
+
+def every_third_step(config: Config, run: Path) -> Config:
+    logging = replace(config.logging, log_interval=3)
+    return replace(config, checkpoint=replace(config.checkpoint, save=str(run)), logging=logging)
+
+
+def mean(lines: list[dict], key: str) -> float:
+    return sum(line[key] for line in lines) / len(lines)
+
+
+def assert_means_of(line: dict, steps: list[dict]) -> None:
+    """Every step here has the same number of tokens."""
+    for key in LOSSES:
+        assert line[key] == pytest.approx(mean(steps, key), rel=1e-12), key
+    for term, layers in line["clone_by_layer"].items():
+        for layer, value in enumerate(layers):
+            parts = [step["clone_by_layer"][term][layer] for step in steps]
+            assert value == pytest.approx(sum(parts) / len(parts), rel=1e-12), (term, layer)
+
+
+@pytest.mark.distributed
+def test_losses_are_means_over_the_steps_since_the_last_record(config, tmp_path):
+    train(on_layout(config, pp=2), 2)
+    train(on_layout(every_third_step(config, tmp_path / "third"), pp=2), 2)
+    steps, lines = records(tmp_path / "each"), records(tmp_path / "third")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    for line, since in zip(lines, (steps[:3], steps[3:6], steps[6:]), strict=True):
+        assert_means_of(line, since)
+        assert line["skipped_steps"] == 0
+        assert {key: line[key] for key in OWN} == {key: since[-1][key] for key in OWN}
+        parts = line["grad_norm_by_group"].values()
+        assert math.hypot(*parts) == pytest.approx(line["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind, without_loss", [("loss", (2, 4, 5, 6)), ("gradient", ())])
+def test_skipped_steps_are_counted_and_left_out_of_losses_that_they_would_spoil(config, tmp_path, kind, without_loss):
+    for run in (config, every_third_step(config, tmp_path / "third")):
+        run = on_layout(run, pp=2).resolved(2)
+        assert run_ranks(2, train_spoiled, run, 2, kind, (2, 4, 5, 6)) == ["", ""]
+    steps, lines = records(tmp_path / "each"), records(tmp_path / "third")
+    assert [line["skipped_steps"] for line in steps] == [0, 1, 0, 1, 1, 1, 0]
+    assert [line["skipped_steps"] for line in lines] == [1, 3, 0]
+    for line, since in zip(lines, (steps[:3], steps[3:6], steps[6:]), strict=True):
+        kept = [step for step in since if step["step"] not in without_loss]
+        if kept:
+            assert_means_of(line, kept)
+        else:
+            assert all(line[key] is None for key in LOSSES)
+
+
+def test_a_step_with_more_tokens_weighs_more():
+    def report(tokens: float, lm: float, *, is_finite: bool = True) -> StepReport:
+        per_token = torch.tensor(lm, dtype=torch.float64)
+        clone = per_token.expand(2, 7) * tokens
+        losses = LossTotals(per_token * tokens, per_token * 0, per_token * 0, torch.tensor(tokens), clone)
+        return StepReport(losses, is_finite, 1.0, None, is_finite)
+
+    interval, config = Interval(2, torch.device("cpu")), Config()
+    for step in (report(10.0, 1.0), report(30.0, 2.0), report(20.0, math.nan, is_finite=False)):
+        interval.add(step)
+    record = interval.record(config)
+    assert record["lm_loss"] == 1.75 and record["clone_by_layer"]["down"] == [1.75, 1.75]
+    assert record["skipped_steps"] == 1 and interval.steps == 3
+    interval.reset()
+    interval.add(report(10.0, 3.0))
+    assert interval.record(config)["lm_loss"] == 3.0 and interval.steps == 1
+
+
+def test_tensorboard_has_a_name_for_every_part_that_is_on():
+    record = {
+        "step": 3,
+        "loss": 1.0,
+        "teacher_lm_loss": None,
+        "clone_by_layer": {"q": [2.0, None]},
+        "grad_norm_by_group": {"q": 3.0, "lm_head": None},
+        "effective_rank": {"student": [4.0, 5.0]},
+    }
+    assert scalars("train", record) == {
+        "train/loss": 1.0,
+        "train_clone_q/layer_00": 2.0,
+        "train_grad_norm/q": 3.0,
+        "train_effective_rank_student/layer_00": 4.0,
+        "train_effective_rank_student/layer_01": 5.0,
+    }
