@@ -119,8 +119,16 @@ class Config:
         return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of both models (DP): what tensor and pipeline parallelism leave over."""
-        return world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+        """Replicas of both models (DP): what tensor, pipeline and context parallelism leave over."""
+        return world_size // self.model_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that work on the same sequences: TP times PP times CP."""
+        parallel = self.parallel
+        return (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
 
     def global_batch_size(self, world_size: int) -> int:
         """Sequences per optimizer step over all replicas."""

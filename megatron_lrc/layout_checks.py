@@ -12,30 +12,42 @@ from .config import Config, ModelShape, flag_of
 def check_layout(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
     if tp > 1 and not parallel.sequence_parallel:
         yield (
             f"--tensor-model-parallel-size {tp} requires sequence parallel: without it every TP process would add the "
             "same tokens' gradient to the projections once more. Add --sequence-parallel."
         )
-    if parallel.sequence_parallel and config.training.seq_length % tp:
+    if parallel.sequence_parallel and config.training.seq_length % (tp * cp):
+        by_cp = f" times --context-parallel-size {cp}" * (cp > 1)
         yield (
-            f"--seq-length {config.training.seq_length} is not divisible by --tensor-model-parallel-size {tp}, which "
-            f"--sequence-parallel needs: each process takes an equal part. "
-            f"Use --seq-length {round_up(config.training.seq_length, tp)}."
+            f"--seq-length {config.training.seq_length} is not divisible by --tensor-model-parallel-size {tp}{by_cp}, "
+            f"which --sequence-parallel needs: each process takes an equal part. "
+            f"Use --seq-length {round_up(config.training.seq_length, math.lcm(tp * cp, 2 * cp if cp > 1 else 1))}."
         )
-    if world_size % (tp * pp):
+    elif cp > 1 and config.training.seq_length % (2 * cp):
+        yield (
+            f"--seq-length {config.training.seq_length} is not divisible by twice --context-parallel-size {cp}: each "
+            "process takes two pieces, one from either half of the sequence, so that causal attention is shared "
+            f"equally. Use --seq-length {round_up(config.training.seq_length, 2 * cp)}."
+        )
+    each = config.model_parallel_size
+    if world_size % each:
+        by_cp = f" times --context-parallel-size {cp}" * (cp > 1)
         yield (
             f"{world_size} process{'es' * (world_size > 1)} cannot hold whole copies of the model: "
-            f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp} takes {tp * pp} each. "
-            f"Start a multiple of {tp * pp} processes."
+            f"--tensor-model-parallel-size {tp} times --pipeline-model-parallel-size {pp}{by_cp} takes {each} each. "
+            f"Start a multiple of {each} processes."
         )
     for name in PIPELINE_ONLY:
         if getattr(parallel, name) and pp == 1:
             yield f"{flag_of(name)} needs several pipeline stages. Set --pipeline-model-parallel-size, or leave it out."
     sized = [flag_of(name) for name in PIPELINE_ONLY[:2] if getattr(parallel, name)]
     counted = [flag_of(name) for name in PIPELINE_ONLY[2:4] if getattr(parallel, name)]
-    if sized and counted:
-        yield f"{' and '.join(sized)} cannot go with {' and '.join(counted)}: two ways to divide the layers. Keep one."
+    drawn = ["--pipeline-model-parallel-layout"] if parallel.pipeline_model_parallel_layout else []
+    ways = [" and ".join(flags) for flags in (sized, counted, drawn) if flags]
+    if len(ways) > 1:
+        yield f"{ways[0]} cannot go with {' or '.join(ways[1:])}: two ways to divide the layers. Keep one."
 
 
 #: Flags that mean nothing without pipeline stages: sizes of the end stages, what counts as a layer, chunks.
@@ -45,6 +57,7 @@ PIPELINE_ONLY = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
     "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
 )
 
 
@@ -94,6 +107,8 @@ def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
     """Stages given by --decoder-first/last-pipeline-num-layers, then equal shares of what is left for the others."""
     parallel, layers = config.parallel, teacher.num_layers
     pp, chunks = parallel.pipeline_model_parallel_size, config.num_chunks
+    if parallel.pipeline_model_parallel_layout:
+        return  # checked where megatron-core reads it
     counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
     if counted or chunks > 1:
         yield from check_chunks(config, layers + counted, layers)

@@ -106,6 +106,9 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: int | None = setting(
         None, "Model chunks on each pipeline rank: above 1 the interleaved schedule. Default: 1F1B.", at_least=2
     )
+    context_parallel_size: int = setting(
+        1, "Processes (CP) that divide each sequence; every layer gathers its keys and values.", at_least=1
+    )
     sequence_parallel: bool = setting(
         False, "Shard norms and residual stream over the sequence among the TP processes."
     )
@@ -114,6 +117,11 @@ class ParallelConfig:
     )
     decoder_last_pipeline_num_layers: int | None = setting(
         None, "Layers on the last pipeline stage. Default: an even split.", at_least=1
+    )
+    pipeline_model_parallel_layout: str | None = setting(
+        None,
+        "Every stage by hand: E embedding, t layer, L losses, | next stage, (...)*N and t*N repeat: Et*3|(tt|)*2tL.",
+        metavar="LAYOUT",
     )
     account_for_embedding_in_pipeline_split: bool = setting(
         False, "Count the embedding as one layer when layers are divided over stages."
@@ -170,10 +178,25 @@ class TrainingConfig:
         0, "Optimizer steps of the whole run; 0 with --save writes the untrained student.", at_least=0
     )
     bf16: bool = setting(False, "Parameters and activations in bfloat16; gradients and optimizer state stay fp32.")
+    fp16: bool = setting(
+        False, "Parameters and activations in float16, the loss scaled; gradients and optimizer state stay fp32."
+    )
+    loss_scale: float | None = setting(
+        None, "With --fp16: a fixed loss scale. Default: found while training, from --initial-loss-scale down.", above=0
+    )
+    initial_loss_scale: float = setting(2.0**32, "Where the search for the loss scale begins.", above=0)
+    min_loss_scale: float = setting(1.0, "The smallest loss scale to try.", above=0)
+    loss_scale_window: int = setting(1000, "Steps without overflow after which the loss scale doubles.", at_least=1)
+    hysteresis: int = setting(2, "Overflows before the loss scale is halved.", at_least=1)
     max_skipped_steps: int = setting(
         10,
-        "Stop after this many steps in a row had a loss or gradient that is not finite; each is skipped.",
+        "Stop after this many steps in a row were skipped: their loss or gradient not finite, or a spike.",
         at_least=1,
+    )
+    spike_factor: float | None = setting(
+        None,
+        "Skip a step whose gradient norm is above this many times the running mean. Default: only clipped.",
+        above=1,
     )
     seed: int = setting(1234, "Seed of initialisation and data order.", at_least=0)
 

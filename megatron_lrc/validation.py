@@ -29,6 +29,7 @@ def validate(config: Config, *, world_size: int = 1) -> None:
         errors += check_batches(config, world_size)
     errors += check_model(config)
     errors += check_losses(config)
+    errors += check_precision(config)
     errors += check_schedule(config)
     errors += check_data(config)
     errors += check_checkpoint(config)
@@ -105,6 +106,19 @@ def check_losses(config: Config) -> Iterator[str]:
     unknown = [module for module in config.parallel.recompute_modules if module not in RECOMPUTE_MODULES]
     if unknown:
         yield f"--recompute-modules {' '.join(unknown)}: expected are any of {' '.join(RECOMPUTE_MODULES)}."
+
+
+def check_precision(config: Config) -> Iterator[str]:
+    training = config.training
+    if training.bf16 and training.fp16:
+        yield "--bf16 and --fp16 are both given. Keep one; bf16 needs no loss scale."
+    if training.loss_scale is not None and not training.fp16:
+        yield f"--loss-scale {training.loss_scale} means nothing without --fp16. Leave it out."
+    if training.min_loss_scale > training.initial_loss_scale:
+        yield (
+            f"--min-loss-scale {training.min_loss_scale} is above --initial-loss-scale {training.initial_loss_scale}, "
+            "from which the search goes down."
+        )
 
 
 def check_schedule(config: Config) -> Iterator[str]:

@@ -47,6 +47,8 @@ class RunState:
     consumed_samples: int = 0
     tokens: int = 0
     teacher_fingerprint: str = ""
+    grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
+    grad_norm_count: int = 0
 
 
 def checkpoint_path(run: str, step: int) -> Path:
@@ -130,7 +132,7 @@ def _sharded_state(stages: list[PairedModel], optimizer: ProjectionOptimizer, *,
 def _sharded_parameters(stage: PairedModel) -> dict[str, ShardedTensor]:
     """Each parameter with its place in the global tensor. P: rows over TP. Gains, the tied P, and DP: replicas."""
     groups, sharded = stage.groups, {}
-    tp_rank, tp_size, dp_rank = groups.tp.rank(), groups.tp.size(), groups.dp.rank()
+    tp_rank, tp_size, dp_rank = groups.tp.rank(), groups.tp.size(), groups.dp_cp.rank()
     for key, parameter in _named_parameters(stage):
         if key.startswith(PROJECTIONS):
             is_copy = int(getattr(parameter, "shared", False))

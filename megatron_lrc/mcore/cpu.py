@@ -55,11 +55,12 @@ class _CudaOnCpu(types.ModuleType):
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """`factory` with device="cuda" read as the CPU."""
+    """`factory` with device="cuda" read as the CPU, and without pinned memory, which only CUDA has."""
 
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return call

@@ -23,7 +23,9 @@ class Groups:
 
     tp: ProcessGroup
     pp: ProcessGroup
-    dp: ProcessGroup
+    cp: ProcessGroup
+    dp: ProcessGroup  # ranks with other sequences; those of `cp` have other parts of the same ones
+    dp_cp: ProcessGroup  # both: over these gradients are summed, and copies of every parameter lie
     embedding: ProcessGroup | None
     device: torch.device
 
@@ -66,6 +68,7 @@ def start(config: Config) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
         virtual_pipeline_model_parallel_size=config.parallel.num_virtual_stages_per_pipeline_rank,
         distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
@@ -74,7 +77,9 @@ def start(config: Config) -> Groups:
     return Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
         device=device,
     )

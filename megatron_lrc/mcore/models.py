@@ -10,15 +10,19 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_lrc.clone.sites import HeadLayout
-from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.config import Config, ConfigError, ModelShape
 
 VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
 
@@ -57,8 +61,9 @@ class ScaledDotProductAttention(nn.Module):
         pg_collection: object = None,
     ):
         super().__init__()
-        assert config.context_parallel_size == 1 and not attention_dropout
+        assert not attention_dropout
         self.softmax_scale = softmax_scale
+        self.cp_group = parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -70,14 +75,46 @@ class ScaledDotProductAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        """query [s, b, heads/tp, c], key and value [s, b, groups/tp, c] -> [s, b, heads/tp * c]; always causal."""
+        """query [s, b, heads/tp, c], key and value [s, b, groups/tp, c] -> [s, b, heads/tp * c]; always causal.
+
+        With context parallelism s is this rank's part of the sequence, in two pieces (`own_part_of_sequence`).
+        """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        is_grouped = query.shape[2] != key.shape[2]
+        if self.cp_group.size() == 1:
+            return self._attend(query, key, value)
+        size, rank, piece = self.cp_group.size(), self.cp_group.rank(), len(query) // 2
+        key, value = self._gather_sequence(key, value)
+        contexts = []
+        for part, place in ((query[:piece], rank), (query[piece:], 2 * size - 1 - rank)):
+            end = (place + 1) * piece  # of this piece in the whole sequence: what comes later is not attended to
+            contexts.append(self._attend(part, key[:end], value[:end]))
+        return torch.cat(contexts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of queries that are the last of the keys' tokens."""
+        is_grouped, is_whole = query.shape[2] != key.shape[2], len(query) == len(key)
+        mask = None if is_whole else causal_lower_right(len(query), len(key))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
         context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=is_grouped
+            query,
+            key,
+            value,
+            attn_mask=mask,  # type: ignore[arg-type]
+            is_causal=is_whole,
+            scale=self.softmax_scale,
+            enable_gqa=is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads/tp * c]
+
+    def _gather_sequence(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole sequence, in its order, from every context parallel rank's two pieces."""
+        both = torch.cat([key, value], dim=-1)
+        gathered = gather_from_sequence_parallel_region(both, group=self.cp_group)  # backward: reduce-scatter
+        size = self.cp_group.size()
+        pieces = gathered.unflatten(0, (2 * size, -1))  # pieces 0, 2 cp - 1, 1, 2 cp - 2, ...
+        order = [2 * place if place < size else 2 * (2 * size - 1 - place) + 1 for place in range(2 * size)]
+        key, value = pieces[order].flatten(0, 1).chunk(2, dim=-1)
+        return key, value
 
 
 class OutputLayer(nn.Module):
@@ -95,6 +132,29 @@ class OutputLayer(nn.Module):
         self, hidden: Tensor, weight: object = None, runtime_gather_output: object = None
     ) -> tuple[Tensor, None]:
         return hidden.transpose(0, 1), None
+
+
+def check_pipeline_layout(config: Config, shape: ModelShape) -> None:
+    """Refuse a --pipeline-model-parallel-layout that megatron-core cannot read, or that is not of this model."""
+    parallel = config.parallel
+    text, pp = parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
+    if text is None:
+        return
+    expected = (
+        f"Expected is an E first, {shape.num_layers} t (the teacher's layers) and an L last, over {pp} stages "
+        "(--pipeline-model-parallel-size), or a multiple of it with --num-virtual-stages-per-pipeline-rank."
+    )
+    try:
+        layout = PipelineParallelLayerLayout(text, pp)
+        layout.validate_layer_layout(shape.num_layers, None)
+    except (AssertionError, ValueError, KeyError, IndexError) as problem:
+        raise ConfigError(f"--pipeline-model-parallel-layout {text}: {problem}. {expected}") from None
+    if layout.virtual_pipeline_model_parallel_size != config.num_chunks:
+        raise ConfigError(
+            f"--pipeline-model-parallel-layout {text} has {len(layout.layout) * len(layout.layout[0])} stages, "
+            f"{layout.virtual_pipeline_model_parallel_size} on each of {pp} ranks; "
+            f"--num-virtual-stages-per-pipeline-rank says {config.num_chunks}. Make them agree."
+        )
 
 
 def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *, is_trained: bool) -> TransformerConfig:
@@ -120,6 +180,8 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
@@ -137,6 +199,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         perform_initialization=False,  # the teacher is read, the student composed
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,

@@ -43,13 +43,17 @@ class ProjectionOptimizer:
             self.replicas,
             config_overrides=get_standard_config_overrides(optimizer_config),  # no weight decay of the gains
         )
+        if config.training.fp16:
+            for stage in stages:
+                stage.config.grad_scale_func = self.optimizer.scale_loss  # the schedules and the clone losses read it
+        self._min_loss_scale = _smallest_loss_scale(config)
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
 
     @staticmethod
     def _data_parallel(config: Config, stage: PairedModel) -> DistributedDataParallel:
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=config.training.bf16,
+            grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
         return DistributedDataParallel(stage.config, ddp_config, stage.projections)
@@ -82,6 +86,16 @@ class ProjectionOptimizer:
         """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def loss_scale(self) -> float:
+        """What the losses are multiplied by before backward: above 1 with fp16 only."""
+        return float(self.optimizer.get_loss_scale())
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether gradients that overflow are part of the search for the loss scale, and no fault."""
+        return self._min_loss_scale < self.loss_scale
+
     def zero_grad(self) -> None:
         """Empty the gradient buffers of P and the gains."""
         for replica in self.replicas:
@@ -103,14 +117,15 @@ class ProjectionOptimizer:
             replica.scale_gradients(scale)
 
     @torch.no_grad()
-    def clip_and_step(self, *, may_step: bool = True) -> tuple[bool, float]:
+    def clip_and_step(self, *, may_step: bool = True, max_norm: float = math.inf) -> tuple[bool, float]:
         """(whether P was updated, the gradient norm before clipping). All ranks skip if the norm is not finite.
 
-        may_step: False if the losses already forbid it; the same on every rank.
+        may_step: False if the losses already forbid it; the same on every rank, as max_norm is, above which no step is
+        taken. A dynamic loss scale changes here.
         """
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if not may_step or found_inf or not math.isfinite(grad_norm):
+        if not may_step or found_inf or not math.isfinite(grad_norm) or grad_norm > max_norm:
             return False, grad_norm
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
@@ -142,6 +157,18 @@ def _sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         tensor.copy_(summed.view_as(tensor))
 
 
+def parameter_dtype(config: Config) -> torch.dtype:
+    if config.training.fp16:
+        return torch.float16
+    return torch.bfloat16 if config.training.bf16 else torch.float32
+
+
+def _smallest_loss_scale(config: Config) -> float:
+    """Below which the loss scale does not go: infinity where it never changes."""
+    is_dynamic = config.training.fp16 and config.training.loss_scale is None
+    return config.training.min_loss_scale if is_dynamic else math.inf
+
+
 def _optimizer_config(config: Config) -> OptimizerConfig:
     settings = config.optimizer
     return OptimizerConfig(
@@ -154,7 +181,13 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=config.training.bf16,
-        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        fp16=config.training.fp16,
+        loss_scale=config.training.loss_scale,
+        initial_loss_scale=config.training.initial_loss_scale,
+        min_loss_scale=config.training.min_loss_scale,
+        loss_scale_window=config.training.loss_scale_window,
+        hysteresis=config.training.hysteresis,
+        params_dtype=parameter_dtype(config),
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.paired_model import PairedModel
@@ -30,7 +31,7 @@ def forward_backward(
     """
 
     def step(iterator: Iterator[Batch], stage: PairedModel) -> tuple[Tensor, Callable]:
-        batch = next(iterator)
+        batch = own_part_of_sequence(next(iterator), stage.groups.cp)
         num_tokens = batch["loss_mask"].sum().int()
         return forward_step(stage, batch), lambda loss: (loss, num_tokens, {})
 
@@ -44,6 +45,19 @@ def forward_backward(
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
     )
+
+
+def own_part_of_sequence(batch: Batch, group: ProcessGroup) -> Batch:
+    """Of each [b, s] tensor the tokens of this context parallel rank, [b, s/cp].
+
+    The sequence falls into 2 cp pieces, and rank r takes pieces r and 2 cp - 1 - r: as megatron-core cuts its rotary
+    embeddings. A late piece attends to much and an early one to little, so that every rank has the same work.
+    """
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return batch
+    pieces = [rank, 2 * size - 1 - rank]
+    return {name: whole.unflatten(1, (2 * size, -1))[:, pieces].flatten(1, 2) for name, whole in batch.items()}
 
 
 @torch.no_grad()

@@ -1,18 +1,80 @@
-"""What happens when a loss or a gradient is not finite: the step is skipped and said where it began; enough in a row
-stop the run.
+"""What happens when a loss or a gradient is not finite, or a gradient norm jumps: the step is skipped and the reason
+said; enough in a row stop the run.
 
 A fault spreads: forward to later layers, backward to earlier ones, and by every reduction to other ranks. So each rank
 looks at what it has before any reduction, in the order in which things are computed, and the earliest find of all
 ranks is the one named. Looking costs nothing while all is well: it happens only after a step has been skipped.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
 from megatron_lrc.clone.projections import ClonedWeight, gradient_of
 from megatron_lrc.clone.sites import LAYER_SITES
+from megatron_lrc.config import Config
+from megatron_lrc.mcore.checkpoint import RunState
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.train.step import StepReport
+
+#: Steps over which the gradient norm's running mean is taken, and how many it needs before it says anything.
+MEAN_OVER, MEAN_NEEDS = 100, 20
+
+
+class Guard:
+    """Counts skipped steps, and keeps the running mean of the gradient norm in `state`, where it survives a restart.
+
+    A step above --spike-factor times that mean is skipped before it can do harm: after it, Adam's second moment would
+    keep the rate down for a thousand steps. Overflows while fp16's loss scale is sought are not counted.
+    """
+
+    def __init__(self, config: Config, state: RunState, stages: list[PairedModel]):
+        self._config, self._state, self._stages = config, state, stages
+        self._in_a_row, self._reason = 0, ""
+
+    @property
+    def largest_norm(self) -> float:
+        """The gradient norm above which the next step is to be skipped."""
+        factor = self._config.training.spike_factor
+        if factor is None or self._state.grad_norm_count < MEAN_NEEDS:
+            return math.inf
+        return factor * self._state.grad_norm_mean
+
+    @property
+    def is_over(self) -> bool:
+        return self._in_a_row >= self._config.training.max_skipped_steps
+
+    @property
+    def last_words(self) -> str:
+        return (
+            f"stopped at step {self._state.step} after {self._in_a_row} skipped steps in a row (--max-skipped-steps): "
+            f"{self._reason}. The projections are those of the last step that was taken. Lower --lr or --alpha, or "
+            "look at the data of these steps, and continue with --load."
+        )
+
+    def look_at(self, report: StepReport) -> str | None:
+        """Take note of a step; what to say about it if it was skipped. Collective where a fault has to be found."""
+        step = self._state.step
+        if report.is_updated:
+            self._in_a_row = 0
+            self._state.grad_norm_count += 1
+            weight = 1 / min(self._state.grad_norm_count, MEAN_OVER)
+            self._state.grad_norm_mean += weight * (report.grad_norm - self._state.grad_norm_mean)
+            return None
+        if report.skipped_for == "overflow":
+            return f"step {step} skipped: gradients overflow at loss scale {report.loss_scale:g}; a lower one is sought"
+        if report.skipped_for == "spike":
+            factor = self._config.training.spike_factor
+            self._reason = (
+                f"the gradient norm {report.grad_norm:.3g} is above --spike-factor {factor} times "
+                f"its running mean {self._state.grad_norm_mean:.3g}"
+            )
+        else:
+            self._reason = find_fault(self._stages)
+        self._in_a_row += 1
+        limit = self._config.training.max_skipped_steps
+        return f"step {step} skipped ({self._in_a_row} in a row, the run stops at {limit}): {self._reason}"
 
 
 def find_fault(stages: list[PairedModel]) -> str:

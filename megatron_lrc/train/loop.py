@@ -1,7 +1,5 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,95 +7,24 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_lrc.arguments import describe_changes, save_yaml
-from megatron_lrc.config import Config, ConfigError, ModelShape, RunStopped
-from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher
-from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.config import Config, RunStopped
+from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import (
     RunState,
     load_checkpoint,
-    newest_checkpoint,
     read_state,
     save_checkpoint,
 )
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
 from megatron_lrc.train.build import build_stages, initialize
+from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying
 from megatron_lrc.train.effective_rank import measure_effective_rank
-from megatron_lrc.train.guard import find_fault
+from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
-from megatron_lrc.validation import validate_against_teacher
-
-CONFIG_FILE = "config.yaml"
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """What the checks have opened."""
-
-    teacher: TeacherDescription
-    reader: TeacherReader
-    resume_from: Path | None
-    warnings: list[str]
-
-
-def check(config: Config, world_size: int) -> Checked:
-    """Everything that can be refused before a process group or a model exists; alike on every rank."""
-    assert config.model.teacher is not None, "validate() has passed"
-    teacher = describe_teacher(config.model.teacher)
-    warnings = validate_against_teacher(config, teacher.shape)
-    reader = TeacherReader(teacher)
-    check_data(config, teacher.shape.vocab_size)
-    if config.checkpoint.save:
-        _check_writable(Path(config.checkpoint.save))
-    return Checked(teacher, reader, _find_checkpoint(config, teacher, reader), warnings)
-
-
-def _check_writable(run: Path) -> None:
-    """Refuse a run directory that could not be made or written to, before hours are spent on what it should hold."""
-    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = "is not writable" if existing.is_dir() else "is a file"
-        raise ConfigError(f"--save {run}: {existing} {why}. Give a directory that can be made and written to.")
-
-
-def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: TeacherReader) -> Path | None:
-    """The checkpoint of --load, if it is of this teacher and student; refuses to write over another run."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save and newest_checkpoint(save) and (not load or Path(load).resolve() != Path(save).resolve()):
-        raise ConfigError(
-            f"--save {save} already holds checkpoints of a run. Add --load {save} to continue it, or save elsewhere."
-        )
-    if not load:
-        return None
-    path = newest_checkpoint(load)
-    if path is None:
-        raise ConfigError(f"--load {load} holds no complete checkpoint. Leave it out to start anew.")
-    state, _, saved = read_state(path)
-    wanted: ModelShape = config.student_shape(teacher.shape)
-    if state.teacher_fingerprint != reader.fingerprint():
-        raise ConfigError(
-            f"--teacher {config.model.teacher} is not the teacher that {path} was trained with: its files differ. "
-            "Give that teacher's directory."
-        )
-    if saved != wanted:
-        raise ConfigError(
-            f"{path} holds a student of hidden size {saved.hidden_size}, {_tying(saved)}; the flags ask for "
-            f"{wanted.hidden_size}, {_tying(wanted)}. Repeat --student-hidden-size, --init and --untie-embeddings-and-"
-            f"output-weights as they were, or give --config {Path(load) / CONFIG_FILE}."
-        )
-    if state.step > config.training.train_iters:
-        raise ConfigError(
-            f"{path} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
-        )
-    return path
-
-
-def _tying(shape: ModelShape) -> str:
-    return "tied" if shape.is_tied else "untied"
 
 
 def train(config: Config) -> None:
@@ -113,8 +40,7 @@ class Trainer:
     def __init__(self, config: Config, checked: Checked, groups: Groups):
         self.config, self.groups = config, groups
         self.train_data, self.valid_data = build_datasets(config)
-        dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-        stages = build_stages(config, checked.teacher, checked.reader, groups, dtype)
+        stages = build_stages(config, checked.teacher, checked.reader, groups, parameter_dtype(config))
         self.state = RunState(teacher_fingerprint=checked.reader.fingerprint())
         if checked.resume_from:
             self.state = read_state(checked.resume_from)[0]
@@ -123,7 +49,7 @@ class Trainer:
         optimizer = ProjectionOptimizer(config, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
-        self._skipped_in_a_row = 0
+        self.guard = Guard(config, self.state, stages)
         at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
@@ -154,11 +80,11 @@ class Trainer:
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
-            report = train_step(self.run, batches, with_group_norms=is_logged)
+            report = train_step(self.run, batches, with_group_norms=is_logged, max_grad_norm=self.guard.largest_norm)
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
-            self._guard(report)
+            self._look_at(report)
             interval.add(report)
             if is_logged:
                 record = interval.record(config)  # waits for the device, so before the clock is read
@@ -171,21 +97,14 @@ class Trainer:
                 self._save()
             stopwatch.resume()
 
-    def _guard(self, report: StepReport) -> None:
-        """Say where a skipped step went wrong; after too many in a row save what there is and stop."""
-        if report.is_updated:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped_in_a_row += 1
-        step, limit, reason = self.state.step, self.config.training.max_skipped_steps, find_fault(self.run.stages)
-        self._say(f"step {step} skipped ({self._skipped_in_a_row} in a row, the run stops at {limit}): {reason}")
-        if self._skipped_in_a_row >= limit:
+    def _look_at(self, report: StepReport) -> None:
+        """Say why a step was skipped; after too many in a row save what there is and stop."""
+        line = self.guard.look_at(report)
+        if line:
+            self._say(line)
+        if self.guard.is_over:
             self._save()
-            raise RunStopped(
-                f"stopped at step {step} after {limit} skipped steps in a row (--max-skipped-steps): {reason}. The "
-                "projections are those of the last step that was taken. Lower --lr or --alpha, or look at the data of "
-                "these steps, and continue with --load."
-            )
+            raise RunStopped(self.guard.last_words)
 
     def _log_step(
         self, log: RunLog | None, report: StepReport, interval: dict[str, Any], lr: float, seconds: float
@@ -201,6 +120,7 @@ class Trainer:
                 "grad_norm": report.grad_norm,
                 "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
+                **({"loss_scale": report.loss_scale} if self.config.training.fp16 else {}),
                 "tokens_per_second": tokens_per_step / seconds,
                 "step_seconds": seconds,
             }
@@ -263,15 +183,16 @@ class Trainer:
             distributed.sum_over_world(
                 torch.tensor(_owned_parameters(self.run), dtype=torch.float64, device=self.groups.device)
             ).item()
-            / self.groups.dp.size()
+            / self.groups.dp_cp.size()
         )
         self._say(
             f"teacher d_T {shapes.teacher.hidden_size}, student d_S {shapes.student.hidden_size} "
-            f"({_tying(shapes.student)}), {shapes.student.num_layers} layers; trained: {trained / 1e6:.1f}M parameters "
-            f"in projections and norm gains"
+            f"({describe_tying(shapes.student)}), {shapes.student.num_layers} layers; trained: "
+            f"{trained / 1e6:.1f}M parameters in projections and norm gains"
         )
+        cp = f" x CP {self.groups.cp.size()}" if self.groups.cp.size() > 1 else ""
         self._say(
-            f"TP {self.groups.tp.size()} x PP {self.groups.pp.size()} x DP {self.groups.dp.size()} on "
+            f"TP {self.groups.tp.size()} x PP {self.groups.pp.size()}{cp} x DP {self.groups.dp.size()} on "
             f"{self.groups.device.type}; {self.run.num_microbatches} micro-batches of "
             f"{self.config.training.micro_batch_size} x {self.config.training.seq_length} tokens per step"
         )

@@ -1,7 +1,9 @@
 """One optimizer step, and one validation: the method in the order it happens."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -101,11 +103,16 @@ class StepReport:
     grad_norm: float
     grad_norm_by_group: dict[str, float | None] | None
     is_updated: bool
+    loss_scale: float  # of this step; 1 without fp16
+    skipped_for: Literal["fault", "spike", "overflow"] | None  # overflow: part of the search for fp16's loss scale
 
 
-def train_step(run: Run, batches: Batches, *, with_group_norms: bool = False) -> StepReport:
+def train_step(
+    run: Run, batches: Batches, *, with_group_norms: bool = False, max_grad_norm: float = math.inf
+) -> StepReport:
     """One optimizer step over all micro-batches. Trains P and norm gains; W_T is frozen, W_S is derived.
 
+    max_grad_norm: a step whose gradient norm is above it is skipped.
     with_group_norms: also give gradient norms by kind of matrix (one pass over the gradients, one small all-reduce).
     """
     run.optimizer.zero_grad()  # P and gains: the gradient buffers
@@ -120,10 +127,16 @@ def train_step(run: Run, batches: Batches, *, with_group_norms: bool = False) ->
     run.optimizer.reduce_gradients(losses.tokens)  # TP sum of gains, tied P, DP; the only division by tokens
     by_group = group_gradient_norms(run.optimizer, run.stages, run.groups) if with_group_norms else None
     is_finite = losses.is_finite
-    is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite)  # every rank alike, or none
+    loss_scale, can_lower_loss_scale = run.optimizer.loss_scale, run.optimizer.can_lower_loss_scale
+    is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite, max_norm=max_grad_norm)  # all ranks or none
     if is_updated:
         run.optimizer.lr_schedule.step(1)
-    return StepReport(losses, is_finite, grad_norm, by_group, is_updated)
+    skipped_for = None
+    if not is_updated and is_finite and math.isfinite(grad_norm):
+        skipped_for = "spike"
+    elif not is_updated:
+        skipped_for = "overflow" if is_finite and can_lower_loss_scale else "fault"
+    return StepReport(losses, is_finite, grad_norm, by_group, is_updated, loss_scale, skipped_for)
 
 
 @torch.no_grad()

@@ -31,16 +31,18 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     micro: int = 6  # sequences: 4 micro-batches without data parallelism
     first: int | None = None
     chunks: int = 1
     ends: bool = False  # embedding and loss count as layers
     recompute: str | None = None
     dist_opt: bool = False
+    drawn: str | None = None  # --pipeline-model-parallel-layout
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def make_config(
     config.loss.loss_chunk_tokens = 7
     config.parallel.tensor_model_parallel_size = layout.tp
     config.parallel.pipeline_model_parallel_size = layout.pp
+    config.parallel.context_parallel_size = layout.cp
+    config.parallel.pipeline_model_parallel_layout = layout.drawn
     config.parallel.sequence_parallel = layout.tp > 1
     config.parallel.decoder_first_pipeline_num_layers = layout.first
     config.parallel.num_virtual_stages_per_pipeline_rank = layout.chunks if layout.chunks > 1 else None
@@ -195,7 +199,15 @@ LAYOUTS = [
     Layout(pp=2, micro=3, chunks=2),
     Layout(pp=2, ends=True),
     Layout(dp=2),
+    Layout(cp=2),
+    Layout(cp=2, recompute="core_attn"),
+    Layout(pp=2, drawn="Etttt|L"),
+    Layout(pp=2, chunks=2, drawn="E|tt|(t)*2|L"),
     pytest.param(Layout(tp=2, pp=2), marks=pytest.mark.slow),
+    pytest.param(Layout(tp=2, cp=2), marks=pytest.mark.slow),
+    pytest.param(Layout(pp=2, cp=2, chunks=2), marks=pytest.mark.slow),
+    pytest.param(Layout(cp=4), marks=pytest.mark.slow),
+    pytest.param(Layout(cp=2, dp=2), marks=pytest.mark.slow),
     pytest.param(Layout(pp=2, dp=2), marks=pytest.mark.slow),
     pytest.param(Layout(pp=4), marks=pytest.mark.slow),
     pytest.param(Layout(tp=2, dp=2), marks=pytest.mark.slow),
