@@ -47,7 +47,7 @@ setup(
         # The GPU path. NVIDIA apex, if wanted (fused Adam without Transformer Engine), has no release on the package
         # index: build it from its source repository with --cpp_ext --cuda_ext.
         "cuda": ["transformer-engine[pytorch]"],
-        "test": ["pytest>=8", "pytest-timeout", "matplotlib"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib"],
         "check": ["ruff", "pyright[nodejs]"],
         "demo": ["gguf", "accelerate", "matplotlib"],
     },

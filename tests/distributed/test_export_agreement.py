@@ -22,6 +22,7 @@ LAYOUTS = [
     pytest.param(2, {"pp": 2, "chunks": 2}, 2, id="PP2-interleaved-x2"),
     pytest.param(2, {}, 2, id="DP2"),
     pytest.param(2, {"dist_opt": True}, 2, id="DP2-distributed-optimizer"),
+    pytest.param(2, {"cp": 2, "dist_opt": True}, 2, id="CP2-distributed-optimizer"),
     pytest.param(4, {"tp": 4}, 8, id="TP4+SP", marks=FOUR_RANKS),
     pytest.param(4, {"pp": 4}, 2, id="PP4", marks=FOUR_RANKS),
     pytest.param(4, {"tp": 2, "pp": 2}, 4, id="TP2+SPxPP2", marks=FOUR_RANKS),

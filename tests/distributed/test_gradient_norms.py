@@ -41,9 +41,17 @@ def config(tiny_text, tmp_path) -> Config:
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
     "ranks, layout",
-    [(2, {"tp": 2}), (2, {"pp": 2}), (2, {}), (2, {"dist_opt": True}), (2, {"pp": 2, "chunks": 2})]
+    [(2, {"tp": 2}), (2, {"pp": 2}), (2, {}), (2, {"dist_opt": True}), (2, {"pp": 2, "chunks": 2}), (2, {"cp": 2})]
     + [pytest.param(4, {"tp": 2, "dist_opt": True}, marks=pytest.mark.slow)],
-    ids=["TP2+SP", "PP2", "DP2", "DP2-distributed-optimizer", "PP2-interleaved-x2", "TP2+SPxDP2-distributed-optimizer"],
+    ids=[
+        "TP2+SP",
+        "PP2",
+        "DP2",
+        "DP2-distributed-optimizer",
+        "PP2-interleaved-x2",
+        "CP2",
+        "TP2+SPxDP2-distributed-optimizer",
+    ],
 )
 def test_group_norms_are_those_of_one_process_and_make_up_the_gradient_norm(tiny_llama, config, ranks, layout, is_tied):
     config.model.teacher = tiny_llama(is_tied=is_tied, num_layers=4)

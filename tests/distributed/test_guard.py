@@ -1,10 +1,11 @@
-"""Losses and gradients that are not finite: named, skipped, and the end of the run when there are too many."""
+"""Losses and gradients that are not finite, or jump: named, skipped, and the end of the run when there are too many."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same_parameters, make_config, on_layout, records, train
+from test_training import assert_same_parameters, continued, make_config, on_layout, records, train
 
 from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.mcore import distributed
@@ -75,6 +76,38 @@ def test_a_single_bad_step_is_skipped_and_the_log_stays_valid_json(tiny_llama, t
     lines = records(tmp_path / "run")
     assert [line["loss"] is None for line in lines] == [False, True, False, True, False, False]
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def train_with_a_jump(config: Config, at: int, factor: float) -> tuple[float, int, str]:
+    """Train; in one step multiply the LM head's gradient. The gradient norms' running mean and count; what was said."""
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+
+    def scale(grad: torch.Tensor) -> torch.Tensor:
+        return grad * factor if trainer.state.step + 1 == at else grad
+
+    for stage in trainer.run.stages:
+        for weight in stage.cloned_weights:
+            if weight.site.name == "lm_head":
+                weight.student.register_hook(scale)
+    trainer.train()
+    return trainer.state.grad_norm_mean, trainer.state.grad_norm_count, trainer.guard.last_words
+
+
+@pytest.mark.distributed
+def test_a_spike_is_skipped_and_said_and_the_mean_survives_a_restart(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "whole", steps=26)
+    config.training.spike_factor = 4.0
+    config.logging.eval_iters = 0
+    config = on_layout(config, pp=2)
+    whole = run_ranks(2, train_with_a_jump, config.resolved(2), 24, 1000.0)
+    assert whole[0] == whole[1] and whole[0][1] == 25
+    assert "is above --spike-factor 4.0 times its running mean" in whole[0][2]
+    assert [line["skipped_steps"] for line in records(tmp_path / "whole")] == [0] * 23 + [1, 0, 0]
+
+    stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
+    train(replace(stopped, training=replace(config.training, train_iters=22)), 2)
+    assert run_ranks(2, train_with_a_jump, continued(stopped, steps=26).resolved(2), 24, 1000.0) == whole
+    assert_same_parameters(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.distributed

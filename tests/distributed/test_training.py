@@ -29,11 +29,14 @@ def make_config(teacher: str, data: str, run: Path, *, steps: int) -> Config:
     return config
 
 
-def on_layout(config: Config, *, tp: int = 1, pp: int = 1, chunks: int = 1, dist_opt: bool = False) -> Config:
+def on_layout(
+    config: Config, *, tp: int = 1, pp: int = 1, cp: int = 1, chunks: int = 1, dist_opt: bool = False
+) -> Config:
     parallel = replace(
         config.parallel,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
         sequence_parallel=tp > 1,
         use_distributed_optimizer=dist_opt,
@@ -74,7 +77,9 @@ def assert_same_parameters(first: str | Path, second: str | Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    "ranks, layout", [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"dist_opt": True})], ids=["TP2+SP", "PP2", "DP2"]
+    "ranks, layout",
+    [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"cp": 2}), (2, {"dist_opt": True})],
+    ids=["TP2+SP", "PP2", "CP2", "DP2"],
 )
 def test_one_step_gives_the_same_losses_and_projections_on_every_layout(
     tiny_llama, tiny_text, tmp_path, ranks, layout, is_tied
@@ -99,14 +104,23 @@ def test_one_step_gives_the_same_losses_and_projections_on_every_layout(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "ranks, layout, bf16",
-    [(1, {}, False), (1, {}, True), (2, {"pp": 2}, False), (2, {"tp": 2}, True), (2, {"dist_opt": True}, False)]
-    + [(2, {"dist_opt": True}, True)],
-    ids=["one", "one-bf16", "PP2", "TP2-bf16", "DP2-distributed-optimizer", "DP2-distributed-optimizer-bf16"],
+    "ranks, layout, precision",
+    [
+        pytest.param(1, {}, "fp32", id="one"),
+        pytest.param(1, {}, "bf16", id="one-bf16"),
+        pytest.param(2, {"pp": 2}, "fp32", id="PP2"),
+        pytest.param(2, {"tp": 2}, "bf16", id="TP2-bf16"),
+        pytest.param(2, {"pp": 2}, "fp16", id="PP2-fp16"),
+        pytest.param(2, {"dist_opt": True}, "fp32", id="DP2-distributed-optimizer"),
+        pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16"),
+        pytest.param(2, {"cp": 2, "dist_opt": True}, "fp16", id="CP2-distributed-optimizer-fp16"),
+    ],
 )
-def test_a_run_that_stopped_goes_on_bit_for_bit(tiny_llama, tiny_text, tmp_path, ranks, layout, bf16):
+def test_a_run_that_stopped_goes_on_bit_for_bit(tiny_llama, tiny_text, tmp_path, ranks, layout, precision):
     config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=5), **layout)
-    config.training.bf16, config.optimizer.weight_decay = bf16, 0.01
+    config.training.bf16, config.training.fp16 = precision == "bf16", precision == "fp16"
+    config.training.initial_loss_scale, config.training.loss_scale_window = 2.0**8, 2  # which changes it on the way
+    config.optimizer.weight_decay = 0.01
     train(config, ranks)
     stopped = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "stopped")))
     train(replace(stopped, training=replace(config.training, train_iters=2)), ranks)
