@@ -129,7 +129,17 @@ class ProjectionOptimizer:
             return False, grad_norm
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
-        return self.optimizer.step_with_ready_grads(), grad_norm
+        is_updated = self.optimizer.step_with_ready_grads()
+        self._equalize_tied()
+        return is_updated, grad_norm
+
+    def _equalize_tied(self) -> None:
+        """Give the last stage the first one's tied P. Both have taken the same step, but the sums over their data
+        parallel groups need not have been added up in the same order."""
+        group = self.groups.embedding
+        if self.groups.pp.size() > 1 and group is not None:
+            for matrix in self._tied:
+                dist.broadcast(matrix, src=dist.get_process_group_ranks(group)[0], group=group)
 
 
 def _tied_projections(stage: PairedModel) -> list[nn.Parameter]:
