@@ -4,6 +4,9 @@ import warnings
 
 import torch
 
+# torch 2.13's advice; the new names do not exist in the older versions that are supported.
+warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
+
 if not torch.cuda.is_available():
     # Expected where there is no GPU, and said at every start by every rank; on a CUDA machine they are worth reading.
     for message in (

@@ -68,8 +68,8 @@ def test_effective_ranks_are_those_of_the_singular_values(config, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "ranks, layout",
-    [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"pp": 2, "chunks": 2}), (2, {})],
-    ids=["TP2+SP", "PP2", "PP2-interleaved-x2", "DP2"],
+    [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"pp": 2, "chunks": 2}), (2, {"cp": 2}), (2, {})],
+    ids=["TP2+SP", "PP2", "PP2-interleaved-x2", "CP2", "DP2"],
 )
 def test_effective_ranks_do_not_depend_on_the_layout(config, tmp_path, ranks, layout):
     config.training.train_iters = 0
