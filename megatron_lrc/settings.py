@@ -120,7 +120,8 @@ class ParallelConfig:
     )
     pipeline_model_parallel_layout: str | None = setting(
         None,
-        "Every stage by hand: E embedding, t layer, L losses, | next stage, (...)*N and t*N repeat: Et*3|(tt|)*2tL.",
+        "Every stage by hand: E embedding, t layer, L losses, | next stage, (...)*N and t*N repeat: Et*3|(tt|)*2tL. "
+        "Default: an even split.",
         metavar="LAYOUT",
     )
     account_for_embedding_in_pipeline_split: bool = setting(
