@@ -42,12 +42,14 @@ setup(
         "psutil",  # needed by megatron-core's checkpoint writer, which does not declare it
         "pyyaml",
         "numpy",
+        "zstandard",  # .zst input of tools/preprocess_data.py
     ],
     extras_require={
         # The GPU path. NVIDIA apex, if wanted (fused Adam without Transformer Engine), has no release on the package
         # index: build it from its source repository with --cpp_ext --cuda_ext.
         "cuda": ["transformer-engine[pytorch]"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib"],
+        "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib", "pyarrow"],
         "check": ["ruff", "pyright[nodejs]"],
         "demo": ["gguf", "accelerate", "matplotlib"],
     },

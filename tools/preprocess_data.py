@@ -1,4 +1,4 @@
-"""JSON-lines text to megatron-core's indexed format, with Megatron-LM's flags.
+"""Text to megatron-core's indexed format, with Megatron-LM's flags.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-model TEACHER --append-eod
@@ -25,10 +25,19 @@ def positive(text: str) -> int:
 def parse_options(argv: list[str] | None) -> IndexingOptions:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl files, one JSON object per line"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or quoted patterns: .jsonl (one object per line), .txt (one document per file), both also "
+        "as .gz or .zst; .parquet (one document per row)",
     )
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to read, one dataset each (default: text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys or columns to read, one dataset each (default: text)",
     )
     parser.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx, .json"

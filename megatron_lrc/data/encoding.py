@@ -22,6 +22,7 @@ from itertools import chain
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.sources import Source
 from megatron_lrc.data.tokenizers import Encode
 
 CHUNK_BYTES = (
@@ -38,6 +39,7 @@ class Chunk:
     source: str
     first_line: int  # counted from 1
     lines: list[bytes]
+    disk_bytes: int  # of the file, packed as it may be, that these lines took; about
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ class EncodedChunk:
     tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
     lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
     bad_lines: list[str]  # "FILE:LINE: what is wrong"
-    num_bytes: int
+    num_bytes: int  # of lines
+    disk_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,13 @@ class ChunkEncoder:
                 documents = [[*document, self.eod] if document else document for document in documents]
             lengths[key] = [len(document) for document in documents]
             tokens[key] = numpy.fromiter(chain.from_iterable(documents), dtype=numpy.int32, count=sum(lengths[key]))
-        return EncodedChunk(tokens=tokens, lengths=lengths, bad_lines=bad_lines, num_bytes=sum(map(len, chunk.lines)))
+        return EncodedChunk(
+            tokens=tokens,
+            lengths=lengths,
+            bad_lines=bad_lines,
+            num_bytes=sum(map(len, chunk.lines)),
+            disk_bytes=chunk.disk_bytes,
+        )
 
 
 def parse_line(line: bytes, keys: list[str]) -> list[str]:
@@ -99,21 +108,21 @@ def parse_line(line: bytes, keys: list[str]) -> list[str]:
     return [record[key] for key in keys]
 
 
-def read_chunks(paths: list[str]) -> Iterator[Chunk]:
-    """All lines of all files, in order. A chunk never spans two files."""
+def read_chunks(paths: list[str], keys: list[str]) -> Iterator[Chunk]:
+    """All lines of all files, in order. A chunk never spans two files. keys: see `sources.Source`."""
     for path in paths:
-        lines: list[bytes] = []
-        first_line, num_bytes = 1, 0
-        with open(path, "rb") as file:
-            for line in file:
-                lines.append(line)
-                num_bytes += len(line)
-                if num_bytes >= CHUNK_BYTES:
-                    yield Chunk(source=path, first_line=first_line, lines=lines)
-                    first_line += len(lines)
-                    lines, num_bytes = [], 0
+        source, lines = Source(path, keys), []
+        first_line, num_bytes, counted = 1, 0, 0
+        for line in source:
+            lines.append(line)
+            num_bytes += len(line)
+            if num_bytes >= CHUNK_BYTES:
+                position = source.position
+                yield Chunk(source=path, first_line=first_line, lines=lines, disk_bytes=position - counted)
+                first_line += len(lines)
+                lines, num_bytes, counted = [], 0, position
         if lines:
-            yield Chunk(source=path, first_line=first_line, lines=lines)
+            yield Chunk(source=path, first_line=first_line, lines=lines, disk_bytes=source.size - counted)
 
 
 _worker_encoder: ChunkEncoder | None = None  # set once in each worker process

@@ -1,4 +1,4 @@
-"""JSON lines to megatron-core's indexed datasets: what tools/preprocess_data.py runs.
+"""Text files to megatron-core's indexed datasets: what tools/preprocess_data.py runs.
 
 One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest PREFIX_KEY_document.json that says
 which tokenizer and which sources made it; training refuses a dataset whose manifest names another tokenizer. Everything
@@ -20,6 +20,7 @@ import numpy
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
+from megatron_lrc.data.sources import find_files
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
 
 
@@ -83,15 +84,16 @@ class DatasetWriter:
 
 
 class Progress:
-    """A line every `interval` documents: documents, tokens, MB/s, share done and time left."""
+    """A line every `interval` documents: documents, tokens, MB/s of text, share of the files done and time left."""
 
     def __init__(self, interval: int, total_bytes: int, report: Callable[[str], None]):
         self._interval, self._total_bytes, self._report = interval, total_bytes, report
         self._start = time.monotonic()
-        self._bytes = self._next = 0
+        self._bytes = self._disk_bytes = self._next = 0
 
-    def update(self, writer: DatasetWriter, num_bytes: int) -> None:
-        self._bytes += num_bytes
+    def update(self, writer: DatasetWriter, encoded: EncodedChunk) -> None:
+        self._bytes += encoded.num_bytes
+        self._disk_bytes += encoded.disk_bytes
         if writer.documents >= self._next:
             self._next = writer.documents + self._interval
             self._report(self.line(writer))
@@ -99,8 +101,9 @@ class Progress:
     def line(self, writer: DatasetWriter) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
         speed = self._bytes / seconds
-        left = int((self._total_bytes - self._bytes) / speed) if speed else 0
-        percent = 100 * self._bytes / max(self._total_bytes, 1)
+        share = self._disk_bytes / max(self._total_bytes, 1)
+        left = int(seconds * (1 - share) / share) if share else 0
+        percent = 100 * share
         return (
             f"{writer.documents:,} documents  {writer.tokens:,} tokens  {speed / 1e6:.2f} MB/s  {percent:.0f}%  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
@@ -125,7 +128,9 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     try:
         for key, prefix in prefixes.items():
             writers[key] = DatasetWriter(prefix, tokenizer.vocab_size)
-        encoded = encode_chunks(read_chunks(options.input), encoder, workers=options.workers)
+        encoded = encode_chunks(
+            read_chunks([source["path"] for source in sources], keys), encoder, workers=options.workers
+        )
         with contextlib.closing(encoded):  # stops the workers before the temporary files go
             bad_lines = write_chunks(encoded, writers, options, sum(source["bytes"] for source in sources), report)
         for key, writer in writers.items():
@@ -143,13 +148,11 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
 
 
 def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict[str, Any]]:
-    """Every input is a file that no output would overwrite. Makes the output folder; gives paths and sizes."""
-    for path in options.input:
-        if not os.path.isfile(path):
-            raise ConfigError(f"--input {path}: there is no such file. Give the path of one or more .jsonl files.")
+    """Paths and sizes of what --input means, none of which an output would overwrite. Makes the output folder."""
+    files = find_files(options.input)
     for prefix in prefixes.values():
         for suffix in (".bin", ".idx", ".json"):
-            if os.path.realpath(prefix + suffix) in map(os.path.realpath, options.input):
+            if os.path.realpath(prefix + suffix) in map(os.path.realpath, files):
                 raise ConfigError(f"The output {prefix + suffix} is one of the inputs. Use another --output-prefix.")
     folder = os.path.dirname(options.output_prefix)
     try:
@@ -158,7 +161,7 @@ def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict
         raise ConfigError(
             f"--output-prefix {options.output_prefix}: cannot make the folder {folder} ({error.strerror})."
         ) from error
-    return [{"path": path, "bytes": os.path.getsize(path)} for path in options.input]
+    return [{"path": path, "bytes": os.path.getsize(path)} for path in files]
 
 
 def write_chunks(
@@ -178,7 +181,7 @@ def write_chunks(
         bad_lines += encoded.bad_lines
         for key, writer in writers.items():
             writer.add(encoded.tokens[key], encoded.lengths[key])
-        progress.update(first_writer, encoded.num_bytes)
+        progress.update(first_writer, encoded)
     report(f"done: {progress.line(first_writer)}")
     if bad_lines:
         report(f"skipped {len(bad_lines)} bad lines, the first being {bad_lines[0]}")

@@ -103,8 +103,10 @@ class StepReport:
     grad_norm: float
     grad_norm_by_group: dict[str, float | None] | None
     is_updated: bool
-    loss_scale: float  # of this step; 1 without fp16
-    skipped_for: Literal["fault", "spike", "overflow"] | None  # overflow: part of the search for fp16's loss scale
+    loss_scale: float = 1.0  # of this step; 1 without fp16
+    skipped_for: Literal["fault", "spike", "overflow"] | None = (
+        None  # overflow: part of the search for fp16's loss scale
+    )
 
 
 def train_step(

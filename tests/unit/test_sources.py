@@ -1,0 +1,122 @@
+"""Whatever kind of file documents come in, the dataset is the one that their JSON lines give."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from test_indexing import check_refused, read_documents, run_tool, tokenizer_folder  # noqa: F401
+
+import tiny_data
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.encoding import read_chunks
+from megatron_lrc.data.sources import find_files, kind_of
+
+TEXTS = tiny_data.make_texts(400)
+
+
+def json_lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)).encode()
+
+
+def write_zst(path: Path, parts: list[bytes]) -> None:
+    """One frame for each part, as tools that append do."""
+    import zstandard
+
+    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in parts))
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"id": list(range(len(texts))), "text": texts}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=90)
+
+
+def write_as(folder: Path, kind: str) -> Path:
+    """TEXTS in a file (or, of plain text, in a folder of files) of this kind."""
+    path, lines = folder / f"corpus{kind}", json_lines(TEXTS)
+    if kind == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines[:5000]) + gzip.compress(lines[5000:]))
+    elif kind == ".jsonl.zst":
+        write_zst(path, [lines[:5000], lines[5000:]])
+    elif kind == ".parquet":
+        write_parquet(path, TEXTS)
+    elif kind == ".txt":
+        path = folder / "texts" / "deep"
+        path.mkdir(parents=True)
+        for number, text in enumerate(TEXTS):
+            (path / f"{number:03}.txt").write_text(text, encoding="utf-8")
+        (path / "notes.md").write_text("no document")
+        return folder / "texts"
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, workers",
+    [(kind, 1) for kind in (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".anything")]
+    + [(".jsonl.zst", 2), (".parquet", 2)],
+)
+def test_every_kind_of_file_gives_the_same_dataset(tmp_path, tokenizer_folder, kind, workers):  # noqa: F811
+    flags = ("--tokenizer-model", tokenizer_folder, "--append-eod", "--workers", workers, "--output-prefix")
+    plain = tiny_data.write_jsonl(tmp_path / "plain.jsonl", TEXTS)
+    assert run_tool("--input", plain, *flags, tmp_path / "plain") == 0
+    assert run_tool("--input", write_as(tmp_path, kind), *flags, tmp_path / "other") == 0
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"other_text_document{suffix}").read_bytes() == (
+            tmp_path / f"plain_text_document{suffix}"
+        ).read_bytes()
+    assert len(read_documents(tmp_path / "other_text_document")) == len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_the_share_done_is_counted_on_disk_and_ends_at_all_of_it(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("megatron_lrc.data.encoding.CHUNK_BYTES", 2000)
+    path = write_as(tmp_path, kind)
+    shares = [chunk.disk_bytes for chunk in read_chunks([str(path)], ["text"])]
+    assert len(shares) > 5 and min(shares) >= 0 and sum(shares) == path.stat().st_size
+
+
+def test_folders_and_patterns_are_sorted_and_keep_their_place(tmp_path):
+    for name in ("b/2.jsonl", "b/1.txt.gz", "b/c/3.parquet", "b/README", "a.jsonl", "z.jsonl.zst", "b/4.parquet.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    inputs = [str(tmp_path / "z*"), str(tmp_path / "b"), str(tmp_path / "a.jsonl")]
+    found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs)]
+    assert found == ["z.jsonl.zst", "b/1.txt.gz", "b/2.jsonl", "b/c/3.parquet", "a.jsonl"]
+    assert kind_of("x.TXT.GZ") == ".txt" and kind_of("x.tar.gz") is None
+
+
+@pytest.mark.parametrize("item, expected", [("none*.gz", "there is no such file"), ("folder", "the folder holds no")])
+def test_an_input_that_means_no_file_is_refused(tmp_path, item, expected):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=expected):
+        find_files([str(tmp_path / item)])
+
+
+def test_a_file_that_is_meant_twice_is_refused(tmp_path):
+    path = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(ConfigError, match="more than once"):
+        find_files([path, str(tmp_path)])
+
+
+def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):  # noqa: F811
+    flags = ("--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "out")
+    for kind, message in (
+        (".jsonl.gz", "is damaged"),
+        (".jsonl.zst", "is damaged"),
+        (".parquet", "a parquet file"),
+    ):
+        path = write_as(tmp_path, kind)
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) * 2 // 3], whole[:-1], b"\x00" * 4 + whole[4:-4] + b"\x00" * 4):
+            path.write_bytes(damaged)
+            check_refused(capsys, message, "--input", path, *flags)
+    (tmp_path / "latin.txt").write_bytes("na\u00efve".encode("latin-1"))
+    check_refused(capsys, "latin.txt:1: not UTF-8 (byte 0xef", "--input", tmp_path / "latin.txt", *flags)
+    write_parquet(tmp_path / "named.parquet", TEXTS[:3])
+    check_refused(capsys, "has no column 'body'", "--input", tmp_path / "named.parquet", *flags, "--json-keys", "body")
+    assert not list(tmp_path.glob("out*"))
