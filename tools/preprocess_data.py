@@ -37,7 +37,8 @@ def parse_options(argv: list[str] | None) -> IndexingOptions:
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys or columns to read, one dataset each (default: text)",
+        help="keys or columns to read, one dataset each (default: text); a list of messages there, as in chat data, is "
+        "rendered with the tokenizer's chat template",
     )
     parser.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx, .json"
@@ -52,6 +53,11 @@ def parse_options(argv: list[str] | None) -> IndexingOptions:
         "--tokenizer-model", required=True, metavar="PATH", help="tokenizer directory, or SentencePiece .model file"
     )
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's EOS token")
+    parser.add_argument(
+        "--eos-before-bos-after",
+        action="store_true",
+        help="join documents as EOS + text + BOS (the released code's way), instead of --append-eod",
+    )
     parser.add_argument("--workers", type=positive, default=1, help="processes that encode (default: 1)")
     parser.add_argument(
         "--on-bad-line",

@@ -16,14 +16,15 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.sources import Source
-from megatron_lrc.data.tokenizers import Encode
+from megatron_lrc.data.tokenizers import ChatTemplate, Encode
 
 CHUNK_BYTES = (
     256 * 1024
@@ -59,7 +60,9 @@ class ChunkEncoder:
 
     keys: list[str]
     encode_batch: Encode
-    eod: int | None  # None: no end-of-document id is appended
+    before: list[int] = field(default_factory=list)  # ids that go round every document
+    after: list[int] = field(default_factory=list)
+    chat: ChatTemplate | None = None
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         texts: dict[str, list[str]] = {key: [] for key in self.keys}
@@ -68,15 +71,15 @@ class ChunkEncoder:
             if not line.strip():
                 continue
             try:
-                for key, text in zip(self.keys, parse_line(line, self.keys), strict=True):
+                for key, text in zip(self.keys, parse_line(line, self.keys, self.chat), strict=True):
                     texts[key].append(text)
             except ConfigError as error:
                 bad_lines.append(f"{chunk.source}:{line_number}: {error}")
         tokens, lengths = {}, {}
         for key in self.keys:
             documents = self.encode_batch(texts[key]) if texts[key] else []
-            if self.eod is not None:
-                documents = [[*document, self.eod] if document else document for document in documents]
+            if self.before or self.after:
+                documents = [[*self.before, *ids, *self.after] if ids else ids for ids in documents]
             lengths[key] = [len(document) for document in documents]
             tokens[key] = numpy.fromiter(chain.from_iterable(documents), dtype=numpy.int32, count=sum(lengths[key]))
         return EncodedChunk(
@@ -88,8 +91,11 @@ class ChunkEncoder:
         )
 
 
-def parse_line(line: bytes, keys: list[str]) -> list[str]:
-    """The texts under `keys` of one JSON line. The message of the ConfigError completes "FILE:LINE: "."""
+def parse_line(line: bytes, keys: list[str], chat: ChatTemplate | None = None) -> list[str]:
+    """The texts under `keys` of one JSON line; a list of messages is rendered by `chat`.
+
+    The message of the ConfigError completes "FILE:LINE: ".
+    """
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -101,11 +107,23 @@ def parse_line(line: bytes, keys: list[str]) -> list[str]:
     for key in keys:
         if key not in record:
             raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
+        if isinstance(record[key], list):
+            record[key] = render_messages(record[key], key, chat)
         if not isinstance(record[key], str):
             raise ConfigError(f"the value of {key!r} is a {type(record[key]).__name__}, not text")
         if _SURROGATE.search(record[key]):
             raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
     return [record[key] for key in keys]
+
+
+def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
+    if not all(isinstance(message, dict) and "role" in message for message in messages):
+        raise ConfigError(
+            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}}'
+        )
+    if chat is None:
+        raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
+    return chat(messages)
 
 
 def read_chunks(paths: list[str], keys: list[str]) -> Iterator[Chunk]:

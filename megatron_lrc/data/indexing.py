@@ -7,6 +7,7 @@ is written under temporary names in the same folder. The .idx takes its final na
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -34,6 +35,7 @@ class IndexingOptions:
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     append_eod: bool = False
+    eos_before_bos_after: bool = False
     workers: int = 1
     on_bad_line: Literal["fail", "skip"] = "fail"
     log_interval: int = 10000
@@ -116,13 +118,9 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
     sources = check_paths(options, prefixes)
     tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type)
-    if options.append_eod and tokenizer.eod is None:
-        raise ConfigError(
-            f"--append-eod needs an end-of-document token, but the tokenizer {options.tokenizer_model!r} has no EOS "
-            "token. Leave out --append-eod or use another tokenizer."
-        )
+    before, after = document_ends(options, tokenizer)
     encoder = ChunkEncoder(
-        keys=keys, encode_batch=tokenizer.encode_batch, eod=tokenizer.eod if options.append_eod else None
+        keys=keys, encode_batch=tokenizer.encode_batch, before=before, after=after, chat=tokenizer.chat
     )
     writers: dict[str, DatasetWriter] = {}
     try:
@@ -145,6 +143,25 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     finally:
         for writer in writers.values():
             writer.discard()
+
+
+def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids before and after every document: nothing, Megatron's end of document, or the released code's joining."""
+    if options.append_eod and options.eos_before_bos_after:
+        raise ConfigError("--append-eod and --eos-before-bos-after are two ways to join documents. Keep one.")
+    flag = "--append-eod" if options.append_eod else "--eos-before-bos-after"
+    needed = {"EOS": tokenizer.eod} if options.append_eod else {"EOS": tokenizer.eod, "BOS": tokenizer.bos}
+    lacking = [name for name, token in needed.items() if token is None]
+    if lacking and (options.append_eod or options.eos_before_bos_after):
+        raise ConfigError(
+            f"{flag}: the tokenizer {options.tokenizer_model!r} has no {' and no '.join(lacking)} token. "
+            f"Leave out {flag} or use another tokenizer."
+        )
+    if options.append_eod:
+        return [], [tokenizer.eod]  # type: ignore[list-item]
+    if options.eos_before_bos_after:
+        return [tokenizer.eod], [tokenizer.bos]  # type: ignore[list-item]
+    return [], []
 
 
 def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict[str, Any]]:
@@ -212,5 +229,11 @@ def make_manifest(
         "empty_documents": writer.empty,
         "bad_lines": num_bad_lines,
         "sources": sources,
-        "options": {"json_key": key, "append_eod": options.append_eod, "on_bad_line": options.on_bad_line},
+        "options": {
+            "json_key": key,
+            "append_eod": options.append_eod,
+            "eos_before_bos_after": options.eos_before_bos_after,
+            "on_bad_line": options.on_bad_line,
+            "chat_template": hashlib.sha256(tokenizer.chat.template.encode()).hexdigest() if tokenizer.chat else None,
+        },
     }

@@ -11,6 +11,7 @@ torch is not imported, transformers and sentencepiece only inside the loaders, s
 worker processes of tools/preprocess_data.py start with the `tokenizers` library alone.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -45,6 +46,8 @@ class Tokenizer(TokenizerIdentity):
 
     path: str
     encode_batch: Encode
+    bos: int | None = None
+    chat: "ChatTemplate | None" = None
 
 
 def load_tokenizer(path: str, tokenizer_type: TokenizerType | None = None) -> Tokenizer:
@@ -64,6 +67,32 @@ def fingerprint(vocabulary: dict[str, int], special_tokens: dict[str, str | None
     for role, token in sorted(special_tokens.items()):
         digest.update(f"{role} {json.dumps(token)}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _load_once(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders chats (lists of messages) as the tokenizer's own template says. template: its Jinja source.
+
+    The tokenizer of the directory is loaded again where the first chat is met: workers without chats stay light.
+    """
+
+    path: str
+    template: str
+
+    def __call__(self, messages: list[dict[str, Any]]) -> str:
+        """The whole chat as text, special tokens spelled out. ConfigError if the template refuses it."""
+        try:
+            return _load_once(self.path).apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        except Exception as error:  # a template is a program: it may fail in any way, and raises what it likes
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"the tokenizer's chat template refuses it ({type(error).__name__}: {reason})") from error
 
 
 @dataclass(frozen=True)
@@ -121,6 +150,8 @@ def _load_hugging_face(path: str) -> Tokenizer:
         fingerprint=fingerprint(vocabulary, special_tokens),
         vocab_size=max(vocabulary.values()) + 1,
         eod=tokenizer.eos_token_id,
+        bos=tokenizer.bos_token_id,
+        chat=ChatTemplate(path, tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
         path=path,
         encode_batch=_PythonEncode(tokenizer) if backend is None else _BackendEncode(backend),
     )
@@ -148,6 +179,7 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         fingerprint=fingerprint(vocabulary, special_tokens),
         vocab_size=processor.get_piece_size(),
         eod=processor.eos_id() if processor.eos_id() >= 0 else None,
+        bos=processor.bos_id() if processor.bos_id() >= 0 else None,
         path=path,
         encode_batch=_SentencePieceEncode(processor),
     )
