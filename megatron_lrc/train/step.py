@@ -104,9 +104,8 @@ class StepReport:
     grad_norm_by_group: dict[str, float | None] | None
     is_updated: bool
     loss_scale: float = 1.0  # of this step; 1 without fp16
-    skipped_for: Literal["fault", "spike", "overflow"] | None = (
-        None  # overflow: part of the search for fp16's loss scale
-    )
+    #: overflow: gradients beyond fp16 while a lower loss scale can still be tried
+    skipped_for: Literal["fault", "spike", "overflow"] | None = None
 
 
 def train_step(

@@ -1,0 +1,191 @@
+"""What is in an indexed dataset: what tools/inspect_data.py prints, document lengths drawn, samples decoded."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_lrc.data.verification import Index, check_token_ids, read_index
+
+_SAMPLE_TOKENS = 200  # shown of each sample
+_BAR = 50  # characters of the longest bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionOptions:
+    """The flags of tools/inspect_data.py."""
+
+    prefixes: list[str]
+    verify: bool = False
+    samples: int = 0
+    sample_seed: int | None = None
+    tokenizer_model: str | None = None
+    histogram: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is kept of a dataset for the drawing: its prefix and the tokens of each document [documents]."""
+
+    prefix: str
+    lengths: numpy.ndarray
+
+
+def inspect_dataset(prefix: str, options: InspectionOptions, *, report: Callable[[str], None]) -> Inspection:
+    """Reports on one dataset line by line. Raises a ConfigError if it is damaged; its index is checked in any case."""
+    index = read_index(prefix)
+    report(prefix)
+    lengths = document_lengths(index)
+    for line in [*describe(index), *describe_lengths(lengths), *text_histogram(lengths)]:
+        report(f"  {line}")
+    tokenizer = _tokenizer(index, options)
+    if options.verify:
+        vocab_size = tokenizer.vocab_size if tokenizer else _manifest_vocab_size(index)
+        largest = check_token_ids(index, vocab_size)
+        below = "vocabulary not known" if vocab_size is None else f"below the tokenizer's {vocab_size:,}"
+        report(f"  verified     header, sizes, lengths, pointers, documents; largest token id {largest:,} ({below})")
+    if options.samples and tokenizer:
+        decode = load_decoder(tokenizer)
+        for number in sample_numbers(index.num_documents, options.samples, options.sample_seed):
+            report(f"  {decoded_sample(index, number, tokenizer.vocab_size, decode)}")
+    return Inspection(prefix=prefix, lengths=lengths)
+
+
+def document_lengths(index: Index) -> numpy.ndarray:
+    """[documents]: tokens of each document, all its sequences together."""
+    if index.num_documents == len(index.lengths):
+        return index.lengths
+    return numpy.add.reduceat(index.lengths, index.bounds[:-1], dtype=numpy.int64)
+
+
+def describe(index: Index) -> list[str]:
+    """Counts, sizes and the tokenizer, a line each."""
+    sizes = {suffix: os.path.getsize(f"{index.prefix}{suffix}") for suffix in (".bin", ".idx")}
+    if index.manifest:
+        made_with = index.manifest["tokenizer"]
+        tokenizer = f"{made_with.get('model')}, {made_with['vocab_size']:,} ids, fingerprint {made_with['fingerprint']}"
+    else:
+        tokenizer = f"not known: there is no {index.prefix}.json"
+    return [
+        f"documents    {index.num_documents:,}",
+        f"sequences    {len(index.lengths):,}",
+        f"tokens       {index.file.num_tokens:,} ({index.file.dtype.name})",
+        *(f"{suffix}         {size:,} bytes" for suffix, size in sizes.items()),
+        f"tokenizer    {tokenizer}",
+    ]
+
+
+def describe_lengths(lengths: numpy.ndarray) -> list[str]:
+    """Extremes, percentiles (lengths that occur, not interpolated) and mean of the tokens per document."""
+    values = numpy.percentile(lengths, [0, 10, 50, 90, 99, 100], method="inverted_cdf")
+    names = ("min", "10%", "median", "90%", "99%", "max")
+    parts = [f"{name} {int(value):,}" for name, value in zip(names, values, strict=True)]
+    return [f"per document {', '.join([*parts, f'mean {lengths.mean(dtype=numpy.float64):,.1f}'])}"]
+
+
+def text_histogram(lengths: numpy.ndarray) -> list[str]:
+    """A line per power of two of tokens per document, from the least that occurs to the greatest."""
+    counts = numpy.bincount(numpy.frexp(lengths)[1])  # frexp's exponent is the number of binary digits, 0 for 0
+    first, most = int(numpy.flatnonzero(counts)[0]), int(counts.max())
+    rows = [f"{'tokens':>23}  {'documents':>13}"]
+    for digits, count in enumerate(counts.tolist()[first:], start=first):
+        low, high = (1 << digits) >> 1, (1 << digits) - 1
+        bar = "#" * -(-_BAR * count // most)
+        rows.append(f"{f'{low:,} - {high:,}':>23}  {count:>13,}  {bar}".rstrip())
+    return rows
+
+
+def sample_numbers(num_documents: int, num_samples: int, seed: int | None) -> list[int]:
+    """The first documents, or with a seed that many different ones drawn at random, in ascending order."""
+    num_samples = min(num_samples, num_documents)
+    if seed is None:
+        return list(range(num_samples))
+    return sorted(numpy.random.default_rng(seed).choice(num_documents, num_samples, replace=False).tolist())
+
+
+def decoded_sample(index: Index, number: int, vocab_size: int, decode: Callable[[list[int]], str]) -> str:
+    """One line: a document's first tokens as a JSON string, so that no control character reaches the terminal."""
+    tokens = index.document(number)
+    ids = tokens[:_SAMPLE_TOKENS].tolist()
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"Document {number} of {index.prefix} holds token id {token_id}, but the tokenizer's ids are 0 to "
+                f"{vocab_size - 1}. Give --tokenizer-model the tokenizer that made the dataset."
+            )
+    more = " ..." if len(tokens) > len(ids) else ""
+    return f"document {number} ({len(tokens):,} tokens): {json.dumps(decode(ids), ensure_ascii=False)}{more}"
+
+
+def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """Token ids to text, special tokens shown."""
+    if os.path.isfile(tokenizer.path):
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=tokenizer.path).decode
+    from transformers import AutoTokenizer
+
+    hugging_face: Any = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
+    return lambda ids: hugging_face.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def check_drawing() -> None:
+    """--histogram needs matplotlib, which nothing else here does."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "--histogram draws with matplotlib, which is not installed. Run pip install matplotlib, or leave out "
+            "--histogram: the lengths are printed as text in any case."
+        ) from error
+
+
+def draw_histogram(path: str, inspections: list[Inspection]) -> None:
+    """Writes a PNG: share of documents by tokens per document, log-spaced bins, a line per dataset."""
+    from matplotlib.figure import Figure
+
+    greatest = max(int(inspection.lengths.max()) for inspection in inspections)
+    edges = numpy.unique(numpy.ceil(numpy.geomspace(1, max(greatest + 1, 2), 41)))  # lengths are whole: so are bins
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for inspection in inspections:
+        counts, _ = numpy.histogram(inspection.lengths, edges)
+        axes.stairs(counts / len(inspection.lengths), edges, label=os.path.basename(inspection.prefix))
+    axes.set(xscale="log", xlabel="tokens per document", ylabel="share of documents")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _manifest_vocab_size(index: Index) -> int | None:
+    return index.manifest["tokenizer"]["vocab_size"] if index.manifest else None
+
+
+def _tokenizer(index: Index, options: InspectionOptions) -> Tokenizer | None:
+    """The one of --tokenizer-model, which must be the manifest's; for samples without the flag, the manifest's own."""
+    made_with = index.manifest["tokenizer"] if index.manifest else None
+    path, kind = options.tokenizer_model, None
+    if path is None and options.samples:
+        if made_with is None or not made_with.get("model"):
+            raise ConfigError(
+                f"--samples needs a tokenizer, and no {index.prefix}.json names one. Give --tokenizer-model PATH."
+            )
+        path, kind = made_with["model"], made_with.get("type")
+    if path is None:
+        return None
+    tokenizer = load_tokenizer(path, _known_type(kind))
+    if made_with and made_with["fingerprint"] != tokenizer.fingerprint:
+        raise ConfigError(
+            f"{index.prefix} was made with the tokenizer {made_with.get('model')} (fingerprint "
+            f"{made_with['fingerprint'][:12]}), but {path} now has fingerprint {tokenizer.fingerprint[:12]}. Give "
+            "--tokenizer-model the tokenizer that made the dataset."
+        )
+    return tokenizer
+
+
+def _known_type(kind: str | None) -> TokenizerType | None:
+    return "SentencePieceTokenizer" if kind == "SentencePieceTokenizer" else None

@@ -1,0 +1,174 @@
+"""Several indexed datasets end to end in one: what tools/merge_datasets.py runs.
+
+The bytes are those of megatron-core's IndexedDatasetBuilder.add_index; they are copied here because the builder keeps a
+Python integer per sequence, twice, which is too much for billions of tokens.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy
+
+from megatron_lrc import __version__
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.verification import Index, pieces, read_index
+
+_SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """The flags of tools/merge_datasets.py."""
+
+    input: list[str]
+    output_prefix: str
+
+
+def merge_datasets(options: MergeOptions, *, report: Callable[[str], None]) -> None:
+    """Writes the inputs' documents in order as one dataset, with a manifest if every input has one."""
+    indexes = [read_index(prefix) for prefix in options.input]
+    check_alike(indexes)
+    check_output(options)
+    manifest = merged_manifest(indexes)
+    temporary = {suffix: f"{options.output_prefix}{suffix}.tmp-{os.getpid()}" for suffix in _SUFFIXES}
+    try:
+        with open(temporary[".bin"], "wb") as output:
+            for index in indexes:
+                copy_tokens(index, output)
+                report(f"copied {index.prefix}: {index.num_documents:,} documents, {index.file.num_tokens:,} tokens")
+        with open(temporary[".idx"], "wb") as output:
+            write_index(indexes, output)
+        if manifest:
+            with open(temporary[".json"], "w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=2)
+                file.write("\n")
+        rename(options.output_prefix, temporary)
+    except OSError as error:
+        raise ConfigError(
+            f"{options.output_prefix} cannot be written ({error.strerror}). Make room, or use another --output-prefix."
+        ) from error
+    finally:
+        for path in temporary.values():
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+    report(f"wrote {options.output_prefix}.bin, .idx{', .json' if manifest else ''}")
+    if manifest is None:
+        missing = next(index.prefix for index in indexes if index.manifest is None)
+        report(f"no manifest was written: {missing}.json does not exist")
+    elif manifest["options"] is None:
+        report("the inputs were made with different options: see the manifest")
+
+
+def check_alike(indexes: list[Index]) -> None:
+    """All inputs have one dtype, and one tokenizer as far as manifests say."""
+    first = indexes[0]
+    for index in indexes[1:]:
+        if index.file.dtype != first.file.dtype:
+            raise ConfigError(
+                f"{first.prefix} holds {first.file.dtype.name} token ids and {index.prefix} {index.file.dtype.name}. "
+                "Merge datasets of one dtype: write them again with the same tokenizer."
+            )
+    named = [(index.prefix, index.manifest["tokenizer"]) for index in indexes if index.manifest]
+    for prefix, tokenizer in named[1:]:
+        first_prefix, first_tokenizer = named[0]
+        if tokenizer["fingerprint"] != first_tokenizer["fingerprint"]:
+            raise ConfigError(
+                f"{first_prefix} was made with the tokenizer {first_tokenizer.get('model')} (fingerprint "
+                f"{first_tokenizer['fingerprint'][:12]}) and {prefix} with {tokenizer.get('model')} (fingerprint "
+                f"{tokenizer['fingerprint'][:12]}). Merge datasets of one tokenizer."
+            )
+
+
+def check_output(options: MergeOptions) -> None:
+    """The output overwrites no input. Makes its folder."""
+    output = os.path.realpath(f"{options.output_prefix}.idx")
+    if output in [os.path.realpath(f"{prefix}.idx") for prefix in options.input]:
+        raise ConfigError(f"The output {options.output_prefix} is one of the inputs. Use another --output-prefix.")
+    folder = os.path.dirname(options.output_prefix)
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output-prefix {options.output_prefix}: cannot make the folder {folder} ({error.strerror})."
+        ) from error
+
+
+def merged_manifest(indexes: list[Index]) -> dict[str, Any] | None:
+    """The manifest of all inputs together, or None if one has none. `options` is None where the inputs' differ."""
+    manifests = [index.manifest for index in indexes if index.manifest]
+    if len(manifests) < len(indexes):
+        return None
+    options = [manifest.get("options") for manifest in manifests]
+    return {
+        "megatron_lrc_version": __version__,
+        "tokenizer": manifests[0]["tokenizer"],
+        **{count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")},
+        "dtype": indexes[0].file.dtype.name,
+        **{count: sum(manifest.get(count, 0) for manifest in manifests) for count in ("empty_documents", "bad_lines")},
+        "sources": [source for manifest in manifests for source in manifest.get("sources", [])],
+        "options": options[0] if all(option == options[0] for option in options) else None,
+        "merged": [
+            {
+                "prefix": index.prefix,
+                "documents": manifest["documents"],
+                "tokens": manifest["tokens"],
+                "options": option,
+            }
+            for index, manifest, option in zip(indexes, manifests, options, strict=True)
+        ],
+    }
+
+
+def copy_tokens(index: Index, output: BinaryIO) -> None:
+    """Appends a .bin."""
+    before = output.tell()
+    with open(f"{index.prefix}.bin", "rb") as source:
+        shutil.copyfileobj(source, output, _COPY_BYTES)
+    expected = index.file.num_tokens * index.file.dtype.itemsize
+    if output.tell() - before != expected:
+        raise ConfigError(
+            f"{index.prefix}.bin changed while it was read: {output.tell() - before} bytes instead of {expected}. "
+            "Merge again when nothing writes to it."
+        )
+
+
+def write_index(indexes: list[Index], output: BinaryIO) -> None:
+    """Writes the .idx: the first input's header with new counts, then lengths, byte offsets and documents of all."""
+    with open(f"{indexes[0].prefix}.idx", "rb") as source:
+        counts = struct.Struct("<QQ")
+        header = source.read(indexes[0].lengths.offset - counts.size)  # type: ignore[attr-defined]
+    num_documents = sum(index.num_documents for index in indexes)
+    output.write(header + counts.pack(sum(len(index.lengths) for index in indexes), num_documents + 1))
+    for index in indexes:
+        _write_shifted(index.lengths, 0, output)
+    num_bytes = 0
+    for index in indexes:
+        _write_shifted(index.pointers, num_bytes, output)
+        num_bytes += index.file.num_tokens * index.file.dtype.itemsize
+    output.write(struct.pack("<q", 0))
+    num_sequences = 0
+    for index in indexes:
+        _write_shifted(index.bounds[1:], num_sequences, output)
+        num_sequences += len(index.lengths)
+
+
+def rename(prefix: str, temporary: dict[str, str]) -> None:
+    """Gives the files their final names. An older .idx and manifest go first: neither ever stands beside newer data."""
+    for suffix in (".idx", ".json"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{prefix}{suffix}")
+    for suffix, path in temporary.items():
+        if os.path.exists(path):
+            os.replace(path, f"{prefix}{suffix}")
+
+
+def _write_shifted(values: numpy.ndarray, shift: int, output: BinaryIO) -> None:
+    for piece in pieces(len(values)):
+        output.write((values[piece] + values.dtype.type(shift)).tobytes())

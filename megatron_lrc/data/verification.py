@@ -1,0 +1,159 @@
+"""Is an indexed dataset whole? The checks that are too slow or too strict for every start of a run.
+
+`checks.read_indexed_file` compares header and sizes; here every entry of the .idx is looked at, and every token id. All
+reading is in pieces: memory does not grow with the dataset. `checks.py` draws the file format.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.checks import IndexedFile, read_indexed_file
+
+_COUNTS = struct.Struct("<QQ")  # end of the header: sequences, documents + 1
+_PIECE = 1 << 22  # entries of the .idx, or token ids, looked at together
+_REMEDY = "Copy both files again, or write the dataset again with tools/preprocess_data.py."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """One .idx, all arrays memory-mapped."""
+
+    file: IndexedFile
+    pointers: numpy.ndarray  # [sequences], int64: byte offset of each sequence in the .bin
+    bounds: numpy.ndarray  # [documents + 1], int64: first sequence of each document, then the number of sequences
+
+    @property
+    def prefix(self) -> str:
+        return self.file.prefix
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """[sequences], int32: tokens of each sequence."""
+        return self.file.lengths
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        return self.file.manifest
+
+    def document(self, number: int) -> numpy.ndarray:
+        """[tokens of the document]: its token ids, the sequences joined."""
+        first, last = int(self.bounds[number]), int(self.bounds[number + 1])
+        count = int(self.lengths[first:last].sum(dtype=numpy.int64))
+        return numpy.fromfile(f"{self.prefix}.bin", self.file.dtype, count, offset=int(self.pointers[first]))
+
+
+def pieces(length: int) -> Iterator[slice]:
+    """Slices that cover `length` entries, few enough at a time to hold in memory."""
+    return (slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE))
+
+
+def read_index(prefix: str) -> Index:
+    """Reads an .idx and checks every entry. Raises a ConfigError that names the file and what is wrong with it."""
+    file = read_indexed_file(prefix)
+    path, lengths = f"{prefix}.idx", file.lengths
+    start = int(lengths.offset)  # type: ignore[attr-defined]  # a memmap's position in its file
+    with open(path, "rb") as stream:
+        stream.seek(start - _COUNTS.size)
+        num_sequences, num_bounds = _COUNTS.unpack(stream.read(_COUNTS.size))
+    expected = start + 12 * num_sequences + 8 * num_bounds
+    if num_bounds < 2 or os.path.getsize(path) != expected:
+        raise ConfigError(
+            f"{path} has {os.path.getsize(path)} bytes where its header says {expected} ({num_sequences} sequences, "
+            f"{num_bounds - 1} documents): the header is damaged or something was appended. {_REMEDY}"
+        )
+    start += lengths.nbytes
+    pointers = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start, shape=(num_sequences,))
+    bounds = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start + pointers.nbytes, shape=(num_bounds,))
+    index = Index(file=file, pointers=pointers, bounds=bounds)
+    _check_manifest(index)
+    _check_sequences(index)
+    _check_documents(index)
+    return index
+
+
+def check_token_ids(index: Index, vocab_size: int | None) -> int:
+    """Looks at every token id: none below 0, none at or above `vocab_size` (None: not known). Gives the largest."""
+    position = largest = 0
+    with open(f"{index.prefix}.bin", "rb") as stream:
+        while len(ids := numpy.fromfile(stream, index.file.dtype, _PIECE)):
+            largest = max(largest, int(ids.max()))
+            if int(ids.min()) < 0 or (vocab_size is not None and largest >= vocab_size):
+                is_wrong = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
+                first = int(numpy.argmax(is_wrong))
+                known = "are not negative" if vocab_size is None else f"are 0 to {vocab_size - 1}"
+                raise ConfigError(
+                    f"{index.prefix}.bin holds token id {int(ids[first])} at position {position + first}, but the "
+                    f"tokenizer's ids {known}: the file is damaged, or another tokenizer made it. {_REMEDY}"
+                )
+            position += len(ids)
+    return largest
+
+
+def _check_manifest(index: Index) -> None:
+    """What is read of it has the right types, and the same dtype: uint16 and int16 are told apart by nothing else."""
+    if index.manifest is None:
+        return
+    tokenizer = index.manifest["tokenizer"]
+    if not isinstance(tokenizer["fingerprint"], str) or not isinstance(tokenizer["vocab_size"], int):
+        raise ConfigError(
+            f"{index.prefix}.json names no tokenizer by fingerprint and vocabulary size: it is damaged. Move it away, "
+            "or write the dataset again."
+        )
+    said, found = index.manifest.get("dtype"), index.file.dtype.name
+    if said not in (None, found):
+        raise ConfigError(
+            f"The header of {index.prefix}.idx says {found}, but {index.prefix}.json says {said}: one of them is "
+            f"damaged or belongs to another dataset. {_REMEDY}"
+        )
+
+
+def _check_sequences(index: Index) -> None:
+    """No negative length; every sequence begins where the one before it ends, so that none leaves the .bin."""
+    position, itemsize = 0, index.file.dtype.itemsize
+    for piece in pieces(len(index.lengths)):
+        lengths, pointers = index.lengths[piece].astype(numpy.int64), index.pointers[piece]
+        if lengths.min() < 0:
+            wrong = int(numpy.argmax(lengths < 0))
+            raise ConfigError(
+                f"{index.prefix}.idx gives sequence {piece.start + wrong} a length of {lengths[wrong]}: it is damaged. "
+                f"{_REMEDY}"
+            )
+        ends = position + numpy.cumsum(lengths) * itemsize
+        starts = ends - lengths * itemsize
+        if (pointers != starts).any():
+            wrong = int(numpy.argmax(pointers != starts))
+            size = os.path.getsize(f"{index.prefix}.bin")
+            outside = "" if 0 <= pointers[wrong] <= size else f", outside the {size} bytes of {index.prefix}.bin"
+            raise ConfigError(
+                f"{index.prefix}.idx points to byte {pointers[wrong]} for sequence {piece.start + wrong}{outside}; the "
+                f"lengths before it say {starts[wrong]}. {_REMEDY}"
+            )
+        position = int(ends[-1])
+
+
+def _check_documents(index: Index) -> None:
+    """The documents' first sequences begin at 0, ascend, and end at the number of sequences."""
+    bounds, num_sequences = index.bounds, len(index.lengths)
+    if bounds[0] != 0 or bounds[-1] != num_sequences:
+        raise ConfigError(
+            f"The documents of {index.prefix}.idx cover sequences {bounds[0]} to {bounds[-1]} where there are 0 to "
+            f"{num_sequences}: it is damaged. {_REMEDY}"
+        )
+    for piece in pieces(index.num_documents):
+        begins, ends = bounds[piece], bounds[piece.start + 1 : piece.stop + 1]
+        if (ends <= begins).any():
+            wrong = int(numpy.argmax(ends <= begins))
+            raise ConfigError(
+                f"Document {piece.start + wrong} of {index.prefix}.idx begins at sequence {begins[wrong]} and ends at "
+                f"{ends[wrong]}, so that it holds none: the file is damaged. {_REMEDY}"
+            )
