@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"preprocess_data.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("preprocess_data.py: interrupted; nothing was written", file=sys.stderr)
+        print("preprocess_data.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.restart import Position
 from megatron_lrc.data.sources import Source
 from megatron_lrc.data.tokenizers import ChatTemplate, Encode
 
@@ -41,6 +42,7 @@ class Chunk:
     first_line: int  # counted from 1
     lines: list[bytes]
     disk_bytes: int  # of the file, packed as it may be, that these lines took; about
+    end: Position  # where the next chunk begins
 
 
 @dataclass(kw_only=True)
@@ -52,6 +54,7 @@ class EncodedChunk:
     bad_lines: list[str]  # "FILE:LINE: what is wrong"
     num_bytes: int  # of lines
     disk_bytes: int
+    end: Position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class ChunkEncoder:
             bad_lines=bad_lines,
             num_bytes=sum(map(len, chunk.lines)),
             disk_bytes=chunk.disk_bytes,
+            end=chunk.end,
         )
 
 
@@ -126,21 +130,29 @@ def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) ->
     return chat(messages)
 
 
-def read_chunks(paths: list[str], keys: list[str]) -> Iterator[Chunk]:
-    """All lines of all files, in order. A chunk never spans two files. keys: see `sources.Source`."""
-    for path in paths:
-        source, lines = Source(path, keys), []
-        first_line, num_bytes, counted = 1, 0, 0
+def read_chunks(paths: list[str], keys: list[str], start: Position | None = None) -> Iterator[Chunk]:
+    """All lines of all files from `start` on, in order. A chunk never spans two files. keys: see `sources.Source`."""
+    here = start or Position()
+    while here.source < len(paths):
+        source = Source(paths[here.source], keys, start=here)
+        counted = source.position
+        lines: list[bytes] = []
+        num_bytes = 0
         for line in source:
             lines.append(line)
             num_bytes += len(line)
             if num_bytes >= CHUNK_BYTES:
-                position = source.position
-                yield Chunk(source=path, first_line=first_line, lines=lines, disk_bytes=position - counted)
-                first_line += len(lines)
-                lines, num_bytes, counted = [], 0, position
+                end = replace(here, lines=here.lines + len(lines), num_bytes=here.num_bytes + num_bytes)
+                yield _chunk(source, here, lines, end, source.position - counted)
+                here, lines, num_bytes, counted = end, [], 0, source.position
+        next_file = Position(source=here.source + 1)
         if lines:
-            yield Chunk(source=path, first_line=first_line, lines=lines, disk_bytes=source.size - counted)
+            yield _chunk(source, here, lines, next_file, source.size - counted)
+        here = next_file
+
+
+def _chunk(source: Source, start: Position, lines: list[bytes], end: Position, disk_bytes: int) -> Chunk:
+    return Chunk(source=source.path, first_line=start.lines + 1, lines=lines, disk_bytes=disk_bytes, end=end)
 
 
 _worker_encoder: ChunkEncoder | None = None  # set once in each worker process

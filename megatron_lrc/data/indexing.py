@@ -2,27 +2,25 @@
 
 One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest PREFIX_KEY_document.json that says
 which tokenizer and which sources made it; training refuses a dataset whose manifest names another tokenizer. Everything
-is written under temporary names in the same folder. The .idx takes its final name last: where one stands, all is there.
-`encoding.py` turns lines into tokens; here are the files.
+is written under temporary names in the same folder (`writing.py`). A run that was stopped goes on where it was, without
+a byte's difference (`restart.py`). `sources.py` opens files, `encoding.py` turns lines into tokens; here is the whole.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy
-
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
+from megatron_lrc.data.restart import Done, Journal
 from megatron_lrc.data.sources import find_files
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_lrc.data.writing import DatasetWriter, publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,71 +39,26 @@ class IndexingOptions:
     log_interval: int = 10000
 
 
-class DatasetWriter:
-    """One indexed dataset under temporary names, until `commit` gives all three files their final names."""
-
-    def __init__(self, prefix: str, vocab_size: int):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core's remarks on absent GPU libraries do not concern this tool
-            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-        self.prefix = prefix
-        self.documents = self.tokens = self.empty = 0
-        self.dtype = DType.optimal_dtype(vocab_size)
-        self._temporary = {suffix: f"{prefix}{suffix}.tmp-{os.getpid()}" for suffix in (".bin", ".json", ".idx")}
-        self._builder = IndexedDatasetBuilder(self._temporary[".bin"], dtype=self.dtype)
-
-    def add(self, tokens: numpy.ndarray, lengths: list[int]) -> None:
-        """Appends documents. Those without a token are counted and left out: megatron-core's datasets need none."""
-        start = 0
-        for length in lengths:
-            if length:
-                self._builder.add_document(tokens[start : start + length], [length])  # type: ignore[arg-type]
-            start += length
-        num_empty = lengths.count(0)
-        self.documents += len(lengths) - num_empty
-        self.tokens += start
-        self.empty += num_empty
-
-    def commit(self, manifest: dict[str, Any]) -> None:
-        """Completes the files and renames them; an older .idx goes first, so that it never stands beside newer data."""
-        self._builder.finalize(self._temporary[".idx"])
-        with open(self._temporary[".json"], "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
-            file.write("\n")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{self.prefix}.idx")
-        for suffix, temporary in self._temporary.items():
-            os.replace(temporary, f"{self.prefix}{suffix}")
-
-    def discard(self) -> None:
-        """Removes whatever still has a temporary name."""
-        self._builder.data_file.close()
-        for temporary in self._temporary.values():
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
-
-
 class Progress:
     """A line every `interval` documents: documents, tokens, MB/s of text, share of the files done and time left."""
 
-    def __init__(self, interval: int, total_bytes: int, report: Callable[[str], None]):
+    def __init__(self, interval: int, total_bytes: int, done: Done, report: Callable[[str], None]):
         self._interval, self._total_bytes, self._report = interval, total_bytes, report
-        self._start = time.monotonic()
-        self._bytes = self._disk_bytes = self._next = 0
+        self._start, self._done = time.monotonic(), done
+        self._text_before, self._disk_before = done.text_bytes, done.disk_bytes
+        self._next = 0
 
-    def update(self, writer: DatasetWriter, encoded: EncodedChunk) -> None:
-        self._bytes += encoded.num_bytes
-        self._disk_bytes += encoded.disk_bytes
+    def update(self, writer: DatasetWriter) -> None:
         if writer.documents >= self._next:
             self._next = writer.documents + self._interval
             self._report(self.line(writer))
 
     def line(self, writer: DatasetWriter) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
-        speed = self._bytes / seconds
-        share = self._disk_bytes / max(self._total_bytes, 1)
-        left = int(seconds * (1 - share) / share) if share else 0
-        percent = 100 * share
+        speed = (self._done.text_bytes - self._text_before) / seconds
+        disk_speed = (self._done.disk_bytes - self._disk_before) / seconds
+        left = int((self._total_bytes - self._done.disk_bytes) / disk_speed) if disk_speed else 0
+        percent = 100 * self._done.disk_bytes / max(self._total_bytes, 1)
         return (
             f"{writer.documents:,} documents  {writer.tokens:,} tokens  {speed / 1e6:.2f} MB/s  {percent:.0f}%  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
@@ -113,7 +66,11 @@ class Progress:
 
 
 def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) -> None:
-    """Writes one indexed dataset and manifest per JSON key; `report` gets the progress lines."""
+    """Writes one indexed dataset and manifest per JSON key; `report` gets the progress lines.
+
+    Goes on from where an earlier process with the same options stopped. What was done is kept after an interrupt or an
+    error too, if it was seconds of work.
+    """
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
     sources = check_paths(options, prefixes)
@@ -122,27 +79,62 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     encoder = ChunkEncoder(
         keys=keys, encode_batch=tokenizer.encode_batch, before=before, after=after, chat=tokenizer.chat
     )
+    journal = Journal(f"{options.output_prefix}.unfinished.json", identity_of(options, sources, tokenizer))
+    done = journal.read()
+    if done and done.bad_lines and options.on_bad_line == "fail":
+        done = None  # an earlier run skipped lines that this one is to stop at
+    if done and done.is_complete:
+        publish_all(prefixes, journal, report)
+        return
+    done = done or Done()
     writers: dict[str, DatasetWriter] = {}
     try:
         for key, prefix in prefixes.items():
-            writers[key] = DatasetWriter(prefix, tokenizer.vocab_size)
-        encoded = encode_chunks(
-            read_chunks([source["path"] for source in sources], keys), encoder, workers=options.workers
-        )
-        with contextlib.closing(encoded):  # stops the workers before the temporary files go
-            bad_lines = write_chunks(encoded, writers, options, sum(source["bytes"] for source in sources), report)
+            writers[key] = DatasetWriter(prefix, tokenizer.vocab_size, done.counts.get(key))
+        if not done.counts:
+            journal.remove()  # of other options or sources; not before the writers have seen that nobody is at work
+        else:
+            report(f"goes on after {next(iter(writers.values())).documents:,} documents that were done before")
+        paths = [source["path"] for source in sources]
+        encoded = encode_chunks(read_chunks(paths, keys, done.position), encoder, workers=options.workers)
+        with contextlib.closing(encoded):  # stops the workers before the files are closed
+            write_chunks(encoded, writers, options, done, journal, sum(source["bytes"] for source in sources), report)
         for key, writer in writers.items():
             if writer.documents == 0:
+                journal.remove()
                 raise ConfigError(
-                    f"{', '.join(options.input)}: no document with text under {key!r} ({len(bad_lines)} bad lines "
+                    f"{', '.join(options.input)}: no document with text under {key!r} ({done.bad_lines} bad lines "
                     'skipped). Every line should be a JSON object such as {"text": "..."}.'
                 )
         for key, writer in writers.items():
-            writer.commit(make_manifest(options, key, writer, tokenizer, sources, len(bad_lines)))
-            report(f"wrote {writer.prefix}.bin, .idx, .json")
+            writer.complete(make_manifest(options, key, writer, tokenizer, sources, done.bad_lines))
+        done.is_complete = True
+        journal.write(done, sync=lambda: None)
+        publish_all(prefixes, journal, report)
     finally:
         for writer in writers.values():
-            writer.discard()
+            if journal.exists():
+                writer.close()  # to be gone on with
+            else:
+                writer.discard()
+
+
+def publish_all(prefixes: dict[str, str], journal: Journal, report: Callable[[str], None]) -> None:
+    for prefix in prefixes.values():
+        publish(prefix)
+        report(f"wrote {prefix}.bin, .idx, .json")
+    journal.remove()
+
+
+def identity_of(options: IndexingOptions, sources: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Whatever decides the bytes of the output; a source that was touched since counts as another one."""
+    return {
+        "megatron_lrc_version": __version__,
+        "sources": [{**source, "modified": os.stat(source["path"]).st_mtime_ns} for source in sources],
+        "keys": options.json_keys,
+        "joining": [options.append_eod, options.eos_before_bos_after],
+        "tokenizer": [tokenizer.fingerprint, tokenizer.chat.template if tokenizer.chat else None],
+    }
 
 
 def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -185,24 +177,42 @@ def write_chunks(
     encoded_chunks: Iterable[EncodedChunk],
     writers: dict[str, DatasetWriter],
     options: IndexingOptions,
+    done: Done,
+    journal: Journal,
     total_bytes: int,
     report: Callable[[str], None],
-) -> list[str]:
-    """Hands every chunk to the writers. Gives the bad lines that were skipped."""
+) -> None:
+    """Hands every chunk to the writers, and brings `done` and now and then the journal up to date."""
     first_writer = next(iter(writers.values()))
-    progress = Progress(options.log_interval, total_bytes, report)
-    bad_lines: list[str] = []
-    for encoded in encoded_chunks:
-        if encoded.bad_lines and options.on_bad_line == "fail":
-            raise ConfigError(f"{encoded.bad_lines[0]}. Mend the line, or use --on-bad-line skip.")
-        bad_lines += encoded.bad_lines
-        for key, writer in writers.items():
-            writer.add(encoded.tokens[key], encoded.lengths[key])
-        progress.update(first_writer, encoded)
+    progress = Progress(options.log_interval, total_bytes, done, report)
+
+    def sync() -> None:
+        for writer in writers.values():
+            writer.sync()
+
+    try:
+        for encoded in encoded_chunks:
+            if encoded.bad_lines and options.on_bad_line == "fail":
+                raise ConfigError(f"{encoded.bad_lines[0]}. Mend the line, or use --on-bad-line skip.")
+            for key, writer in writers.items():
+                writer.add(encoded.tokens[key], encoded.lengths[key])
+            done.position = encoded.end
+            done.counts = {key: writer.counts for key, writer in writers.items()}
+            done.bad_lines += len(encoded.bad_lines)
+            done.first_bad_line = done.first_bad_line or next(iter(encoded.bad_lines), "")
+            done.text_bytes += encoded.num_bytes
+            done.disk_bytes += encoded.disk_bytes
+            if journal.is_due():
+                journal.write(done, sync)
+            progress.update(first_writer)
+    except BaseException:
+        # An interrupt may have come between two writers; `counts` says how much of each file is good.
+        if journal.exists() and done.counts:
+            journal.write(done, sync)
+        raise
     report(f"done: {progress.line(first_writer)}")
-    if bad_lines:
-        report(f"skipped {len(bad_lines)} bad lines, the first being {bad_lines[0]}")
-    return bad_lines
+    if done.bad_lines:
+        report(f"skipped {done.bad_lines} bad lines, the first being {done.first_bad_line}")
 
 
 def make_manifest(

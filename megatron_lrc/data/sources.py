@@ -13,6 +13,7 @@ import glob
 import gzip
 import importlib
 import io
+import itertools
 import json
 import os
 import zlib
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.restart import Position
 
 PACKINGS = (".gz", ".zst")
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
@@ -61,14 +63,18 @@ def find_files(inputs: Iterable[str]) -> list[str]:
 class Source:
     """The documents of one file as JSON lines; iterate once.
 
+    start: lines (and the bytes of them) that are passed over; found at once in plain JSON lines, else by reading.
     keys: which columns of a table are wanted; the first is a text's. ConfigError for what cannot be unpacked or read as
     a table. Lines are not parsed here.
     """
 
-    def __init__(self, path: str, keys: list[str]):
-        self.path, self._keys = path, keys
+    def __init__(self, path: str, keys: list[str], start: Position | None = None):
+        self.path, self._keys, self._start = path, keys, start or Position()
         self.size = os.path.getsize(path)
         self._position: Callable[[], int] = lambda: 0
+        self._can_seek = not path.lower().endswith(PACKINGS) and kind_of(path) not in (".parquet", ".txt")
+        if self._can_seek:
+            self._position = lambda: self._start.num_bytes
 
     @property
     def position(self) -> int:
@@ -76,11 +82,16 @@ class Source:
         return self._position()
 
     def __iter__(self) -> Iterator[bytes]:
+        return itertools.islice(self._lines(), 0 if self._can_seek else self._start.lines, None)
+
+    def _lines(self) -> Iterator[bytes]:
         kind = kind_of(self.path)
         if kind == ".parquet":
             yield from self._table_rows()
             return
         with open(self.path, "rb") as raw, _damage_named(self.path):
+            if self._can_seek:
+                raw.seek(self._start.num_bytes)
             self._position = raw.tell
             file = unpacked(self.path, raw)
             if kind == ".txt":

@@ -213,7 +213,7 @@ def test_interrupt_removes_temporary_files(tmp_path, tokenizer_folder):
     )
 
     def interrupt(line: str) -> None:
-        assert any(".tmp-" in name for name in file_names(tmp_path))
+        assert any(name.endswith(".partial") for name in file_names(tmp_path))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
