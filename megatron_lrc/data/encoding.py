@@ -10,8 +10,10 @@ read all of it ahead).
 
 import json
 import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -161,7 +163,16 @@ _worker_encoder: ChunkEncoder | None = None  # set once in each worker process
 def _start_worker(encoder: ChunkEncoder) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it stops the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_encoder = encoder
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, which would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: Chunk) -> EncodedChunk:

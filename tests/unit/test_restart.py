@@ -199,3 +199,21 @@ def test_killed_at_random_moments_it_comes_out_the_same(tmp_path, tokenizer_fold
         kills += 1
     assert kills >= 2
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path, tokenizer_folder):
+    source = tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(30000))
+    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", source, "--workers", "2"]
+    command += [
+        "--tokenizer-model",
+        str(tokenizer_folder),
+        "--output-prefix",
+        str(tmp_path / "o"),
+        "--log-interval",
+        "1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None and process.stdout.readline()  # the workers are at work
+    process.kill()
+    process.communicate(timeout=30)  # returns when the last process that holds stdout has ended
