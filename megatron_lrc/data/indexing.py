@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_lrc import __version__
@@ -20,7 +20,7 @@ from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks
 from megatron_lrc.data.restart import Done, Journal
 from megatron_lrc.data.sources import find_files
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
-from megatron_lrc.data.writing import DatasetWriter, publish
+from megatron_lrc.data.writing import DatasetWriter, make_folder_of, publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +44,21 @@ class Progress:
 
     def __init__(self, interval: int, total_bytes: int, done: Done, report: Callable[[str], None]):
         self._interval, self._total_bytes, self._report = interval, total_bytes, report
-        self._start, self._done = time.monotonic(), done
+        self._start = time.monotonic()
         self._text_before, self._disk_before = done.text_bytes, done.disk_bytes
         self._next = 0
 
-    def update(self, writer: DatasetWriter) -> None:
+    def update(self, writer: DatasetWriter, done: Done) -> None:
         if writer.documents >= self._next:
             self._next = writer.documents + self._interval
-            self._report(self.line(writer))
+            self._report(self.line(writer, done))
 
-    def line(self, writer: DatasetWriter) -> str:
+    def line(self, writer: DatasetWriter, done: Done) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
-        speed = (self._done.text_bytes - self._text_before) / seconds
-        disk_speed = (self._done.disk_bytes - self._disk_before) / seconds
-        left = int((self._total_bytes - self._done.disk_bytes) / disk_speed) if disk_speed else 0
-        percent = 100 * self._done.disk_bytes / max(self._total_bytes, 1)
+        speed = (done.text_bytes - self._text_before) / seconds
+        disk_speed = (done.disk_bytes - self._disk_before) / seconds
+        left = int((self._total_bytes - done.disk_bytes) / disk_speed) if disk_speed else 0
+        percent = 100 * done.disk_bytes / max(self._total_bytes, 1)
         return (
             f"{writer.documents:,} documents  {writer.tokens:,} tokens  {speed / 1e6:.2f} MB/s  {percent:.0f}%  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
@@ -98,7 +98,8 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
         paths = [source["path"] for source in sources]
         encoded = encode_chunks(read_chunks(paths, keys, done.position), encoder, workers=options.workers)
         with contextlib.closing(encoded):  # stops the workers before the files are closed
-            write_chunks(encoded, writers, options, done, journal, sum(source["bytes"] for source in sources), report)
+            total_bytes = sum(source["bytes"] for source in sources)
+            done = write_chunks(encoded, writers, options, done, journal, total_bytes, report)
         for key, writer in writers.items():
             if writer.documents == 0:
                 journal.remove()
@@ -108,8 +109,7 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
                 )
         for key, writer in writers.items():
             writer.complete(make_manifest(options, key, writer, tokenizer, sources, done.bad_lines))
-        done.is_complete = True
-        journal.write(done, sync=lambda: None)
+        journal.write(replace(done, is_complete=True), sync=lambda: None)
         publish_all(prefixes, journal, report)
     finally:
         for writer in writers.values():
@@ -163,13 +163,7 @@ def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict
         for suffix in (".bin", ".idx", ".json"):
             if os.path.realpath(prefix + suffix) in map(os.path.realpath, files):
                 raise ConfigError(f"The output {prefix + suffix} is one of the inputs. Use another --output-prefix.")
-    folder = os.path.dirname(options.output_prefix)
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--output-prefix {options.output_prefix}: cannot make the folder {folder} ({error.strerror})."
-        ) from error
+    make_folder_of(options.output_prefix)
     return [{"path": path, "bytes": os.path.getsize(path)} for path in files]
 
 
@@ -181,8 +175,8 @@ def write_chunks(
     journal: Journal,
     total_bytes: int,
     report: Callable[[str], None],
-) -> None:
-    """Hands every chunk to the writers, and brings `done` and now and then the journal up to date."""
+) -> Done:
+    """Hands every chunk to the writers, and now and then tells the journal. Gives all that is done then."""
     first_writer = next(iter(writers.values()))
     progress = Progress(options.log_interval, total_bytes, done, report)
 
@@ -196,23 +190,27 @@ def write_chunks(
                 raise ConfigError(f"{encoded.bad_lines[0]}. Mend the line, or use --on-bad-line skip.")
             for key, writer in writers.items():
                 writer.add(encoded.tokens[key], encoded.lengths[key])
-            done.position = encoded.end
-            done.counts = {key: writer.counts for key, writer in writers.items()}
-            done.bad_lines += len(encoded.bad_lines)
-            done.first_bad_line = done.first_bad_line or next(iter(encoded.bad_lines), "")
-            done.text_bytes += encoded.num_bytes
-            done.disk_bytes += encoded.disk_bytes
+            # In one assignment: an interrupt may come anywhere, and position and counts have to belong together.
+            done = replace(
+                done,
+                position=encoded.end,
+                counts={key: writer.counts for key, writer in writers.items()},
+                bad_lines=done.bad_lines + len(encoded.bad_lines),
+                first_bad_line=done.first_bad_line or next(iter(encoded.bad_lines), ""),
+                text_bytes=done.text_bytes + encoded.num_bytes,
+                disk_bytes=done.disk_bytes + encoded.disk_bytes,
+            )
             if journal.is_due():
                 journal.write(done, sync)
-            progress.update(first_writer)
+            progress.update(first_writer, done)
     except BaseException:
-        # An interrupt may have come between two writers; `counts` says how much of each file is good.
         if journal.exists() and done.counts:
-            journal.write(done, sync)
+            journal.write(done, sync)  # whatever came after `done` is cut off by whoever goes on
         raise
-    report(f"done: {progress.line(first_writer)}")
+    report(f"done: {progress.line(first_writer, done)}")
     if done.bad_lines:
         report(f"skipped {done.bad_lines} bad lines, the first being {done.first_bad_line}")
+    return done
 
 
 def make_manifest(

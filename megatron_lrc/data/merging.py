@@ -18,6 +18,7 @@ import numpy
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.verification import Index, pieces, read_index
+from megatron_lrc.data.writing import make_folder_of
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
 _COPY_BYTES = 1 << 24
@@ -91,13 +92,7 @@ def check_output(options: MergeOptions) -> None:
     output = os.path.realpath(f"{options.output_prefix}.idx")
     if output in [os.path.realpath(f"{prefix}.idx") for prefix in options.input]:
         raise ConfigError(f"The output {options.output_prefix} is one of the inputs. Use another --output-prefix.")
-    folder = os.path.dirname(options.output_prefix)
-    try:
-        os.makedirs(folder or ".", exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--output-prefix {options.output_prefix}: cannot make the folder {folder} ({error.strerror})."
-        ) from error
+    make_folder_of(options.output_prefix)
 
 
 def merged_manifest(indexes: list[Index]) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ class Position:
     num_bytes: int = 0
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Done:
     """All that is done. counts: key -> what its `DatasetWriter` counts. text_bytes, disk_bytes: read so far."""
 

@@ -114,3 +114,12 @@ def publish(prefix: str) -> None:
             os.replace(f"{prefix}{suffix}.partial", f"{prefix}{suffix}")
     with contextlib.suppress(FileNotFoundError):
         os.remove(f"{prefix}.lengths.partial")
+
+
+def make_folder_of(prefix: str) -> None:
+    """ConfigError if the folder that --output-prefix lies in cannot be made."""
+    folder = os.path.dirname(prefix)
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output-prefix {prefix}: cannot make the folder {folder} ({error.strerror}).") from error

@@ -40,8 +40,8 @@ def group_gradient_norms(
         if groups.tp.rank() == 0:
             for _, gain in stage.projections.named_norms():
                 squares[GRADIENT_GROUPS.index(NORMS)] += _own_square(optimizer, gain)
-    scale = float(optimizer.optimizer.get_loss_scale())
-    norms = dict(zip(GRADIENT_GROUPS, (sum_over_world(squares).sqrt() / scale).tolist(), strict=True))
+    totals = (sum_over_world(squares).sqrt() / optimizer.loss_scale).tolist()
+    norms = dict(zip(GRADIENT_GROUPS, totals, strict=True))
     return {**norms, LM_HEAD.name: None} if stages[0].shapes.student.is_tied else norms
 
 

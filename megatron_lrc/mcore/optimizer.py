@@ -46,6 +46,7 @@ class ProjectionOptimizer:
         if config.training.fp16:
             for stage in stages:
                 stage.config.grad_scale_func = self.optimizer.scale_loss  # the schedules and the clone losses read it
+        self._is_scaled = config.training.fp16
         self._min_loss_scale = _smallest_loss_scale(config)
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
@@ -89,12 +90,11 @@ class ProjectionOptimizer:
     @property
     def loss_scale(self) -> float:
         """What the losses are multiplied by before backward: above 1 with fp16 only."""
-        return float(self.optimizer.get_loss_scale())
+        return float(self.optimizer.get_loss_scale()) if self._is_scaled else 1.0  # reads the device
 
-    @property
-    def can_lower_loss_scale(self) -> bool:
-        """Whether gradients that overflow are part of the search for the loss scale, and no fault."""
-        return self._min_loss_scale < self.loss_scale
+    def can_be_lowered(self, loss_scale: float) -> bool:
+        """Whether gradients that overflow at it are part of the search for the loss scale, and no fault."""
+        return self._min_loss_scale < loss_scale
 
     def zero_grad(self) -> None:
         """Empty the gradient buffers of P and the gains."""

@@ -128,7 +128,7 @@ def train_step(
     run.optimizer.reduce_gradients(losses.tokens)  # TP sum of gains, tied P, DP; the only division by tokens
     by_group = group_gradient_norms(run.optimizer, run.stages, run.groups) if with_group_norms else None
     is_finite = losses.is_finite
-    loss_scale, can_lower_loss_scale = run.optimizer.loss_scale, run.optimizer.can_lower_loss_scale
+    loss_scale = run.optimizer.loss_scale  # before the step, which may change it
     is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite, max_norm=max_grad_norm)  # all ranks or none
     if is_updated:
         run.optimizer.lr_schedule.step(1)
@@ -136,7 +136,7 @@ def train_step(
     if not is_updated and is_finite and math.isfinite(grad_norm):
         skipped_for = "spike"
     elif not is_updated:
-        skipped_for = "overflow" if is_finite and can_lower_loss_scale else "fault"
+        skipped_for = "overflow" if is_finite and run.optimizer.can_be_lowered(loss_scale) else "fault"
     return StepReport(losses, is_finite, grad_norm, by_group, is_updated, loss_scale, skipped_for)
 
 
