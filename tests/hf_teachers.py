@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -46,6 +48,22 @@ def write_llama(
     )
     sizes["num_key_value_heads"] = num_kv_heads
     return _write(directory, LlamaForCausalLM, LlamaConfig(**sizes), dtype=dtype, max_shard_size=max_shard_size)
+
+
+def write_llama_with_biases(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> LlamaForCausalLM:
+    """A random Llama with biases of q, k and v, those of o zero: what a Qwen2 student may be written as."""
+    config = LlamaConfig(**_sizes(num_layers=num_layers, is_tied=is_tied), attention_bias=True)
+    return _write(directory, LlamaForCausalLM, config, dtype=dtype)
+
+
+def write_mistral(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> MistralForCausalLM:
+    """A random Mistral without sliding windows."""
+    config = MistralConfig(**_sizes(num_layers=num_layers, is_tied=is_tied), sliding_window=None)
+    return _write(directory, MistralForCausalLM, config, dtype=dtype)
 
 
 def write_qwen2(
@@ -93,7 +111,7 @@ def _write(
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.0 if name.endswith("o_proj.bias") else 0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     if config.vocab_size > 256:
         write_tokenizer(directory, vocab_size=config.vocab_size)
@@ -109,3 +127,7 @@ def write_tokenizer(directory: Path, *, vocab_size: int) -> None:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["a small language model is cloned from a large language model"], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+
+
+#: A writer for each family.
+WRITERS = (write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3)

@@ -25,6 +25,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="Data type of the weights. Default: that of the training.",
     )
     parser.add_argument(
+        "--arch",
+        choices=("auto", "native", "llama"),
+        default="auto",
+        help="Class of the student. native: the teacher's; llama: LlamaForCausalLM, for a Qwen2 with attention biases; "
+        "auto: the teacher's, unless transformers refuses it at this width (then a class that computes the same) or "
+        "servers may take its heads for hidden size / heads (a narrower Qwen2: llama).",
+    )
+    parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="Largest weight file, as in 5GB or 300MB."
     )
     parser.add_argument(
@@ -44,7 +52,7 @@ def convert(flags: argparse.Namespace) -> None:
     from megatron_lrc.hf.export import export_student
     from megatron_lrc.hf.families import describe_teacher
     from megatron_lrc.hf.safetensors_writer import parse_size
-    from megatron_lrc.hf.student_config import model_card, student_class
+    from megatron_lrc.hf.student_config import model_card, student_family
     from megatron_lrc.hf.teacher import TeacherReader
     from megatron_lrc.mcore.checkpoint import open_checkpoint
 
@@ -58,8 +66,10 @@ def convert(flags: argparse.Namespace) -> None:
             f"was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the directory of that teacher "
             "with --teacher."
         )
+    family = student_family(teacher, student.shape.hidden_size, flags.arch)
     card = model_card(
         teacher=teacher,
+        family=family,
         student_hidden_size=student.shape.hidden_size,
         tokens=student.tokens,
         steps=student.step,
@@ -72,14 +82,14 @@ def convert(flags: argparse.Namespace) -> None:
         student_hidden_size=student.shape.hidden_size,
         dtype=getattr(torch, flags.dtype) if flags.dtype else None,
         output=flags.output,
+        arch=flags.arch,
         save_projections=flags.save_projections,
         model_card=card,
         max_shard_size=max_shard_size,
         force=flags.force,
         verify=not flags.no_verify,
     )
-    written_as = student_class(teacher, student.shape.hidden_size).architecture
-    print(f"{flags.output}: {written_as} of hidden size {student.shape.hidden_size}, step {student.step}")
+    print(f"{flags.output}: {family.architecture} of hidden size {student.shape.hidden_size}, step {student.step}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,19 +16,12 @@ FROZEN_NORMS: tuple[str, ...] = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
-    """A class that computes what the family does, at any hidden_size. `extra`: config fields that it needs."""
-
-    architecture: str
-    model_type: str
-    extra: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Family:
     """One architecture. Templates take `layer`.
 
     Keys of `sites` are Site names, of `norms` LAYER_NORMS and "final", of `frozen` FROZEN_BIASES and FROZEN_NORMS.
+    config: fields of config.json that tell it from others of the same architecture, and that a student's gets.
+    zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
     """
 
     name: str
@@ -37,9 +30,10 @@ class Family:
     sites: Mapping[str, str]
     norms: Mapping[str, str]
     frozen: Mapping[str, str] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     must_be_off: tuple[str, ...] = ()
     ignored_suffixes: tuple[str, ...] = ()
-    twin: Twin | None = None
 
 
 _SITES = {
@@ -59,6 +53,9 @@ _NORMS = {
     "final": "model.norm.weight",
 }
 
+_QKV_BIASES = {f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"}
+_ROPE_BUFFERS = (".rotary_emb.inv_freq",)  # Llama 2 files carry what the config already says
+
 LLAMA = Family(
     name="Llama",
     architecture="LlamaForCausalLM",
@@ -66,8 +63,31 @@ LLAMA = Family(
     sites=_SITES,
     norms=_NORMS,
     must_be_off=("attention_bias", "mlp_bias"),
-    ignored_suffixes=(".rotary_emb.inv_freq",),  # Llama 2 files carry what the config already says
-    twin=Twin(architecture="MistralForCausalLM", model_type="mistral", extra={"sliding_window": None}),
+    ignored_suffixes=_ROPE_BUFFERS,
+)
+
+#: What a Qwen2 student is for servers that take a Qwen2 head's size to be hidden size / heads.
+LLAMA_WITH_BIASES = Family(
+    name="Llama with attention biases",
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    sites=_SITES,
+    norms=_NORMS,
+    frozen=_QKV_BIASES,
+    zeros={"o_bias": "model.layers.{layer}.self_attn.o_proj.bias"},
+    config={"attention_bias": True},
+    must_be_off=("mlp_bias",),
+    ignored_suffixes=_ROPE_BUFFERS,
+)
+
+MISTRAL = Family(
+    name="Mistral",
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    sites=_SITES,
+    norms=_NORMS,
+    config={"sliding_window": None},
+    must_be_off=("sliding_window",),
 )
 
 QWEN2 = Family(
@@ -76,7 +96,8 @@ QWEN2 = Family(
     model_type="qwen2",
     sites=_SITES,
     norms=_NORMS,
-    frozen={f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"},
+    frozen=_QKV_BIASES,
+    config={"use_sliding_window": False},
     must_be_off=("use_sliding_window",),
 )
 
@@ -87,7 +108,30 @@ QWEN3 = Family(
     sites=_SITES,
     norms=_NORMS,
     frozen={name: f"model.layers.{{layer}}.self_attn.{name}.weight" for name in FROZEN_NORMS},
+    config={"use_sliding_window": False},
     must_be_off=("attention_bias", "use_sliding_window"),
 )
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3)
+
+#: Fields of config.json that other architectures have -> what they have that these have not.
+FOREIGN_FEATURES: Mapping[str, str] = {
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "kv_lora_rank": "latent attention",
+    "ssm_cfg": "state space layers",
+    "state_size": "state space layers",
+    "final_logit_softcapping": "capped logits",
+    "attn_logit_softcapping": "capped attention scores",
+    "query_pre_attn_scalar": "attention scores of another scale",
+    "parallel_attn": "attention beside the MLP",
+    "use_parallel_residual": "attention beside the MLP",
+    "multi_query": "fused matrices of q, k and v",
+    "layer_norm_epsilon": "LayerNorm",
+    "layer_norm_eps": "LayerNorm",
+    "n_positions": "learned positions",
+    "sliding_window": "sliding windows",
+    "vision_config": "images",
+    "audio_config": "sound",
+}

@@ -24,7 +24,7 @@ from megatron_lrc.clone.sites import compose, projection_names
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.safetensors_writer import DTYPES, write_model, write_tensors
-from megatron_lrc.hf.student_config import student_config
+from megatron_lrc.hf.student_config import Arch, student_config, student_family
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 
 PROJECTIONS_FILE = "projections.safetensors"
@@ -53,6 +53,7 @@ def export_student(
     norms: Mapping[str, Tensor],
     student_hidden_size: int,
     output: Path,
+    arch: Arch = "auto",
     dtype: torch.dtype | None = None,
     save_projections: bool = False,
     model_card: str | None = None,
@@ -70,8 +71,9 @@ def export_student(
         reader = TeacherReader(teacher)
         shape = replace(teacher.shape, hidden_size=student_hidden_size, is_tied="lm_head" not in projections)
         _check_names(teacher, shape, projections=projections, norms=norms)
+        family = student_family(teacher, student_hidden_size, arch)
         dtype = dtype or projections["embed"].dtype
-        weights = {weight.name: weight for weight in expected_weights(teacher.family, shape)}
+        weights = {weight.name: weight for weight in expected_weights(family, shape)}
 
         write_model(
             partial,
@@ -82,7 +84,7 @@ def export_student(
             ),
             max_shard_size=max_shard_size,
         )
-        config = json.dumps(student_config(teacher, shape, dtype=dtype), indent=2, sort_keys=True)
+        config = json.dumps(student_config(teacher, shape, family, dtype=dtype), indent=2, sort_keys=True)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         for name in COPIED_FILES:
             if (teacher.directory / name).is_file():
@@ -146,6 +148,8 @@ def _student_weight(
     norms: Mapping[str, Tensor],
 ) -> Tensor:
     """A weight in the projections' dtype, a norm gain, or a frozen tensor. `given` is P [D, d] or the gain [d]."""
+    if weight.is_zero:
+        return torch.zeros(weight.shape)
     if weight.is_frozen:
         assert weight.layer is not None, f"{weight.key} belongs to no layer"
         return reader.frozen(weight.key.rpartition(".")[2], weight.layer)

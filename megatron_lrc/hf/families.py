@@ -3,9 +3,8 @@
 `describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused before a weight is
 read or a process group exists. The families themselves are declared in `architectures.py`.
 
-A student keeps everything of its teacher's config but the hidden size. transformers 5 refuses a Llama config whose
-hidden_size is no multiple of its heads, even with an explicit head_dim; for such a width the student is written as the
-family's `Twin`, another class that computes the same function from the same tensor names.
+A student keeps everything of its teacher's config but the hidden size; `student_config.py` chooses the class that it
+is written as.
 """
 
 import json
@@ -21,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import ConfigError, ModelShape
-from megatron_lrc.hf.architectures import FAMILIES, FROZEN_BIASES, FROZEN_NORMS, Family
+from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, FROZEN_BIASES, FROZEN_NORMS, Family
 
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
@@ -32,7 +31,7 @@ class Weight:
     """One tensor of a Hugging Face model: its name there, its shape, and our name for it.
 
     key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final`, `layers.{i}.{frozen}` (site
-    None). is_frozen: the student has the teacher's tensor unchanged.
+    None). is_frozen: the student has the teacher's tensor unchanged. is_zero: it is zero in both.
     """
 
     key: str
@@ -41,11 +40,12 @@ class Weight:
     layer: int | None = None
     site: Site | None = None
     is_frozen: bool = False
+    is_zero: bool = False
 
     @property
     def is_norm_gain(self) -> bool:
         """Whether training gives the student a gain of its own here."""
-        return self.site is None and not self.is_frozen
+        return self.site is None and not self.is_frozen and not self.is_zero
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,16 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
         key = f"layers.{layer}.{name}"
         return Weight(key, template.format(layer=layer), frozen_shape(name, shape), layer, is_frozen=True)
 
+    def of_zero(name: str, layer: int) -> Weight:
+        template = family.zeros[name]
+        return Weight(f"layers.{layer}.{name}", template.format(layer=layer), (shape.hidden_size,), layer, is_zero=True)
+
     weights = [of_site(EMBED, None)]
     for layer in range(shape.num_layers):
         weights += [of_norm(norm, layer) for norm in LAYER_NORMS]
         weights += [of_site(site, layer) for site in LAYER_SITES]
         weights += [of_frozen(name, layer) for name in (*FROZEN_BIASES, *FROZEN_NORMS) if name in family.frozen]
+        weights += [of_zero(name, layer) for name in family.zeros]
     weights.append(of_norm("final", None))
     return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
 
@@ -212,13 +217,17 @@ def _gguf_message(path: Path) -> str:
 
 def _find_family(path: Path, values: Mapping[str, Any]) -> Family:
     architectures = values.get("architectures") or []
-    family = next((family for family in FAMILIES if architectures == [family.architecture]), None)
-    if family is None:
+    candidates = [family for family in FAMILIES if architectures == [family.architecture]]
+    if not candidates:
+        supported = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
+        features = dict.fromkeys(what for name, what in FOREIGN_FEATURES.items() if values.get(name))
+        missing = f" with {', '.join(features)}, which is not supported" if features else ""
         raise ConfigError(
-            f"--teacher {path}: config.json has architectures {architectures}. Supported: "
-            f"{', '.join(family.architecture for family in FAMILIES)}. Choose a teacher of a supported architecture."
+            f"--teacher {path}: config.json has architectures {architectures}{missing}. Supported: {supported}. Choose "
+            "a teacher of a supported architecture."
         )
-    return family
+    exact = [family for family in candidates if all(values.get(name) == value for name, value in family.config.items())]
+    return max(exact or candidates[:1], key=lambda family: len(family.config))
 
 
 def _check_features(path: Path, family: Family, config: PretrainedConfig) -> None:
@@ -230,9 +239,10 @@ def _check_features(path: Path, family: Family, config: PretrainedConfig) -> Non
         )
     for name in family.must_be_off:
         if getattr(config, name, False):
+            found, wanted = json.dumps(getattr(config, name)), json.dumps(family.config.get(name, False))
             raise ConfigError(
-                f"--teacher {path}: config.json has {name}: true. {family.name} teachers are supported with {name}: "
-                "false only, since the student has no place for what it adds. Choose another teacher."
+                f"--teacher {path}: config.json has {name}: {found}. {family.name} teachers are supported with {name}: "
+                f"{wanted} only, since the student has no place for what it adds. Choose another teacher."
             )
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         raise ConfigError(

@@ -1,44 +1,71 @@
 """What a student's directory says about it: config.json for programs, README.md for people.
 
 Both follow from the teacher's description and the student's shape. The class that a student is written as is its
-teacher's, or the twin of `families.py` where that class refuses the student's hidden size.
+teacher's, or another one that computes the same from the same tensor names, for one of two reasons:
+
+* transformers 5 refuses a Llama config whose hidden size is no multiple of its heads, even with an explicit head_dim;
+* some servers take the size of a Qwen2 head to be hidden size / heads, whatever config.json says.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
 
-from megatron_lrc.config import ModelShape
-from megatron_lrc.hf.architectures import Twin
+from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
 
-
-def student_class(teacher: TeacherDescription, student_hidden_size: int) -> Twin:
-    """The transformers class of a student of this hidden size."""
-    family = teacher.family
-    if family.twin is not None and student_hidden_size % teacher.shape.num_attention_heads != 0:
-        return family.twin
-    return Twin(architecture=family.architecture, model_type=family.model_type, extra={})
+Arch = Literal["auto", "native", "llama"]
+ARCHS: tuple[Arch, ...] = get_args(Arch)
 
 
-def student_config(teacher: TeacherDescription, shape: ModelShape, *, dtype: torch.dtype) -> Mapping[str, Any]:
+def student_family(teacher: TeacherDescription, student_hidden_size: int, arch: Arch = "auto") -> Family:
+    """The class of a student of this hidden size, by --arch. ConfigError where it cannot be written as asked.
+
+    native: the teacher's own. llama: LlamaForCausalLM, with attention biases (that of o zero) for a Qwen2. auto: the
+    teacher's own if both it and servers take it as it is, else the other one that can be.
+    """
+    family, heads, head_dim = teacher.family, teacher.shape.num_attention_heads, teacher.shape.head_dim
+    is_divisible = student_hidden_size % heads == 0
+    as_llama = {QWEN2.name: LLAMA_WITH_BIASES, MISTRAL.name: LLAMA}.get(family.name, family)
+    instead_of_llama = {LLAMA.name: MISTRAL, LLAMA_WITH_BIASES.name: QWEN2}.get(family.name, family)
+    if arch == "auto":
+        if not is_divisible:
+            return instead_of_llama
+        return as_llama if family is QWEN2 and student_hidden_size != heads * head_dim else family
+    wanted = as_llama if arch == "llama" else family
+    if arch == "llama" and wanted.architecture != LLAMA.architecture:
+        raise ConfigError(
+            f"--arch llama: LlamaForCausalLM has no place for what {family.architecture} has "
+            f"({', '.join(sorted(family.frozen))}). Use --arch native."
+        )
+    if wanted.architecture == LLAMA.architecture and not is_divisible:
+        raise ConfigError(
+            f"--arch {arch}: transformers refuses a {wanted.architecture} whose hidden size ({student_hidden_size}) is "
+            f"no multiple of its heads ({heads}). Use --arch auto, which writes a class that computes the same."
+        )
+    return wanted
+
+
+def student_config(
+    teacher: TeacherDescription, shape: ModelShape, family: Family, *, dtype: torch.dtype
+) -> Mapping[str, Any]:
     """The teacher's config.json with the student's hidden size; every field that a default could change is explicit.
 
     RoPE settings and dtype are written in both spellings (transformers 5's, and the one that came before, which
     inference engines still read): whoever knows only one would take its default for the other and compute something
     else without a word.
     """
-    config, written_as = teacher.hf_config, student_class(teacher, shape.hidden_size)
-    rope, dtype_name = rope_settings(teacher), str(dtype).removeprefix("torch.")
+    config, rope, dtype_name = teacher.hf_config, rope_settings(teacher), str(dtype).removeprefix("torch.")
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
     kept = {name: value for name, value in teacher.config_values.items() if name not in ("auto_map", "_name_or_path")}
     return {
         **kept,
         **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act")},
-        "architectures": [written_as.architecture],
-        "model_type": written_as.model_type,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "hidden_size": shape.hidden_size,
         "head_dim": shape.head_dim,
         "num_hidden_layers": shape.num_layers,
@@ -55,12 +82,22 @@ def student_config(teacher: TeacherDescription, shape: ModelShape, *, dtype: tor
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
         "transformers_version": transformers.__version__,
-        **written_as.extra,
+        **family.config,
     }
 
 
-def model_card(*, teacher: TeacherDescription, student_hidden_size: int, tokens: int, steps: int, is_tied: bool) -> str:
-    """README.md of an exported student."""
+def model_card(
+    *,
+    teacher: TeacherDescription,
+    family: Family,
+    student_hidden_size: int,
+    tokens: int,
+    steps: int,
+    is_tied: bool,
+    losses: Mapping[str, float] | None = None,
+    settings: Iterable[str] = (),
+) -> str:
+    """README.md of an exported student. losses: of the last validation. settings: the run's flags, a line each."""
     shape, name = teacher.shape, teacher.directory.resolve().name
     heads = f"{shape.num_attention_heads} query, {shape.num_query_groups} key-value, {shape.head_dim} features each"
     return f"""---
@@ -80,7 +117,7 @@ nothing but the projections and the norm gains was trained. Everything else is t
 
 | | |
 |---|---|
-| transformers class | {student_class(teacher, student_hidden_size).architecture} |
+| transformers class | {family.architecture} |
 | layers | {shape.num_layers} |
 | heads | {heads} |
 | FFN width | {shape.ffn_hidden_size} |
@@ -88,6 +125,11 @@ nothing but the projections and the norm gains was trained. Everything else is t
 | embedding and LM head | {"tied" if is_tied else "untied"} |
 | training tokens | {tokens:,} |
 | optimizer steps | {steps:,} |
-
+{"".join(f"| {name.replace('_', ' ')}, held out | {value:.4f} |{chr(10)}" for name, value in (losses or {}).items())}
 `AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The teacher's licence applies.
-"""
+{_listed(settings)}"""
+
+
+def _listed(settings: Iterable[str]) -> str:
+    lines = "\n".join(settings)
+    return f"\n## Settings of the training that are not defaults\n\n```\n{lines}\n```\n" if lines else ""

@@ -138,6 +138,8 @@ class TeacherReader:
             return [f"tensor {name} in {file} has shape {found.get_shape()}, expected {list(weight.shape)}"]
         if found.get_dtype() not in _DTYPES:
             return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(_DTYPES)}"]
+        if weight.is_zero and bool(found[:].any()):
+            return [f"tensor {name} in {file} is not all zero, and a student has no place for it"]
         return []
 
     def _check_repeated_head(self, name: str) -> None:

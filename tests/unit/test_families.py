@@ -9,7 +9,15 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_teachers import LLAMA3_ROPE, write_llama, write_qwen2, write_qwen3
+from hf_teachers import (
+    LLAMA3_ROPE,
+    WRITERS,
+    write_llama,
+    write_llama_with_biases,
+    write_mistral,
+    write_qwen2,
+    write_qwen3,
+)
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import describe_teacher, expected_weights, rope_inverse_frequencies
 
@@ -33,7 +41,7 @@ def test_shape_is_read_from_config_json(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("write", [write_llama, write_qwen2, write_qwen3])
+@pytest.mark.parametrize("write", WRITERS)
 def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool, write: Callable) -> None:
     model = write(tmp_path / "teacher", is_tied=is_tied)
     description = describe_teacher(tmp_path / "teacher")
@@ -75,7 +83,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
     [
         ({"architectures": ["BertModel"]}, ["BertModel", "Supported: LlamaForCausalLM"]),
         ({"architectures": None}, ["Supported: LlamaForCausalLM"]),
-        ({"attention_bias": True}, ["attention_bias: true"]),
+        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, ["a mixture of experts", "not supported"]),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
+            ["sliding_window: 4096", "sliding_window: null only"],
+        ),
         ({"mlp_bias": True}, ["mlp_bias: true"]),
         ({"hidden_act": "gelu"}, ['hidden_act "gelu"', '"silu"']),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
@@ -98,7 +110,13 @@ def test_unsupported_config_is_refused_in_one_line(teacher: Path, changes: dict,
 
 @pytest.mark.parametrize(
     ("write", "has_qkv_bias", "has_qk_norm"),
-    [(write_llama, False, False), (write_qwen2, True, False), (write_qwen3, False, True)],
+    [
+        (write_llama, False, False),
+        (write_llama_with_biases, True, False),
+        (write_mistral, False, False),
+        (write_qwen2, True, False),
+        (write_qwen3, False, True),
+    ],
 )
 def test_shape_says_what_attention_has(tmp_path: Path, write: Callable, has_qkv_bias: bool, has_qk_norm: bool) -> None:
     write(tmp_path)
