@@ -159,8 +159,14 @@ class Config:
         return replace(teacher, hidden_size=self.model.student_hidden_size, is_tied=self.is_student_tied(teacher))
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values (section -> field -> value), for YAML and JSON."""
-        return asdict(self)
+        """Nested plain values (section -> field -> value), for YAML and JSON.
+
+        Steps counted from --train-epochs are left out: read back, they are counted again, for the batch size of then.
+        """
+        values = asdict(self)
+        if self.training.train_epochs:
+            values["training"]["train_iters"] = 0
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":

@@ -178,6 +178,9 @@ class TrainingConfig:
     train_iters: int = setting(
         0, "Optimizer steps of the whole run; 0 with --save writes the untrained student.", at_least=0
     )
+    train_epochs: int = setting(
+        0, "Instead of --train-iters: whole passes over all the training data, which has no weights then.", at_least=0
+    )
     bf16: bool = setting(False, "Parameters and activations in bfloat16; gradients and optimizer state stay fp32.")
     fp16: bool = setting(
         False, "Parameters and activations in float16, the loss scaled; gradients and optimizer state stay fp32."
@@ -221,6 +224,14 @@ class DataConfig:
     )
     tokenizer_model: str | None = setting(None, "Tokenizer directory. Default: --teacher.", metavar="DIR")
     eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
+    reset_attention_mask: bool = setting(
+        False, "Let a token attend to its own document only, which ends with the end-of-document token."
+    )
+    reset_position_ids: bool = setting(
+        False,
+        "Count positions (RoPE) from 0 in each document. With --reset-attention-mask it changes rounding only: RoPE is "
+        "relative.",
+    )
     num_workers: int = setting(
         0, "Processes that read data for each rank; 0 reads in the training process.", at_least=0
     )

@@ -122,6 +122,7 @@ def check_precision(config: Config) -> Iterator[str]:
 
 
 def check_schedule(config: Config) -> Iterator[str]:
+    """With --train-epochs what depends on the number of steps is seen only once they have been counted."""
     optimizer, train_iters = config.optimizer, config.training.train_iters
     if optimizer.lr_warmup_iters is not None and optimizer.lr_warmup_fraction is not None:
         yield "--lr-warmup-iters and --lr-warmup-fraction are both given. Keep one."
@@ -135,9 +136,12 @@ def check_schedule(config: Config) -> Iterator[str]:
 
 
 def check_data(config: Config) -> Iterator[str]:
-    data, train_iters = config.data, config.training.train_iters
+    data, train_iters, train_epochs = config.data, config.training.train_iters, config.training.train_epochs
     has_data = bool(data.data_path or data.train_data_path)
+    is_trained = train_iters > 0 or train_epochs > 0
     split = parse_split(data.split)
+    if train_iters > 0 and train_epochs > 0:
+        yield f"--train-iters {train_iters} and --train-epochs {train_epochs} are both given. Keep one, the other is 0."
     if data.data_path and (data.train_data_path or data.valid_data_path):
         yield (
             "--data-path goes with --split and cannot be combined with --train-data-path or --valid-data-path. "
@@ -147,16 +151,17 @@ def check_data(config: Config) -> Iterator[str]:
         yield "--valid-data-path without --train-data-path. Give both."
     if split is None:
         yield f"--split {data.split} is not up to three parts (train, validation, test) such as 969,30,1."
-    if train_iters > 0 and not has_data:
-        yield f"--train-iters {train_iters} needs training data. Give --data-path or --train-data-path."
+    if is_trained and not has_data:
+        given = f"--train-iters {train_iters}" if train_iters > 0 else f"--train-epochs {train_epochs}"
+        yield f"{given} needs training data. Give --data-path or --train-data-path."
     elif config.projection.init == "pca" and not has_data and config.checkpoint.load is None:
         yield "--init pca runs the teacher over training tokens. Give --data-path or --train-data-path."
-    if data.data_path and split is not None and train_iters > 0:
+    if data.data_path and split is not None and is_trained:
         if split[0] == 0:
             yield f"--split {data.split} leaves no training data. Give its first part a share."
         if config.logging.eval_iters > 0 and split[1] == 0:
             yield f"--split {data.split} leaves no validation data. Give its second part a share, or --eval-iters 0."
-    elif data.train_data_path and not data.valid_data_path and config.logging.eval_iters > 0 and train_iters > 0:
+    elif data.train_data_path and not data.valid_data_path and config.logging.eval_iters > 0 and is_trained:
         yield "--train-data-path without --valid-data-path leaves nothing to validate on. Give it, or --eval-iters 0."
     if data.tokenizer_model is not None and not Path(data.tokenizer_model).exists():
         yield f"--tokenizer-model {data.tokenizer_model} does not exist. Leave it out to take the teacher's."
@@ -170,7 +175,7 @@ def check_checkpoint(config: Config) -> Iterator[str]:
         yield f"--save {checkpoint.save} is a file. Give a directory, which is made if need be."
     if checkpoint.save is None and checkpoint.save_interval is not None:
         yield f"--save-interval {checkpoint.save_interval} without --save writes nothing. Give --save RUN."
-    if checkpoint.save is None and config.training.train_iters == 0:
+    if checkpoint.save is None and config.training.train_iters == config.training.train_epochs == 0:
         yield "--train-iters 0 without --save does nothing. Give --train-iters N, or --save RUN to write the start."
 
 

@@ -47,6 +47,26 @@ def in_fp64(model: PreTrainedModel) -> PreTrainedModel:
     return model.double().eval()
 
 
+def document_numbers(tokens: Tensor, eod: int) -> Tensor:
+    """[batch, sequence]: how many documents have ended before each token."""
+    is_end = (tokens == eod).long()
+    return is_end.cumsum(1) - is_end
+
+
+def positions_in_documents(tokens: Tensor, eod: int) -> Tensor:
+    """[batch, sequence]: how many tokens of its own document stand before each token."""
+    numbers = document_numbers(tokens, eod)
+    return (numbers[:, :, None] == numbers[:, None, :]).long().tril(-1).sum(-1)
+
+
+def causal_mask(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """[batch, 1, sequence, sequence], True where a token (third) attends to another (last). Never None: transformers
+    would guess documents from the position ids."""
+    size = tokens.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool).tril().expand(len(tokens), 1, -1, -1)
+    return causal if documents is None else causal & (documents[:, None, :, None] == documents[:, None, None, :])
+
+
 class Reference:
     """A teacher, and the student that projections and gains make of it."""
 
@@ -103,14 +123,19 @@ class Reference:
         temperature: float,
         attention_at_teacher_width: bool = False,
         detach_targets: bool = False,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Losses:
         """tokens, labels, mask: [batch, sequence]; labels are already shifted.
 
         attention_at_teacher_width: the released code's o term, the student's attention through the teacher's o matrix.
+        documents: [batch, sequence], the number of each token's document, the only one that it attends to.
+        positions: [batch, sequence], of each token for RoPE.
         """
         weights = self.student_weights(projections, norms)
-        teacher_logits = self.teacher(tokens).logits
-        student_logits = torch.func.functional_call(self.student, weights, (tokens,), tie_weights=False).logits
+        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": causal_mask(tokens, documents)}
+        teacher_logits = self.teacher(**inputs).logits
+        student_logits = torch.func.functional_call(self.student, weights, (), inputs, tie_weights=False).logits
         mask = mask.double()
         count = mask.sum()
 

@@ -16,3 +16,4 @@ def load_tool(name: str) -> ModuleType:
 
 
 convert_to_hf = load_tool("convert_to_hf").main
+convert_from_hf = load_tool("convert_from_hf").main

@@ -7,6 +7,7 @@ Everything else about the student comes from the checkpoint itself.
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_lrc.config import ConfigError
@@ -41,7 +42,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="Replace an earlier export in DIR, once the new one is complete."
     )
-    parser.add_argument("--no-verify", action="store_true", help="Skip loading the result with transformers.")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="Skip comparing the result's logits with the student's."
+    )
     return parser.parse_args(argv)
 
 
@@ -50,22 +53,15 @@ def convert(flags: argparse.Namespace) -> None:
     import torch  # imported here with the rest, so that --help answers at once
 
     from megatron_lrc.hf.export import export_student
-    from megatron_lrc.hf.families import describe_teacher
+    from megatron_lrc.hf.families import rope_inverse_frequencies
+    from megatron_lrc.hf.forward import fixed_tokens
     from megatron_lrc.hf.safetensors_writer import parse_size
     from megatron_lrc.hf.student_config import model_card, student_family
-    from megatron_lrc.hf.teacher import TeacherReader
-    from megatron_lrc.mcore.checkpoint import open_checkpoint
+    from megatron_lrc.mcore.layer_by_layer import layer_by_layer
+    from megatron_lrc.verify.sources import open_student
 
     max_shard_size = parse_size(flags.max_shard_size)
-    student = open_checkpoint(flags.load)
-    teacher = describe_teacher(flags.teacher or str(student.config.model.teacher))
-    fingerprint = TeacherReader(teacher).fingerprint()
-    if fingerprint != student.teacher_fingerprint:
-        raise ConfigError(
-            f"--teacher {teacher.directory} (fingerprint {fingerprint[:16]}) is not the teacher that {student.path} "
-            f"was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the directory of that teacher "
-            "with --teacher."
-        )
+    student, teacher = open_student(flags.load, flags.teacher)
     family = student_family(teacher, student.shape.hidden_size, flags.arch)
     card = model_card(
         teacher=teacher,
@@ -75,20 +71,24 @@ def convert(flags: argparse.Namespace) -> None:
         steps=student.step,
         is_tied=student.shape.is_tied,
     )
-    export_student(
-        teacher=teacher,
-        projections=student.projections,
-        norms=student.norms,
-        student_hidden_size=student.shape.hidden_size,
-        dtype=getattr(torch, flags.dtype) if flags.dtype else None,
-        output=flags.output,
-        arch=flags.arch,
-        save_projections=flags.save_projections,
-        model_card=card,
-        max_shard_size=max_shard_size,
-        force=flags.force,
-        verify=not flags.no_verify,
-    )
+    tokens = fixed_tokens(student.shape.vocab_size)
+    engine = layer_by_layer(student.shape, rope_inverse_frequencies(teacher), tokens)
+    with nullcontext() if flags.no_verify else engine as source:
+        export_student(
+            teacher=teacher,
+            projections=student.projections,
+            norms=student.norms,
+            student_hidden_size=student.shape.hidden_size,
+            dtype=getattr(torch, flags.dtype) if flags.dtype else None,
+            output=flags.output,
+            arch=flags.arch,
+            save_projections=flags.save_projections,
+            model_card=card,
+            max_shard_size=max_shard_size,
+            force=flags.force,
+            verify=not flags.no_verify,
+            source=source,
+        )
     print(f"{flags.output}: {family.architecture} of hidden size {student.shape.hidden_size}, step {student.step}")
 
 

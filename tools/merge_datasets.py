@@ -11,6 +11,7 @@ import sys
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.merging import MergeOptions, merge_datasets
+from megatron_lrc.data.writing import explain_os_error
 
 
 def parse_options(argv: list[str] | None) -> MergeOptions:
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         merge_datasets(options, report=lambda line: print(line, flush=True))
     except (ConfigError, OSError) as error:
-        print(f"merge_datasets.py: {error}", file=sys.stderr)
+        message = explain_os_error(error, options.output_prefix) if isinstance(error, OSError) else error
+        print(f"merge_datasets.py: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("merge_datasets.py: interrupted; nothing was written", file=sys.stderr)

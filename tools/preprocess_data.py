@@ -13,6 +13,8 @@ import sys
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
+from megatron_lrc.data.tiktoken_files import TiktokenOptions
+from megatron_lrc.data.writing import explain_os_error
 
 
 def positive(text: str) -> int:
@@ -45,18 +47,28 @@ def parse_options(argv: list[str] | None) -> IndexingOptions:
     )
     parser.add_argument(
         "--tokenizer-type",
-        choices=["HuggingFaceTokenizer", "SentencePieceTokenizer"],
+        choices=["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"],
         default="HuggingFaceTokenizer",
         help="kind of --tokenizer-model (default: HuggingFaceTokenizer)",
     )
     parser.add_argument(
-        "--tokenizer-model", required=True, metavar="PATH", help="tokenizer directory, or SentencePiece .model file"
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="tokenizer directory, SentencePiece .model file, or for TikTokenizer a rank file",
     )
+    add_tiktoken_flags(parser)
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's EOS token")
     parser.add_argument(
         "--eos-before-bos-after",
         action="store_true",
         help="join documents as EOS + text + BOS (the released code's way), instead of --append-eod",
+    )
+    parser.add_argument(
+        "--token-ids",
+        action="store_true",
+        help="the keys hold lists of token ids of this tokenizer instead of text, such as the released code's "
+        '{"input_ids": [...]}; with --json-keys input_ids',
     )
     parser.add_argument("--workers", type=positive, default=1, help="processes that encode (default: 1)")
     parser.add_argument(
@@ -68,7 +80,45 @@ def parse_options(argv: list[str] | None) -> IndexingOptions:
     parser.add_argument(
         "--log-interval", type=positive, default=10000, help="documents between progress lines (default: 10000)"
     )
-    return IndexingOptions(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    names = [name for name in values if name.startswith("tiktoken_")]
+    tiktoken = TiktokenOptions(**{name.removeprefix("tiktoken_"): values.pop(name) for name in names})
+    return IndexingOptions(**values, tiktoken=tiktoken)
+
+
+def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "TikTokenizer",
+        'The file has a line "BASE64 RANK" per token (special tokens follow the ranks, as in Llama 3), or is '
+        "Megatron-LM's JSON vocabulary (special tokens come first).",
+    )
+    group.add_argument(
+        "--tiktoken-pattern", metavar="PATTERN", help="how text is split: v1 or v2 (Megatron-LM's), llama3, or a regex"
+    )
+    group.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=int,
+        metavar="N",
+        help="all special tokens; those not named are called <SPECIAL_i> (default: the named ones; 1000 for JSON)",
+    )
+    group.add_argument(
+        "--tiktoken-special-tokens",
+        "--tokenizer-special-tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="names in the order of their ids (default: none; <unk> <s> </s> <mask> <pad> <cls> <sep> for JSON)",
+    )
+    for role, names in (("bos", "<s> or <|begin_of_text|>"), ("eos", "</s> or <|end_of_text|>")):
+        group.add_argument(
+            f"--tiktoken-{role}-token", metavar="TOKEN", help=f"which of them is {role.upper()} (default: {names})"
+        )
+    group.add_argument(
+        "--vocab-size",
+        dest="tiktoken_vocab_size",
+        type=positive,
+        metavar="N",
+        help="ids in all, special tokens included; the file's later ranks are cut off (default: all)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         index_documents(options, report=lambda line: print(line, flush=True))
     except (ConfigError, OSError) as error:
-        print(f"preprocess_data.py: {error}", file=sys.stderr)
+        message = explain_os_error(error, options.output_prefix) if isinstance(error, OSError) else error
+        print(f"preprocess_data.py: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("preprocess_data.py: interrupted; the same command goes on from here", file=sys.stderr)

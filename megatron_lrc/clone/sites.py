@@ -18,6 +18,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from megatron_lrc.config import ModelShape
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -62,6 +64,10 @@ class HeadLayout:
 
     head_dim: int
     queries_per_group: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> "HeadLayout":
+        return cls(shape.head_dim, shape.num_attention_heads // shape.num_query_groups)
 
     def rows_of(self, name: str) -> tuple[int, int]:
         """(start, length) of `name` within one KV group's rows."""

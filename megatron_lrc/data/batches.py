@@ -1,11 +1,13 @@
 """Micro-batches: which samples each data-parallel rank takes, and in which order.
 
-Step k uses samples [k * G, (k + 1) * G) of the dataset, G = global_batch_size, for any layout:
+A step of a run that has read `consumed` samples uses [consumed, consumed + G) of the dataset, G = global_batch_size,
+for any layout:
 
-    sample of (step k, micro-batch m, data-parallel rank r, position j)
-        = k * G + (m * dp_size + r) * micro_batch_size + j
+    sample of (micro-batch m of the step, data-parallel rank r, position j)
+        = consumed + (m * dp_size + r) * micro_batch_size + j
 
-so that a run continued on another number of processes sees the same global batches.
+so that a run continued on another number of processes sees the same global batches, and one continued with other batch
+sizes the same samples.
 """
 
 from collections.abc import Iterator
@@ -14,20 +16,32 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from megatron_lrc.data.checks import check_data
+from megatron_lrc.config import Config
+from megatron_lrc.data import checks
 from megatron_lrc.data.datasets import build_datasets, num_calibration_batches
+from megatron_lrc.data.verification import read_index
 
 __all__ = ["BatchIterator", "build_datasets", "check_data", "num_calibration_batches"]
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
+def check_data(config: Config, teacher_vocab_size: int) -> None:
+    """`checks.check_data`, then a look at every entry of every .idx.
+
+    On every rank, so that all refuse alike: 20 million documents take 0.2 s.
+    """
+    checks.check_data(config, teacher_vocab_size)
+    for prefix in checks.dataset_prefixes(checks.plan_data(config)):
+        read_index(prefix, allow_empty_documents=True)
+
+
 class BatchIterator:
     """The micro-batches of one data-parallel rank, in order, from global sample `consumed_samples` on.
 
     Each is a dict of tensors [micro_batch_size, seq_length] on `device`: tokens, labels, position_ids (int64),
-    loss_mask (fp32). Stops after the dataset's last full global batch, on every rank alike. `consumed_samples` counts
-    the samples of all ranks.
+    loss_mask (fp32). Stops where no full global batch is left in the dataset, on every rank alike. `consumed_samples`
+    counts the samples of all ranks.
     """
 
     def __init__(
@@ -44,10 +58,10 @@ class BatchIterator:
     ):
         self._samples_per_micro_batch = micro_batch_size * dp_size
         assert global_batch_size % self._samples_per_micro_batch == 0
-        assert consumed_samples % self._samples_per_micro_batch == 0
         self.consumed_samples = consumed_samples
         self._device = device
-        end = len(dataset) // global_batch_size * global_batch_size  # type: ignore[arg-type]
+        left = max(len(dataset) - consumed_samples, 0)  # type: ignore[arg-type]
+        end = consumed_samples + left // global_batch_size * global_batch_size
         starts = range(consumed_samples + dp_rank * micro_batch_size, end, self._samples_per_micro_batch)
         loader = DataLoader(
             dataset,

@@ -18,13 +18,14 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.data.eod_checks import check_eod, flags_that_need_eod
 from megatron_lrc.data.tokenizers import TokenizerIdentity, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _SCAN_TOKENS = 1 << 24  # token ids looked at together
 
 
@@ -60,26 +61,40 @@ class IndexedFile:
     def num_tokens(self) -> int:
         return int(self.lengths.sum(dtype=numpy.int64))
 
+    def documents(self, bounds: tuple[float, float]) -> range:
+        """The documents of a part, cut where megatron-core's BlendedMegatronDatasetBuilder cuts."""
+        return range(*(int(round(bound * float(len(self.lengths)))) for bound in bounds))
+
     def part(self, bounds: tuple[float, float]) -> numpy.ndarray:
-        """The lengths within a part, cut where megatron-core's BlendedMegatronDatasetBuilder cuts."""
-        first, last = (int(round(bound * float(len(self.lengths)))) for bound in bounds)
-        return self.lengths[first:last]
+        """The lengths within a part."""
+        documents = self.documents(bounds)
+        return self.lengths[documents.start : documents.stop]
 
 
 def check_data(config: Config, teacher_vocab_size: int) -> None:
     """Raises a ConfigError unless every dataset exists, is whole, is large enough and fits the teacher's vocabulary."""
-    plan = plan_data(config)
-    needs_data = config.training.train_iters > 0 or (config.projection.init == "pca" and config.checkpoint.load is None)
+    files = check_sizes(config)
+    if files:
+        _check_vocabulary(config, files, teacher_vocab_size)
+
+
+def check_sizes(config: Config) -> list[IndexedFile]:
+    """The part of `check_data` that needs neither teacher nor tokenizer; gives the datasets."""
+    plan, training = plan_data(config), config.training
     if plan.train is None:
-        if needs_data:
-            purpose = "--train-iters above 0" if config.training.train_iters > 0 else "--init pca (for its calibration)"
-            raise ConfigError(f"{purpose} needs training data. Give --data-path or --train-data-path a dataset prefix.")
-        return
-    files = {prefix: read_indexed_file(prefix) for prefix in _prefixes(plan)}
+        for purpose, is_asked in (
+            ("--train-iters above 0", training.train_iters > 0),
+            ("--train-epochs above 0", training.train_epochs > 0),
+            ("--init pca (for its calibration)", config.projection.init == "pca" and config.checkpoint.load is None),
+        ):
+            if is_asked:
+                raise ConfigError(f"{purpose} needs training data. Give --data-path or --train-data-path, as a prefix.")
+        return []
+    files = {prefix: read_indexed_file(prefix) for prefix in dataset_prefixes(plan)}
     for blend, part, what in ((plan.train, plan.train_part, "training"), (plan.valid, plan.valid_part, "validation")):
         for prefix in blend.prefixes if blend else []:
             _check_enough(files[prefix], part, what, config)
-    _check_vocabulary(config, list(files.values()), teacher_vocab_size)
+    return list(files.values())
 
 
 def plan_data(config: Config) -> DataPlan:
@@ -111,24 +126,25 @@ def read_indexed_file(prefix: str) -> IndexedFile:
                 "the data path, or write the dataset with tools/preprocess_data.py."
             )
     with open(idx_path, "rb") as file:
-        header = file.read(_HEADER.size)
-    fields = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0, 0, 0)
+        header = file.read(HEADER.size)
+    fields = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0, 0)
     magic, version, dtype_code, num_sequences, num_bounds = fields
-    if magic != _MAGIC or version != 1 or dtype_code not in _TOKEN_DTYPES:
+    if magic != MAGIC or version != 1 or dtype_code not in TOKEN_DTYPES:
         raise ConfigError(
             f"{idx_path} is not an index of megatron-core's format (header {header[:9]!r}). Write it with "
             "tools/preprocess_data.py."
         )
     if num_sequences == 0:
         raise ConfigError(f"{idx_path} holds no document. Write it again from text with tools/preprocess_data.py.")
-    _check_size(idx_path, _HEADER.size + 12 * num_sequences + 8 * num_bounds, "its header says", may_be_longer=True)
-    lengths = numpy.memmap(idx_path, dtype=numpy.int32, mode="r", offset=_HEADER.size, shape=(num_sequences,))
-    dtype = numpy.dtype(_TOKEN_DTYPES[dtype_code])
+    _check_size(idx_path, HEADER.size + 12 * num_sequences + 8 * num_bounds, "its header says", may_be_longer=True)
+    lengths = numpy.memmap(idx_path, dtype=numpy.int32, mode="r", offset=HEADER.size, shape=(num_sequences,))
+    dtype = numpy.dtype(TOKEN_DTYPES[dtype_code])
     _check_size(bin_path, int(lengths.sum(dtype=numpy.int64)) * dtype.itemsize, f"{idx_path} says")
     return IndexedFile(prefix=prefix, dtype=dtype, lengths=lengths, manifest=_read_manifest(prefix, lengths))
 
 
-def _prefixes(plan: DataPlan) -> list[str]:
+def dataset_prefixes(plan: DataPlan) -> list[str]:
+    """Each dataset once."""
     blends = [blend for blend in (plan.train, plan.valid) if blend]
     return list(dict.fromkeys(prefix for blend in blends for prefix in blend.prefixes))
 
@@ -238,11 +254,8 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
                 file.prefix,
             )
             _check_token_ids(file, teacher_vocab_size)
-    if (
-        config.data.tokenizer_model is None
-        and not config.data.eod_mask_loss
-        and not any(file.manifest for file in files)
-    ):
+    has_manifest = any(file.manifest for file in files)
+    if config.data.tokenizer_model is None and not flags_that_need_eod(config) and not has_manifest:
         return
     flag = "--tokenizer-model" if config.data.tokenizer_model else "--teacher"
     path = config.data.tokenizer_model or config.model.teacher
@@ -254,10 +267,7 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
             f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the teacher "
             f"{config.model.teacher} has {teacher_vocab_size}. Use the teacher's own tokenizer with --tokenizer-model."
         )
-    if config.data.eod_mask_loss and tokenizer.eod is None:
-        raise ConfigError(
-            f"--eod-mask-loss needs an end-of-document token, but the tokenizer of {flag} {path} has no EOS token."
-        )
+    check_eod(config, tokenizer.eod, f"{flag} {path}", {file.prefix: file.manifest for file in files})
     for file in files:
         if file.manifest and file.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
             made_with = file.manifest["tokenizer"]

@@ -1,12 +1,9 @@
-"""A run's training and validation datasets: megatron-core's GPTDataset, blended where several prefixes are given.
+"""A run's training and validation datasets: megatron-core's GPTDataset in the order of `sample_order.py`.
 
-megatron-core caches the maps from samples to documents. Here each request (data, sizes, seed, length, split) has a
-folder of its own, named by a hash over all of it, the .idx bytes included: data written anew under an old prefix cannot
-meet stale maps. Rank 0 fills the folder under a temporary name, so that one which exists is complete.
-
-The order of samples follows from seed, data and the number of samples asked for: GPTDataset shuffles all epochs but
-the last together. The number is a function of the configuration alone; changing --train-iters can change the order if
-the data is passed over more than once.
+The maps from samples to documents are cached. Each request (data, order, how many samples) has a folder of its own,
+named by a hash over all of it, the .idx bytes included: data written anew under an old prefix cannot meet stale maps,
+and maps built elsewhere (tools/build_index_cache.py) are found. Rank 0 fills the folder under a temporary name, so that
+one which exists is complete.
 """
 
 import contextlib
@@ -16,36 +13,73 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
+import numpy
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.data.checks import Blend, DataPlan, identity_of, plan_data, read_indexed_file
+from megatron_lrc.data.checks import DataPlan, identity_of, plan_data, read_indexed_file
+from megatron_lrc.data.eod_checks import flags_that_need_eod
+from megatron_lrc.data.sample_order import SampleOrder
 from megatron_lrc.data.tokenizers import TokenizerIdentity, load_tokenizer
 
+T = TypeVar("T")
 
-def build_datasets(config: Config) -> tuple[Dataset | None, Dataset | None]:
+
+def build_datasets(
+    config: Config, *, step: int = 0, consumed_samples: int = 0
+) -> tuple["OrderedDataset | None", "OrderedDataset | None"]:
     """The training and validation datasets; None where the flags give none. Collective: every rank calls it.
 
-    `check_data` has passed. The training dataset holds at least the samples of --train-iters and of the calibration.
+    `check_data` has passed. The training dataset holds at least the samples of the calibration and those up to
+    --train-iters, for a run that has read `consumed_samples` in `step` steps.
     """
     plan = plan_data(config)
     if plan.train is None:
         return None, None
-    _require_compiled_helpers()
-    request = _Request.of(config, plan)
-    folder = os.path.join(
-        config.data.data_cache_path or os.path.join(os.path.dirname(plan.train.prefixes[0]), "cache"), request.digest()
-    )
-    with _process_group():
-        if not _is_cached(folder):
-            _fill_cache(request, folder)
-        train, valid, _ = request.build(folder, is_built_on_rank=lambda: True)
-    return train, valid
+    request = Request.of(config, plan, step=step, consumed_samples=consumed_samples)
+    request.fill_cache()
+    return request.open(config, plan)
+
+
+def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int = 0) -> Config:
+    """A copy in which --train-iters is what --train-epochs N comes to; the same Config without --train-epochs.
+
+    An epoch is one pass over every training dataset (`sample_order.py`): each token is an input once, and a label once.
+    Left out are, per dataset and pass, the tokens after its last whole sample: at most seq_length, other ones each
+    time; and at the end of the run the samples that fill no global batch. `step` and `consumed_samples` say where a
+    resumed run stands: it takes the samples that are left, whatever its batch size was.
+    """
+    num_epochs, batch_size = config.training.train_epochs, config.training.global_batch_size
+    plan = plan_data(config)
+    if not num_epochs or plan.train is None:
+        return config
+    assert batch_size is not None, "the configuration has been resolved"
+    order = _training_order(config, plan)
+    if plan.train.weights:
+        raise ConfigError(
+            f"--train-epochs {num_epochs} passes over every dataset equally often, which the weights of "
+            f"{plan.train.flag} contradict. Leave the weights out, or give --train-iters instead."
+        )
+    num_samples = num_epochs * order.samples_per_pass
+    if num_samples < consumed_samples:
+        raise ConfigError(
+            f"--train-epochs {num_epochs} is {num_samples} samples, but the checkpoint of --load has read "
+            f"{consumed_samples}. Use more epochs to train further."
+        )
+    train_iters = step + (num_samples - consumed_samples) // batch_size
+    if train_iters == 0:
+        raise ConfigError(
+            f"--train-epochs {num_epochs} is {num_samples} samples, and one step takes --global-batch-size "
+            f"{batch_size}. Use more epochs or a smaller batch."
+        )
+    return replace(config, training=replace(config.training, train_iters=train_iters))
 
 
 def num_calibration_batches(config: Config) -> int:
@@ -59,100 +93,147 @@ def num_calibration_batches(config: Config) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
-    """Everything that decides what megatron-core builds."""
+class Request:
+    """The maps that a run needs, and the folder where they are kept."""
 
-    plan: DataPlan
-    sizes: tuple[int, int]  # samples of training and validation
-    seq_length: int
-    seed: int
-    eod_mask_loss: bool
-    tokenizer: TokenizerIdentity
+    orders: dict[str, SampleOrder]  # "train", and "valid" if there is any
+    sizes: dict[str, int]  # samples that are drawn of each
+    parent: str
 
     @classmethod
-    def of(cls, config: Config, plan: DataPlan) -> "_Request":
-        batch_size = config.training.global_batch_size
+    def of(cls, config: Config, plan: DataPlan, *, step: int = 0, consumed_samples: int = 0) -> "Request":
+        assert plan.train is not None
+        training, batch_size = config.training, config.training.global_batch_size
         assert batch_size is not None, "the configuration has been resolved before datasets are built"
-        num_batches = max(config.training.train_iters, num_calibration_batches(config), 1)
+        orders = {"train": _training_order(config, plan)}
+        ahead = max(training.train_iters - step, 0) * batch_size
+        sizes = {"train": max(consumed_samples + ahead, max(num_calibration_batches(config), 1) * batch_size)}
+        if plan.valid:
+            orders["valid"] = SampleOrder.of(
+                plan.valid, plan.valid_part, seq_length=training.seq_length, seed=training.seed
+            )
+            sizes["valid"] = config.logging.eval_iters * batch_size
         return cls(
-            plan=DataPlan(
-                train=_with_weights(plan.train),
-                valid=_with_weights(plan.valid),
-                train_part=plan.train_part,
-                valid_part=plan.valid_part,
-            ),
-            sizes=(num_batches * batch_size, config.logging.eval_iters * batch_size),
-            seq_length=config.training.seq_length,
-            seed=config.training.seed,
+            orders=orders,
+            sizes=sizes,
+            parent=config.data.data_cache_path or os.path.join(os.path.dirname(plan.train.prefixes[0]), "cache"),
+        )
+
+    @cached_property
+    def reaches(self) -> dict[str, int]:
+        """Samples that each one's maps reach to."""
+        return {name: order.reach(self.sizes[name]) for name, order in self.orders.items()}
+
+    @cached_property
+    def folder(self) -> str:
+        parts = [[name, order.identity, self.reaches[name]] for name, order in self.orders.items()]
+        return os.path.join(self.parent, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32])
+
+    def fill_cache(self) -> bool:
+        """Have the maps built by rank 0 unless they are there: whether they were. Collective; ConfigError alike."""
+        _require_compiled_helpers()
+        return _on_first_rank(self._fill_cache)
+
+    def _fill_cache(self) -> bool:
+        folder = self.folder
+        temporary = f"{folder}.tmp-{os.getpid()}"
+        try:
+            os.makedirs(self.parent, exist_ok=True)
+            if os.path.isdir(folder):
+                return True
+            try:
+                self.write_maps(temporary)
+                with contextlib.suppress(OSError):  # another run has just finished the same folder: use that one
+                    os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The dataset's index maps cannot be kept in {self.parent} ({error.strerror or error}). Give "
+                "--data-cache-path a folder that can be written and that every node sees."
+            ) from error
+        return False
+
+    def write_maps(self, folder: str) -> None:
+        os.makedirs(folder)
+        for name, order in self.orders.items():
+            blending = order.blending(self.reaches[name])
+            for kind, numbers in zip(("datasets", "numbers"), blending or (), strict=False):
+                numpy.save(os.path.join(folder, f"{name}-{kind}.npy"), numbers)
+            passes = order.passes(self.reaches[name], blending and blending[0])
+            for index, (source, num_passes) in enumerate(zip(order.sources, passes, strict=True)):
+                for kind, numbers in source.maps(order.seed, num_passes).items():
+                    numpy.save(os.path.join(folder, f"{name}-{index}-{kind}.npy"), numbers)
+
+    def open(self, config: Config, plan: DataPlan) -> tuple["OrderedDataset", "OrderedDataset | None"]:
+        """The datasets, from a filled cache."""
+        from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+        from megatron_lrc.data.passes import RepeatedDataset
+
+        prefixes = [source.file.prefix for source in self.orders["train"].sources]
+        gpt_config = GPTDatasetConfig(
+            random_seed=config.training.seed,
+            sequence_length=config.training.seq_length,
+            blend_per_split=[(prefixes, None), None, None],  # or it would take itself for mock data
+            tokenizer=_tokenizer_identity(config, plan),  # type: ignore[arg-type]
+            reset_position_ids=config.data.reset_position_ids or config.data.reset_attention_mask,
+            reset_attention_mask=False,  # made of the position ids, in mcore/attention.py
             eod_mask_loss=config.data.eod_mask_loss,
-            tokenizer=_tokenizer_identity(config, plan),
-        )
-
-    def digest(self) -> str:
-        """Hash over the request, the .idx files (which alone decide the maps) and megatron-core's version."""
-        from megatron.core import __version__ as megatron_version
-
-        blends = [blend for blend in (self.plan.train, self.plan.valid) if blend]
-        digest = hashlib.sha256(json.dumps([asdict(self), megatron_version], sort_keys=True).encode())
-        for prefix in dict.fromkeys(prefix for blend in blends for prefix in blend.prefixes):
-            with open(f"{prefix}.idx", "rb") as file:
-                while piece := file.read(1 << 24):
-                    digest.update(piece)
-        return digest.hexdigest()[:32]
-
-    def build(self, cache: str, *, is_built_on_rank: Callable[[], bool]) -> list[Any]:
-        """[training, validation, test (always None)] from megatron-core, with its maps in `cache`."""
-        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-        train, valid = (_as_megatron_blend(blend) for blend in (self.plan.train, self.plan.valid))
-        assert self.plan.train is not None
-        is_split = self.plan.train.flag == "--data-path"
-        dataset_config = GPTDatasetConfig(
-            random_seed=self.seed,
-            sequence_length=self.seq_length,
-            blend=train if is_split else None,
-            blend_per_split=None if is_split else [train, valid, None],
-            split="1,0,0" if is_split else None,
-            path_to_cache=cache,
-            tokenizer=self.tokenizer,  # type: ignore[arg-type]
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=self.eod_mask_loss,
             create_attention_mask=False,
-            mid_level_dataset_surplus=self._surplus(),
         )
-        if is_split:
-            # The parts as checked. No test part: where it rounds to no document, GPTDataset would count epochs forever.
-            dataset_config.split_matrix = [self.plan.train_part, self.plan.valid_part if valid else None, None]  # type: ignore[list-item]
-        return BlendedMegatronDatasetBuilder(GPTDataset, [*self.sizes, 0], is_built_on_rank, dataset_config).build()
 
-    def _surplus(self) -> float:
-        """Extra samples to build of each dataset in a blend, as a fraction.
+        def open_order(name: str) -> OrderedDataset:
+            order, datasets = self.orders[name], []
+            for index, source in enumerate(order.sources):
+                maps = {kind: self.load(f"{name}-{index}-{kind}") for kind in ("documents", "samples", "shuffle")}
+                datasets.append(RepeatedDataset(source.file.prefix, source.documents, maps, gpt_config))
+            is_blend = len(datasets) > 1
+            blending = (self.load(f"{name}-datasets"), self.load(f"{name}-numbers")) if is_blend else None
+            return OrderedDataset(order, self.reaches[name], datasets, blending)
 
-        megatron-core blends sum_i ceil(size * w_i) samples but builds ceil(size * w_i) * (1 + surplus) of dataset i.
-        With its default of 0.005, a small size and uneven weights ask for more than there are: an IndexError on rank 0.
-        """
-        surplus = 0.005
-        for blend, size in zip((self.plan.train, self.plan.valid), self.sizes, strict=True):
-            if blend and blend.weights and size:
-                targets = [math.ceil(size * weight / sum(blend.weights)) for weight in blend.weights]
-                for target, weight in zip(targets, blend.weights, strict=True):
-                    most = sum(targets) * weight / sum(blend.weights) + 2  # blending keeps within one of proportion
-                    surplus = max(surplus, most / target - 1)
-        return surplus
+        return open_order("train"), open_order("valid") if "valid" in self.orders else None
+
+    def load(self, name: str) -> numpy.ndarray:
+        """An array of the filled cache, memory-mapped."""
+        return numpy.load(os.path.join(self.folder, f"{name}.npy"), mmap_mode="r")
 
 
-def _with_weights(blend: Blend | None) -> Blend | None:
-    """Several prefixes without weights: by tokens. megatron-core itself would stop after one pass over the data."""
-    if blend is None or len(blend.prefixes) == 1:
-        return blend and Blend(flag=blend.flag, prefixes=blend.prefixes, weights=None)
-    weights = blend.weights or [float(read_indexed_file(prefix).num_tokens) for prefix in blend.prefixes]
-    return Blend(flag=blend.flag, prefixes=blend.prefixes, weights=weights)
+class OrderedDataset(Dataset[dict[str, Tensor]]):
+    """The first samples of an order: tokens, labels, position_ids, loss_mask, each [seq_length]."""
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        size: int,
+        datasets: list[Dataset],
+        blending: tuple[numpy.ndarray, numpy.ndarray] | None,
+    ):
+        self.order, self._size, self._datasets, self._blending = order, size, datasets, blending
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        which, number = self.place(index)
+        return self._datasets[which][number]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Sample `index` as (dataset, number there), both from 0. The number counts on from pass to pass."""
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        if self._blending is None:
+            return 0, index
+        datasets, numbers = self._blending
+        round_number, place = divmod(index, len(datasets))
+        which = int(datasets[place])
+        return which, int(numbers[place]) + round_number * self.order.sources[which].samples_per_pass
 
 
-def _as_megatron_blend(blend: Blend | None) -> tuple[list[str], list[float] | None] | None:
-    return (blend.prefixes, blend.weights) if blend else None
+def _training_order(config: Config, plan: DataPlan) -> SampleOrder:
+    assert plan.train is not None
+    training = config.training
+    return SampleOrder.of(plan.train, plan.train_part, seq_length=training.seq_length, seed=training.seed)
 
 
 def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
@@ -161,7 +242,7 @@ def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     manifest = read_indexed_file(plan.train.prefixes[0]).manifest
     if manifest:
         return identity_of(manifest)
-    if config.data.eod_mask_loss:
+    if flags_that_need_eod(config):
         path = config.data.tokenizer_model or config.model.teacher
         assert path is not None
         tokenizer = load_tokenizer(path)
@@ -169,52 +250,20 @@ def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     return TokenizerIdentity(fingerprint="unknown", vocab_size=0, eod=None)
 
 
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """The run's process group, or one of a single process: megatron-core 0.16's BlendedDataset always wants a rank."""
-    if dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _is_cached(folder: str) -> bool:
-    """Whether the folder is there, as rank 0 sees it; makes its parent. The same answer or error on every rank."""
-    answer: list[bool | str] = [False]
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, or its ConfigError, on every rank; alone without a process group."""
+    if not dist.is_initialized():
+        return work()
+    answer: list[T | ConfigError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            os.makedirs(os.path.dirname(folder), exist_ok=True)
-            answer = [os.path.isdir(folder)]
-            if not os.path.isdir(folder) and not os.access(os.path.dirname(folder), os.W_OK):
-                answer = ["it is not writable"]
-        except OSError as error:
-            answer = [str(error.strerror)]
+            answer = [work()]
+        except ConfigError as error:
+            answer = [ConfigError(str(error))]
     dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise ConfigError(
-            f"The dataset's index maps cannot be kept in {os.path.dirname(folder)} ({answer[0]}). Give "
-            "--data-cache-path a folder that can be written and that every node sees."
-        )
-    return answer[0]
-
-
-def _fill_cache(request: _Request, folder: str) -> None:
-    """Rank 0 builds the maps under a temporary name, then renames it; the others wait in megatron-core's barriers."""
-    is_rank_0 = dist.get_rank() == 0
-    temporary = f"{folder}.tmp-{os.getpid()}"
-    try:
-        request.build(temporary, is_built_on_rank=lambda: is_rank_0)
-        if is_rank_0:
-            with contextlib.suppress(OSError):  # another run has just finished the same folder: use that one
-                os.rename(temporary, folder)
-    finally:
-        if is_rank_0:
-            shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
+    if isinstance(answer[0], ConfigError):
+        raise answer[0]
+    return answer[0]  # type: ignore[return-value]
 
 
 def _require_compiled_helpers() -> None:

@@ -1,11 +1,12 @@
 """Raw lines to token arrays: the part of data preparation that runs in worker processes.
 
-    files -> chunks of raw lines -> [decode, parse, encode: in worker processes] -> encoded chunks, in order
+    files -> chunks -> [read, decode, parse, encode: in worker processes] -> encoded chunks, in order
 
-Workers receive raw bytes and give back token arrays, so the one reader and the one writer in the main process do no
-text work. Encoded chunks are taken in the order they were read and only a few are under way at a time: the output is
-the same bytes for any number of workers, and memory stays flat however long the input is (multiprocessing's imap would
-read all of it ahead).
+A chunk of a plain file says from where to where; the worker reads it, one huge file by all of them together. What is
+packed, or a table, is read by the main process, and the worker receives raw lines. Workers give back token arrays, so
+that the main process does no text work. Encoded chunks are taken in the order of the lines and only a few are under
+way at a time: the output is the same bytes for any number of workers, and memory stays flat however long the input is
+(multiprocessing's imap would read all of it ahead).
 """
 
 import json
@@ -26,37 +27,59 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.restart import Position
-from megatron_lrc.data.sources import Source
+from megatron_lrc.data.sources import Source, is_divisible
 from megatron_lrc.data.tokenizers import ChatTemplate, Encode
 
-CHUNK_BYTES = (
-    256 * 1024
-)  # of raw lines per unit of work: large against the cost of handing it over, small against memory
+CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory
 CHUNKS_AHEAD_PER_WORKER = 4
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud83d; no UTF-8 can
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Consecutive raw lines of one file."""
+    """Consecutive lines of one file: the lines, or where whoever encodes them finds them in the file."""
 
     source: str
-    first_line: int  # counted from 1
-    lines: list[bytes]
+    start: int  # byte of the file, where `lines` is None
+    num_bytes: int  # of text
+    lines: list[bytes] | None
     disk_bytes: int  # of the file, packed as it may be, that these lines took; about
-    end: Position  # where the next chunk begins
+    is_last: bool  # of its file
+
+    def read(self) -> list[bytes]:
+        """The lines. ConfigError if the file no longer has them."""
+        if self.lines is not None:
+            return self.lines
+        with open(self.source, "rb") as file:
+            file.seek(self.start)
+            text = file.read(self.num_bytes)
+        if len(text) < self.num_bytes:
+            raise ConfigError(f"{self.source} became shorter while it was read. Start again when nothing writes to it.")
+        return text.removesuffix(b"\n").split(b"\n")
 
 
 @dataclass(kw_only=True)
 class EncodedChunk:
     """The documents of one chunk, in order, for each JSON key."""
 
+    source: str
     tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
     lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
-    bad_lines: list[str]  # "FILE:LINE: what is wrong"
-    num_bytes: int  # of lines
+    bad_lines: list[tuple[int, str]]  # (line of the chunk, from 0; what is wrong with it)
+    num_lines: int
+    num_bytes: int
     disk_bytes: int
-    end: Position
+    is_last: bool
+
+    def end(self, start: Position) -> Position:
+        """Where the next chunk begins, if this one begins at `start`."""
+        if self.is_last:
+            return Position(source=start.source + 1)
+        return replace(start, lines=start.lines + self.num_lines, num_bytes=start.num_bytes + self.num_bytes)
+
+    def name_bad_lines(self, start: Position) -> list[str]:
+        """ "FILE:LINE: what is wrong" of each bad line, if this chunk begins at `start`."""
+        return [f"{self.source}:{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,43 +88,56 @@ class ChunkEncoder:
 
     keys: list[str]
     encode_batch: Encode
+    vocab_size: int
     before: list[int] = field(default_factory=list)  # ids that go round every document
     after: list[int] = field(default_factory=list)
     chat: ChatTemplate | None = None
+    has_token_ids: bool = False  # the keys hold token ids, not text
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        texts: dict[str, list[str]] = {key: [] for key in self.keys}
+        lines = chunk.read()
+        documents: dict[str, list[str | list[int]]] = {key: [] for key in self.keys}
         bad_lines = []
-        for line_number, line in enumerate(chunk.lines, start=chunk.first_line):
+        for number, line in enumerate(lines):
             if not line.strip():
                 continue
             try:
-                for key, text in zip(self.keys, parse_line(line, self.keys, self.chat), strict=True):
-                    texts[key].append(text)
+                for key, document in zip(self.keys, self._parse(line), strict=True):
+                    documents[key].append(document)
             except ConfigError as error:
-                bad_lines.append(f"{chunk.source}:{line_number}: {error}")
+                bad_lines.append((number, str(error)))
         tokens, lengths = {}, {}
         for key in self.keys:
-            documents = self.encode_batch(texts[key]) if texts[key] else []
-            if self.before or self.after:
-                documents = [[*self.before, *ids, *self.after] if ids else ids for ids in documents]
-            lengths[key] = [len(document) for document in documents]
-            tokens[key] = numpy.fromiter(chain.from_iterable(documents), dtype=numpy.int32, count=sum(lengths[key]))
+            encoded = self._encode(documents[key])
+            lengths[key] = [len(ids) for ids in encoded]
+            tokens[key] = numpy.fromiter(chain.from_iterable(encoded), dtype=numpy.int32, count=sum(lengths[key]))
         return EncodedChunk(
+            source=chunk.source,
             tokens=tokens,
             lengths=lengths,
             bad_lines=bad_lines,
-            num_bytes=sum(map(len, chunk.lines)),
+            num_lines=len(lines),
+            num_bytes=chunk.num_bytes,
             disk_bytes=chunk.disk_bytes,
-            end=chunk.end,
+            is_last=chunk.is_last,
         )
 
+    def _parse(self, line: bytes) -> list[str | list[int]]:
+        values = parse_line(line, self.keys)
+        if self.has_token_ids:
+            return [check_ids(value, key, self.vocab_size) for key, value in zip(self.keys, values, strict=True)]
+        return [as_text(value, key, self.chat) for key, value in zip(self.keys, values, strict=True)]
 
-def parse_line(line: bytes, keys: list[str], chat: ChatTemplate | None = None) -> list[str]:
-    """The texts under `keys` of one JSON line; a list of messages is rendered by `chat`.
+    def _encode(self, documents: list[str | list[int]]) -> list[list[int]]:
+        texts = iter(self.encode_batch([document for document in documents if isinstance(document, str)]))
+        encoded = [next(texts) if isinstance(document, str) else document for document in documents]
+        if self.before or self.after:
+            encoded = [[*self.before, *ids, *self.after] if ids else ids for ids in encoded]
+        return encoded
 
-    The message of the ConfigError completes "FILE:LINE: ".
-    """
+
+def parse_line(line: bytes, keys: list[str]) -> list[Any]:
+    """The values under `keys` of one JSON line. The message of the ConfigError completes "FILE:LINE: "."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -113,19 +149,35 @@ def parse_line(line: bytes, keys: list[str], chat: ChatTemplate | None = None) -
     for key in keys:
         if key not in record:
             raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
-        if isinstance(record[key], list):
-            record[key] = render_messages(record[key], key, chat)
-        if not isinstance(record[key], str):
-            raise ConfigError(f"the value of {key!r} is a {type(record[key]).__name__}, not text")
-        if _SURROGATE.search(record[key]):
-            raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
     return [record[key] for key in keys]
+
+
+def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
+    """A list of token ids. ConfigError as of `parse_line`."""
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ConfigError(f"the value of {key!r} is not a list of token ids, which --token-ids expects")
+    if value and not (min(value) >= 0 and max(value) < vocab_size):
+        wrong = next(item for item in value if not 0 <= item < vocab_size)
+        raise ConfigError(f"the value of {key!r} holds {wrong}, but the tokenizer's ids are 0 to {vocab_size - 1}")
+    return value
+
+
+def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
+    """Text as it is, or rendered from a chat. ConfigError as of `parse_line`."""
+    if isinstance(value, list):
+        value = render_messages(value, key, chat)
+    if not isinstance(value, str):
+        raise ConfigError(f"the value of {key!r} is a {type(value).__name__}, not text")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
+    return value
 
 
 def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
     if not all(isinstance(message, dict) and "role" in message for message in messages):
         raise ConfigError(
-            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}}'
+            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}} (for a list '
+            "of token ids add --token-ids)"
         )
     if chat is None:
         raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
@@ -134,27 +186,53 @@ def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) ->
 
 def read_chunks(paths: list[str], keys: list[str], start: Position | None = None) -> Iterator[Chunk]:
     """All lines of all files from `start` on, in order. A chunk never spans two files. keys: see `sources.Source`."""
-    here = start or Position()
-    while here.source < len(paths):
-        source = Source(paths[here.source], keys, start=here)
-        counted = source.position
-        lines: list[bytes] = []
-        num_bytes = 0
-        for line in source:
-            lines.append(line)
-            num_bytes += len(line)
-            if num_bytes >= CHUNK_BYTES:
-                end = replace(here, lines=here.lines + len(lines), num_bytes=here.num_bytes + num_bytes)
-                yield _chunk(source, here, lines, end, source.position - counted)
-                here, lines, num_bytes, counted = end, [], 0, source.position
-        next_file = Position(source=here.source + 1)
-        if lines:
-            yield _chunk(source, here, lines, next_file, source.size - counted)
-        here = next_file
+    start = start or Position()
+    for path in paths[start.source :]:
+        if is_divisible(path):
+            yield from _divide(path, start.num_bytes)
+        else:
+            yield from _unpack(Source(path, keys, skip_lines=start.lines))
+        start = Position()
 
 
-def _chunk(source: Source, start: Position, lines: list[bytes], end: Position, disk_bytes: int) -> Chunk:
-    return Chunk(source=source.path, first_line=start.lines + 1, lines=lines, disk_bytes=disk_bytes, end=end)
+def _divide(path: str, start: int) -> Iterator[Chunk]:
+    """A file of plain lines, from byte `start` on, in parts that end with a line. The lines themselves are not read."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        while True:  # at least once: an empty file has a last chunk too
+            file.seek(max(min(start + CHUNK_BYTES, size) - 1, start))
+            file.readline()
+            end = file.tell()
+            yield _chunk(path, start=start, num_bytes=end - start, disk_bytes=end - start, is_last=end >= size)
+            if end >= size:
+                return
+            start = end
+
+
+def _unpack(source: Source) -> Iterator[Chunk]:
+    """A file that only one process can read, in its order."""
+    lines: list[bytes] = []
+    num_bytes = counted = 0
+    for line in source:
+        lines.append(line)
+        num_bytes += len(line)
+        if num_bytes >= CHUNK_BYTES:
+            position = source.position
+            yield _chunk(source.path, lines=lines, num_bytes=num_bytes, disk_bytes=position - counted)
+            lines, num_bytes, counted = [], 0, position
+    yield _chunk(source.path, lines=lines, num_bytes=num_bytes, disk_bytes=source.size - counted, is_last=True)
+
+
+def _chunk(
+    source: str,
+    *,
+    num_bytes: int,
+    disk_bytes: int,
+    start: int = 0,
+    lines: list[bytes] | None = None,
+    is_last: bool = False,
+) -> Chunk:
+    return Chunk(source=source, start=start, num_bytes=num_bytes, lines=lines, disk_bytes=disk_bytes, is_last=is_last)
 
 
 _worker_encoder: ChunkEncoder | None = None  # set once in each worker process

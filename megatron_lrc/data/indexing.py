@@ -11,14 +11,16 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.byte_pair import fastest
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
 from megatron_lrc.data.restart import Done, Journal
 from megatron_lrc.data.sources import find_files
+from megatron_lrc.data.tiktoken_files import TiktokenOptions
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
 from megatron_lrc.data.writing import DatasetWriter, make_folder_of, publish
 
@@ -31,9 +33,11 @@ class IndexingOptions:
     output_prefix: str
     tokenizer_model: str
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
+    tiktoken: TiktokenOptions = field(default_factory=TiktokenOptions)
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     append_eod: bool = False
     eos_before_bos_after: bool = False
+    token_ids: bool = False
     workers: int = 1
     on_bad_line: Literal["fail", "skip"] = "fail"
     log_interval: int = 10000
@@ -74,10 +78,16 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
     sources = check_paths(options, prefixes)
-    tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type)
+    tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type, options.tiktoken)
     before, after = document_ends(options, tokenizer)
     encoder = ChunkEncoder(
-        keys=keys, encode_batch=tokenizer.encode_batch, before=before, after=after, chat=tokenizer.chat
+        keys=keys,
+        encode_batch=fastest(tokenizer.encode_batch),
+        vocab_size=tokenizer.vocab_size,
+        before=before,
+        after=after,
+        chat=tokenizer.chat,
+        has_token_ids=options.token_ids,
     )
     journal = Journal(f"{options.output_prefix}.unfinished.json", identity_of(options, sources, tokenizer))
     done = journal.read()
@@ -133,7 +143,12 @@ def identity_of(options: IndexingOptions, sources: list[dict[str, Any]], tokeniz
         "sources": [{**source, "modified": os.stat(source["path"]).st_mtime_ns} for source in sources],
         "keys": options.json_keys,
         "joining": [options.append_eod, options.eos_before_bos_after],
-        "tokenizer": [tokenizer.fingerprint, tokenizer.chat.template if tokenizer.chat else None],
+        "token_ids": options.token_ids,
+        "tokenizer": [
+            tokenizer.fingerprint,
+            tokenizer.encoding_identity,
+            tokenizer.chat.template if tokenizer.chat else None,
+        ],
     }
 
 
@@ -186,17 +201,18 @@ def write_chunks(
 
     try:
         for encoded in encoded_chunks:
-            if encoded.bad_lines and options.on_bad_line == "fail":
-                raise ConfigError(f"{encoded.bad_lines[0]}. Mend the line, or use --on-bad-line skip.")
+            bad_lines = encoded.name_bad_lines(done.position)
+            if bad_lines and options.on_bad_line == "fail":
+                raise ConfigError(f"{bad_lines[0]}. Mend the line, or use --on-bad-line skip.")
             for key, writer in writers.items():
                 writer.add(encoded.tokens[key], encoded.lengths[key])
             # In one assignment: an interrupt may come anywhere, and position and counts have to belong together.
             done = replace(
                 done,
-                position=encoded.end,
+                position=encoded.end(done.position),
                 counts={key: writer.counts for key, writer in writers.items()},
-                bad_lines=done.bad_lines + len(encoded.bad_lines),
-                first_bad_line=done.first_bad_line or next(iter(encoded.bad_lines), ""),
+                bad_lines=done.bad_lines + len(bad_lines),
+                first_bad_line=done.first_bad_line or next(iter(bad_lines), ""),
                 text_bytes=done.text_bytes + encoded.num_bytes,
                 disk_bytes=done.disk_bytes + encoded.disk_bytes,
             )
@@ -230,6 +246,7 @@ def make_manifest(
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod": tokenizer.eod,
+            **({"tiktoken": asdict(options.tiktoken)} if options.tokenizer_type == "TikTokenizer" else {}),
         },
         "documents": writer.documents,
         "tokens": writer.tokens,
@@ -241,6 +258,7 @@ def make_manifest(
             "json_key": key,
             "append_eod": options.append_eod,
             "eos_before_bos_after": options.eos_before_bos_after,
+            "token_ids": options.token_ids,
             "on_bad_line": options.on_bad_line,
             "chat_template": hashlib.sha256(tokenizer.chat.template.encode()).hexdigest() if tokenizer.chat else None,
         },

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
 from megatron_lrc.data.verification import Index, check_token_ids, read_index
 
@@ -124,6 +125,8 @@ def decoded_sample(index: Index, number: int, vocab_size: int, decode: Callable[
 
 def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
     """Token ids to text, special tokens shown."""
+    if isinstance(tokenizer.encode_batch, TiktokenEncode):
+        return tokenizer.encode_batch.encoding.decode
     if os.path.isfile(tokenizer.path):
         from sentencepiece import SentencePieceProcessor
 
@@ -168,16 +171,17 @@ def _manifest_vocab_size(index: Index) -> int | None:
 def _tokenizer(index: Index, options: InspectionOptions) -> Tokenizer | None:
     """The one of --tokenizer-model, which must be the manifest's; for samples without the flag, the manifest's own."""
     made_with = index.manifest["tokenizer"] if index.manifest else None
-    path, kind = options.tokenizer_model, None
+    path, kind, tiktoken = options.tokenizer_model, None, None
     if path is None and options.samples:
         if made_with is None or not made_with.get("model"):
             raise ConfigError(
                 f"--samples needs a tokenizer, and no {index.prefix}.json names one. Give --tokenizer-model PATH."
             )
         path, kind = made_with["model"], made_with.get("type")
+        tiktoken = TiktokenOptions(**made_with["tiktoken"]) if kind == "TikTokenizer" else None
     if path is None:
         return None
-    tokenizer = load_tokenizer(path, _known_type(kind))
+    tokenizer = load_tokenizer(path, _known_type(kind), tiktoken)
     if made_with and made_with["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{index.prefix} was made with the tokenizer {made_with.get('model')} (fingerprint "
@@ -188,4 +192,4 @@ def _tokenizer(index: Index, options: InspectionOptions) -> Tokenizer | None:
 
 
 def _known_type(kind: str | None) -> TokenizerType | None:
-    return "SentencePieceTokenizer" if kind == "SentencePieceTokenizer" else None
+    return kind if kind in ("SentencePieceTokenizer", "TikTokenizer") else None  # type: ignore[return-value]

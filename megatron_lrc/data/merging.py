@@ -1,24 +1,20 @@
 """Several indexed datasets end to end in one: what tools/merge_datasets.py runs.
 
-The bytes are those of megatron-core's IndexedDatasetBuilder.add_index; they are copied here because the builder keeps a
-Python integer per sequence, twice, which is too much for billions of tokens.
+The bytes are those of megatron-core's IndexedDatasetBuilder.add_index; `writing.write_index` says why it is not used.
 """
 
 import contextlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import numpy
-
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.verification import Index, pieces, read_index
-from megatron_lrc.data.writing import make_folder_of
+from megatron_lrc.data.verification import Index, read_index
+from megatron_lrc.data.writing import IndexPart, explain_os_error, make_folder_of, write_index
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
 _COPY_BYTES = 1 << 24
@@ -45,16 +41,14 @@ def merge_datasets(options: MergeOptions, *, report: Callable[[str], None]) -> N
                 copy_tokens(index, output)
                 report(f"copied {index.prefix}: {index.num_documents:,} documents, {index.file.num_tokens:,} tokens")
         with open(temporary[".idx"], "wb") as output:
-            write_index(indexes, output)
+            write_index([IndexPart(index.file.dtype, index.lengths, index.bounds) for index in indexes], output)
         if manifest:
             with open(temporary[".json"], "w", encoding="utf-8") as file:
                 json.dump(manifest, file, indent=2)
                 file.write("\n")
         rename(options.output_prefix, temporary)
     except OSError as error:
-        raise ConfigError(
-            f"{options.output_prefix} cannot be written ({error.strerror}). Make room, or use another --output-prefix."
-        ) from error
+        raise ConfigError(explain_os_error(error, options.output_prefix)) from error
     finally:
         for path in temporary.values():
             with contextlib.suppress(FileNotFoundError):
@@ -134,26 +128,6 @@ def copy_tokens(index: Index, output: BinaryIO) -> None:
         )
 
 
-def write_index(indexes: list[Index], output: BinaryIO) -> None:
-    """Writes the .idx: the first input's header with new counts, then lengths, byte offsets and documents of all."""
-    with open(f"{indexes[0].prefix}.idx", "rb") as source:
-        counts = struct.Struct("<QQ")
-        header = source.read(indexes[0].lengths.offset - counts.size)  # type: ignore[attr-defined]
-    num_documents = sum(index.num_documents for index in indexes)
-    output.write(header + counts.pack(sum(len(index.lengths) for index in indexes), num_documents + 1))
-    for index in indexes:
-        _write_shifted(index.lengths, 0, output)
-    num_bytes = 0
-    for index in indexes:
-        _write_shifted(index.pointers, num_bytes, output)
-        num_bytes += index.file.num_tokens * index.file.dtype.itemsize
-    output.write(struct.pack("<q", 0))
-    num_sequences = 0
-    for index in indexes:
-        _write_shifted(index.bounds[1:], num_sequences, output)
-        num_sequences += len(index.lengths)
-
-
 def rename(prefix: str, temporary: dict[str, str]) -> None:
     """Gives the files their final names. An older .idx and manifest go first: neither ever stands beside newer data."""
     for suffix in (".idx", ".json"):
@@ -162,8 +136,3 @@ def rename(prefix: str, temporary: dict[str, str]) -> None:
     for suffix, path in temporary.items():
         if os.path.exists(path):
             os.replace(path, f"{prefix}{suffix}")
-
-
-def _write_shifted(values: numpy.ndarray, shift: int, output: BinaryIO) -> None:
-    for piece in pieces(len(values)):
-        output.write((values[piece] + values.dtype.type(shift)).tobytes())

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.restart import Position
 
 PACKINGS = (".gz", ".zst")
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
@@ -60,21 +59,22 @@ def find_files(inputs: Iterable[str]) -> list[str]:
     return found
 
 
-class Source:
-    """The documents of one file as JSON lines; iterate once.
+def is_divisible(path: str) -> bool:
+    """Whether lines can be found from any byte of the file on."""
+    return not path.lower().endswith(PACKINGS) and kind_of(path) not in (".parquet", ".txt")
 
-    start: lines (and the bytes of them) that are passed over; found at once in plain JSON lines, else by reading.
-    keys: which columns of a table are wanted; the first is a text's. ConfigError for what cannot be unpacked or read as
-    a table. Lines are not parsed here.
+
+class Source:
+    """The documents of one file that is not divisible, as JSON lines; iterate once.
+
+    skip_lines: lines that are passed over. keys: which columns of a table are wanted; the first is a text's.
+    ConfigError for what cannot be unpacked or read as a table. Lines are not parsed here.
     """
 
-    def __init__(self, path: str, keys: list[str], start: Position | None = None):
-        self.path, self._keys, self._start = path, keys, start or Position()
+    def __init__(self, path: str, keys: list[str], skip_lines: int = 0):
+        self.path, self._keys, self._skip_lines = path, keys, skip_lines
         self.size = os.path.getsize(path)
         self._position: Callable[[], int] = lambda: 0
-        self._can_seek = not path.lower().endswith(PACKINGS) and kind_of(path) not in (".parquet", ".txt")
-        if self._can_seek:
-            self._position = lambda: self._start.num_bytes
 
     @property
     def position(self) -> int:
@@ -82,7 +82,7 @@ class Source:
         return self._position()
 
     def __iter__(self) -> Iterator[bytes]:
-        return itertools.islice(self._lines(), 0 if self._can_seek else self._start.lines, None)
+        return itertools.islice(self._lines(), self._skip_lines, None)
 
     def _lines(self) -> Iterator[bytes]:
         kind = kind_of(self.path)
@@ -90,8 +90,6 @@ class Source:
             yield from self._table_rows()
             return
         with open(self.path, "rb") as raw, _damage_named(self.path):
-            if self._can_seek:
-                raw.seek(self._start.num_bytes)
             self._position = raw.tell
             file = unpacked(self.path, raw)
             if kind == ".txt":

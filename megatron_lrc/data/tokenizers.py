@@ -18,11 +18,14 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_lrc.config import ConfigError
 
-TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
+if TYPE_CHECKING:
+    from megatron_lrc.data.tiktoken_files import TiktokenOptions
+
+TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"]
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -48,10 +51,25 @@ class Tokenizer(TokenizerIdentity):
     encode_batch: Encode
     bos: int | None = None
     chat: "ChatTemplate | None" = None
+    encoding_identity: str = ""  # what decides a text's ids beside the fingerprint, as far as flags can change it
 
 
-def load_tokenizer(path: str, tokenizer_type: TokenizerType | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory or a SentencePiece model file; `path` shows which if it is not said."""
+def load_tokenizer(
+    path: str, tokenizer_type: TokenizerType | None = None, tiktoken: "TiktokenOptions | None" = None
+) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, a SentencePiece model file or a rank file.
+
+    `path` shows which of the first two it is if it is not said. tiktoken: for a rank file only, what it lacks.
+    """
+    from megatron_lrc.data.tiktoken_files import TiktokenOptions, load_tiktoken
+
+    tiktoken = tiktoken or TiktokenOptions()
+    if tokenizer_type == "TikTokenizer":
+        return load_tiktoken(path, tiktoken)
+    if tiktoken != TiktokenOptions():
+        raise ConfigError(
+            "Flags that begin with --tiktoken, and --vocab-size, are for --tokenizer-type TikTokenizer. Leave them out."
+        )
     if tokenizer_type is None:
         tokenizer_type = "SentencePieceTokenizer" if os.path.isfile(path) else "HuggingFaceTokenizer"
     if tokenizer_type == "SentencePieceTokenizer":
@@ -96,7 +114,7 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
-class _BackendEncode:
+class BackendEncode:
     """Encodes through a `tokenizers.Tokenizer` directly: unpickling it in a worker needs no transformers."""
 
     backend: Any
@@ -153,7 +171,7 @@ def _load_hugging_face(path: str) -> Tokenizer:
         bos=tokenizer.bos_token_id,
         chat=ChatTemplate(path, tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
         path=path,
-        encode_batch=_PythonEncode(tokenizer) if backend is None else _BackendEncode(backend),
+        encode_batch=_PythonEncode(tokenizer) if backend is None else BackendEncode(backend),
     )
 
 

@@ -1,7 +1,8 @@
-"""Is an indexed dataset whole? The checks that are too slow or too strict for every start of a run.
+"""Is an indexed dataset whole? Every entry of the .idx and, if asked for, every token id is looked at.
 
-`checks.read_indexed_file` compares header and sizes; here every entry of the .idx is looked at, and every token id. All
-reading is in pieces: memory does not grow with the dataset. `checks.py` draws the file format.
+`checks.read_indexed_file` compares header and sizes; here the start of a run and the tools read the whole .idx, and
+inspect_data.py --verify the whole .bin. All reading is in pieces: memory does not grow with the dataset. `checks.py`
+draws the file format.
 """
 
 import os
@@ -57,8 +58,12 @@ def pieces(length: int) -> Iterator[slice]:
     return (slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE))
 
 
-def read_index(prefix: str) -> Index:
-    """Reads an .idx and checks every entry. Raises a ConfigError that names the file and what is wrong with it."""
+def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
+    """Reads an .idx and checks every entry. Raises a ConfigError that names the file and what is wrong with it.
+
+    allow_empty_documents: Megatron-LM's own tool makes a document without a sequence of a line without text; training
+    reads sequences and does not mind. Where there is a manifest, there are none.
+    """
     file = read_indexed_file(prefix)
     path, lengths = f"{prefix}.idx", file.lengths
     start = int(lengths.offset)  # type: ignore[attr-defined]  # a memmap's position in its file
@@ -77,7 +82,7 @@ def read_index(prefix: str) -> Index:
     index = Index(file=file, pointers=pointers, bounds=bounds)
     _check_manifest(index)
     _check_sequences(index)
-    _check_documents(index)
+    _check_documents(index, may_be_empty=allow_empty_documents and file.manifest is None)
     return index
 
 
@@ -141,7 +146,7 @@ def _check_sequences(index: Index) -> None:
         position = int(ends[-1])
 
 
-def _check_documents(index: Index) -> None:
+def _check_documents(index: Index, *, may_be_empty: bool) -> None:
     """The documents' first sequences begin at 0, ascend, and end at the number of sequences."""
     bounds, num_sequences = index.bounds, len(index.lengths)
     if bounds[0] != 0 or bounds[-1] != num_sequences:
@@ -151,8 +156,9 @@ def _check_documents(index: Index) -> None:
         )
     for piece in pieces(index.num_documents):
         begins, ends = bounds[piece], bounds[piece.start + 1 : piece.stop + 1]
-        if (ends <= begins).any():
-            wrong = int(numpy.argmax(ends <= begins))
+        is_wrong = ends < begins if may_be_empty else ends <= begins
+        if is_wrong.any():
+            wrong = int(numpy.argmax(is_wrong))
             raise ConfigError(
                 f"Document {piece.start + wrong} of {index.prefix}.idx begins at sequence {begins[wrong]} and ends at "
                 f"{ends[wrong]}, so that it holds none: the file is damaged. {_REMEDY}"

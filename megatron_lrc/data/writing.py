@@ -5,15 +5,19 @@ on cuts both files to the sizes it knows to be good. The .idx takes its final na
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-import warnings
-from typing import Any
+import struct
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.checks import HEADER, MAGIC, TOKEN_DTYPES
+from megatron_lrc.data.verification import pieces
 
 
 class DatasetWriter:
@@ -24,11 +28,8 @@ class DatasetWriter:
     """
 
     def __init__(self, prefix: str, vocab_size: int, counts: dict[str, int] | None = None):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core's remarks on absent GPU libraries do not concern this tool
-            from megatron.core.datasets.indexed_dataset import DType
         self.prefix = prefix
-        self.dtype = DType.optimal_dtype(vocab_size)
+        self.dtype = token_dtype(vocab_size)
         counts = counts or {}
         self.documents, self.tokens = counts.get("documents", 0), counts.get("tokens", 0)
         self.empty = counts.get("empty", 0)
@@ -77,12 +78,9 @@ class DatasetWriter:
 
     def complete(self, manifest: dict[str, Any]) -> None:
         """Writes the index and the manifest, under temporary names still."""
-        from megatron.core.datasets.indexed_dataset import _IndexWriter
-
         self.sync()
-        lengths = numpy.fromfile(self._partial[".lengths"], dtype=numpy.int32).tolist()
-        with _IndexWriter(self._partial[".idx"], self.dtype) as index:
-            index.write(lengths, None, numpy.arange(len(lengths) + 1))
+        with open(self._partial[".idx"], "wb") as output:
+            write_index([IndexPart(numpy.dtype(self.dtype), _LengthsFile(self._partial[".lengths"]))], output)
         with open(self._partial[".json"], "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=2)
             file.write("\n")
@@ -99,6 +97,68 @@ class DatasetWriter:
         for path in self._partial.values():
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
+
+
+@dataclass(frozen=True)
+class _LengthsFile:
+    """int32 values of a file, read where they are asked for: a memory map would count as this process's memory."""
+
+    path: str
+
+    def __len__(self) -> int:
+        return os.path.getsize(self.path) // 4
+
+    def __getitem__(self, piece: slice) -> numpy.ndarray:
+        return numpy.fromfile(self.path, numpy.int32, piece.stop - piece.start, offset=4 * piece.start)
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """Consecutive documents of an .idx: what is read by slices, be it in memory, memory-mapped or in a file."""
+
+    dtype: numpy.dtype  # of the token ids
+    lengths: numpy.ndarray | _LengthsFile  # [sequences], int32: tokens of each sequence
+    bounds: numpy.ndarray | None = None  # [documents + 1], int64, as in the .idx; None: a sequence each
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths) if self.bounds is None else len(self.bounds) - 1
+
+
+def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
+    """megatron-core's DType.optimal_dtype; importing that would load torch."""
+    return numpy.uint16 if vocab_size < 65500 else numpy.int32
+
+
+def write_index(parts: list[IndexPart], output: BinaryIO) -> None:
+    """Writes the .idx of the parts' documents, end to end; all have one dtype. `checks.py` draws the format.
+
+    The bytes are those of megatron-core's IndexedDatasetBuilder. They are made here, a piece at a time, because the
+    builder keeps two Python integers per sequence: about 80 bytes for each of what may be a billion documents.
+    """
+    dtype = parts[0].dtype
+    code = next(code for code, name in TOKEN_DTYPES.items() if name == dtype.name)
+    num_sequences = sum(len(part.lengths) for part in parts)
+    num_documents = sum(part.num_documents for part in parts)
+    output.write(HEADER.pack(MAGIC, 1, code, num_sequences, num_documents + 1))
+    for part in parts:
+        for piece in pieces(len(part.lengths)):
+            output.write(part.lengths[piece].tobytes())
+    position = 0
+    for part in parts:
+        for piece in pieces(len(part.lengths)):
+            sizes = part.lengths[piece].astype(numpy.int64) * dtype.itemsize
+            ends = position + numpy.cumsum(sizes)
+            output.write((ends - sizes).tobytes())
+            position = int(ends[-1])
+    output.write(struct.pack("<q", 0))
+    first = 0
+    for part in parts:
+        for piece in pieces(part.num_documents):
+            after = slice(piece.start + 1, piece.stop + 1)
+            bounds = numpy.arange(after.start, after.stop) if part.bounds is None else part.bounds[after]
+            output.write((first + bounds.astype(numpy.int64)).tobytes())
+        first += len(part.lengths)
 
 
 def publish(prefix: str) -> None:
@@ -123,3 +183,15 @@ def make_folder_of(prefix: str) -> None:
         os.makedirs(folder or ".", exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output-prefix {prefix}: cannot make the folder {folder} ({error.strerror}).") from error
+
+
+def explain_os_error(error: OSError, prefix: str) -> str:
+    """One sentence for what the system refused while the files of --output-prefix were written."""
+    where = error.filename or f"the files of {prefix}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}: {error.strerror or error}."
+    folder = os.path.dirname(os.path.abspath(prefix))
+    return (
+        f"{error.strerror}: {where} could not be written. Make room in {folder}, or use another --output-prefix, and "
+        "run the command again."
+    )

@@ -4,17 +4,15 @@ Each weight is composed here with `sites.compose`, in the dtype of the projectio
 and goes to disk before the next one is read: memory holds one teacher matrix, its projection and the result, whatever
 the model.
 
-Everything is written into a hidden directory beside the output, loaded once by plain transformers, and renamed at the
+Everything is written into a hidden directory beside the output, verified with plain transformers, and renamed at the
 end: the output is complete or absent.
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 import transformers
@@ -22,28 +20,30 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import compose, projection_names
 from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.hf.checkpoint_reader import Reader, open_teacher
+from megatron_lrc.hf.comparison import TOLERANCES, compare_logits
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
+from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
+from megatron_lrc.hf.output_folder import complete_or_absent, copy_files
 from megatron_lrc.hf.safetensors_writer import DTYPES, write_model, write_tensors
 from megatron_lrc.hf.student_config import Arch, student_config, student_family
-from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 
 PROJECTIONS_FILE = "projections.safetensors"
 
-#: What makes a tokenizer, a chat format and generation defaults; copied as it is.
-COPIED_FILES: tuple[str, ...] = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 _SAMPLE_TEXT = "The low-rank clone answers: 3.14 * 2 = 6.28, isn't it?\n\n  Line two."
+
+
+class Source(Protocol):
+    """Takes weights by our names in the order of the forward pass; then has the logits of `fixed_tokens`, in fp32.
+
+    `mcore.layer_by_layer.LayerByLayer` is one.
+    """
+
+    def add(self, key: str, weight: Tensor) -> None: ...
+
+    @property
+    def logits(self) -> Tensor: ...
 
 
 def export_student(
@@ -60,71 +60,74 @@ def export_student(
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
     verify: bool = True,
+    source: Source | None = None,
 ) -> None:
     """Write the student that these projections and norm gains make of this teacher.
 
     projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each a full (D, d) matrix.
     norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). Both may be lazy: each key is read once, or twice
     with save_projections. dtype: of the written weights; default the projections' own. max_shard_size in bytes.
+    source: another engine, which gets each weight as it is written and with whose logits the result is verified.
     """
-    with _complete_or_absent(output, teacher=teacher, force=force) as partial:
-        reader = TeacherReader(teacher)
+    with complete_or_absent(output, source=teacher.directory, force=force) as partial:
+        reader = open_teacher(teacher)
         shape = replace(teacher.shape, hidden_size=student_hidden_size, is_tied="lm_head" not in projections)
         _check_names(teacher, shape, projections=projections, norms=norms)
         family = student_family(teacher, student_hidden_size, arch)
         dtype = dtype or projections["embed"].dtype
         weights = {weight.name: weight for weight in expected_weights(family, shape)}
 
+        def tensor_of(name: str) -> Tensor:
+            weight = weights[name]
+            given = _student_weight(weight, reader, student_hidden_size, projections=projections, norms=norms)
+            written = given.to(dtype)
+            if source is not None and verify:
+                source.add(weight.key, written)
+            return written
+
         write_model(
             partial,
             {name: weight.shape for name, weight in weights.items()},
             dtype=dtype,
-            tensor_of=lambda name: _student_weight(
-                weights[name], reader, student_hidden_size, projections=projections, norms=norms
-            ),
+            tensor_of=tensor_of,
             max_shard_size=max_shard_size,
         )
         config = json.dumps(student_config(teacher, shape, family, dtype=dtype), indent=2, sort_keys=True)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        for name in COPIED_FILES:
-            if (teacher.directory / name).is_file():
-                shutil.copyfile(teacher.directory / name, partial / name)
+        copy_files(teacher.directory, partial)
         if save_projections:
             _write_projections(partial / PROJECTIONS_FILE, teacher.shape, shape, projections=projections, norms=norms)
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
         if verify:
-            check_export(partial, teacher)
+            check_export(partial, teacher, source)
 
 
-def check_export(directory: Path, teacher: TeacherDescription) -> None:
-    """Load what was written with plain transformers: every key in its place, finite logits, the teacher's tokenizer."""
-    progress_bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def check_export(directory: Path, teacher: TeacherDescription, source: Source | None = None) -> None:
+    """Open what was written with plain transformers: every key in its place, finite logits, those of the source
+    (their largest difference is printed), the teacher's tokenizer."""
     try:
-        reason = _find_fault(directory, teacher)
+        reason = _find_fault(directory, teacher, source)
+    except ConfigError as error:
+        raise ConfigError(_failed(str(error).removesuffix("."))) from error
     except Exception as error:  # whatever transformers raises, the export is not one that a user can load
         raise ConfigError(_failed(f"{type(error).__name__}: {' '.join(str(error).split())}")) from error
-    finally:
-        if progress_bars:
-            transformers.utils.logging.enable_progress_bar()
     if reason is not None:
         raise ConfigError(_failed(reason))
 
 
-def _find_fault(directory: Path, teacher: TeacherDescription) -> str | None:
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", local_files_only=True, output_loading_info=True
-    )
-    model, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            return f"transformers {transformers.__version__} reports {kind} {sorted(report[kind])[:4]}"
-    tokens = (torch.arange(64) * 7919 % teacher.shape.vocab_size).view(2, 32)
-    with torch.no_grad():
-        logits = model(tokens).logits  # [2, 32, v]
+def _find_fault(directory: Path, teacher: TeacherDescription, source: Source | None) -> str | None:
+    logits = HuggingFaceModel(directory).logits(fixed_tokens(teacher.shape.vocab_size))
     if not bool(logits.isfinite().all()):
         return "its logits are not finite, so the run has diverged or --dtype is too narrow"
+    if source is not None:
+        difference, tolerance = compare_logits(source.logits, logits), TOLERANCES[logits.dtype]
+        print(f"logits: {difference}", flush=True)
+        if not difference.is_within(tolerance):
+            return (
+                f"its logits are not those that the student's weights give in megatron-core: {difference}; at most "
+                f"{tolerance:g} standard deviations are rounding"
+            )
     if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         ours, theirs = (
             transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)(_SAMPLE_TEXT)["input_ids"]
@@ -141,7 +144,7 @@ def _failed(reason: str) -> str:
 
 def _student_weight(
     weight: Weight,
-    reader: TeacherReader,
+    reader: Reader,
     hidden: int,
     *,
     projections: Mapping[str, Tensor],
@@ -208,42 +211,3 @@ def _check_names(
             )
     dtype = projections["embed"].dtype
     assert dtype in DTYPES, f"projections in {dtype}"
-
-
-@contextmanager
-def _complete_or_absent(output: Path, *, teacher: TeacherDescription, force: bool) -> Iterator[Path]:
-    """A directory beside `output` to write into: renamed to it when the block ends well, deleted when it does not."""
-    output = output.resolve()
-    _check_output(output, teacher=teacher, force=force)
-    partial, replaced = (output.with_name(f".{output.name}.{suffix}") for suffix in ("partial", "replaced"))
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _check_output(output: Path, *, teacher: TeacherDescription, force: bool) -> None:
-    """Refuse to lose anything but an earlier export, and that only by --force."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output} is a file. A directory to create is expected. Give another name.")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not force:
-        raise ConfigError(f"--output {output} is not empty. Give another directory, or --force to replace it.")
-    is_model = (output / "config.json").is_file() and any((output / name).is_file() for name in WEIGHT_FILES)
-    teacher_directory = teacher.directory.resolve()
-    if not is_model or output in (teacher_directory, *teacher_directory.parents):
-        raise ConfigError(
-            f"--output {output} is not an earlier export (no config.json and safetensors in it, or it holds the "
-            "teacher), so --force does not replace it. Give another directory."
-        )

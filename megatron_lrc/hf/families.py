@@ -22,6 +22,9 @@ from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, S
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, FROZEN_BIASES, FROZEN_NORMS, Family
 
+#: Where tools/convert_from_hf.py puts a megatron-core checkpoint of the weights; Megatron-LM's name for converted ones.
+CHECKPOINT_FOLDER = "release"
+
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
 
@@ -191,8 +194,10 @@ def _read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _check_weight_files(path: Path) -> None:
-    """Refuse directories whose weights are in another format than safetensors."""
+    """Refuse directories whose weights are neither safetensors nor a converted checkpoint."""
     if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        return
+    if (path / CHECKPOINT_FOLDER).is_dir():
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         raise ConfigError(
@@ -211,7 +216,8 @@ def _check_weight_files(path: Path) -> None:
 def _gguf_message(path: Path) -> str:
     return (
         f"--teacher {path} is a GGUF model. A Hugging Face directory (config.json, *.safetensors, tokenizer files) "
-        "is expected. Read the GGUF with transformers (gguf_file=...) and write its state dict as safetensors first."
+        "is expected. Write one with tools/convert_from_hf.py --hf-model FILE.gguf --format hf (transformers reads it, "
+        "by gguf_file=...)."
     )
 
 

@@ -11,6 +11,7 @@ ranks.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,10 +27,18 @@ from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weight
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
 #: safetensors dtypes that weights may have; anything else is a quantised format.
-_DTYPES: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 #: Problems shown in one message, and bytes per sample of the fingerprint.
 _SHOWN, _SAMPLE_BYTES = 4, 65536
+
+#: Elements that are read from the files before they are opened anew.
+_ELEMENTS_KEPT = 2**26
 
 
 class TeacherReader:
@@ -38,6 +47,7 @@ class TeacherReader:
     def __init__(self, description: TeacherDescription) -> None:
         self.description = description
         self._files = {name: _open(description.directory / name) for name in _file_names(description.directory)}
+        self._elements_read = 0
         self._file_of = _locate(description.directory, self._files)
         self._weights = {
             weight.key: weight for weight in expected_weights(description.family, description.shape)
@@ -67,6 +77,7 @@ class TeacherReader:
     def read(self, name: str, *, split_dim: int | None = None, rank: int = 0, size: int = 1) -> Tensor:
         """The tensor of this Hugging Face name, or the `rank`-th of `size` equal parts of its `split_dim`."""
         view = self._slice(name)
+        self._count_read(math.prod(view.get_shape()) // size)
         if split_dim is None or size == 1:
             return view[:]
         length, remainder = divmod(view.get_shape()[split_dim], size)
@@ -101,6 +112,14 @@ class TeacherReader:
         split_dim = 0 if name in FROZEN_BIASES else None
         return self.read(self._weights[f"layers.{layer}.{name}"].name, split_dim=split_dim, rank=tp_rank, size=tp_size)
 
+    def names(self) -> list[str]:
+        """The Hugging Face names of the weights."""
+        return [weight.name for weight in self._weights.values()]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The data type in which the files hold the weight of this key (`Weight.key`)."""
+        return _DTYPES[self._slice(self._weights[key].name).get_dtype()]
+
     def fingerprint(self) -> str:
         """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
 
@@ -122,12 +141,20 @@ class TeacherReader:
         source = EMBED if site == LM_HEAD and shape.is_tied else site
         view = self._slice(self._weights[source.name].name)
         start = min(tp_rank * rows, shape.vocab_size)
+        self._count_read(rows * shape.hidden_size)
         own = view[start : min(start + rows, shape.vocab_size)]  # [<= v_padded/tp, D]
         padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
         return torch.cat([own, padding]) if len(padding) else own
 
     def _slice(self, name: str):
         return self._files[self._file_of[name]].get_slice(name)
+
+    def _count_read(self, num_elements: int) -> None:
+        """Open the files anew after some reads: pages that were read stay in memory as long as their file is open."""
+        self._elements_read += num_elements
+        if self._elements_read > _ELEMENTS_KEPT:
+            self._elements_read = 0
+            self._files = {name: _open(self.description.directory / name) for name in self._files}
 
     def _problems_of(self, name: str, weight: Weight) -> list[str]:
         if name not in self._file_of:

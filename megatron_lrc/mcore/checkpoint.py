@@ -41,11 +41,12 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands."""
+    """Where a run stands. `consumed_samples` is its position in the order of samples, which the flags alone decide."""
 
     step: int = 0
     consumed_samples: int = 0
     tokens: int = 0
+    data_order: str = ""  # hash over what decides that order (`data/sample_order.py`); not known to older checkpoints
     teacher_fingerprint: str = ""
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0

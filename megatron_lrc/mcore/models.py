@@ -1,8 +1,8 @@
 """Builds one pipeline stage of the frozen teacher or of the student, as an ordinary megatron-core GPTModel.
 
 Only the layer spec differs from megatron-core's local one, in two modules: an RMSNorm that works under sequence
-parallel (megatron-core's torch norm refuses it) and attention through torch's scaled_dot_product_attention (flash
-kernels on CPU and CUDA, no S x S matrix). Every use of GPTModel is in this file.
+parallel (megatron-core's torch norm refuses it) and the attention of `attention.py`. Every use of GPTModel is in this
+file.
 """
 
 import copy
@@ -10,19 +10,17 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_lrc.clone.sites import HeadLayout
 from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
 
 VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
 
@@ -34,7 +32,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def head_layout(shape: ModelShape) -> HeadLayout:
-    return HeadLayout(shape.head_dim, shape.num_attention_heads // shape.num_query_groups)
+    return HeadLayout.of(shape)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -44,77 +42,6 @@ class RMSNorm(nn.RMSNorm):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
-
-
-class ScaledDotProductAttention(nn.Module):
-    """Causal attention of megatron-core's core_attention interface, by torch's fused kernels."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: object = None,
-        attention_type: str = "self",
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: object = None,
-    ):
-        super().__init__()
-        assert not attention_dropout
-        self.softmax_scale = softmax_scale
-        self.cp_group = parallel_state.get_context_parallel_group()
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: object = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: object = None,
-    ) -> Tensor:
-        """query [s, b, heads/tp, c], key and value [s, b, groups/tp, c] -> [s, b, heads/tp * c]; always causal.
-
-        With context parallelism s is this rank's part of the sequence, in two pieces (`own_part_of_sequence`).
-        """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        if self.cp_group.size() == 1:
-            return self._attend(query, key, value)
-        size, rank, piece = self.cp_group.size(), self.cp_group.rank(), len(query) // 2
-        key, value = self._gather_sequence(key, value)
-        contexts = []
-        for part, place in ((query[:piece], rank), (query[piece:], 2 * size - 1 - rank)):
-            end = (place + 1) * piece  # of this piece in the whole sequence: what comes later is not attended to
-            contexts.append(self._attend(part, key[:end], value[:end]))
-        return torch.cat(contexts)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of queries that are the last of the keys' tokens."""
-        is_grouped, is_whole = query.shape[2] != key.shape[2], len(query) == len(key)
-        mask = None if is_whole else causal_lower_right(len(query), len(key))
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,  # type: ignore[arg-type]
-            is_causal=is_whole,
-            scale=self.softmax_scale,
-            enable_gqa=is_grouped,
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads/tp * c]
-
-    def _gather_sequence(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole sequence, in its order, from every context parallel rank's two pieces."""
-        both = torch.cat([key, value], dim=-1)
-        gathered = gather_from_sequence_parallel_region(both, group=self.cp_group)  # backward: reduce-scatter
-        size = self.cp_group.size()
-        pieces = gathered.unflatten(0, (2 * size, -1))  # pieces 0, 2 cp - 1, 1, 2 cp - 2, ...
-        order = [2 * place if place < size else 2 * (2 * size - 1 - place) + 1 for place in range(2 * size)]
-        key, value = pieces[order].flatten(0, 1).chunk(2, dim=-1)
-        return key, value
 
 
 class OutputLayer(nn.Module):
@@ -250,6 +177,8 @@ def build_stage(
         vp_stage=chunk,
     )
     model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if config.data.reset_position_ids:
+        model.rotary_pos_emb = RotaryByPosition(model)
     if is_last_stage:
         model.output_layer = OutputLayer(model.output_layer.weight)
     return model

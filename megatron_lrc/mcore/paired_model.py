@@ -219,7 +219,7 @@ class PairedModel(nn.Module):
         self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """batch: tokens, labels, loss_mask, position_ids, each [b, s].
+        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; documents (`find_documents`) if they are apart.
 
         Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens.
         """
@@ -359,4 +359,4 @@ class _EnterBackward(torch.autograd.Function):
 def _run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
     """[s/tp, b, h]: the residual stream after this stage; after the final norm on the last."""
     model.set_input_tensor(hidden)
-    return model(batch["tokens"], batch["position_ids"], None)
+    return model(batch["tokens"], batch["position_ids"], batch.get("documents"))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.config import Config
+from megatron_lrc.mcore.attention import find_documents
 from megatron_lrc.mcore.paired_model import PairedModel
 
 Batch = dict[str, Tensor]
@@ -29,6 +30,8 @@ def forward_backward(
     Every stage reads every micro-batch: the loss mask is needed wherever a clone loss is. megatron-core finalises no
     gradients here (`finalize_model_grads_func` is unset), because pull back comes between backward and reduction.
     """
+    if config.data.reset_attention_mask:
+        batches = ({**batch, "documents": find_documents(batch["position_ids"])} for batch in batches)
 
     def step(iterator: Iterator[Batch], stage: PairedModel) -> tuple[Tensor, Callable]:
         batch = own_part_of_sequence(next(iterator), stage.groups.cp)
@@ -48,7 +51,7 @@ def forward_backward(
 
 
 def own_part_of_sequence(batch: Batch, group: ProcessGroup) -> Batch:
-    """Of each [b, s] tensor the tokens of this context parallel rank, [b, s/cp].
+    """Of each [b, s] tensor the tokens of this context parallel rank, [b, s/cp]; `documents` stay whole.
 
     The sequence falls into 2 cp pieces, and rank r takes pieces r and 2 cp - 1 - r: as megatron-core cuts its rotary
     embeddings. A late piece attends to much and an early one to little, so that every rank has the same work.
@@ -57,7 +60,10 @@ def own_part_of_sequence(batch: Batch, group: ProcessGroup) -> Batch:
     if size == 1:
         return batch
     pieces = [rank, 2 * size - 1 - rank]
-    return {name: whole.unflatten(1, (2 * size, -1))[:, pieces].flatten(1, 2) for name, whole in batch.items()}
+    return {
+        name: whole if name == "documents" else whole.unflatten(1, (2 * size, -1))[:, pieces].flatten(1, 2)
+        for name, whole in batch.items()
+    }
 
 
 @torch.no_grad()

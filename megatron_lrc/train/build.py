@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from megatron_lrc.clone.initialization import SecondMoment, initialize_from_basis, initialize_random
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, select
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.hf.checkpoint_reader import Reader
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
-from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore.distributed import Groups, broadcast_from_first, sum_over_world
 from megatron_lrc.mcore.models import layers_of, norm_gains, padded_vocab_size, residual_readers
 from megatron_lrc.mcore.paired_model import PairedModel, Shapes
@@ -19,7 +19,7 @@ Batches = Iterator[dict[str, Tensor]]
 
 
 def build_stages(
-    config: Config, teacher: TeacherDescription, reader: TeacherReader, groups: Groups, dtype: torch.dtype
+    config: Config, teacher: TeacherDescription, reader: Reader, groups: Groups, dtype: torch.dtype
 ) -> list[PairedModel]:
     """This rank's stages (one, without interleaving), the teacher read into its shards; projections are still zero."""
     shapes = Shapes(teacher.shape, config.student_shape(teacher.shape), rope_inverse_frequencies(teacher))
@@ -30,7 +30,7 @@ def build_stages(
 
 
 @torch.no_grad()
-def load_teacher(stage: PairedModel, reader: TeacherReader) -> None:
+def load_teacher(stage: PairedModel, reader: Reader) -> None:
     """Read this rank's slices of the teacher, and nothing else of it, from disk into the stage."""
     groups, model = stage.groups, stage.teacher
 
@@ -55,7 +55,7 @@ def load_teacher(stage: PairedModel, reader: TeacherReader) -> None:
             _load_frozen(stage, layer, index, reader)
 
 
-def _load_frozen(stage: PairedModel, layer: nn.Module, index: int, reader: TeacherReader) -> None:
+def _load_frozen(stage: PairedModel, layer: nn.Module, index: int, reader: Reader) -> None:
     """Set the tensors of a layer that teacher and student share: biases of q, k and v, gains of the q and k norms."""
     tp, frozen = stage.groups.tp, reader.description.family.frozen
     for site in LAYER_SITES:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.data.batches import check_data
+from megatron_lrc.data.datasets import resolve_train_iters
+from megatron_lrc.hf.checkpoint_reader import Reader, open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
-from megatron_lrc.hf.teacher import TeacherReader
-from megatron_lrc.mcore.checkpoint import newest_checkpoint, read_state
+from megatron_lrc.mcore.checkpoint import RunState, newest_checkpoint, read_state
 from megatron_lrc.mcore.models import check_pipeline_layout
-from megatron_lrc.validation import validate_against_teacher
+from megatron_lrc.validation import check_schedule, raise_all, validate_against_teacher
 
 CONFIG_FILE = "config.yaml"
 
@@ -19,9 +20,11 @@ CONFIG_FILE = "config.yaml"
 class Checked:
     """What the checks have opened."""
 
+    config: Config  # with the --train-iters that --train-epochs comes to
     teacher: TeacherDescription
-    reader: TeacherReader
+    reader: Reader
     resume_from: Path | None
+    state: RunState  # of that checkpoint, or of a run that starts
     warnings: list[str]
 
 
@@ -30,12 +33,20 @@ def check(config: Config, world_size: int) -> Checked:
     assert config.model.teacher is not None, "validate() has passed"
     teacher = describe_teacher(config.model.teacher)
     warnings = validate_against_teacher(config, teacher.shape)
-    reader = TeacherReader(teacher)
+    reader = open_teacher(teacher)
     check_pipeline_layout(config, teacher.shape)
     check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         _check_writable(Path(config.checkpoint.save))
-    return Checked(teacher, reader, _find_checkpoint(config, teacher, reader), warnings)
+    resume_from, state = _find_checkpoint(config, teacher, reader)
+    config = resolve_train_iters(config, step=state.step, consumed_samples=state.consumed_samples)
+    if config.training.train_epochs:  # only now are its steps known
+        raise_all(list(check_schedule(config)))
+    if state.step > config.training.train_iters:
+        raise ConfigError(
+            f"{resume_from} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
+        )
+    return Checked(config, teacher, reader, resume_from, state, warnings)
 
 
 def _check_writable(run: Path) -> None:
@@ -46,15 +57,18 @@ def _check_writable(run: Path) -> None:
         raise ConfigError(f"--save {run}: {existing} {why}. Give a directory that can be made and written to.")
 
 
-def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: TeacherReader) -> Path | None:
-    """The checkpoint of --load, if it is of this teacher and student; refuses to write over another run."""
+def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: Reader) -> tuple[Path | None, RunState]:
+    """The checkpoint of --load and its state, if it is of this teacher and student; refuses to write over another run.
+
+    The training data may be another one: the run says so, and keeps its position (`loop.py`).
+    """
     save, load = config.checkpoint.save, config.checkpoint.load
     if save and newest_checkpoint(save) and (not load or Path(load).resolve() != Path(save).resolve()):
         raise ConfigError(
             f"--save {save} already holds checkpoints of a run. Add --load {save} to continue it, or save elsewhere."
         )
     if not load:
-        return None
+        return None, RunState(teacher_fingerprint=reader.fingerprint())
     path = newest_checkpoint(load)
     if path is None:
         raise ConfigError(f"--load {load} holds no complete checkpoint. Leave it out to start anew.")
@@ -71,11 +85,7 @@ def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: Teache
             f"{wanted.hidden_size}, {describe_tying(wanted)}. Repeat --student-hidden-size, --init and "
             f"--untie-embeddings-and-output-weights as they were, or give --config {Path(load) / CONFIG_FILE}."
         )
-    if state.step > config.training.train_iters:
-        raise ConfigError(
-            f"{path} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
-        )
-    return path
+    return path, state
 
 
 def describe_tying(shape: ModelShape) -> str:

@@ -1,5 +1,6 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,7 @@ from megatron_lrc.arguments import describe_changes, save_yaml
 from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.checkpoint import (
-    RunState,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from megatron_lrc.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
 from megatron_lrc.train.build import build_stages, initialize
@@ -30,7 +26,7 @@ from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 def train(config: Config) -> None:
     """Run the whole training on this process, one of the world that torchrun's environment describes."""
     checked = check(config, distributed.world_size())
-    Trainer(config, checked, distributed.start(config)).train()
+    Trainer(checked.config, checked, distributed.start(config)).train()
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
 
 
@@ -39,12 +35,12 @@ class Trainer:
 
     def __init__(self, config: Config, checked: Checked, groups: Groups):
         self.config, self.groups = config, groups
-        self.train_data, self.valid_data = build_datasets(config)
+        self.state = replace(checked.state)
+        self.train_data, self.valid_data = build_datasets(
+            config, step=self.state.step, consumed_samples=self.state.consumed_samples
+        )
         stages = build_stages(config, checked.teacher, checked.reader, groups, parameter_dtype(config))
-        self.state = RunState(teacher_fingerprint=checked.reader.fingerprint())
-        if checked.resume_from:
-            self.state = read_state(checked.resume_from)[0]
-        else:
+        if not checked.resume_from:
             initialize(config, stages, lambda: self._batches(self.train_data, 0), groups)
         optimizer = ProjectionOptimizer(config, stages, groups)
         if checked.resume_from:
@@ -59,6 +55,8 @@ class Trainer:
         is_same_run = save and resume_from and resume_from.parent.resolve() == Path(save).resolve()
         self._saved_step = self.state.step if is_same_run else None
         self._announce(checked)
+        if self.train_data:
+            self.state.data_order = self.train_data.order.identity
 
     def train(self) -> None:
         config, state = self.config, self.state
@@ -200,6 +198,16 @@ class Trainer:
             self._say(f"warning: {warning}")
         if checked.resume_from:
             self._say(f"continues {checked.resume_from} at step {self.state.step}")
+            self._warn_of_other_data(checked.state.data_order)
+
+    def _warn_of_other_data(self, order_before: str) -> None:
+        """Other data is no error: a run may go on with a later stage's. A position in it is not what it was, though."""
+        if self.train_data and order_before not in ("", self.train_data.order.identity):
+            self._say(
+                "warning: the training data is not what the checkpoint was trained on (files, their order or weights, "
+                "--split, --seq-length, --seed); the position is kept: the next sample is number "
+                f"{self.state.consumed_samples} of the data given now"
+            )
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:

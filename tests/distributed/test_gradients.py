@@ -20,7 +20,7 @@ from megatron_lrc.train import step
 from megatron_lrc.train.build import build_stages
 from megatron_lrc.validation import validate
 from ranks import run_ranks
-from reference import Reference
+from reference import Reference, document_numbers, positions_in_documents
 
 VOCAB = 96  # padded to 256 at TP 2: the second rank has nothing but padding
 ALPHA, KL_WEIGHT, TEMPERATURE = 0.3, 0.7, 40.0
@@ -47,17 +47,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run. student: its hidden size; batch: sequences per step; vocab: token ids that occur."""
+    """Of a run. student: its hidden size; batch: sequences per step; vocab: ids that occur; eod: ends a document."""
 
     student: int = 20
     sequence: int = 16
     batch: int = 24
     vocab: int = VOCAB
+    eod: int = -1
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained on. terms: as --clone-terms, and the same as (layer, site) pairs for the reference."""
+    """What is trained on. terms: as --clone-terms; off: the (layer, site) pairs that they leave out."""
 
     released: bool = False
     detach: bool = False
@@ -66,6 +67,8 @@ class Variant:
     alpha: float = ALPHA
     terms: str = "q k v o gate up down"
     off: tuple[tuple[int, str], ...] = ()
+    reset_attention: bool = False
+    reset_positions: bool = False
 
 
 SIZES, PLAIN = Sizes(), Variant()
@@ -83,6 +86,7 @@ def make_config(
     config.loss.detach_clone_targets, config.loss.clone_terms = variant.detach, variant.terms.split()
     if variant.released:
         config.loss.clone_attention_output, config.loss.kl_reduction = "teacher", "sequence-sum"
+    config.data.reset_attention_mask, config.data.reset_position_ids = variant.reset_attention, variant.reset_positions
     config.parallel.recompute_granularity = layout.recompute and ("full" if layout.recompute == "full" else "selective")
     config.parallel.recompute_modules = ["core_attn"] if layout.recompute in (None, "full") else [layout.recompute]
     config.loss.loss_chunk_tokens = 7
@@ -112,7 +116,7 @@ def global_batch(sizes: Sizes = SIZES) -> dict[str, torch.Tensor]:
     tokens = torch.randint(sizes.vocab, (sizes.batch, sizes.sequence + 1), generator=generator)
     # Ragged: a mean per micro-batch would differ.
     mask = (torch.rand(sizes.batch, sizes.sequence, generator=generator) > 0.25).float()
-    positions = torch.arange(sizes.sequence).expand(sizes.batch, -1)
+    positions = positions_in_documents(tokens[:, :-1], sizes.eod)
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
 
 
@@ -158,17 +162,13 @@ def expected(teacher: str, names: tuple[str, ...], variant: Variant, sizes: Size
     """Reference losses and gradients for the projections `names`, initialised as the package does."""
     reference = Reference(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64), sizes.student)
     teacher_size = reference.teacher.config.hidden_size
-    projections, norms = {}, {}
+    projections = {}
     for name in names:
         seed = int.from_bytes(hashlib.sha256(f"1:{name}".encode()).digest()[:8], "little") >> 1
         matrix = torch.randn(teacher_size, sizes.student, generator=torch.Generator().manual_seed(seed)) * 0.2
         projections[name] = matrix.double().requires_grad_()
-    for layer in range(reference.num_layers):
-        for kind in ("input", "post"):
-            norms[f"layers.{layer}.{kind}"] = None
-    norms["final"] = None
-    for name in norms:
-        norms[name] = some_gain(name, sizes.student).requires_grad_()
+    gains = [f"layers.{layer}.{kind}" for layer in range(reference.num_layers) for kind in ("input", "post")]
+    norms = {name: some_gain(name, sizes.student).requires_grad_() for name in [*gains, "final"]}
     batch = global_batch(sizes)
     losses = reference.losses(
         projections,
@@ -179,6 +179,8 @@ def expected(teacher: str, names: tuple[str, ...], variant: Variant, sizes: Size
         temperature=TEMPERATURE,
         attention_at_teacher_width=variant.released,
         detach_targets=variant.detach,
+        documents=document_numbers(batch["tokens"], sizes.eod) if variant.reset_attention else None,
+        positions=batch["position_ids"] if variant.reset_positions else None,
     )
     for place in variant.off:
         del losses.clone[place]

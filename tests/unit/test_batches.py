@@ -271,24 +271,23 @@ def test_maps_are_cached_whole_and_found_again(tmp_path, monkeypatch):
     first, _ = build_datasets(config)
     (folder,) = (tmp_path / "maps").iterdir()
     assert ".tmp" not in folder.name
-    monkeypatch.setattr(datasets, "_fill_cache", lambda request, folder: pytest.fail("built again"))
+    monkeypatch.setattr(datasets.Request, "write_maps", lambda self, folder: pytest.fail("built again"))
     again, _ = build_datasets(config)
     assert all(torch.equal(first[index]["tokens"], again[index]["tokens"]) for index in range(48))
 
 
 def test_failed_build_leaves_no_maps(tmp_path, monkeypatch):
     config = make_config(train_data_path=[numbered(tmp_path / "n", 20)])
-    original = datasets._Request.build
+    original = datasets.Request.write_maps
 
-    def build_then_fail(self, cache, *, is_built_on_rank):
-        original(self, cache, is_built_on_rank=is_built_on_rank)
+    def write_then_fail(self, folder):
+        original(self, folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(datasets._Request, "build", build_then_fail)
+    monkeypatch.setattr(datasets.Request, "write_maps", write_then_fail)
     with pytest.raises(KeyboardInterrupt):
         build_datasets(config)
     assert list((tmp_path / "cache").iterdir()) == []
-    assert not torch.distributed.is_initialized()
 
 
 def test_cache_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -346,7 +345,7 @@ def tokens_of(batches) -> list[list[int]]:
 
 def test_batches_have_shape_dtype_and_only_the_known_keys(tmp_path):
     paths = [numbered(tmp_path / "a", 20), numbered(tmp_path / "b", 20)]
-    train, _ = build_datasets(make_config(train_data_path=paths))  # a BlendedDataset adds a key of its own
+    train, _ = build_datasets(make_config(train_data_path=paths))
     batch = next(iterate(train))
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in batch.items()} == {
         "tokens": (torch.int64, (2, 16)),

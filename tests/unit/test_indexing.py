@@ -260,3 +260,26 @@ def test_starting_imports_neither_torch_nor_transformers():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools")])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_token_ids_are_taken_as_they_are_and_checked(tmp_path, tokenizer_folder, capsys):
+    """The released code's tokenized JSON lines."""
+    ids = [[5, 0, 3], [], [1]]
+    source = tmp_path / "ids.jsonl"
+    source.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in ids))
+    flags = ("--tokenizer-model", tokenizer_folder, "--json-keys", "input_ids", "--output-prefix", tmp_path / "out")
+    assert run_tool("--input", source, "--token-ids", *flags) == 0
+    assert read_documents(tmp_path / "out_input_ids_document") == [[5, 0, 3], [1]]
+    assert json.loads((tmp_path / "out_input_ids_document.json").read_text())["options"]["token_ids"]
+    for value, expected in (
+        ([0, 10**6], "ids.jsonl:1: the value of 'input_ids' holds 1000000, but the tokenizer's ids are 0 to "),
+        ([0, -1], "holds -1, but"),
+        ([0, True], "is not a list of token ids, which --token-ids expects"),
+        ("text", "is not a list of token ids, which --token-ids expects"),
+    ):
+        source.write_text(json.dumps({"input_ids": value}) + "\n")
+        assert run_tool("--input", source, "--token-ids", *flags) == 2
+        assert expected in capsys.readouterr().err
+    source.write_text(json.dumps({"input_ids": [1, 2]}) + "\n")
+    assert run_tool("--input", source, *flags) == 2
+    assert "for a list of token ids add --token-ids" in capsys.readouterr().err

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy
 import pytest
+from test_batches import make_config
 
 import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import verification
+from megatron_lrc.data.batches import check_data
 from megatron_lrc.data.inspection import text_histogram
 from tools_path import load_tool
 
@@ -197,6 +199,64 @@ def test_every_random_damage_costs_one_line_and_exit_code_2(copied, capsys):
             assert err.count("\n") == 1 and copied in err, (name, repeat, err)
             Path(copied + suffix).write_bytes(whole[suffix])
     assert inspect_data([copied, "--verify"]) == 0
+
+
+def test_every_damage_of_the_index_is_refused_by_training_too(corpus, copied):
+    """160 other corruptions, the same kinds. In the .bin training sees sizes only: see the next test."""
+    tokenizer = str(Path(corpus).parent / "tokenizer")
+    vocabulary = json.loads(Path(f"{corpus}.json").read_text())["tokenizer"]["vocab_size"]
+    config = make_config(data_path=[copied], split="1,1", teacher=tokenizer)
+    check_data(config, vocabulary)
+    whole = {suffix: Path(copied + suffix).read_bytes() for suffix in (".idx", ".bin")}
+    generator = random.Random(6)
+    for name, (suffix, damage) in corruptions(whole[".idx"], 80).items():
+        for repeat in range(20):
+            Path(copied + suffix).write_bytes(damage(whole[suffix], generator))
+            with pytest.raises(ConfigError, match=re.escape(copied)) as caught:
+                check_data(config, vocabulary)
+                pytest.fail(f"{name}, {repeat}: not noticed")
+            assert "\n" not in str(caught.value)
+            Path(copied + suffix).write_bytes(whole[suffix])
+    check_data(config, vocabulary)
+
+
+def test_what_can_and_cannot_be_seen_of_a_changed_token_id(corpus, copied):
+    """Another id of the vocabulary: by nobody. One outside: by --verify; at a run's start only without a manifest."""
+    tokenizer = str(Path(corpus).parent / "tokenizer")
+    vocabulary = json.loads(Path(f"{corpus}.json").read_text())["tokenizer"]["vocab_size"]
+    config = make_config(data_path=[copied], split="1,1", teacher=tokenizer)
+    tokens = numpy.fromfile(f"{copied}.bin", numpy.uint16)
+    tokens[100] = (int(tokens[100]) + 1) % vocabulary
+    tokens.tofile(f"{copied}.bin")
+    check_data(config, vocabulary)
+    assert inspect_data([copied, "--verify"]) == 0
+    tokens[100] = vocabulary
+    tokens.tofile(f"{copied}.bin")
+    check_data(config, vocabulary)
+    assert inspect_data([copied, "--verify"]) == 2
+    Path(f"{copied}.json").unlink()
+    with pytest.raises(ConfigError, match=f"holds token id {vocabulary}"):
+        check_data(config, vocabulary)
+
+
+def test_megatrons_documents_without_text_train_but_are_not_called_whole(tmp_path):
+    """Megatron-LM's own tool makes a document of a line without text; megatron-core's GPTDataset reads sequences."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(tmp_path / "e")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
+    for length in (40, 0, 40, 0):
+        builder.add_document([5] * length, [length] if length else [])  # type: ignore[arg-type]
+    builder.finalize(f"{prefix}.idx")
+    config = make_config(data_path=[prefix], split="1,1")
+    check_data(config, 10)
+    with pytest.raises(ConfigError, match="Document 1 of .*holds none"):
+        verification.read_index(prefix)
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(HEADER_BYTES + 2 * 12 + 8)
+        file.write((2).to_bytes(8, "little"))  # 0 2 1 2 2
+    with pytest.raises(ConfigError, match="Document 1 of .*begins at sequence 2 and ends at 1"):
+        check_data(config, 10)
 
 
 @pytest.mark.parametrize("prefix_of", ["corpus", "sequences"])

@@ -9,8 +9,10 @@ from test_indexing import check_refused, read_documents, run_tool, tokenizer_fol
 
 import tiny_data
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
 from megatron_lrc.data.sources import find_files, kind_of
+from megatron_lrc.data.tokenizers import load_tokenizer
 
 TEXTS = tiny_data.make_texts(400)
 
@@ -120,3 +122,46 @@ def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_fo
     write_parquet(tmp_path / "named.parquet", TEXTS[:3])
     check_refused(capsys, "has no column 'body'", "--input", tmp_path / "named.parquet", *flags, "--json-keys", "body")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_of_files_are_whole_lines_and_bad_ones_are_named_by_file_and_line(
+    tmp_path,
+    tokenizer_folder,  # noqa: F811
+    monkeypatch,
+    capsys,
+    workers,
+):
+    """Plain files are divided by bytes; who reads a part does not know how many lines come before it."""
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 64)
+    texts = [f"word{number % 7} " * (number % 11) for number in range(200)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[150] = "{"
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines))  # no newline at its end
+    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "c.jsonl").write_text("\n\n" + json.dumps({"text": "word1"}) + "\n" + "{" + "\n\n")
+    flags = ["--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
+    flags += ["--tokenizer-model", tokenizer_folder, "--workers", workers, "--output-prefix", tmp_path / "out"]
+    assert run_tool(*flags) == 2
+    assert "a.jsonl:151: not valid JSON" in capsys.readouterr().err
+    assert run_tool(*flags, "--on-bad-line", "skip") == 0
+    expected = load_tokenizer(tokenizer_folder).encode_batch([*texts[:150], *texts[151:], "word1"])
+    assert read_documents(tmp_path / "out_text_document") == [ids for ids in expected if ids]
+    chunks = list(encoding.read_chunks([str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")], ["text"]))
+    assert len(chunks) > 50 and [chunk.source[-7:] for chunk in chunks if chunk.is_last] == [
+        "a.jsonl",
+        "b.jsonl",
+        "c.jsonl",
+    ]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "word1"}) + "\n" + json.dumps({"text": 1}) + "\n")
+    assert run_tool("--input", tmp_path / "b.jsonl", tmp_path / "c.jsonl", *flags[4:]) == 2
+    assert "c.jsonl:2: the value of 'text' is a int" in capsys.readouterr().err
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    (chunk,) = encoding.read_chunks([str(path)], ["text"])
+    path.write_text('{"text": "one"}\n')
+    with pytest.raises(ConfigError, match="became shorter while it was read"):
+        chunk.read()

@@ -1,0 +1,261 @@
+"""A teacher's weights, read from a megatron-core distributed checkpoint that tools/convert_from_hf.py wrote.
+
+    DIR/                     config.json, tokenizer and generation files of the Hugging Face model, unchanged
+        megatron_lrc.json    which model that is, and which files the conversion wrote
+        release/             the checkpoint, under the name that Megatron-LM gives to converted weights
+
+`CheckpointReader` has `TeacherReader`'s interface and gives the same tensors: a training or an export takes either.
+Each rank reads the stored pieces that its slice overlaps; no process group is needed. Opening checks that everything
+is there and belongs together. The checkpoint's index is a pickle: nothing but the classes of an index comes out of it.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_lrc.clone.checkpoint_layout import SITES, Box, box_of, rows_box, stored_shapes
+from megatron_lrc.clone.sites import EMBED, LM_HEAD, HeadLayout, Site, select
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.architectures import FROZEN_BIASES
+from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription
+from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
+
+RECORD_FILE, INDEX_FILE = "megatron_lrc.json", ".metadata"
+_SHOWN, _SAMPLE_BYTES, _NUM_SAMPLES = 4, 65536, 16
+
+#: What an index is made of, by module. dtypes are names in `torch`.
+_INDEX_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size", "float64", "float32", "float16", "bfloat16"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """megatron_lrc.json. fingerprint: the teacher's, with any form of it. files: sizes in bytes, of all in release/."""
+
+    fingerprint: str
+    config_sha256: str
+    files: dict[str, int]
+    samples_sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, *, fingerprint: str, config_values: Mapping) -> "Record":
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        return cls(fingerprint, _digest_of_config(config_values), files, _digest_of_samples(folder, files))
+
+    def write(self, directory: Path) -> None:
+        (directory / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+class CheckpointReader:
+    """The open checkpoint of one teacher. Making one runs `check`."""
+
+    def __init__(self, description: TeacherDescription) -> None:
+        self.description = description
+        self._heads = HeadLayout.of(description.shape)
+        self._folder = description.directory / CHECKPOINT_FOLDER
+        self._record = _read_record(description.directory)
+        self._check_files()
+        index = _read_index(self._folder / INDEX_FILE)
+        self._stored = {
+            key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
+        self._files = FileSystemReader(self._folder)
+        self._files.set_up_storage_reader(index, is_coordinator=True)
+        self._last: tuple[Box, Tensor] | None = None  # q, k and v lie in one box
+        self.check()
+
+    def check(self) -> None:
+        """ConfigError unless the checkpoint holds exactly the tensors that config.json implies."""
+        expected = stored_shapes(self.description.shape)
+        problems = [f"{key} {list(expected[key])} is missing" for key in expected if key not in self._stored]
+        for key, stored in self._stored.items():
+            if key not in expected:
+                problems.append(f"unexpected tensor {key}")
+            elif tuple(stored.size) != expected[key]:
+                problems.append(f"{key} has shape {list(stored.size)}, expected {list(expected[key])}")
+        if problems:
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ConfigError(
+                f"--teacher {self.description.directory}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
+                "the tensors that config.json implies. Put back the config.json of the conversion, or convert again."
+            )
+
+    def site(
+        self,
+        site: Site,
+        layer: int | None = None,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        padded_vocab_size: int | None = None,
+    ) -> Tensor:
+        """This rank's part of a cloned weight: [o/tp, i] where rows are split, [o, i/tp] where columns are.
+
+        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size: unpadded.
+        """
+        if site in (EMBED, LM_HEAD):
+            return self._vocabulary_rows(site, tp_rank, tp_size, padded_vocab_size or self.description.shape.vocab_size)
+        return self._part(site.name, layer, tp_rank, tp_size)
+
+    def norm(self, name: str, layer: int | None = None) -> Tensor:
+        """A norm gain [D]: "input" or "post" of a layer, or "final"."""
+        return self._read(box_of(self.description.shape, name, layer))
+
+    def frozen(self, name: str, layer: int, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """This rank's part of a frozen tensor: a bias [o/tp], split like its weight, or a norm gain [head_dim]."""
+        if name not in FROZEN_BIASES:
+            return self._read(box_of(self.description.shape, name, layer))
+        return self._part(name, layer, tp_rank, tp_size)
+
+    def fingerprint(self) -> str:
+        """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if its values
+        were rounded, or if config.json is no longer the same."""
+        config = _digest_of_config(self.description.config_values)
+        if config == self._record.config_sha256:
+            return self._record.fingerprint
+        return hashlib.sha256(f"{self._record.fingerprint} {config}".encode()).hexdigest()
+
+    def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
+        shape = self.description.shape
+        rows, remainder = divmod(padded_vocab_size, tp_size)
+        assert remainder == 0 and padded_vocab_size >= shape.vocab_size, f"vocabulary padded to {padded_vocab_size}"
+        source = EMBED if site == LM_HEAD and shape.is_tied else site
+        start = min(tp_rank * rows, shape.vocab_size)
+        own = self._read(rows_box(shape, source, start, min(rows, shape.vocab_size - start)))  # [<= v_padded/tp, D]
+        padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
+        return torch.cat([own, padding]) if len(padding) else own
+
+    def _part(self, name: str, layer: int | None, tp_rank: int, tp_size: int) -> Tensor:
+        """This rank's part of a weight or bias of a layer, its rows in Hugging Face's order."""
+        box = box_of(self.description.shape, name, layer, part=tp_rank, parts=tp_size)
+        tensor = self._read(box)
+        if len(box.names) == 1:
+            return tensor
+        return select(SITES[name.removesuffix("_bias")], tensor, self._heads).flatten(0, 1)
+
+    def _read(self, box: Box) -> Tensor:
+        """What lies in a box [*box.local_shape], in the stored dtype."""
+        if self._last is not None and self._last[0] == box:
+            return self._last[1]
+        stored = self._stored[box.key]
+        tensor = torch.empty(box.sizes, dtype=stored.properties.dtype)
+        if tensor.numel():
+            chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+            plan = LoadPlan(create_read_items_for_chunk_list(box.key, stored, [chunk]))
+            self._files.read_data(plan, _Planner(tensor)).wait()
+        tensor = tensor.view(box.local_shape)
+        self._last = (box, tensor) if len(box.names) > 1 else None
+        return tensor
+
+    def _check_files(self) -> None:
+        """Refuse a checkpoint whose files are not those that were written."""
+        for name, size in self._record.files.items():
+            path = self._folder / name
+            if not path.is_file():
+                fault = "is missing"
+            elif path.stat().st_size != size:
+                fault = f"has {path.stat().st_size} bytes, {size} were written"
+            else:
+                continue
+            raise ConfigError(f"--teacher {self.description.directory}: {path} {fault}. Copy or convert it again.")
+        if _digest_of_samples(self._folder, self._record.files) != self._record.samples_sha256:
+            raise ConfigError(
+                f"--teacher {self.description.directory}: the files in {CHECKPOINT_FOLDER}/ are not what the "
+                "conversion wrote. Copy them again, or convert the Hugging Face directory again."
+            )
+
+
+Reader = TeacherReader | CheckpointReader
+
+
+def open_teacher(description: TeacherDescription) -> Reader:
+    """The reader of what the directory holds: safetensors, or a converted checkpoint."""
+    if any((description.directory / name).is_file() for name in WEIGHT_FILES):
+        return TeacherReader(description)
+    return CheckpointReader(description)
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads one box of one tensor: every item goes to its place in `target`."""
+
+    def __init__(self, target: Tensor):
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            place = place.narrow(dim, start, length)
+        return place
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if name not in _INDEX_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return super().find_class(module, name)
+
+
+def _read_index(path: Path) -> Metadata:
+    try:
+        with open(path, "rb") as file:
+            return _IndexUnpickler(file).load()
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not the index of a checkpoint ({reason}). Copy or convert it again.") from error
+
+
+def _read_record(directory: Path) -> Record:
+    path = directory / RECORD_FILE
+    try:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        assert all(Path(name).name == name and isinstance(size, int) for name, size in record.files.items())
+        assert INDEX_FILE in record.files
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError):
+        raise ConfigError(
+            f"--teacher {directory} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py writes beside"
+            " it, is missing or damaged. Give a directory that this tool has written, or the Hugging Face directory."
+        ) from None
+    return record
+
+
+def _digest_of_config(config_values: Mapping) -> str:
+    return hashlib.sha256(json.dumps(dict(config_values), sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_samples(folder: Path, files: Mapping[str, int]) -> str:
+    """sha256 over parts of each file, evenly spaced: cheap however large they are."""
+    digest = hashlib.sha256()
+    for name, size in sorted(files.items()):
+        digest.update(f"{name} {size}".encode())
+        with open(folder / name, "rb") as file:
+            for sample in range(_NUM_SAMPLES):
+                file.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_NUM_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Hugging Face weights -> the boxes of a megatron-core checkpoint; and the proof that a conversion lost nothing."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.clone.checkpoint_layout import SITES, Box, all_boxes, key_of
+from megatron_lrc.clone.sites import HeadLayout, select
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Reader, Record
+from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.output_folder import copy_files
+from megatron_lrc.hf.teacher import TeacherReader
+
+#: Megatron-LM's pointer to the checkpoint in a directory.
+_TRACKER_FILE = "latest_checkpointed_iteration.txt"
+
+
+def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
+    """Key -> data type to store: `dtype`, or the narrowest that holds every tensor stored under this key exactly."""
+    dtypes: dict[str, torch.dtype] = {}
+    for weight in _stored_weights(reader.description):
+        key, own = key_of(_name(weight)), dtype or reader.dtype(weight.key)
+        dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
+    return dtypes
+
+
+def boxes_of(description: TeacherDescription) -> Iterator[Box]:
+    return all_boxes(description.shape)
+
+
+def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:
+    """What lies in a box, [*box.local_shape] in `dtype`, from the teacher's own tensors."""
+    filled, heads = torch.empty(box.local_shape, dtype=dtype), HeadLayout.of(reader.description.shape)
+    for name in box.names:
+        place = filled
+        if len(box.names) > 1:
+            place = select(SITES[name.removesuffix("_bias")], filled, heads)
+        place.copy_(_read(reader, name, box.layer, part=box.part, parts=box.parts).view(place.shape))
+    return filled
+
+
+def finish(directory: Path, reader: TeacherReader, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Everything beside the checkpoint: config, tokenizer, and what tells the teacher from others."""
+    description = reader.description
+    copy_files(description.directory, directory)
+    copy_files(description.directory, directory, ["config.json"])
+    (directory / _TRACKER_FILE).write_text(CHECKPOINT_FOLDER + "\n")
+    fingerprint = reader.fingerprint()
+    if rounded := {str(dtype) for key, dtype in dtypes.items() if _is_rounded(reader, key, dtype)}:
+        fingerprint += "-" + "-".join(sorted(rounded)).replace("torch.", "")
+    Record.of(directory / CHECKPOINT_FOLDER, fingerprint=fingerprint, config_values=description.config_values).write(
+        directory
+    )
+
+
+def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:
+    """Read every tensor back and compare it with its source, bit for bit: (tensors, parameters), or a ConfigError."""
+    written = CheckpointReader(describe_teacher(directory))
+    tensors = parameters = 0
+    for weight in _stored_weights(reader.description):
+        found = _read(written, _name(weight), weight.layer)
+        expected = _read(reader, _name(weight), weight.layer).to(found.dtype)
+        if found.shape != expected.shape or not torch.equal(_bits(found), _bits(expected)):
+            raise ConfigError(
+                f"{weight.name} reads back otherwise than it was written; nothing was kept. Check the disk, then try "
+                "again."
+            )
+        tensors, parameters = tensors + 1, parameters + found.numel()
+    return tensors, parameters
+
+
+def _stored_weights(description: TeacherDescription) -> Iterator[Weight]:
+    """All but those that have to be zero: a GPTModel has no place for them."""
+    return (weight for weight in expected_weights(description.family, description.shape) if not weight.is_zero)
+
+
+def _name(weight: Weight) -> str:
+    """Its name within a layer or the model."""
+    return weight.key.rpartition(".")[2]
+
+
+def _read(reader: Reader, name: str, layer: int | None, *, part: int = 0, parts: int = 1) -> Tensor:
+    """The `part`-th of `parts` tensor parallel shares of a tensor, in Hugging Face's order of rows."""
+    if name in SITES:
+        return reader.site(SITES[name], layer, tp_rank=part, tp_size=parts)
+    if name in reader.description.family.norms:
+        return reader.norm(name, layer)
+    assert layer is not None, f"{name} belongs to a layer"
+    return reader.frozen(name, layer, tp_rank=part, tp_size=parts)
+
+
+def _is_rounded(reader: TeacherReader, key: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor under this key loses digits in `dtype`."""
+    weights = (weight for weight in _stored_weights(reader.description) if key_of(_name(weight)) == key)
+    return any(torch.promote_types(reader.dtype(weight.key), dtype) != dtype for weight in weights)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes: NaN equals itself, and -0 is not 0."""
+    return tensor.contiguous().view(torch.uint8)

@@ -1,0 +1,108 @@
+"""A GGUF file -> a plain Hugging Face directory, by transformers' own reader.
+
+transformers dequantises while it reads, but refuses to save a model that came from GGUF: the weights are handed to a
+fresh model of a clean configuration, without a copy. What it would drop without a word (RoPE scaling, tensors that its
+class has no place for) is refused here.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.teacher import TeacherReader
+
+_PACKAGES = ("gguf", "accelerate")
+
+
+def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Write config, weights (float32 unless given) and tokenizer of a GGUF file into a directory; then read it back.
+
+    Gives (tensors, parameters) once each was found equal, bit for bit, to what transformers made of the file.
+    """
+    source, tokenizer = read_gguf(path)
+    model = saveable(source.to(dtype or torch.float32))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    reader = TeacherReader(describe_teacher(directory))
+    written = {name: reader.read(name) for name in reader.names()}
+    state = model.state_dict()
+    for name, tensor in written.items():
+        if not torch.equal(tensor, state[name]):
+            raise ConfigError(
+                f"{path}: {name} reads back otherwise than it was written. Check the disk, then try again."
+            )
+    return len(written), sum(tensor.numel() for tensor in written.values())
+
+
+def read_gguf(path: Path) -> tuple[Any, Any]:
+    """(model in float32, tokenizer) of a GGUF file, as transformers reads them, if it reads all of it."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{path}: reading GGUF needs {' and '.join(missing)}, not installed here. Run: pip install "
+            f"{' '.join(missing)}"
+        )
+    try:
+        contents = importlib.import_module("gguf").GGUFReader(path)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except Exception as error:  # each part of transformers has errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{path}: transformers cannot read this GGUF file ({reason}). A complete file of a supported architecture "
+            "is expected. Convert the model's original Hugging Face directory."
+        ) from error
+    _check_nothing_is_lost(path, contents, model)
+    return model.eval(), tokenizer
+
+
+def clean_config(config: Any, architecture: str) -> PreTrainedConfig:
+    """The same architecture without traces of GGUF, and with the norm epsilon as it was before GGUF's float32."""
+    values = config.to_dict()
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "unk_token_id"):
+        values.pop(name, None)
+    values["rms_norm_eps"] = float(f"{config.rms_norm_eps:.6g}")
+    values["architectures"] = [architecture]
+    return type(config).from_dict(values)
+
+
+def saveable(source: Any) -> PreTrainedModel:
+    """A model that transformers is willing to save, of `source`'s own weights. It has no RoPE tables: not to be run."""
+    model_class = type(source)
+    with torch.device("meta"):
+        model = model_class(clean_config(source.config, model_class.__name__))
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig(
+        bos_token_id=source.config.bos_token_id,
+        eos_token_id=source.config.eos_token_id,
+        pad_token_id=source.config.pad_token_id,
+    )
+    return model.eval()
+
+
+def _check_nothing_is_lost(path: Path, contents: Any, model: Any) -> None:
+    """transformers ignores RoPE scaling and every tensor that it has no name for, and invents tensors it misses."""
+    architecture = contents.fields["general.architecture"].contents()
+    scaling = contents.fields.get(f"{architecture}.rope.scaling.type")
+    tensors = {tensor.name: int(tensor.n_elements) for tensor in contents.tensors}
+    head_dim = contents.fields.get(f"{architecture}.attention.key_length")
+    owned = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
+        lost = "its RoPE scaling"
+    elif head_dim is not None and head_dim.contents() != model.config.head_dim:
+        lost = f"its head size, {head_dim.contents()}"
+    elif sorted(tensors.values()) != sorted(owned.values()):
+        lost = f"some of its tensors ({len(tensors)} in the file, {len(owned)} in {type(model).__name__})"
+    else:
+        return
+    raise ConfigError(
+        f"{path}: transformers does not read {lost}, so the result would be another model. Convert the model's "
+        "original Hugging Face directory."
+    )

@@ -1,0 +1,145 @@
+"""Logits of a whole model by megatron-core's own layers, in one process, one layer in memory at a time.
+
+One decoder layer and the final norm are built as `models.py` builds them for training, and every layer's weights take
+their turn in them. No torchrun: a world of one process is made for the time of the computation.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, select
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains
+
+HEAD_ROWS = 8192  # rows of an LM head that are widened at once
+
+_NORMS = {
+    "input": "input_layernorm.weight",
+    "post": "pre_mlp_layernorm.weight",
+    "q_norm": "self_attention.q_layernorm.weight",
+    "k_norm": "self_attention.k_layernorm.weight",
+}
+
+
+class LayerByLayer:
+    """Takes a model's weights one after another, in the order of the forward pass, and computes on the way.
+
+    tokens: int64 [b, s]. inverse_frequencies: float32 [head_dim/2]. Memory: a layer in `dtype`, and of a tied model the
+    embedding as it was given. Needs megatron-core's process groups: `layer_by_layer` makes both.
+    """
+
+    def __init__(self, shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype):
+        config = Config()
+        config.training.seq_length = tokens.shape[1]
+        self.shape, self.tokens, self.dtype = shape, tokens, dtype
+        self._model = build_stage(
+            config,
+            replace(shape, num_layers=1, vocab_size=1),  # the ends are computed here, a part at a time
+            inverse_frequencies,
+            dtype=dtype,
+            chunk=0,
+            is_trained=False,
+            is_first_stage=False,
+            is_last_stage=True,
+        )
+        ((_, self._layer),) = layers_of(self._model)
+        rotary: Any = self._model.rotary_pos_emb
+        self._angles: Tensor = rotary(tokens.shape[1])  # [s, 1, 1, head_dim]
+        self._places = self._places_of_layer()
+        self._scope, self._filled = "", set[str]()
+        self._hidden = torch.empty(0)
+        self._tied_head: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, key: str, weight: Tensor) -> None:
+        """The next weight, whole and in Hugging Face's order of rows, in any dtype.
+
+        key: `embed`, then `layers.{i}.` with q, k, v, o, gate, up, down, input, post and what the shape says of q_bias,
+        k_bias, v_bias, q_norm, k_norm in any order, then `final`, and `lm_head` unless the model is tied.
+        """
+        scope, _, name = key.rpartition(".")
+        if scope != self._scope:
+            self._run_layer()
+            self._scope = scope
+        if scope:
+            self._fill(name, weight)
+        elif name == EMBED.name:
+            gain = norm_gains(self._model)["final"]
+            self._hidden = weight[self.tokens.t()].to(gain.device, self.dtype)  # [s, b, h]
+            self._tied_head = weight if self.shape.is_tied else None
+        elif name == "final":
+            final_norm: Any = self._model.decoder.final_layernorm
+            final_norm.weight.copy_(weight)
+            self._hidden = final_norm(self._hidden)
+            if self._tied_head is not None:
+                self._logits = self._multiply(self._tied_head)
+        else:
+            assert name == LM_HEAD.name and not self.shape.is_tied, key
+            self._logits = self._multiply(weight)
+
+    @property
+    def logits(self) -> Tensor:
+        """[b, s, v] on the CPU, in `dtype`, once all weights have been added."""
+        assert self._logits is not None, f"no weight came after {self._scope or EMBED.name}"
+        return self._logits
+
+    def _places_of_layer(self) -> dict[str, Tensor]:
+        """Name of each weight of a layer -> where it goes, a view of a parameter."""
+        heads, layer, shape = head_layout(self.shape), self._layer, self.shape
+        places = {site.name: select(site, layer.get_parameter(f"{site.linear}.weight"), heads) for site in LAYER_SITES}
+        if shape.has_qkv_bias:
+            for site in LAYER_SITES[:3]:
+                places[f"{site.name}_bias"] = select(site, layer.get_parameter(f"{site.linear}.bias"), heads)
+        norms = [name for name in _NORMS if shape.has_qk_norm or name in ("input", "post")]
+        return places | {name: layer.get_parameter(_NORMS[name]) for name in norms}
+
+    def _fill(self, name: str, weight: Tensor) -> None:
+        if name not in self._places:
+            assert not weight.any(), f"{self._scope}.{name} is not zero, and the model has no place for it"
+            return
+        place = self._places[name]
+        place.copy_(weight.view(place.shape))
+        self._filled.add(name)
+
+    def _run_layer(self) -> None:
+        if not self._scope:
+            return
+        assert self._filled == set(self._places), f"{self._scope} lacks {set(self._places) - self._filled}"
+        self._hidden, _ = self._layer(self._hidden, attention_mask=None, rotary_pos_emb=self._angles)
+        self._filled = set()
+
+    def _multiply(self, head: Tensor) -> Tensor:
+        blocks = (rows.to(self._hidden.device, self.dtype) for rows in head.split(HEAD_ROWS))
+        return torch.cat([F.linear(self._hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
+
+
+@contextmanager
+def layer_by_layer(
+    shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> Iterator[LayerByLayer]:
+    """A LayerByLayer, in megatron-core's process groups of a world of one, whatever torchrun's environment says.
+
+    Groups that there are already are used; what is made here is gone again afterwards.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        assert dist.get_world_size() == 1, "one process computes a model by itself"
+        yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)
+        return
+    assert not dist.is_initialized()
+    with torch.random.fork_rng():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            distributed.start(Config())
+            yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)
+        finally:
+            distributed.stop()

@@ -1,0 +1,121 @@
+"""Opens what a path holds as a model whose logits can be had: the kinds that `tools/verify_model.py` compares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.comparison import Difference, compare_logits
+from megatron_lrc.hf.families import rope_inverse_frequencies
+from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
+from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.mcore.checkpoint import STATE_FILE, newest_checkpoint
+from megatron_lrc.verify.sources import open_student, stream_logits, student_weights
+
+#: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]
+Logits = Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model of either kind. kind: what it is, in words. is_exact: its weights are computed, not yet rounded."""
+
+    path: Path
+    kind: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    weights_dtype: torch.dtype
+    logits: Logits
+    is_exact: bool = False
+
+    def __str__(self) -> str:
+        dtype = str(self.weights_dtype).removeprefix("torch.")
+        return (
+            f"{self.path}: {self.kind}, {self.num_layers} layers, hidden size {self.hidden_size}, vocabulary "
+            f"{self.vocab_size}, weights in {dtype}"
+        )
+
+
+def open_model(path: Path, teacher: str | None = None) -> OpenModel:
+    """The model at this path: a Hugging Face directory, a checkpoint, or a run, whose newest checkpoint is taken.
+
+    teacher: where a checkpoint's teacher is now, if not where it was in the training.
+    """
+    for recognises, opener in OPENERS:
+        if recognises(path):
+            return opener(path, teacher)
+    raise ConfigError(
+        f"{path} {'holds' if path.is_dir() else 'is'} no model. A Hugging Face directory (config.json and "
+        f"safetensors), a run directory, or a checkpoint of it (iter_NNNNNNN with {STATE_FILE}) is expected."
+    )
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _open_hugging_face(path: Path, teacher: str | None) -> OpenModel:
+    model = HuggingFaceModel(path)
+    return OpenModel(
+        path=path,
+        kind=model.architecture,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        weights_dtype=model.weights_dtype,
+        logits=lambda tokens, dtype, rounded_to: model.logits(tokens, dtype),
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / STATE_FILE).is_file() or newest_checkpoint(str(path)) is not None
+
+
+def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
+    student, description = open_student(str(path), teacher)
+
+    def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
+        weights = student_weights(student, TeacherReader(description))
+        rope = rope_inverse_frequencies(description)
+        return stream_logits(weights, student.shape, rope, tokens, dtype, rounded_to)
+
+    return OpenModel(
+        path=student.path,
+        kind=f"student of a {description.family.name}, step {student.step}, composed for megatron-core",
+        num_layers=student.shape.num_layers,
+        hidden_size=student.shape.hidden_size,
+        vocab_size=student.shape.vocab_size,
+        weights_dtype=student.projections["embed"].dtype,
+        logits=logits,
+        is_exact=True,
+    )
+
+
+#: (whether a path is of this kind, how it is opened), in the order they are tried.
+OPENERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], OpenModel]], ...] = (
+    (_is_hugging_face, _open_hugging_face),
+    (_is_checkpoint, _open_checkpoint),
+)
+
+
+def compare_models(first: OpenModel, second: OpenModel, *, dtype: torch.dtype) -> Difference:
+    """Of their logits of `fixed_tokens`, computed in `dtype`. ConfigError where they have no tokens in common.
+
+    Weights that are computed, not read, are rounded to the other side's dtype if they alone are: as an export does.
+    """
+    if first.vocab_size != second.vocab_size:
+        raise ConfigError(
+            f"{first.path} has a vocabulary of {first.vocab_size} and {second.path} one of {second.vocab_size}, so "
+            "their logits cannot be compared. Two models of one vocabulary are expected."
+        )
+    tokens = fixed_tokens(first.vocab_size)
+
+    def logits(model: OpenModel, other: OpenModel) -> Tensor:
+        rounded_to = other.weights_dtype if model.is_exact and not other.is_exact else None
+        return model.logits(tokens, dtype, rounded_to)
+
+    return compare_logits(logits(first, second), logits(second, first))

@@ -1,0 +1,84 @@
+"""Models as a stream of weights in the order of the forward pass, and their logits by megatron-core's layers.
+
+A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype its source
+has. Another kind of model needs one such generator.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.clone.sites import compose
+from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.mcore.checkpoint import SavedStudent, open_checkpoint
+from megatron_lrc.mcore.layer_by_layer import layer_by_layer
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+def stream_logits(
+    weights: Weights,
+    shape: ModelShape,
+    inverse_frequencies: Tensor,
+    tokens: Tensor,
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[b, s, v], computed in `dtype`. tokens: [b, s]; inverse_frequencies: float32 [head_dim/2].
+
+    weights_dtype: what weights are rounded to first; None leaves them as they come.
+    """
+    with layer_by_layer(shape, inverse_frequencies, tokens, dtype) as forward:
+        for key, weight in weights:
+            forward.add(key, weight if weights_dtype is None else weight.to(weights_dtype))
+        return forward.logits
+
+
+def teacher_weights(reader: TeacherReader) -> Iterator[tuple[str, Tensor]]:
+    """A Hugging Face directory's weights, as the engine reads a teacher."""
+    description = reader.description
+    for weight in expected_weights(description.family, description.shape):
+        if not weight.is_zero:
+            yield weight.key, _teacher_weight(reader, weight)
+
+
+def student_weights(student: SavedStudent, reader: TeacherReader) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's student as training composes it, in the dtype of the projections. reader: of its teacher."""
+    for weight in expected_weights(reader.description.family, student.shape):
+        if weight.site is not None:
+            projection = student.projections[weight.key]
+            yield weight.key, compose(weight.site, _teacher_weight(reader, weight).to(projection.dtype), projection)
+        elif weight.is_norm_gain:
+            yield weight.key, student.norms[weight.key]
+        elif weight.is_frozen:
+            yield weight.key, _teacher_weight(reader, weight)
+
+
+def _teacher_weight(reader: TeacherReader, weight: Weight) -> Tensor:
+    if weight.site is not None:
+        return reader.site(weight.site, weight.layer)
+    name = weight.key.rpartition(".")[2]
+    if weight.is_frozen:
+        assert weight.layer is not None
+        return reader.frozen(name, weight.layer)
+    return reader.norm(name, weight.layer)
+
+
+def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:
+    """A checkpoint (or the newest of a run) and its teacher, held against each other. ConfigError if they differ.
+
+    teacher: where the teacher is now, if not where it was in the training.
+    """
+    student = open_checkpoint(load)
+    description = describe_teacher(teacher or str(student.config.model.teacher))
+    fingerprint = TeacherReader(description).fingerprint()
+    if fingerprint != student.teacher_fingerprint:
+        raise ConfigError(
+            f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "
+            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the directory of "
+            "that teacher with --teacher."
+        )
+    return student, description

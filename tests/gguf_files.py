@@ -1,0 +1,84 @@
+"""Writes a tiny Llama or Qwen2 as a GGUF file, as llama.cpp's converter lays them out. Needs the package gguf."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+from transformers import AutoTokenizer
+
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(path: Path, model: Any, tokenizer_directory: Path, *, extra_fields: dict[str, str] | None = None) -> None:
+    """The model's weights in float32, those of attention outputs in 8 bits where their width allows it."""
+    config, architecture = model.config, model.config.model_type
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(model.model.layers[0].self_attn.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in (extra_fields or {}).items():
+        writer.add_string(f"{architecture}.{name}", value)
+    _add_tokenizer(writer, tokenizer_directory)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        _add_tensor(writer, _gguf_name(name), tensor.numpy(), config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in _OTHER_NAMES:
+        return f"{_OTHER_NAMES[module]}.{kind}"
+    _, _, layer, module = module.split(".", 3)
+    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, values: numpy.ndarray, config: Any) -> None:
+    if config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        halves = values.reshape(heads, 2, -1, *values.shape[1:])  # llama.cpp rotates neighbours, not halves
+        values = numpy.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+    if ".attn_output." in name and values.shape[1] % 32 == 0:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    else:
+        writer.add_tensor(name, values)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    merges = json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token, _ in vocabulary]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)

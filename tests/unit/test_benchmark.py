@@ -1,0 +1,135 @@
+"""tools/benchmark.py: what it says of the contestants is so, and what differs is said."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny_data
+from megatron_lrc.benchmarks import corpus, data
+from megatron_lrc.benchmarks.measure import Spread, measure, table
+from megatron_lrc.config import ConfigError
+from tools_path import load_tool
+
+benchmark = load_tool("benchmark").main
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> str:
+    return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_the_table_the_json_and_the_equal_outputs(tokenizer_folder, tmp_path, capsys):
+    """300 KB of this environment's text, Megatron-LM's pattern and ours."""
+    flags = ["--corpus-mb", "0.3", "--repeats", "1", "--check-documents", "20", "--json", str(tmp_path / "b.json")]
+    assert benchmark(["data", "--tokenizer-model", tokenizer_folder, *flags]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"corpus: 0\.[345]\d? MB of text in \d+ documents .* 100\.0% in distinct documents, .*, from the files of", out
+    )
+    assert ".bin of all contestants: byte-identical" in out and ".idx of all contestants: byte-identical" in out
+    assert "tokens equal to transformers' tokenizer: 20 of 20 random documents" in out
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["byte_identical"] == {"bin": True, "idx": True}
+    assert figures["checked"] == {"documents": 20, "equal": 20}
+    assert list(figures["contestants"]) == [data.BASELINE, *data.OURS]
+    for name, spreads in figures["contestants"].items():
+        (row,) = re.findall(rf"^{re.escape(name)}  .*$", out, re.M)
+        rate, seconds = spreads["text_mb_per_second"]["median"], spreads["seconds"]["median"]
+        assert f"{rate:,.2f} (" in row and f"{spreads['peak_rss_mb']['median']:,.0f} (" in row
+        assert rate * seconds == pytest.approx(figures["corpus"]["text_bytes"] / 1e6)
+        assert spreads["peak_rss_mb"]["median"] > 20 and spreads["cpu_seconds"]["median"] > 0
+        baseline = figures["contestants"][data.BASELINE]["seconds"]["median"]
+        assert spreads["ratio"]["median"] == pytest.approx(baseline / seconds)
+
+
+def test_a_contestant_that_writes_other_tokens_is_reported(tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """Ours is kept from ending its documents: neither the files nor the checked documents agree then."""
+    source = tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(30))
+    contestants = data.make_contestants()[:2]
+    contestants[1].command.remove("--append-eod")
+    monkeypatch.setattr(data, "make_contestants", lambda: contestants)
+    flags = ["--input", source, "--repeats", "1", "--check-documents", "5"]
+    assert benchmark(["data", "--tokenizer-model", tokenizer_folder, *flags]) == 1
+    out = capsys.readouterr().out
+    assert ".bin of all contestants: DIFFERENT" in out and ": 0 of 5 random documents" in out
+
+
+def test_errors_are_one_sentence(tokenizer_folder, tmp_path, capsys):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "word1"}\n{"text": 3}\n')
+    for flags, message in (
+        (["--input", str(source)], f"{source}:2 is not a JSON object with text"),
+        (["--input", str(tmp_path / "none.jsonl")], "No such file"),
+        (["--repeats", "0"], "--repeats and --corpus-mb take numbers above 0"),
+        (["--corpus-mb", "0.01", "--tokenizer-model", str(tmp_path)], "ended with exit code 1: "),
+    ):
+        assert benchmark(["data", "--tokenizer-model", tokenizer_folder, *flags]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_repeated_text_is_told_from_distinct_text(tmp_path, monkeypatch):
+    texts = [f"{word}\n" * 3 + "end" for word in ("one", "two")]
+    monkeypatch.setattr(corpus, "_environment_texts", lambda: iter(texts))
+    path = tmp_path / "c.jsonl"
+    corpus.write_corpus(path, 4 * sum(map(len, texts)))
+    lines = path.read_text().splitlines()
+    found = corpus.read_corpus([str(path)])
+    assert len(lines) == 8 and len(set(lines)) > 2
+    assert (found.num_bytes, found.distinct_bytes) == (4 * sum(map(len, texts)), sum(map(len, texts)))
+    assert "25.0% in distinct documents" in found.describe()
+
+
+def test_files_that_are_nearly_alike_count_for_their_difference(tmp_path):
+    texts = ["same line\nsame line\nfirst\n", "same line\nother\n"]
+    found = corpus.read_corpus([tiny_data.write_jsonl(tmp_path / "a.jsonl", texts)])
+    assert (found.num_bytes, found.distinct_bytes) == (42, 42)
+    assert found.fresh_line_bytes == len("same line\nfirst\nother\n")
+
+
+def test_the_environments_text_is_the_same_twice_and_holds_no_file_twice(tmp_path):
+    for name in ("a", "b"):
+        corpus.write_corpus(tmp_path / name, 1_000_000)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found = corpus.read_corpus([str(tmp_path / "a")])
+    assert found.distinct_bytes == found.num_bytes >= 1_000_000
+
+
+def test_memory_and_processor_time_of_the_whole_tree_are_measured():
+    """A child of the measured program holds 200 MB and computes."""
+    child = "import time; held = bytearray(b'1') * 200_000_000\nend = time.process_time() + 0.6\n"
+    child += "while time.process_time() < end: pass"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    measured = measure([sys.executable, "-c", program], {})
+    assert 200e6 < measured.peak_rss < 400e6 and measured.cpu_seconds > 0.6
+    assert measured.seconds > 0.6
+    if sys.platform == "linux":
+        assert 200e6 < measured.peak_pss <= measured.peak_rss
+
+
+def test_a_program_that_fails_is_quoted():
+    with pytest.raises(ConfigError, match="ended with exit code 3: second$"):
+        measure([sys.executable, "-c", "import sys; sys.stderr.write('first\\nsecond\\n\\n'); sys.exit(3)"], {})
+
+
+def test_spreads_and_tables():
+    assert Spread.of([3.0, 1.0, 2.0]).text(1) == "2.0 (1.0-3.0)"
+    assert Spread.of([1200.0, 1000.0]).text(0) == "1,100 (1,000-1,200)"
+    assert table([["a", "b"], ["long", "1,000"]]) == ["a         b", "long  1,000"]
+
+
+def test_the_programs_help_lists_its_commands():
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "tools" / "benchmark.py"), "--help"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "data" in done.stdout

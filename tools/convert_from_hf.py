@@ -1,0 +1,104 @@
+"""Hugging Face directory or GGUF file -> megatron-core distributed checkpoint, a teacher at any TP and PP.
+
+    python tools/convert_from_hf.py --hf-model DIR --output DIR
+    python tools/convert_from_hf.py --hf-model FILE.gguf --output DIR [--format hf]
+
+The output has the model's config, tokenizer and generation files, and its weights in release/ under the keys of a
+megatron-core GPTModel: --teacher takes it, and so does Megatron-LM's --load (with --finetune). Everything is read back
+and compared bit for bit before the output gets its name.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_lrc.config import ConfigError
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Memory: a few of the model's matrices, however large it is. GGUF: the whole model in float32, and for "
+        "a moment up to twice that, since transformers reads it. Disk: the output, and for GGUF as torch_dist the same "
+        "again in the meantime. One process; no torchrun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--hf-model", required=True, type=Path, metavar="DIR|FILE.gguf", help="Model to convert; nothing is downloaded."
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Directory to write; new, or empty.")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="Data type of the stored weights. Default: the model's own; GGUF: float32, as it is dequantised.",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("torch_dist", "hf"),
+        default="torch_dist",
+        help="torch_dist: megatron-core distributed checkpoint. hf: Hugging Face directory, from GGUF only.",
+    )
+    return parser.parse_args(argv)
+
+
+def convert(flags: argparse.Namespace) -> None:
+    """Write into a hidden folder beside the output, compare, rename."""
+    import torch  # imported here with the rest, so that --help answers at once
+
+    from megatron_lrc.hf.gguf import write_gguf_as_hf
+    from megatron_lrc.hf.output_folder import complete_or_absent
+
+    source, dtype = flags.hf_model, getattr(torch, flags.dtype) if flags.dtype else None
+    is_gguf = source.is_file() and source.suffix.lower() == ".gguf"
+    if flags.format == "hf" and not is_gguf:
+        raise ConfigError(
+            f"--format hf writes a GGUF file as a Hugging Face directory; --hf-model {source} is no GGUF file."
+        )
+    with complete_or_absent(flags.output, source=source) as partial:
+        if flags.format == "hf":
+            counts = write_gguf_as_hf(source, partial, dtype)
+        elif is_gguf:
+            between = partial / "huggingface"
+            write_gguf_as_hf(source, between, dtype)
+            counts = write_checkpoint(between, partial)
+            shutil.rmtree(between)
+        else:
+            counts = write_checkpoint(source, partial, dtype)
+    print(f"{flags.output}: {counts[0]} tensors, {counts[1]:,} parameters, read back equal")
+
+
+def write_checkpoint(source: Path, directory: Path, dtype=None) -> tuple[int, int]:
+    """(tensors, parameters) written into `directory` and found equal to the source's."""
+    from megatron_lrc.hf import conversion
+    from megatron_lrc.hf.families import CHECKPOINT_FOLDER, describe_teacher
+    from megatron_lrc.hf.teacher import TeacherReader
+    from megatron_lrc.mcore.streamed_save import Piece, save_pieces
+
+    reader = TeacherReader(describe_teacher(source))
+    dtypes = conversion.stored_dtypes(reader, dtype)
+    pieces = [
+        Piece(box, dtypes[box.key], lambda box=box: conversion.fill_box(box, reader, dtypes[box.key]))
+        for box in conversion.boxes_of(reader.description)
+    ]
+    (directory / CHECKPOINT_FOLDER).mkdir()
+    save_pieces(directory / CHECKPOINT_FOLDER, pieces, reader.description.shape)
+    conversion.finish(directory, reader, dtypes)
+    return conversion.compare(directory, reader)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after a user's error (one sentence on stderr), or 130 after Ctrl-C."""
+    try:
+        convert(parse_flags(argv))
+    except (ConfigError, OSError) as error:
+        print(f"convert_from_hf.py: {str(error).replace('--teacher', '--hf-model')}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_from_hf.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

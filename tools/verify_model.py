@@ -1,0 +1,79 @@
+"""Whether two models compute the same logits, whichever kind each of them is.
+
+    python tools/verify_model.py A B [--dtype float64] [--tolerance 1e-4]
+
+A, B: a Hugging Face directory, a run directory (its newest checkpoint's student), or a checkpoint iter_NNNNNNN.
+Exit code: 0 when they agree, 1 when they differ, 2 after a user's error.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_lrc.config import ConfigError
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    for name in ("first", "second"):
+        parser.add_argument(
+            name,
+            type=Path,
+            metavar=name[0].upper(),
+            help="Hugging Face directory, run directory or checkpoint (iter_NNNNNNN).",
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="Data type of the arithmetic. Weights are those of the files in any case.",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="Largest difference of logits that counts as none, in standard deviations of the logits. Default: what "
+        "rounding may make, 1e-4 in float32, 1e-9 in float64.",
+    )
+    parser.add_argument(
+        "--teacher", metavar="DIR", help="Where a checkpoint's teacher is now. Default: where it was in the training."
+    )
+    return parser.parse_args(argv)
+
+
+def verify(flags: argparse.Namespace) -> bool:
+    """Print how far apart the two are; whether they agree."""
+    import torch  # imported here with the rest, so that --help answers at once
+
+    from megatron_lrc.hf.comparison import TOLERANCES
+    from megatron_lrc.verify.models import compare_models, open_model
+
+    dtype = getattr(torch, flags.dtype)
+    tolerance = TOLERANCES[dtype] if flags.tolerance is None else flags.tolerance
+    if not tolerance >= 0:
+        raise ConfigError(f"--tolerance {flags.tolerance} is not a size. A number from 0 on is expected, as in 1e-4.")
+    models = [open_model(path, flags.teacher) for path in (flags.first, flags.second)]
+    for name, model in zip("AB", models, strict=True):
+        print(f"{name}: {model}")
+    difference = compare_models(*models, dtype=dtype)
+    agrees = difference.is_within(tolerance)
+    print(f"logits: {difference}, mean difference {difference.mean:.1e}, in {flags.dtype}")
+    print(f"top-1 agreement: {100 * difference.top1_agreement:.1f} %")
+    print(f"The models {'agree' if agrees else 'DIFFER'} ({tolerance:g} standard deviations are allowed).")
+    return agrees
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 (they agree), 1 (they differ), 2 (a user's error, one sentence on stderr), 130 after Ctrl-C."""
+    try:
+        return 0 if verify(parse_flags(argv)) else 1
+    except (ConfigError, OSError) as error:
+        print(f"verify_model.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("verify_model.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
