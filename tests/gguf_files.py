@@ -22,7 +22,9 @@ _LAYER_NAMES = {
 _OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(path: Path, model: Any, tokenizer_directory: Path, *, extra_fields: dict[str, str] | None = None) -> None:
+def write_gguf(
+    path: Path, model: Any, tokenizer_directory: Path, *, extra_fields: dict[str, str] | None = None
+) -> None:
     """The model's weights in float32, those of attention outputs in 8 bits where their width allows it."""
     config, architecture = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)

@@ -2,11 +2,10 @@
 
     python examples/demo/make_teacher.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --output demo/teacher
 
-The demo's teacher comes from a package index, where it is a quantised GGUF file: no model hub is needed. transformers
-dequantises it on reading, but refuses to save a model that came from GGUF, so a fresh model is built from a clean
-configuration and the dequantised weights. They are stored in float32: that is exactly what dequantisation gave, and
-rounding it once more to bfloat16 would make a different teacher. The directory is read back and compared with the GGUF
-model before it gets its final name.
+The demo's teacher comes from a package index, where it is a quantised GGUF file: no model hub is needed. It is read as
+tools/convert_from_hf.py reads one, and stored in float32: that is exactly what dequantisation gave, and rounding it
+once more to bfloat16 would make a different teacher. The directory is read back and compared with the GGUF model before
+it gets its final name.
 """
 
 import argparse
@@ -16,8 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
+
+from megatron_lrc.hf.gguf import read_gguf, saveable
 
 SAMPLE = (
     "The sea was calm that morning, and the fishermen had already left the harbour when the sun came up behind the "
@@ -32,40 +33,16 @@ ROUND_TRIP = [
 ]
 
 
-def clean_config(config: LlamaConfig) -> LlamaConfig:
-    """The same architecture without traces of GGUF, and with the norm epsilon as it was before GGUF's float32."""
-    values = config.to_dict()
-    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "unk_token_id"):
-        values.pop(name, None)
-    values["rms_norm_eps"] = float(f"{config.rms_norm_eps:.6g}")
-    values["architectures"] = ["LlamaForCausalLM"]
-    return LlamaConfig.from_dict(values)
-
-
-def build_model(source: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A model of its own, with the dequantised weights of `source`, that transformers is willing to save."""
-    model = LlamaForCausalLM(clean_config(source.config)).to(torch.float32)
-    model.load_state_dict(source.state_dict())
-    model.tie_weights()
-    model.generation_config = GenerationConfig(
-        bos_token_id=source.config.bos_token_id,
-        eos_token_id=source.config.eos_token_id,
-        pad_token_id=source.config.pad_token_id,
-    )
-    return model.eval()
-
-
 def write_teacher(gguf: Path, output: Path) -> None:
     """Builds, saves and checks the directory under a temporary name, then gives it its final one."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    source, tokenizer = read_gguf(gguf)
     if source.config.model_type != "llama":
         raise ValueError(
             f"--gguf {gguf} holds a {source.config.model_type} model; the demo's teacher is a Llama model."
         )
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    build_model(source).save_pretrained(partial)
+    saveable(source).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     check_teacher(partial, source)
     os.replace(partial, output)

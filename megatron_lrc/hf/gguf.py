@@ -30,14 +30,15 @@ def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = No
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     reader = TeacherReader(describe_teacher(directory))
-    written = {name: reader.read(name) for name in reader.names()}
-    state = model.state_dict()
-    for name, tensor in written.items():
-        if not torch.equal(tensor, state[name]):
+    names, state, parameters = reader.names(), model.state_dict(), 0
+    for name in names:
+        written = reader.read(name)
+        parameters += written.numel()
+        if not torch.equal(written, state[name]):
             raise ConfigError(
                 f"{path}: {name} reads back otherwise than it was written. Check the disk, then try again."
             )
-    return len(written), sum(tensor.numel() for tensor in written.values())
+    return len(names), parameters
 
 
 def read_gguf(path: Path) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _SHOWN, _SAMPLE_BYTES = 4, 65536
 
 #: Elements that are read from the files before they are opened anew.
-_ELEMENTS_KEPT = 2**26
+_ELEMENTS_KEPT = 2**25
 
 
 class TeacherReader:

@@ -152,7 +152,7 @@ def test_teacher_is_saved_without_traces_of_gguf(tmp_path: Path) -> None:
     for layer in source.modules():
         if hasattr(layer, "variance_epsilon"):
             layer.variance_epsilon = source.config.rms_norm_eps
-    make_teacher.build_model(source).save_pretrained(tmp_path / "teacher")
+    make_teacher.saveable(source).save_pretrained(tmp_path / "teacher")
     config = json.loads((tmp_path / "teacher/config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5 and config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float32" and not {"quantization_config", "unk_token_id"} & config.keys()
