@@ -10,7 +10,7 @@ because its own type errors stop at the first and print the whole usage. Ranges 
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -218,10 +218,12 @@ def save_yaml(config: Config, path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def describe_changes(config: Config) -> list[str]:
-    """What differs from the defaults, one `--flag value` each: short enough for the console."""
+def describe_changes(config: Config, sections: Collection[str] | None = None) -> list[str]:
+    """What differs from the defaults, one `--flag value` each: short enough for the console. sections: only these."""
     lines = []
     for setting in SETTINGS.values():
+        if sections is not None and setting.section not in sections:
+            continue
         value = getattr(getattr(config, setting.section), setting.name)
         if value == setting.default:
             continue

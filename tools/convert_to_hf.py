@@ -10,7 +10,10 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from megatron_lrc.arguments import describe_changes
 from megatron_lrc.config import ConfigError
+
+CARD_SECTIONS = ("projection", "loss", "optimizer", "training")  # the others hold paths of the training machine
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -58,6 +61,7 @@ def convert(flags: argparse.Namespace) -> None:
     from megatron_lrc.hf.safetensors_writer import parse_size
     from megatron_lrc.hf.student_config import model_card, student_family
     from megatron_lrc.mcore.layer_by_layer import layer_by_layer
+    from megatron_lrc.train.metrics import last_validation
     from megatron_lrc.verify.sources import open_student
 
     max_shard_size = parse_size(flags.max_shard_size)
@@ -70,6 +74,8 @@ def convert(flags: argparse.Namespace) -> None:
         tokens=student.tokens,
         steps=student.step,
         is_tied=student.shape.is_tied,
+        losses=last_validation(student.path.parent, student.step),
+        settings=describe_changes(student.config, CARD_SECTIONS),
     )
     tokens = fixed_tokens(student.shape.vocab_size)
     engine = layer_by_layer(student.shape, rope_inverse_frequencies(teacher), tokens)

@@ -32,9 +32,10 @@ from typing import Any
 from megatron_lrc.data.tokenizers import BackendEncode, Encode
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-_GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+# Possessive repetition (++) matches the same here, where nothing follows in an alternative, and is a little faster.
+_GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}++| ?\p{{N}}++| ?[^\s\p{{L}}\p{{N}}]++|\s+(?!\S)|\s+"
 # Digits are cut out first there, so that white space before one is at the end of its piece.
-_GPT2_SINGLE_DIGITS = rf"{_CONTRACTIONS}| ?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?=\p{{N}})|\s+(?!\S)|\s+"
+_GPT2_SINGLE_DIGITS = rf"{_CONTRACTIONS}| ?\p{{L}}++|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]++|\s+(?=\p{{N}})|\s+(?!\S)|\s+"
 _AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _KNOWN_SPLITS = {
     rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}{_AFTER_NUMBERS}"

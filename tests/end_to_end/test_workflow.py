@@ -55,3 +55,14 @@ def test_text_to_exported_student_through_the_command_line(tmp_path):
     generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     assert generated.shape[1] == prompt["input_ids"].shape[1] + 5 or generated[0, -1] == tokenizer.eos_token_id
     assert torch.isfinite(model(**prompt).logits).all()
+    card = (tmp_path / "student/README.md").read_text()
+    assert "| lm loss, held out | " in card and "--init-method-std 0.1" in card and str(tmp_path) not in card
+
+    # and back again: the student is the teacher of the next clone
+    chain = f"--teacher {tmp_path}/student --student-hidden-size 12 --save {tmp_path}/next --train-iters 2"
+    chain += f" --data-path {tmp_path}/corpus_text_document --split 90,10,0 --eval-iters 1 --seq-length 32"
+    assert "step 2/2" in run(sys.executable, "-m", "megatron_lrc", "train", *chain.split(), "--global-batch-size", "4")
+    convert = [sys.executable, str(ROOT / "tools/convert_to_hf.py"), "--load", str(tmp_path / "next")]
+    run(*convert, "--output", str(tmp_path / "grandchild"))
+    grandchild = AutoModelForCausalLM.from_pretrained(tmp_path / "grandchild")
+    assert (grandchild.config.hidden_size, grandchild.config.head_dim) == (12, 16)
