@@ -9,7 +9,7 @@ import torch
 from test_training import assert_same_parameters, make_config, on_layout, records, train
 from transformers import AutoModelForCausalLM
 
-from hf_teachers import write_llama, write_qwen2, write_qwen3
+from hf_teachers import write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
@@ -22,6 +22,7 @@ from tools_path import convert_to_hf
 
 VOCAB = 301
 FAMILIES = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
+OTHERS = {"Mistral": write_mistral, "Llama with biases": write_llama_with_biases}  # the same tensors, other classes
 
 
 @pytest.fixture(params=FAMILIES)
@@ -29,7 +30,7 @@ def write_teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..
     """`write_teacher(is_tied=...)`, as `write_llama` -> directory; of each family in turn."""
 
     def write(**settings) -> str:
-        FAMILIES[request.param](tmp_path / "teacher", **settings)
+        (FAMILIES | OTHERS)[request.param](tmp_path / "teacher", **settings)
         return str(tmp_path / "teacher")
 
     return write
@@ -67,6 +68,7 @@ def exported_logits(run: Path, output: Path) -> torch.Tensor:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("write_teacher", [*FAMILIES, *OTHERS], indirect=True)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 def test_a_student_as_wide_as_its_teacher_is_the_teacher(write_teacher, tiny_text, tmp_path, is_tied):
     teacher = write_teacher(is_tied=is_tied)
