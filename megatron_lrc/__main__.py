@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import __version__
-from .arguments import parse_config
+from .arguments import TRAINING, parse_config
 from .config import ConfigError, RunStopped
 from .validation import validate
 
@@ -61,7 +61,7 @@ def run_command(command: str, flags: Sequence[str]) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = parse_config(flags, prog=f"python -m megatron_lrc {command}")
+    config = parse_config(flags, (TRAINING[0].replace(" train ", f" {command} "), TRAINING[1]))
     validate(config, world_size=world_size)
     config = config.resolved(world_size)
 

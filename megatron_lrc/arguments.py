@@ -35,15 +35,19 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
-def build_parser(prog: str) -> Parser:
+#: A program with the settings as its flags: its usage, and what it is for.
+TRAINING = (
+    "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
+    "Pretrain a Low-Rank Clone of a teacher model.",
+)
+
+
+def build_parser(usage: str, purpose: str) -> Parser:
     """One flag per setting, grouped by section. No defaults: a flag not given must not hide the file's value."""
-    description = (
-        "Pretrain a Low-Rank Clone of a teacher model. Sizes are counts (tokens, features, layers, sequences, steps). "
-        "Precedence: default < --preset < --config FILE < flag."
-    )
     parser = Parser(
-        usage=f"{prog} [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
-        description=description,
+        usage=usage,
+        description=f"{purpose} Sizes are counts (tokens, features, layers, sequences, steps). "
+        "Precedence: default < --preset < --config FILE < flag.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -91,9 +95,9 @@ def describe_setting(setting: Setting) -> str:
     return f"{setting.help} Default: {default}."
 
 
-def read_flags(argv: Sequence[str], prog: str, errors: list[str]) -> tuple[dict[str, Any], str | None]:
+def read_flags(argv: Sequence[str], program: tuple[str, str], errors: list[str]) -> tuple[dict[str, Any], str | None]:
     """The values given as flags (`preset` among them), and the --config file. argv: without the program's name."""
-    parser = build_parser(prog)
+    parser = build_parser(*program)
     known = [option for action in parser._actions for option in action.option_strings]
     namespace, unknown = parser.parse_known_args(join_negative_numbers(argv))
     given = vars(namespace)
@@ -182,10 +186,13 @@ def read_mapping(
 # ---------------------------------------------------------------------------------------------------------- Config
 
 
-def parse_config(argv: Sequence[str], *, prog: str = "python -m megatron_lrc train") -> Config:
-    """Flags -> Config, with the file that --config names underneath. ConfigError with one line per error."""
+def parse_config(argv: Sequence[str], program: tuple[str, str] = TRAINING) -> Config:
+    """Flags -> Config, with the file that --config names underneath. ConfigError with one line per error.
+
+    program: usage and purpose, for --help.
+    """
     errors: list[str] = []
-    flags, config_file = read_flags(argv, prog, errors)
+    flags, config_file = read_flags(argv, program, errors)
     values = {} if config_file is None else read_yaml(config_file, errors)
     return build_config(values | flags, errors)
 

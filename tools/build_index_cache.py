@@ -12,9 +12,14 @@ import sys
 from megatron_lrc.arguments import parse_config
 from megatron_lrc.config import ConfigError
 
+PROGRAM = (
+    "python tools/build_index_cache.py [--config FILE] --data-path PREFIX --global-batch-size N [FLAGS]",
+    "Build the index maps of a run's data before it starts. Takes the run's flags.",
+)
+
 
 def build(argv: list[str] | None) -> None:
-    config = parse_config(sys.argv[1:] if argv is None else argv, prog="python tools/build_index_cache.py")
+    config = parse_config(sys.argv[1:] if argv is None else argv, PROGRAM)
 
     from megatron_lrc.data.index_cache import build_index_cache  # imports torch, so --help comes first
 

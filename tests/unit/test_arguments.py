@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lrc.arguments import (
+    TRAINING,
     build_parser,
     describe_changes,
     load_yaml,
@@ -176,7 +177,7 @@ def test_the_console_shows_only_changes_and_they_are_flags():
 
 
 def test_help_explains_every_flag_with_its_default():
-    text = "".join(build_parser("prog").format_help().split())  # lines are broken at hyphens too
+    text = "".join(build_parser(*TRAINING).format_help().split())  # lines are broken at hyphens too
     for name, setting in SETTINGS.items():
         assert flag_of(name) in text
         after = text.partition("".join(setting.help.split()))[2]
