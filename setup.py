@@ -50,7 +50,8 @@ setup(
         # index: build it from its source repository with --cpp_ext --cuda_ext.
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib", "pyarrow"],
+        "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib", "pyarrow", "gguf", "accelerate"],
         "check": ["ruff", "pyright[nodejs]"],
         "demo": ["gguf", "accelerate", "matplotlib"],
     },

@@ -37,7 +37,8 @@ class ModelConfig:
 
     teacher: str | None = setting(
         None,
-        "Hugging Face directory of the frozen teacher (config.json, *.safetensors, tokenizer).",
+        "Frozen teacher: a Hugging Face directory (config.json, *.safetensors, tokenizer), or one that "
+        "tools/convert_from_hf.py wrote.",
         required=True,
         metavar="DIR",
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import numpy
+from torch import Tensor
 from transformers import AutoTokenizer
 
 _LAYER_NAMES = {
@@ -23,7 +24,12 @@ _OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
 
 
 def write_gguf(
-    path: Path, model: Any, tokenizer_directory: Path, *, extra_fields: dict[str, str] | None = None
+    path: Path,
+    model: Any,
+    tokenizer_directory: Path,
+    *,
+    extra_fields: dict[str, Any] | None = None,
+    extra_tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """The model's weights in float32, those of attention outputs in 8 bits where their width allows it."""
     config, architecture = model.config, model.config.model_type
@@ -39,12 +45,14 @@ def write_gguf(
     writer.add_rope_dimension_count(model.model.layers[0].self_attn.head_dim)
     writer.add_vocab_size(config.vocab_size)
     for name, value in (extra_fields or {}).items():
-        writer.add_string(f"{architecture}.{name}", value)
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{name}", value)
     _add_tokenizer(writer, tokenizer_directory)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         _add_tensor(writer, _gguf_name(name), tensor.numpy(), config)
+    for name, tensor in (extra_tensors or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -19,9 +19,9 @@ from megatron_lrc.config import ConfigError
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
-        epilog="Memory: a few of the model's matrices, however large it is. GGUF: the whole model in float32, and for "
-        "a moment up to twice that, since transformers reads it. Disk: the output, and for GGUF as torch_dist the same "
-        "again in the meantime. One process; no torchrun.",
+        epilog="Memory: twice the model's largest matrix and 0.3 GB, however large the model. GGUF: the whole model in "
+        "float32, and for a moment up to twice that, since transformers reads it. Disk: the output, and for GGUF as "
+        "torch_dist the same again in the meantime. One process; no torchrun.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -50,7 +50,7 @@ def convert(flags: argparse.Namespace) -> None:
     from megatron_lrc.hf.output_folder import complete_or_absent
 
     source, dtype = flags.hf_model, getattr(torch, flags.dtype) if flags.dtype else None
-    is_gguf = source.is_file() and source.suffix.lower() == ".gguf"
+    is_gguf = source.suffix.lower() == ".gguf" and not source.is_dir()
     if flags.format == "hf" and not is_gguf:
         raise ConfigError(
             f"--format hf writes a GGUF file as a Hugging Face directory; --hf-model {source} is no GGUF file."
@@ -71,11 +71,15 @@ def convert(flags: argparse.Namespace) -> None:
 def write_checkpoint(source: Path, directory: Path, dtype=None) -> tuple[int, int]:
     """(tensors, parameters) written into `directory` and found equal to the source's."""
     from megatron_lrc.hf import conversion
+    from megatron_lrc.hf.checkpoint_reader import is_converted
     from megatron_lrc.hf.families import CHECKPOINT_FOLDER, describe_teacher
     from megatron_lrc.hf.teacher import TeacherReader
     from megatron_lrc.mcore.streamed_save import Piece, save_pieces
 
-    reader = TeacherReader(describe_teacher(source))
+    description = describe_teacher(source)
+    if is_converted(description):
+        raise ConfigError(f"--hf-model {source} has been converted already: --teacher takes it as it is.")
+    reader = TeacherReader(description)
     dtypes = conversion.stored_dtypes(reader, dtype)
     pieces = [
         Piece(box, dtypes[box.key], lambda box=box: conversion.fill_box(box, reader, dtypes[box.key]))

@@ -196,9 +196,12 @@ Reader = TeacherReader | CheckpointReader
 
 def open_teacher(description: TeacherDescription) -> Reader:
     """The reader of what the directory holds: safetensors, or a converted checkpoint."""
-    if any((description.directory / name).is_file() for name in WEIGHT_FILES):
-        return TeacherReader(description)
-    return CheckpointReader(description)
+    return CheckpointReader(description) if is_converted(description) else TeacherReader(description)
+
+
+def is_converted(description: TeacherDescription) -> bool:
+    """Whether the directory holds no safetensors, so that its weights are in the checkpoint."""
+    return not any((description.directory / name).is_file() for name in WEIGHT_FILES)
 
 
 class _Planner(DefaultLoadPlanner):

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 
@@ -51,8 +52,11 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
         )
     try:
         contents = importlib.import_module("gguf").GGUFReader(path)
+        _check_architecture(path, contents)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except ConfigError:
+        raise
     except Exception as error:  # each part of transformers has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
@@ -88,17 +92,28 @@ def saveable(source: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def _check_architecture(path: Path, contents: Any) -> None:
+    """Refuse what cannot be a teacher before it is dequantised."""
+    architecture, supported = contents.fields["general.architecture"].contents(), {one.model_type for one in FAMILIES}
+    if architecture not in supported:
+        raise ConfigError(
+            f"{path} holds a {architecture} model. Supported: {', '.join(sorted(supported))}. Choose another teacher."
+        )
+
+
 def _check_nothing_is_lost(path: Path, contents: Any, model: Any) -> None:
     """transformers ignores RoPE scaling and every tensor that it has no name for, and invents tensors it misses."""
     architecture = contents.fields["general.architecture"].contents()
     scaling = contents.fields.get(f"{architecture}.rope.scaling.type")
     tensors = {tensor.name: int(tensor.n_elements) for tensor in contents.tensors}
-    head_dim = contents.fields.get(f"{architecture}.attention.key_length")
+    key_length = contents.fields.get(f"{architecture}.attention.key_length")
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     owned = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
     if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
         lost = "its RoPE scaling"
-    elif head_dim is not None and head_dim.contents() != model.config.head_dim:
-        lost = f"its head size, {head_dim.contents()}"
+    elif key_length is not None and key_length.contents() != head_dim:
+        lost = f"its head size, {key_length.contents()}"
     elif sorted(tensors.values()) != sorted(owned.values()):
         lost = f"some of its tensors ({len(tensors)} in the file, {len(owned)} in {type(model).__name__})"
     else:

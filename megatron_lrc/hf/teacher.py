@@ -2,7 +2,8 @@
 
 Every rank opens the same files and reads only its tensor parallel part of the tensors of its own layers: no rank ever
 holds the whole teacher. Opening checks everything first: each expected tensor present with the shape that config.json
-implies, nothing unexpected, no file cut short. Afterwards a read can only fail with the disk.
+implies, nothing unexpected, no file cut short. Afterwards a read fails only with the disk or at values that are not
+finite.
 
 Tensors come in the files' dtype and in Hugging Face's row order; `sites.select` finds their place in megatron-core's
 fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` output features, `i` input features, `/tp` split over
@@ -79,11 +80,11 @@ class TeacherReader:
         view = self._slice(name)
         self._count_read(math.prod(view.get_shape()) // size)
         if split_dim is None or size == 1:
-            return view[:]
+            return self._checked(name, view[:])
         length, remainder = divmod(view.get_shape()[split_dim], size)
         assert remainder == 0, f"{name} {view.get_shape()} does not split into {size} along {split_dim}"
         part = slice(rank * length, (rank + 1) * length)
-        return view[part] if split_dim == 0 else view[:, part]
+        return self._checked(name, view[part] if split_dim == 0 else view[:, part])
 
     def site(
         self,
@@ -139,12 +140,22 @@ class TeacherReader:
         rows, remainder = divmod(padded_vocab_size, tp_size)
         assert remainder == 0 and padded_vocab_size >= shape.vocab_size, f"vocabulary padded to {padded_vocab_size}"
         source = EMBED if site == LM_HEAD and shape.is_tied else site
-        view = self._slice(self._weights[source.name].name)
+        name = self._weights[source.name].name
+        view = self._slice(name)
         start = min(tp_rank * rows, shape.vocab_size)
         self._count_read(rows * shape.hidden_size)
-        own = view[start : min(start + rows, shape.vocab_size)]  # [<= v_padded/tp, D]
+        own = self._checked(name, view[start : min(start + rows, shape.vocab_size)])  # [<= v_padded/tp, D]
         padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
         return torch.cat([own, padding]) if len(padding) else own
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, if all of it is finite: one NaN spreads through every sum of a training or a student."""
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(
+                f"--teacher {self.description.directory}: tensor {name} in {self._file_of[name]} holds values that are "
+                "not finite (NaN or infinity). Download or copy the file again, or choose another teacher."
+            )
+        return tensor
 
     def _slice(self, name: str):
         return self._files[self._file_of[name]].get_slice(name)

@@ -1,24 +1,23 @@
 """Writes a model as a megatron-core distributed checkpoint (`torch_dist`), a piece at a time, in one process.
 
-megatron-core's own strategy wants every tensor in memory before it writes the first. Here a piece is made when it is
-written and then forgotten, so memory holds one of them, whatever the model. The rest is `dist_checkpointing.save`: it
-checks that the pieces cover every tensor once, and writes what says which format this is.
+megatron-core's own writer wants every tensor in memory before it writes the first. Here a piece is made when it is
+written and then forgotten, so memory holds one of them, whatever the model; no process group is needed. The files are
+those of torch.distributed.checkpoint, whose planner checks that the pieces cover every tensor once, and megatron-core's
+two beside them.
 """
 
 import itertools
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -29,10 +28,16 @@ from megatron_lrc.clone.checkpoint_layout import Box
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import ModelShape
 
-#: What Megatron-LM looks for beside the weights: `iteration` 0, and the layout of linear_qkv (3.0: by KV group).
-_COMMON = {"iteration": 0, "checkpoint_version": 3.0}
+#: What Megatron-LM wants to know beside the weights: iteration 0, linear_qkv by KV group (3.0), and a layout that it
+#: compares with its own. Versions of megatron-core that keep this elsewhere read it from this file too.
+_COMMON_FILE = "common.pt"
+_COMMON = {
+    "iteration": 0,
+    "checkpoint_version": 3.0,
+    "args": Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1),
+}
 
-#: Modules of a layer whose `_extra_state` (FP8 scales) a GPTModel asks for; the first four also in the local spec.
+#: Modules of a layer whose `_extra_state` (FP8 scales) a GPTModel asks for; of the local spec only the linear ones.
 _WITH_EXTRA_STATE = (*CAPTURED_LINEARS, "self_attention.core_attention")
 _NORMS_WITH_EXTRA_STATE = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
@@ -47,33 +52,22 @@ class Piece:
 
 
 def save_pieces(directory: Path, pieces: Iterable[Piece], shape: ModelShape) -> None:
-    """Write a model of this shape into an existing, empty directory. Makes a process group of one if there is none."""
-    listed = list(pieces)
-    is_alone = not dist.is_initialized()
-    if is_alone:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        tensors = {f"{number}": _sharded(piece) for number, piece in enumerate(listed)}
-        strategy = _Streamed(listed, list(_extra_states(shape)))
-        dist_checkpointing.save({**_COMMON, "model": tensors}, str(directory), sharded_strategy=strategy)
-    finally:
-        if is_alone:
-            dist.destroy_process_group()
-
-
-def _sharded(piece: Piece) -> ShardedTensor:
-    """A piece's place, without data. Every dimension is cut into equal lengths."""
-    box = piece.box
-    return ShardedTensor(
-        key=box.key,
-        data=None,
-        dtype=piece.dtype,
-        local_shape=box.local_shape,
-        global_shape=box.global_shape,
-        global_offset=box.offsets,
-        axis_fragmentations=tuple(whole // own for whole, own in zip(box.global_shape, box.sizes, strict=True)),
-        prepend_axis_num=len(box.sizes) - len(box.local_shape),
-    )
+    """Write a model of this shape into an existing, empty directory. OSError where that fails."""
+    # One thread and nothing copied ahead: pieces are made in order, each when the one before is on disk.
+    writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
+    planner = _Planner(pieces, _extra_states(shape))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended: one process
+        try:
+            save_tensors({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # even an interrupt comes wrapped, and a wrapping is no Exception
+            ((failure, _),) = error.failures.values()
+            if isinstance(failure, RuntimeError):  # what torch makes of a failed write
+                reason = str(failure).partition("\n")[0]
+                raise OSError(f"{directory} could not be written; the disk may be full ({reason})") from failure
+            raise failure from None
+    torch.save(_COMMON, directory / _COMMON_FILE)
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
 def _extra_states(shape: ModelShape) -> Iterator[str]:
@@ -85,29 +79,13 @@ def _extra_states(shape: ModelShape) -> Iterator[str]:
     yield ShardedObject("decoder.final_layernorm._extra_state", None, (1,), (0,)).unique_key
 
 
-class _Streamed(SaveShardedStrategy):
-    """Writes the pieces it was made with; the sharded tensors that it is handed say the same of their places."""
-
-    def __init__(self, pieces: list[Piece], extra_states: list[str]):
-        super().__init__("torch_dist", 1)
-        self._pieces, self._extra_states = pieces, extra_states
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        # One thread and nothing copied ahead: pieces are made in order, each when the one before is on disk.
-        writer = FileSystemWriter(checkpoint_dir, thread_count=1, per_thread_copy_ahead=0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended: one process
-            save_tensors({}, storage_writer=writer, planner=_Planner(self._pieces, self._extra_states), no_dist=True)
-
-
 class _Planner(DefaultSavePlanner):
-    def __init__(self, pieces: list[Piece], extra_states: list[str]):
+    """Says where each piece lies, and makes it when its turn to be written comes."""
+
+    def __init__(self, pieces: Iterable[Piece], extra_states: Iterable[str]):
         super().__init__()
         self._pieces = {(piece.box.key, piece.box.offsets): piece for piece in pieces}
-        self._extra_states = extra_states
+        self._extra_states = list(extra_states)
 
     def create_local_plan(self) -> SavePlan:
         positions: dict[str, itertools.count] = {}

@@ -228,3 +228,20 @@ def test_fingerprint_follows_the_content_and_not_the_place(untied: tuple[Path, d
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a fine-tuned model: same names, shapes and sizes
     assert open_teacher(damaged).fingerprint() != original
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+)
+def test_values_that_are_not_finite_are_refused_by_name_when_they_are_read(damaged: Path, name: str) -> None:
+    tensor = load_file(damaged / "model.safetensors")[name]
+    tensor.view(-1)[-1] = float("nan")
+    rewrite(damaged, {name: tensor})
+    reader = open_teacher(damaged)
+    with pytest.raises(ConfigError, match=rf"tensor {name} in model.safetensors holds values that are not finite"):
+        if "layers" in name:
+            reader.site(LAYER_SITES[-1], 1, tp_rank=1, tp_size=2)
+        elif "norm" in name:
+            reader.norm("final")
+        else:
+            reader.site(EMBED, tp_rank=1, tp_size=2, padded_vocab_size=384)

@@ -1,0 +1,121 @@
+"""A GGUF file becomes the model that was written into it; what transformers would drop without a word is refused."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from test_conversion import convert, refused_conversion
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hf_teachers import write_llama, write_qwen2
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
+from megatron_lrc.hf.checkpoint_reader import CheckpointReader, open_teacher
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.teacher import TeacherReader
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+from gguf_files import write_gguf  # noqa: E402
+
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def write_gguf_model(folder: Path, family: str, *, is_tied: bool = False, **extra) -> tuple[Path, dict[str, Tensor]]:
+    """(file, state dict of the model written into it); the model's own directory is folder/source."""
+    if family == "llama":
+        model = write_llama(folder / "source", is_tied=is_tied, rope=DEFAULT_ROPE)
+    else:
+        model = write_qwen2(folder / "source", is_tied=is_tied, head_dim=None)
+    write_gguf(folder / "model.gguf", model, folder / "source", **extra)
+    return folder / "model.gguf", model.state_dict()
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gguf_gives_the_model_that_was_written_into_it(tmp_path: Path, family: str, is_tied: bool) -> None:
+    source, state = write_gguf_model(tmp_path, family, is_tied=is_tied)
+    convert(source, tmp_path / "hf", "--format", "hf")
+    convert(source, tmp_path / "torch_dist")
+    for name in ("hf", "torch_dist"):
+        reader = open_teacher(describe_teacher(tmp_path / name))
+        assert isinstance(reader, TeacherReader if name == "hf" else CheckpointReader)
+        for site, module in zip(LAYER_SITES, ("q", "k", "v", "o"), strict=False):
+            expected = state[f"model.layers.1.self_attn.{module}_proj.weight"]
+            tolerance = 0.02 if site.name == "o" and family == "llama" else 0.0  # 8 bits
+            torch.testing.assert_close(reader.site(site, 1), expected, rtol=0, atol=tolerance)
+        assert torch.equal(reader.site(LM_HEAD), state["lm_head.weight"])
+        assert torch.equal(reader.norm("post", 1), state["model.layers.1.post_attention_layernorm.weight"])
+        if family == "qwen2":
+            assert torch.equal(reader.frozen("k_bias", 0), state["model.layers.0.self_attn.k_proj.bias"])
+        assert reader.description.config_values["rms_norm_eps"] == 3e-5
+    one, other = (open_teacher(describe_teacher(tmp_path / name)) for name in ("hf", "torch_dist"))
+    assert one.fingerprint() == other.fingerprint()
+    text = "a small language model"
+    tokens = [AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"] for name in ("hf", "source")]
+    assert tokens[0] == tokens[1]
+
+
+def test_gguf_can_be_stored_in_another_dtype(tmp_path: Path) -> None:
+    source, state = write_gguf_model(tmp_path, "llama")
+    convert(source, tmp_path / "hf", "--format", "hf", "--dtype", "bfloat16")
+    reader = open_teacher(describe_teacher(tmp_path / "hf"))
+    assert torch.equal(reader.site(EMBED), state["model.embed_tokens.weight"].bfloat16())
+
+
+def test_gguf_with_scaled_rope_is_refused(tmp_path: Path, capsys) -> None:
+    """transformers would leave the scaling out without a word."""
+    source, _ = write_gguf_model(tmp_path, "llama", extra_fields={"rope.scaling.type": "yarn"})
+    assert "does not read its RoPE scaling" in refused_conversion(capsys, source, tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    ("family", "key_length", "is_right"), [("llama", 32, False), ("llama", 16, True), ("qwen2", 12, True)]
+)
+def test_gguf_whose_heads_have_another_size_is_refused(tmp_path: Path, capsys, family, key_length, is_right) -> None:
+    """transformers takes it from another field, or from its own default."""
+    source, _ = write_gguf_model(tmp_path, family, extra_fields={"attention.key_length": key_length})
+    if is_right:
+        convert(source, tmp_path / "output")
+    else:
+        assert f"its head size, {key_length}," in refused_conversion(capsys, source, tmp_path / "output")
+
+
+def test_gguf_of_an_architecture_that_cannot_be_a_teacher_is_refused(tmp_path: Path, capsys) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output")
+    assert "holds a gemma2 model" in message and "Supported: llama, mistral, qwen2, qwen3" in message
+
+
+def test_gguf_with_tensors_that_the_class_has_not_is_refused(tmp_path: Path, capsys) -> None:
+    """transformers leaves out the biases of a Llama without a word."""
+    source, _ = write_gguf_model(tmp_path, "llama", extra_tensors={"blk.0.attn_q.bias": torch.ones(64)})
+    message = refused_conversion(capsys, source, tmp_path / "output")
+    assert "some of its tensors (22 in the file, 21 in LlamaForCausalLM)" in message
+
+
+@pytest.mark.parametrize("size", [0, 3, 2000, -1])
+def test_truncated_gguf_is_refused(tmp_path: Path, capsys, size: int) -> None:
+    source, _ = write_gguf_model(tmp_path, "llama")
+    source.write_bytes(source.read_bytes()[:size])
+    assert f"{source}: transformers cannot read this GGUF file" in refused_conversion(capsys, source, tmp_path / "out")
+
+
+def test_absent_models_are_refused(tmp_path: Path, capsys) -> None:
+    assert "No such file" in refused_conversion(capsys, tmp_path / "absent.gguf", tmp_path / "output")
+    assert f"--hf-model {tmp_path / 'absent'} does not exist" in refused_conversion(
+        capsys, tmp_path / "absent", tmp_path / "output"
+    )
+
+
+def test_missing_gguf_package_is_named(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output")
+    assert "reading GGUF needs gguf, not installed here. Run: pip install gguf" in message
