@@ -39,6 +39,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         default="torch_dist",
         help="torch_dist: megatron-core distributed checkpoint. hf: Hugging Face directory, from GGUF only.",
     )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="Skip comparing the result's logits with those of transformers."
+    )
     return parser.parse_args(argv)
 
 
@@ -61,20 +64,21 @@ def convert(flags: argparse.Namespace) -> None:
         elif is_gguf:
             between = partial / "huggingface"
             write_gguf_as_hf(source, between, dtype)
-            counts = write_checkpoint(between, partial)
+            counts = write_checkpoint(between, partial, verify=not flags.no_verify)
             shutil.rmtree(between)
         else:
-            counts = write_checkpoint(source, partial, dtype)
+            counts = write_checkpoint(source, partial, dtype, verify=not flags.no_verify)
     print(f"{flags.output}: {counts[0]} tensors, {counts[1]:,} parameters, read back equal")
 
 
-def write_checkpoint(source: Path, directory: Path, dtype=None) -> tuple[int, int]:
-    """(tensors, parameters) written into `directory` and found equal to the source's."""
+def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool) -> tuple[int, int]:
+    """(tensors, parameters) written into `directory` and found equal to the source's; verify: its logits too."""
     from megatron_lrc.hf import conversion
     from megatron_lrc.hf.checkpoint_reader import is_converted
     from megatron_lrc.hf.families import CHECKPOINT_FOLDER, describe_teacher
     from megatron_lrc.hf.teacher import TeacherReader
     from megatron_lrc.mcore.streamed_save import Piece, save_pieces
+    from megatron_lrc.verify.models import check_conversion
 
     description = describe_teacher(source)
     if is_converted(description):
@@ -88,7 +92,10 @@ def write_checkpoint(source: Path, directory: Path, dtype=None) -> tuple[int, in
     (directory / CHECKPOINT_FOLDER).mkdir()
     save_pieces(directory / CHECKPOINT_FOLDER, pieces, reader.description.shape)
     conversion.finish(directory, reader, dtypes)
-    return conversion.compare(directory, reader)
+    counts = conversion.compare(directory, reader)
+    if verify:
+        check_conversion(source, directory, dtype)
+    return counts
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
     python tools/verify_model.py A B [--dtype float64] [--tolerance 1e-4]
 
-A, B: a Hugging Face directory, a run directory (its newest checkpoint's student), or a checkpoint iter_NNNNNNN.
+A, B: a Hugging Face directory, one that tools/convert_from_hf.py wrote, a run directory (its newest checkpoint's
+student), or a checkpoint iter_NNNNNNN.
 Exit code: 0 when they agree, 1 when they differ, 2 after a user's error.
 """
 
@@ -15,12 +16,12 @@ from megatron_lrc.config import ConfigError
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    for name in ("first", "second"):
+    for name, metavar in (("first", "A"), ("second", "B")):
         parser.add_argument(
             name,
             type=Path,
-            metavar=name[0].upper(),
-            help="Hugging Face directory, run directory or checkpoint (iter_NNNNNNN).",
+            metavar=metavar,
+            help="Hugging Face directory, output of convert_from_hf.py, run directory, or checkpoint (iter_NNNNNNN).",
         )
     parser.add_argument(
         "--dtype",
@@ -46,7 +47,7 @@ def verify(flags: argparse.Namespace) -> bool:
     import torch  # imported here with the rest, so that --help answers at once
 
     from megatron_lrc.hf.comparison import TOLERANCES
-    from megatron_lrc.verify.models import compare_models, open_model
+    from megatron_lrc.verify.models import compare_models, open_model, rounding_of
 
     dtype = getattr(torch, flags.dtype)
     tolerance = TOLERANCES[dtype] if flags.tolerance is None else flags.tolerance
@@ -55,6 +56,9 @@ def verify(flags: argparse.Namespace) -> bool:
     models = [open_model(path, flags.teacher) for path in (flags.first, flags.second)]
     for name, model in zip("AB", models, strict=True):
         print(f"{name}: {model}")
+    for name, model, other in zip("AB", models, models[::-1], strict=True):
+        if rounding_of(model, other) not in (None, model.weights_dtype):
+            print(f"The weights of {name} are rounded to those of the other.")
     difference = compare_models(*models, dtype=dtype)
     agrees = difference.is_within(tolerance)
     print(f"logits: {difference}, mean difference {difference.mean:.1e}, in {flags.dtype}")

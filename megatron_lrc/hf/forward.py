@@ -7,7 +7,7 @@ masks, norms and the order of everything are transformers' own: what is computed
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.teacher import INDEX_FILE, SINGLE_FILE
+from megatron_lrc.hf.architectures import FAMILIES
+from megatron_lrc.hf.teacher import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES
 
 #: Rows of an LM head that are widened at once, and the batch that models are compared on.
 HEAD_ROWS, SEQUENCES, SEQUENCE_LENGTH = 8192, 2, 64
@@ -36,57 +37,88 @@ class HuggingFaceModel:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        _check_format(directory)
         self._model: Any = _from_pretrained(directory)
         self._file_of = _file_of(directory)
+        self._room: dict[tuple[str, torch.Size], Tensor] = {}
         self.architecture = type(self._model).__name__
         config = self._model.config
         self.num_layers, self.hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.weights_dtype: torch.dtype = self._model.get_input_embeddings().weight.dtype
+        self._names = _file_names_of_parameters(self._model, self._file_of)
+        self.weights_dtype = self._read(self._model.get_input_embeddings().weight).dtype
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[b, s, v] in `dtype`, from weights as they are in the files. tokens: [b, s]. Once per opened model.
+    def logits(
+        self, tokens: Tensor, dtype: torch.dtype = torch.float32, weights_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[b, s, v], computed in `dtype`. tokens: [b, s]. Once per opened model.
 
-        Memory: a layer in `dtype`, and the embedding or the LM head as it is in the files. In float64 transformers'
-        RMSNorm, which always rounds to float32, gives way to torch's, which does not.
+        weights_dtype: what weights are rounded to first; None leaves them as they are in the files. Memory: a layer in
+        `dtype`, and the LM head as it is in the files. In float64 transformers' RMSNorm, which always rounds to
+        float32, gives way to torch's, which does not.
         """
-        model = self._model
-        names = _file_names_of_parameters(model, self._file_of)
-        if dtype == torch.float64:
-            _keep_norms_wide(model)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        model, self._model = self._model, None
+        assert model is not None, "its hooks have taken the weights apart"
+        self._dtype, self._weights_dtype = dtype, weights_dtype
+        embedding, head, decoder = model.get_input_embeddings(), model.get_output_embeddings(), model.get_decoder()
         if head.bias is not None:
             raise ConfigError(f"{self.directory}: an LM head with a bias is not supported.")
-        embedding.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-        model.set_output_embeddings(_HeadByRows(self._file_of[name := names[head.weight]], name, dtype))
-        decoder = model.get_decoder()
+        embedding.weight.data = self._read(embedding.weight)  # a view of the file: only the tokens' rows are read
+        embedding.register_forward_hook(lambda module, inputs, output: self._rounded(output).to(dtype))
+        model.set_output_embeddings(_HeadByRows(self._read(head.weight), lambda rows: self._rounded(rows).to(dtype)))
+        if dtype == torch.float64:
+            _keep_norms_wide(model)
         for unit in (*decoder.layers, decoder.norm):
-            parameters = [(parameter, names[parameter]) for parameter in unit.parameters()]
-            unit.register_forward_pre_hook(lambda module, inputs, given=parameters: self._fill(given, dtype))
+            unit.register_forward_pre_hook(lambda module, inputs: self._fill(module))
             unit.register_forward_hook(lambda module, inputs, output: _empty(module))
         return model(tokens, use_cache=False).logits
 
-    def _fill(self, parameters: list[tuple[nn.Parameter, str]], dtype: torch.dtype) -> None:
-        opened: dict[Path, Any] = {}  # anew for each layer: pages of a file stay in memory as long as it is open
-        for parameter, name in parameters:
-            path = self._file_of[name]
-            if path not in opened:
-                opened[path] = safe_open(path, framework="pt", device="cpu")
-            parameter.data = opened[path].get_tensor(name).to(dtype, copy=True)
+    def _fill(self, unit: nn.Module) -> None:
+        """Give a layer its weights, in room that all layers use in turn: freed room would not all be used again."""
+        for own_name, parameter in unit.named_parameters():
+            weight = self._rounded(self._read(parameter))
+            key = own_name, weight.shape
+            if key not in self._room:
+                self._room[key] = torch.empty(weight.shape, dtype=self._dtype)
+            parameter.data = self._room[key].copy_(weight)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return weight if self._weights_dtype is None else weight.to(self._weights_dtype)
+
+    def _read(self, parameter: nn.Parameter) -> Tensor:
+        """A view of the file. It is opened anew: what has been read of a file stays in memory as long as it is open."""
+        name = self._names[parameter]
+        return safe_open(self._file_of[name], framework="pt", device="cpu").get_tensor(name)
 
 
 class _HeadByRows(nn.Module):
     """An LM head without bias that is multiplied with a block of its rows at a time."""
 
-    def __init__(self, file: Path, name: str, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, widen: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.rows, self.dtype = safe_open(file, framework="pt", device="cpu").get_slice(name), dtype
+        self.blocks, self.widen = weight.split(HEAD_ROWS), widen
 
     def forward(self, hidden: Tensor) -> Tensor:
-        starts = range(0, self.rows.get_shape()[0], HEAD_ROWS)
-        blocks = (self.rows[start : start + HEAD_ROWS].to(self.dtype) for start in starts)
-        return torch.cat([F.linear(hidden, block) for block in blocks], dim=-1)
+        return torch.cat([F.linear(hidden, self.widen(block)) for block in self.blocks], dim=-1)
+
+
+def _check_format(directory: Path) -> None:
+    """Refuse what is not computed here, before transformers opens it."""
+    if not any((directory / name).is_file() for name in WEIGHT_FILES):
+        raise ConfigError(f"{directory} holds no safetensors. Only models in that format can be compared.")
+    try:
+        architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{directory / 'config.json'} cannot be read ({error}). Download or copy it again."
+        ) from error
+    supported = list(dict.fromkeys(family.architecture for family in FAMILIES))
+    if architectures not in [[name] for name in supported]:
+        raise ConfigError(
+            f"{directory}: config.json has architectures {architectures}. Those that can be compared: "
+            f"{', '.join(supported)}."
+        )
 
 
 def _from_pretrained(directory: Path) -> Any:
@@ -105,6 +137,12 @@ def _from_pretrained(directory: Path) -> Any:
             raise ConfigError(
                 f"transformers {transformers.__version__} reports {kind} {sorted(report[kind])[:4]} in {directory}."
             )
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not is_tied:  # transformers warns and goes by the files; others tie
+        raise ConfigError(
+            f"{directory}: config.json has tie_word_embeddings: true, but the files hold an LM head that differs from "
+            "the embedding."
+        )
     return model.eval()
 
 
@@ -124,8 +162,6 @@ def _file_of(directory: Path) -> dict[str, Path]:
     if (directory / SINGLE_FILE).is_file():
         with safe_open(directory / SINGLE_FILE, framework="pt", device="cpu") as file:
             return dict.fromkeys(file.keys(), directory / SINGLE_FILE)
-    if not (directory / INDEX_FILE).is_file():
-        raise ConfigError(f"{directory} holds no safetensors. Only models in that format can be compared.")
     weight_map = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
     return {name: directory / file for name, file in weight_map.items()}
 

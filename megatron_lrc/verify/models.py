@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.comparison import Difference, compare_logits
-from megatron_lrc.hf.families import rope_inverse_frequencies
+from megatron_lrc.hf.checkpoint_reader import RECORD_FILE, open_teacher
+from megatron_lrc.hf.comparison import Difference, compare_logits, find_difference
+from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
-from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore.checkpoint import STATE_FILE, newest_checkpoint
-from megatron_lrc.verify.sources import open_student, stream_logits, student_weights
+from megatron_lrc.verify.sources import open_student, stream_logits, student_weights, teacher_weights
 
 #: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]
 Logits = Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
@@ -41,7 +41,7 @@ class OpenModel:
 
 
 def open_model(path: Path, teacher: str | None = None) -> OpenModel:
-    """The model at this path: a Hugging Face directory, a checkpoint, or a run, whose newest checkpoint is taken.
+    """The model at this path: a Hugging Face directory, a converted one, a checkpoint, or a run's newest checkpoint.
 
     teacher: where a checkpoint's teacher is now, if not where it was in the training.
     """
@@ -50,7 +50,8 @@ def open_model(path: Path, teacher: str | None = None) -> OpenModel:
             return opener(path, teacher)
     raise ConfigError(
         f"{path} {'holds' if path.is_dir() else 'is'} no model. A Hugging Face directory (config.json and "
-        f"safetensors), a run directory, or a checkpoint of it (iter_NNNNNNN with {STATE_FILE}) is expected."
+        "safetensors), one that tools/convert_from_hf.py wrote, a run directory, or a checkpoint of it (iter_NNNNNNN "
+        f"with {STATE_FILE}) is expected."
     )
 
 
@@ -67,7 +68,31 @@ def _open_hugging_face(path: Path, teacher: str | None) -> OpenModel:
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         weights_dtype=model.weights_dtype,
-        logits=lambda tokens, dtype, rounded_to: model.logits(tokens, dtype),
+        logits=model.logits,
+    )
+
+
+def _is_converted(path: Path) -> bool:
+    return (path / RECORD_FILE).is_file()
+
+
+def _open_converted(path: Path, teacher: str | None) -> OpenModel:
+    description = describe_teacher(path)
+    reader = open_teacher(description)
+    shape = description.shape
+
+    def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
+        rope = rope_inverse_frequencies(description)
+        return stream_logits(teacher_weights(reader), shape, rope, tokens, dtype, rounded_to)
+
+    return OpenModel(
+        path=path,
+        kind=f"{description.family.name}, converted for megatron-core",
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        weights_dtype=reader.norm("final").dtype,
+        logits=logits,
     )
 
 
@@ -79,7 +104,7 @@ def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
     student, description = open_student(str(path), teacher)
 
     def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
-        weights = student_weights(student, TeacherReader(description))
+        weights = student_weights(student, open_teacher(description))
         rope = rope_inverse_frequencies(description)
         return stream_logits(weights, student.shape, rope, tokens, dtype, rounded_to)
 
@@ -97,25 +122,44 @@ def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
 
 #: (whether a path is of this kind, how it is opened), in the order they are tried.
 OPENERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], OpenModel]], ...] = (
+    (_is_converted, _open_converted),
     (_is_hugging_face, _open_hugging_face),
     (_is_checkpoint, _open_checkpoint),
 )
 
 
-def compare_models(first: OpenModel, second: OpenModel, *, dtype: torch.dtype) -> Difference:
-    """Of their logits of `fixed_tokens`, computed in `dtype`. ConfigError where they have no tokens in common.
+def rounding_of(model: OpenModel, other: OpenModel) -> torch.dtype | None:
+    """What a model's weights are rounded to in a comparison: composed ones to what the other's files hold, as an export
+    rounds them; those of files stay."""
+    return other.weights_dtype if model.is_exact and not other.is_exact else None
 
-    Weights that are computed, not read, are rounded to the other side's dtype if they alone are: as an export does.
-    """
+
+def compare_models(first: OpenModel, second: OpenModel, *, dtype: torch.dtype) -> Difference:
+    """Of their logits of `fixed_tokens`, computed in `dtype`. ConfigError where their vocabularies differ in size."""
     if first.vocab_size != second.vocab_size:
         raise ConfigError(
             f"{first.path} has a vocabulary of {first.vocab_size} and {second.path} one of {second.vocab_size}, so "
             "their logits cannot be compared. Two models of one vocabulary are expected."
         )
     tokens = fixed_tokens(first.vocab_size)
+    return compare_logits(
+        first.logits(tokens, dtype, rounding_of(first, second)),
+        second.logits(tokens, dtype, rounding_of(second, first)),
+    )
 
-    def logits(model: OpenModel, other: OpenModel) -> Tensor:
-        rounded_to = other.weights_dtype if model.is_exact and not other.is_exact else None
-        return model.logits(tokens, dtype, rounded_to)
 
-    return compare_logits(logits(first, second), logits(second, first))
+def check_conversion(source: Path, result: Path, weights_dtype: torch.dtype | None = None) -> None:
+    """Hold a converted teacher's logits, by megatron-core, against those that transformers has of the Hugging Face
+    directory `source`. Prints the largest difference; ConfigError if it is more than rounding.
+
+    weights_dtype: what the conversion rounded all weights to, if it did.
+    """
+    converted, original = open_model(result), HuggingFaceModel(source)
+    tokens = fixed_tokens(converted.vocab_size)
+    expected = original.logits(tokens, torch.float32, weights_dtype)
+    found = converted.logits(tokens, torch.float32, None)
+    if (difference := find_difference(source, found, expected, weights_dtype)) is not None:
+        raise ConfigError(
+            f"The converted model fails its self-check: its logits in megatron-core are not those of {source} in "
+            f"transformers: {difference}. Nothing was kept."
+        )

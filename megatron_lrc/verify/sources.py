@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import compose
 from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.hf.checkpoint_reader import Reader, open_teacher
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
-from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore.checkpoint import SavedStudent, open_checkpoint
 from megatron_lrc.mcore.layer_by_layer import layer_by_layer
 
@@ -37,15 +37,15 @@ def stream_logits(
         return forward.logits
 
 
-def teacher_weights(reader: TeacherReader) -> Iterator[tuple[str, Tensor]]:
-    """A Hugging Face directory's weights, as the engine reads a teacher."""
+def teacher_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """A teacher's weights, as the engine reads them."""
     description = reader.description
     for weight in expected_weights(description.family, description.shape):
         if not weight.is_zero:
             yield weight.key, _teacher_weight(reader, weight)
 
 
-def student_weights(student: SavedStudent, reader: TeacherReader) -> Iterator[tuple[str, Tensor]]:
+def student_weights(student: SavedStudent, reader: Reader) -> Iterator[tuple[str, Tensor]]:
     """A checkpoint's student as training composes it, in the dtype of the projections. reader: of its teacher."""
     for weight in expected_weights(reader.description.family, student.shape):
         if weight.site is not None:
@@ -57,7 +57,7 @@ def student_weights(student: SavedStudent, reader: TeacherReader) -> Iterator[tu
             yield weight.key, _teacher_weight(reader, weight)
 
 
-def _teacher_weight(reader: TeacherReader, weight: Weight) -> Tensor:
+def _teacher_weight(reader: Reader, weight: Weight) -> Tensor:
     if weight.site is not None:
         return reader.site(weight.site, weight.layer)
     name = weight.key.rpartition(".")[2]
@@ -74,7 +74,7 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     """
     student = open_checkpoint(load)
     description = describe_teacher(teacher or str(student.config.model.teacher))
-    fingerprint = TeacherReader(description).fingerprint()
+    fingerprint = open_teacher(description).fingerprint()
     if fingerprint != student.teacher_fingerprint:
         raise ConfigError(
             f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "

@@ -437,6 +437,16 @@ def test_diverged_student_is_not_kept(tmp_path: Path, teacher: TeacherDescriptio
     assert (tmp_path / "student" / "model.safetensors").is_file()
 
 
+def test_a_student_whose_activations_overflow_float16_is_not_kept_as_one(
+    tmp_path: Path, teacher: TeacherDescription
+) -> None:
+    """Its weights fit into float16, and float32 arithmetic shows nothing."""
+    projections, norms = random_student(teacher, 28, has_lm_head=True)
+    norms["layers.1.post"] = norms["layers.1.post"] * 3000.0
+    message = refuse(tmp_path, teacher, (projections, norms), dtype=torch.float16)
+    assert "computed in float16 its logits are not finite" in message
+
+
 def test_student_of_another_teacher_is_refused(tmp_path: Path, teacher: TeacherDescription) -> None:
     projections, norms = random_student(teacher, 28, has_lm_head=True)
     without = {name: tensor for name, tensor in projections.items() if name != "layers.1.o"}

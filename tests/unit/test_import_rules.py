@@ -87,7 +87,13 @@ def test_only_hf_and_data_import_transformers():
 
 @pytest.mark.parametrize(
     ("folder", "above"),
-    [("hf", ["train"]), ("data", ["train"]), ("mcore", ["train"]), ("clone", ["mcore", "train", "hf", "data"])],
+    [
+        ("hf", ["train", "verify"]),
+        ("data", ["train", "verify"]),
+        ("mcore", ["train", "verify"]),
+        ("verify", ["train"]),
+        ("clone", ["mcore", "train", "hf", "data", "verify"]),
+    ],
 )
 def test_no_folder_imports_what_stands_above_it(folder, above):
     forbidden = [f"megatron_lrc.{name}" for name in above]
