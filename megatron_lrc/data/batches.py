@@ -67,6 +67,8 @@ class BatchIterator:
             dataset,
             batch_sampler=_MicroBatches(starts, micro_batch_size),
             num_workers=num_workers,
+            # Forked, whatever Python's default: `train/stopping.py` relies on it.
+            multiprocessing_context="fork" if num_workers else None,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the default one is the training's: drawing from it would change the run

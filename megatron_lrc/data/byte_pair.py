@@ -29,7 +29,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lrc.data.tokenizers import BackendEncode, Encode
+from megatron_lrc.data.tokenizers import BackendEncode, Encode, spelled_bytes
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 # Possessive repetition (++) matches the same here, where nothing follows in an alternative, and is a little faster.
@@ -248,10 +248,3 @@ def _merges_to_itself(token: bytes, ranks: dict[bytes, int]) -> bool:
         place = pairs.index(min(candidates))
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return True
-
-
-def spelled_bytes() -> dict[str, int]:
-    """Character -> byte in GPT-2's spelling: printable Latin-1 bytes are themselves, others follow from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}

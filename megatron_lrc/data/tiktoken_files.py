@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.tokenizers import Tokenizer, fingerprint
+from megatron_lrc.data.tokenizers import Tokenizer, fingerprint, spelled_bytes
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -257,16 +257,9 @@ def _make_entry(spelled: str | bytes, rank: Any) -> tuple[bytes, int]:
     return token, rank
 
 
-def _make_spelling() -> dict[int, int]:
-    """GPT-2's: bytes with a printable Latin-1 character are spelled by it, the others by U+0100 and on, in order."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: 0x100 + index for index, byte in enumerate(others)}
-
-
-_SPELLING = _make_spelling()
+_SPELLING = {byte: character for character, byte in spelled_bytes().items()}
 
 
 def _spell(token: bytes) -> str:
     """A token as Hugging Face vocabularies spell it."""
-    return token.decode("latin-1").translate(_SPELLING)
+    return "".join(_SPELLING[byte] for byte in token)

@@ -87,6 +87,13 @@ def fingerprint(vocabulary: dict[str, int], special_tokens: dict[str, str | None
     return digest.hexdigest()
 
 
+def spelled_bytes() -> dict[str, int]:
+    """Character -> byte in GPT-2's spelling: printable Latin-1 bytes are themselves, others follow from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
 @functools.cache
 def _load_once(path: str) -> Any:
     from transformers import AutoTokenizer
