@@ -76,6 +76,9 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
+# torchrun hands these on to the training processes; by itself it would die of SIGUSR1 and leave them behind.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+
 # A user's error should cost one sentence, not torchrun's traceback.
 WORLD_SIZE=$((nodes * gpus)) "$python" -m megatron_lrc check "$@" || exit
 

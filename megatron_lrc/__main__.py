@@ -2,8 +2,9 @@
 
 An error of the user's costs one line of stderr per error and exit code 2. Of several processes rank 0 prints; what
 another rank has to say goes into torchrun's error file, which torchrun quotes in its report, and to stderr where
-there is no torchrun. Exit codes: 0 done, 1 a run that stopped itself (one line), a bug or a failing
-machine (with a traceback), 2 the user's error.
+there is no torchrun. Exit codes: 0 done, or stopped on request with its state saved (`train/stopping.py`), 1 a run that
+stopped itself (one line), a bug or a failing machine (with a traceback), 2 the user's error, 128 + N ended at once by
+signal N.
 """
 
 import json

@@ -198,6 +198,15 @@ class TrainingConfig:
         "Stop after this many steps in a row were skipped: their loss or gradient not finite, or a spike.",
         at_least=1,
     )
+    exit_interval: int | None = setting(
+        None, "Save and stop after a step that this divides. Default: run to --train-iters.", at_least=1
+    )
+    exit_duration_in_mins: float | None = setting(
+        None,
+        "Save and stop after the step that ends these minutes, counted from the start. Default: no limit. SIGTERM, "
+        "SIGUSR1 and a file named stop in --save do the same at any time.",
+        above=0,
+    )
     spike_factor: float | None = setting(
         None,
         "Skip a step whose gradient norm is above this many times the running mean. Default: only clipped.",

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from megatron_lrc import __version__
 from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.mcore.compat import keep_results_in_process
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.mcore.paired_model import PairedModel
 
@@ -88,6 +89,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    keep_results_in_process()
     dist_checkpointing.save(_sharded_state(stages, optimizer, is_loading=False), str(partial))
     dist.barrier()
     if is_main:

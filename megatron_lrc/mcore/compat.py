@@ -1,9 +1,11 @@
 """Differences between megatron-core versions (0.16 to 0.19), and the defects of theirs that we have to step round."""
 
+import queue
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
 #: What a parameter group has from the flags, alike in all groups; the scheduler sets the weight decay.
@@ -36,6 +38,15 @@ def owned_gradient(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) 
             return grad.view(-1)[owned.start : owned.end]
     is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     return grad if is_first and not sharded else None
+
+
+def keep_results_in_process() -> None:
+    """Before saving: hand the writers' results on through a plain queue.
+
+    megatron-core starts a server process for it, which asynchronous saving needs. Ours is synchronous: the server only
+    costs its start, and would die of a signal sent to the process group, and the checkpoint with it.
+    """
+    filesystem_async._results_queue = queue.Queue()
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:

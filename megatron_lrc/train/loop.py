@@ -21,6 +21,7 @@ from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
+from megatron_lrc.train.stopping import Stopping
 
 
 def train(config: Config) -> None:
@@ -36,6 +37,7 @@ class Trainer:
     def __init__(self, config: Config, checked: Checked, groups: Groups):
         self.config, self.groups = config, groups
         self.state = replace(checked.state)
+        self.stopping = Stopping(config, self.state, groups)
         self.train_data, self.valid_data = build_datasets(
             config, step=self.state.step, consumed_samples=self.state.consumed_samples
         )
@@ -59,13 +61,16 @@ class Trainer:
             self.state.data_order = self.train_data.order.identity
 
     def train(self) -> None:
-        config, state = self.config, self.state
+        """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
-        if state.step == 0:
-            self._validate(log)
-        if state.step < config.training.train_iters:
-            self._train_steps(log)
-        self._save()
+        with self.stopping:
+            if self.state.step == 0:
+                self._validate(log)
+            if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
+                self._train_steps(log)
+            self._save()
+            if last_words := self.stopping.finish():
+                self._say(last_words)
         if log:
             log.close()
 
@@ -78,10 +83,17 @@ class Trainer:
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
-            report = train_step(self.run, batches, with_group_norms=is_logged, max_grad_norm=self.guard.largest_norm)
+            report = train_step(
+                self.run,
+                batches,
+                with_group_norms=is_logged,
+                max_grad_norm=self.guard.largest_norm,
+                stop_votes=self.stopping.votes,
+            )
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
+            self.stopping.after_step(report.stop_votes)
             self._look_at(report)
             interval.add(report)
             if is_logged:
@@ -89,10 +101,14 @@ class Trainer:
                 self._log_step(log, report, record, lr, stopwatch.lap(interval.steps))
                 interval.reset()
             stopwatch.pause()
-            if is_last or _is_due(state.step, config.logging.eval_interval):
+            if self.stopping.is_urgent:
+                self._save()  # first, since a validation may take too long
+            if is_last or (_is_due(state.step, config.logging.eval_interval) and not self.stopping.is_urgent):
                 self._validate(log)
             if _is_due(state.step, config.checkpoint.save_interval):
                 self._save()
+            if self.stopping.is_asked:
+                return
             stopwatch.resume()
 
     def _look_at(self, report: StepReport) -> None:
@@ -139,6 +155,7 @@ class Trainer:
             found = losses()
         if log:
             log.validation({"step": self.state.step, "tokens": self.state.tokens, **found})
+        self.stopping.ask()
 
     def _save(self) -> None:
         if self.config.checkpoint.save is None or self._saved_step == self.state.step:
@@ -148,6 +165,7 @@ class Trainer:
         )
         self._saved_step = self.state.step
         self._say(f"saved {path}")
+        self.stopping.ask()
 
     def _batches(self, dataset: Dataset | None, consumed_samples: int) -> BatchIterator:
         assert dataset is not None, "check_data() has passed"

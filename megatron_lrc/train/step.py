@@ -1,7 +1,7 @@
 """One optimizer step, and one validation: the method in the order it happens."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -66,9 +66,9 @@ class LossTotals:
         return LossTotals(*(getattr(self, name) + getattr(other, name) for name in names))
 
     @property
-    def is_finite(self) -> bool:
-        """Reads the device, which the gradient norm has to wait for anyway."""
-        return bool((self.lm + self.kl + self.clone.sum()).isfinite())
+    def is_finite(self) -> Tensor:
+        """Whether they are: 0 or 1, fp64, still on the device."""
+        return (self.lm + self.kl + self.clone.sum()).isfinite().double()
 
     def clone_by_layer(self, config: Config) -> dict[str, list[float | None]]:
         """Term -> its clone loss in each layer, a mean over tokens; None where it is off. Waits for the device."""
@@ -106,15 +106,22 @@ class StepReport:
     loss_scale: float = 1.0  # of this step; 1 without fp16
     #: overflow: gradients beyond fp16 while a lower loss scale can still be tried
     skipped_for: Literal["fault", "spike", "overflow"] | None = None
+    stop_votes: tuple[float, ...] = ()  # over all ranks: `train/stopping.py`
 
 
 def train_step(
-    run: Run, batches: Batches, *, with_group_norms: bool = False, max_grad_norm: float = math.inf
+    run: Run,
+    batches: Batches,
+    *,
+    with_group_norms: bool = False,
+    max_grad_norm: float = math.inf,
+    stop_votes: Callable[[], Tensor] | None = None,
 ) -> StepReport:
     """One optimizer step over all micro-batches. Trains P and norm gains; W_T is frozen, W_S is derived.
 
     max_grad_norm: a step whose gradient norm is above it is skipped.
     with_group_norms: also give gradient norms by kind of matrix (one pass over the gradients, one small all-reduce).
+    stop_votes: asked late in the step for what is to be summed over the ranks with the losses, [n], fp64.
     """
     run.optimizer.zero_grad()  # P and gains: the gradient buffers
     run.zero_student_grads()  # dW_S accumulates over micro-batches
@@ -124,10 +131,12 @@ def train_step(
     forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
     run.pull_back()  # dP: complete but for the data-parallel sum
 
-    losses = _reduce_losses(run.stages)
+    losses, votes = _reduce_losses(run.stages, stop_votes() if stop_votes else None)
     run.optimizer.reduce_gradients(losses.tokens)  # TP sum of gains, tied P, DP; the only division by tokens
     by_group = group_gradient_norms(run.optimizer, run.stages, run.groups) if with_group_norms else None
-    is_finite = losses.is_finite
+    # Waits for the device, which the gradient norm does anyway.
+    is_finite, *votes = torch.cat([losses.is_finite[None], votes]).tolist()
+    is_finite = bool(is_finite)
     loss_scale = run.optimizer.loss_scale  # before the step, which may change it
     is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite, max_norm=max_grad_norm)  # all ranks or none
     if is_updated:
@@ -137,7 +146,7 @@ def train_step(
         skipped_for = "spike"
     elif not is_updated:
         skipped_for = "overflow" if is_finite and run.optimizer.can_be_lowered(loss_scale) else "fault"
-    return StepReport(losses, is_finite, grad_norm, by_group, is_updated, loss_scale, skipped_for)
+    return StepReport(losses, is_finite, grad_norm, by_group, is_updated, loss_scale, skipped_for, tuple(votes))
 
 
 @torch.no_grad()
@@ -147,7 +156,8 @@ def evaluate(run: Run, batches: Batches, *, num_batches: int) -> LossTotals:
     run.compose()
     for _ in range(num_batches):
         forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True)
-    return _reduce_losses(run.stages)
+    losses, _ = _reduce_losses(run.stages)
+    return losses
 
 
 def _reset_losses(stages: list[PairedModel]) -> None:
@@ -155,10 +165,11 @@ def _reset_losses(stages: list[PairedModel]) -> None:
         stage.sums.reset()
 
 
-def _reduce_losses(stages: list[PairedModel]) -> LossTotals:
-    """Sum over the world what each rank's stages have counted, in one small collective."""
+def _reduce_losses(stages: list[PairedModel], votes: Tensor | None = None) -> tuple[LossTotals, Tensor]:
+    """Sum over the world what each rank's stages have counted, and its votes [n], in one small collective."""
     main = torch.stack([stage.sums.main for stage in stages]).sum(0)
     clone = torch.stack([stage.sums.clone for stage in stages]).sum(0)
-    total = sum_over_world(torch.cat([main, clone.flatten()]))
-    lm, kl, teacher_lm, tokens = total[: len(main)]
-    return LossTotals(lm, kl, teacher_lm, tokens, total[len(main) :].view_as(clone))
+    votes = main.new_zeros(0) if votes is None else votes
+    total = sum_over_world(torch.cat([main, clone.flatten(), votes]))
+    (lm, kl, teacher_lm, tokens), clone_sums, votes = total.split([len(main), clone.numel(), len(votes)])
+    return LossTotals(lm, kl, teacher_lm, tokens, clone_sums.view_as(clone)), votes

@@ -145,7 +145,7 @@ def gradients_of_one_step(config: Config, sizes: Sizes = SIZES) -> tuple[dict, d
     batches = own_micro_batches(config, groups, sizes)
     step.forward_backward(stages, batches, config, num_microbatches=num_micro_batches)
     run.pull_back()
-    losses = step._reduce_losses(stages)
+    losses, _ = step._reduce_losses(stages)
     optimizer.reduce_gradients(losses.tokens)
 
     def report(list_parameters):

@@ -1,0 +1,176 @@
+"""Stopping a run on request: SIGTERM, SIGUSR1, a time limit, a step, or a file named `stop` in the run directory.
+
+A signal reaches one process or all, at any moment, and all of them have to stop after the same step. So each has a vote
+for every reason, and the votes are summed in the all-reduce of the loss sums that every step has anyway; they are read
+with the one number that the host waits for anyway (whether the losses are finite). After a validation or a checkpoint,
+which may take long, the processes ask each other once more, in a collective of their own.
+
+The first signal is noted and the step finished. The same one again, at least COPIES_WITHIN seconds later, ends the
+process at once; sooner it is a copy, since a scheduler may signal torchrun and the processes that torchrun forwards
+it to. A thread takes note, not a Python handler: that would run only when the main thread comes back from a collective.
+
+torchrun signals a process's whole group: what a training process has started must not die of it, or the step or the
+checkpoint fails. Forked children (data loaders, checkpoint writers) leave the group, and end by SIGTERM as any process
+does. Nothing else is started: see `keep_results_in_process` in `mcore/compat.py`.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.config import Config
+from megatron_lrc.mcore.checkpoint import RunState
+from megatron_lrc.mcore.distributed import Groups, sum_over_world
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "stop"
+#: What each place of a vote stands for; the first one with a vote is the one named.
+REASONS = (*(number.name for number in SIGNALS), "--exit-duration-in-mins", f"the file {STOP_FILE}")
+#: Seconds within which a repeated signal is taken for a copy of the first.
+COPIES_WITHIN = 3.0
+
+
+class Stopping:
+    """Collects requests to stop, while entered as a context, and has all processes agree on them."""
+
+    def __init__(self, config: Config, state: RunState, groups: Groups):
+        self._config, self._state, self._groups = config, state, groups
+        self._start = time.monotonic()
+        self._watch = SignalWatch()
+        self._heard = [False] * len(REASONS)
+        self._is_at_exit_step = False
+
+    def __enter__(self) -> None:
+        self._watch.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.stop()
+
+    def votes(self) -> Tensor:
+        """This process's own, [len(REASONS)], fp64 on the device. Does not wait for the device."""
+        votes = torch.zeros(len(REASONS), dtype=torch.float64, device=self._groups.device)
+        for place, is_asked in enumerate(self._requests()):
+            if is_asked:
+                votes[place].fill_(1.0)
+        return votes
+
+    def after_step(self, votes: Sequence[float]) -> None:
+        """Take note of all processes' votes, summed in the step that is done; alike on every rank."""
+        self._hear(votes)
+        interval = self._config.training.exit_interval
+        self._is_at_exit_step = interval is not None and self._state.step % interval == 0
+
+    def ask(self) -> None:
+        """Have the processes agree outside a step. Collective."""
+        self._hear(sum_over_world(self.votes()).tolist())
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether to stop now."""
+        return self._is_at_exit_step or any(self._heard)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a signal asks, after which the processes may be killed soon."""
+        return any(self._heard[: len(SIGNALS)])
+
+    def finish(self) -> str | None:
+        """When the state is saved: remove the stop file. The words to end with, if the run is to be continued."""
+        stop_file = self._stop_file()
+        if stop_file and self._groups.is_main_rank and self._heard[REASONS.index(f"the file {STOP_FILE}")]:
+            stop_file.unlink(missing_ok=True)
+        step, steps, save = self._state.step, self._config.training.train_iters, self._config.checkpoint.save
+        if not self.is_asked or step == steps:
+            return None
+        reason = next((name for name, heard in zip(REASONS, self._heard, strict=True) if heard), "--exit-interval")
+        what_next = f"go on with --load {save}" if save else "nothing was saved, for want of --save"
+        return f"stopped at step {step} of {steps}: {reason}; {what_next}"
+
+    def _hear(self, votes: Sequence[float]) -> None:
+        self._heard = [heard or vote > 0 for heard, vote in zip(self._heard, votes, strict=True)]
+
+    def _requests(self) -> list[bool]:
+        minutes, stop_file = self._config.training.exit_duration_in_mins, self._stop_file()
+        signals = [number in self._watch.received for number in SIGNALS]
+        if not self._groups.is_main_rank:  # one clock and one look at the file system are enough
+            return [*signals, False, False]
+        is_late = minutes is not None and time.monotonic() - self._start >= 60 * minutes
+        return [*signals, is_late, stop_file is not None and stop_file.exists()]
+
+    def _stop_file(self) -> Path | None:
+        save = self._config.checkpoint.save
+        return Path(save) / STOP_FILE if save else None
+
+
+class SignalWatch:
+    """Notes SIGNALS from `start` to `stop`, which the main thread calls; `received`: signal -> when it first came."""
+
+    def __init__(self) -> None:
+        self.received: dict[int, float] = {}
+
+    def start(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)  # as set_wakeup_fd demands
+        self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
+        self._thread.start()
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # The handlers do nothing: C writes the signal's number to the pipe as it arrives.
+        self._handlers_before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        _watching.append(self)
+
+    def stop(self) -> None:
+        _watching.remove(self)
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._write, b"\0")
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+
+    def _run(self) -> None:
+        while number := os.read(self._read, 1)[0]:
+            if number in SIGNALS:
+                self._note(signal.Signals(number))
+
+    def _note(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        is_first = number not in self.received
+        if now - self.received.setdefault(number, now) >= COPIES_WITHIN:
+            _say(f"{number.name} again: ends at once, without saving")
+            os._exit(128 + number)
+        if is_first:
+            _say(f"{number.name}: the run stops after this step; again after {COPIES_WITHIN:.0f} s: at once")
+
+
+#: The watch that is on, if any: what a forked child has to be rid of.
+_watching: list[SignalWatch] = []
+
+
+def _do_nothing(*_: object) -> None:
+    pass
+
+
+def _say(line: str) -> None:
+    print(f"rank {os.environ.get('RANK', '0')}: {line}", file=sys.stderr, flush=True)
+
+
+def _be_an_ordinary_child() -> None:
+    """In a forked child: out of the process group; SIGTERM ends it, SIGUSR1 is not meant for it."""
+    if not _watching:
+        return
+    _watching.clear()
+    os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_be_an_ordinary_child)

@@ -1,0 +1,263 @@
+"""A run asked to stop: the same step on every rank, one checkpoint, and from there on as if nothing had been."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
+
+from megatron_lrc.config import Config
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.train import loop, stopping
+from ranks import PRELOAD, run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "examples/pretrain_lrc.sh")
+
+
+def train_and_ask(config: Config, moment: str, at: int, rank: int, ask: Callable[[], None]) -> tuple[int, str]:
+    """Train; on one rank call `ask` at a moment ("step", "validation", "save") of a step. Step reached, last line."""
+    handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    is_to_ask = dist.get_rank() == rank
+
+    def now(kind: str, step: int) -> None:
+        nonlocal is_to_ask
+        if is_to_ask and (kind, step) == (moment, at):
+            is_to_ask = False
+            ask()
+
+    def look(*_: object) -> None:
+        if torch.is_grad_enabled():
+            now("step", trainer.state.step + 1)
+        else:
+            now("validation", trainer.state.step)
+
+    def save(*args):
+        now("save", trainer.state.step)
+        return real_save(*args)
+
+    for stage in trainer.run.stages:
+        for _, layer in layers_of(stage.student):
+            layer.register_forward_pre_hook(look)
+    real_save, loop.save_checkpoint = loop.save_checkpoint, save
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        trainer.train()
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+    return trainer.state.step, (said.getvalue().splitlines() or [""])[-1]
+
+
+def signal_this_process(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def signal_its_group(number: int) -> None:
+    """As torchrun does: what the process has started gets it too."""
+    os.killpg(os.getpgid(0), number)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("iter_*"))
+
+
+def saved_in(config: Config, run: Path) -> Config:
+    return replace(config, checkpoint=replace(config.checkpoint, save=str(run)))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout, rank, ask",
+    [
+        ({"pp": 2}, 1, partial(signal_this_process, signal.SIGUSR1)),
+        ({"dist_opt": True}, 0, partial(signal_its_group, signal.SIGTERM)),
+    ],
+    ids=["SIGUSR1-to-one-stage", "SIGTERM-to-one-replica-and-its-data-loader"],
+)
+def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_run_goes_on_bit_for_bit(
+    tiny_llama, tiny_text, tmp_path, layout, rank, ask
+):
+    config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=5), **layout)
+    config.data.num_workers = 1
+    config.checkpoint.save_interval = 2  # by the time of the signal megatron-core has written one
+    train(config, 2)
+    stopped = saved_in(config, tmp_path / "stopped")
+    (step, line), (other_step, _) = run_ranks(2, train_and_ask, stopped.resolved(2), "step", 3, rank, ask)
+    number = ask.args[0]
+    run = tmp_path / "stopped"
+    assert line == f"stopped at step 3 of 5: {signal.Signals(number).name}; go on with --load {run}"
+    assert step == other_step == 3 and checkpoints(run) == ["iter_0000002", "iter_0000003"]
+
+    train(continued(stopped, steps=5), 2)
+    assert without_times(records(run)) == without_times(records(tmp_path / "whole"))
+    assert records(run, "validation.jsonl") == records(tmp_path / "whole", "validation.jsonl")
+    assert_same_parameters(run, tmp_path / "whole")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "moment, at, saved, validated",
+    [
+        ("validation", 0, ["iter_0000000"], [0]),
+        ("step", 2, ["iter_0000002"], [0]),  # the validation is left out: there may be no time
+        ("validation", 2, ["iter_0000002"], [0, 2]),
+        ("save", 2, ["iter_0000002"], [0, 2]),
+        ("step", 4, ["iter_0000002", "iter_0000004"], [0, 2, 4]),  # the last step: a run that is through
+    ],
+)
+def test_a_signal_is_heard_at_any_time_and_no_step_is_begun_or_saved_twice(
+    tiny_llama, tiny_text, tmp_path, moment, at, saved, validated
+):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=4)
+    config.logging.eval_interval = config.checkpoint.save_interval = 2
+    ask = partial(signal_this_process, signal.SIGTERM)
+    ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), moment, at, 0, ask)
+    assert step == at and checkpoints(tmp_path / "run") == saved
+    assert line.startswith("stopped at step") == (at < 4)
+    assert [line["step"] for line in records(tmp_path / "run", "validation.jsonl")] == validated
+
+
+@pytest.mark.distributed
+def test_a_stop_file_ends_the_run_and_is_removed(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=4)
+    ask = partial(Path.touch, tmp_path / "run" / "stop")
+    ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), "step", 2, 0, ask)
+    assert (step, line.partition("; ")[0]) == (2, "stopped at step 2 of 4: the file stop")
+    assert checkpoints(tmp_path / "run") == ["iter_0000002"] and not (tmp_path / "run" / "stop").exists()
+
+
+@pytest.mark.distributed
+def test_the_time_limit_and_the_exit_interval_end_a_run_each_time_it_goes_on(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=5)
+    config.logging.eval_iters = 0
+    config.training.exit_duration_in_mins = 1e-6
+    never = ("never", 0, 0, sys.exit)
+    ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), *never)
+    assert step == 1 and line.startswith("stopped at step 1 of 5: --exit-duration-in-mins; go on with --load")
+    config = continued(config, steps=5)
+    config.training.exit_duration_in_mins, config.training.exit_interval = 60.0, 2
+    lines = [run_ranks(1, train_and_ask, config.resolved(1), *never)[0][1] for _ in range(3)]
+    reasons = [line.partition(";")[0] for line in lines]
+    assert reasons[:2] == [f"stopped at step {step} of 5: --exit-interval" for step in (2, 4)]
+    assert lines[2].startswith("saved") and checkpoints(tmp_path / "run")[-1] == "iter_0000005"
+
+
+@pytest.mark.distributed
+def test_without_a_run_directory_it_stops_and_says_that_nothing_was_saved(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=4)
+    config.checkpoint.save = None
+    ask = partial(signal_this_process, signal.SIGTERM)
+    ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), "step", 2, 0, ask)
+    assert (step, line) == (2, "stopped at step 2 of 4: SIGTERM; nothing was saved, for want of --save")
+
+
+def wait_for_a_peer_that_never_comes(folder: str) -> None:
+    stopping.COPIES_WITHIN = 1.0
+    stopping.SignalWatch().start()
+    Path(folder, "ready").touch()
+    dist.FileStore(f"{folder}/store", 2).wait(["never"], timedelta(seconds=60))  # type: ignore[attr-defined]  # as in a collective: not in Python
+
+
+@pytest.mark.distributed
+def test_the_same_signal_again_ends_even_a_hanging_process_at_once_but_a_copy_does_not(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=wait_for_a_peer_that_never_comes, args=(str(tmp_path),))
+    process.start()
+    wait_until((tmp_path / "ready").exists)
+    assert process.pid is not None
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # twice within a second, and another one
+        os.kill(process.pid, number)
+        time.sleep(0.1)
+    time.sleep(1.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def start_a_child_while_watching() -> tuple[bool, bool, int | None]:
+    """Of a forked child: whether it lives on after its parent's group was signalled, after SIGUSR1, and how it ends."""
+    watch = stopping.SignalWatch()
+    watch.start()
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def sleep() -> None:
+        ready.set()
+        time.sleep(60)
+
+    child = context.Process(target=sleep)
+    child.start()
+    assert ready.wait(30) and child.pid is not None
+    signal_its_group(signal.SIGTERM)
+    child.join(0.3)
+    survives_the_group = child.is_alive()
+    os.kill(child.pid, signal.SIGUSR1)
+    child.join(0.3)
+    survives_usr1 = child.is_alive()
+    child.terminate()
+    child.join(10)
+    wait_until(lambda: signal.SIGTERM in watch.received)
+    assert signal.SIGUSR1 not in watch.received  # the child's is not its parent's
+    watch.stop()
+    return survives_the_group, survives_usr1, child.exitcode
+
+
+@pytest.mark.distributed
+def test_a_data_loader_outlives_a_signal_to_its_parents_group_and_ends_when_it_is_ended():
+    assert run_ranks(1, start_a_child_while_watching) == [(True, True, -signal.SIGTERM)]
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_torchrun_ends_in_a_checkpoint(tiny_llama, tiny_text, tmp_path, number):
+    run = tmp_path / "run"
+    flags = f"--teacher {tiny_llama()} --student-hidden-size 24 --data-path {tiny_text} --split 90,10,0 --save {run} "
+    flags += "--seq-length 16 --global-batch-size 8 --train-iters 100000 --log-interval 1 --eval-iters 0 "
+    flags += "--pipeline-model-parallel-size 2 --num-workers 1"
+    launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "SLURM_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(launch)}
+    settings = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "2"}
+    with open(tmp_path / "output", "w") as output:
+        torchrun = subprocess.Popen(["bash", SCRIPT, *flags.split()], env=settings, stdout=output, stderr=output)
+        try:
+            wait_until(lambda: torchrun.poll() is not None or len(steps_of(run)) > 1)
+            torchrun.send_signal(number)
+            torchrun.wait(60)
+        finally:
+            torchrun.kill()
+            if run.exists():
+                (run / "stop").touch()  # for training processes that a failing torchrun has left behind
+    (checkpoint,) = checkpoints(run)
+    step = int(checkpoint.removeprefix("iter_"))
+    said = (tmp_path / "output").read_text()
+    assert f"stopped at step {step} of 100000: {number.name}; go on with --load {run}" in said
+    assert steps_of(run)[-1] == step and "forcefully" not in said
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps on record, so far."""
+    file = run / "metrics.jsonl"
+    return [line["step"] for line in records(run)] if file.exists() and file.read_text().endswith("\n") else []
