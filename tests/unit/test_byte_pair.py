@@ -121,7 +121,10 @@ def test_ordinary_text_is_covered_and_gets_the_same_ids(kind: str) -> None:
 def test_every_character_of_unicode_gets_the_same_ids(kind: str) -> None:
     ours, theirs = both(kind)
     characters = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x1FC00))]
-    texts = [f"a{character} 1{character}{character}'{character}" for character in characters]
+    texts = [
+        f"a{character} 1{character}{character}'{character} {character} x\n{character}{character}y"
+        for character in characters
+    ]
     assert ours(texts) == theirs(texts)
 
 
