@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_teachers import write_llama, write_qwen2, write_qwen3
+from hf_teachers import write_llama, write_llama_with_biases, write_qwen2, write_qwen3
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import describe_teacher
@@ -245,3 +245,12 @@ def test_values_that_are_not_finite_are_refused_by_name_when_they_are_read(damag
             reader.norm("final")
         else:
             reader.site(EMBED, tp_rank=1, tp_size=2, padded_vocab_size=384)
+
+
+def test_a_bias_of_o_that_is_not_zero_is_refused(tmp_path: Path) -> None:
+    model = write_llama_with_biases(tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.bias[3] = 1e-3
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"layers.1.self_attn.o_proj.bias in model.safetensors is not all zero"):
+        TeacherReader(describe_teacher(tmp_path))

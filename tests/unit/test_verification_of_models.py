@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import random_student
 
 from checkpoints import write_run
 from damage import (
@@ -31,6 +30,7 @@ from megatron_lrc.hf import export
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.output_folder import copy_files
 from megatron_lrc.verify.models import check_conversion
+from students import random_student
 from tools_path import convert_to_hf, load_tool
 
 HIDDEN = 28

@@ -1,0 +1,35 @@
+"""Students that have been trained a little, for the tests of exports."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_lrc.clone.sites import projection_names
+from megatron_lrc.hf.families import TeacherDescription
+
+TOKENS = torch.arange(3, 51).view(2, 24) * 5 % 301
+
+State = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def random_student(description: TeacherDescription, hidden: int, *, has_lm_head: bool, dtype=torch.float32) -> State:
+    """Projections and norm gains of a student that has been trained a little."""
+    generator = torch.Generator().manual_seed(11)
+    layers = range(description.shape.num_layers)
+    size = (description.shape.hidden_size, hidden)
+    names = projection_names(layers, True, has_lm_head)
+    projections = {name: (torch.randn(size, generator=generator) * 0.2).to(dtype) for name in names}
+    gains = [f"layers.{layer}.{norm}" for layer in layers for norm in ("input", "post")] + ["final"]
+    norms = {name: (1 + 0.1 * torch.randn(hidden, generator=generator)).to(dtype) for name in gains}
+    return projections, norms
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits

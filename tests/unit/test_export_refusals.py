@@ -1,0 +1,110 @@
+"""An export that must not be kept leaves nothing, and replaces nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_teachers import write_llama
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.export import export_student
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from students import State, random_student
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> TeacherDescription:
+    write_llama(tmp_path / "teacher")
+    return describe_teacher(tmp_path / "teacher")
+
+
+def refuse(tmp_path: Path, teacher: TeacherDescription, state: State, **changes: object) -> str:
+    """The message of an export that must fail; nothing may be left beside the teacher."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    arguments = {"student_hidden_size": 28, "output": tmp_path / "student"} | changes
+    with pytest.raises(ConfigError) as caught:
+        export_student(teacher=teacher, projections=state[0], norms=state[1], **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_diverged_student_is_not_kept(tmp_path: Path, teacher: TeacherDescription) -> None:
+    state = random_student(teacher, 28, has_lm_head=True)
+    state[0]["layers.1.down"][3, 3] = float("nan")
+    assert "logits are not finite" in refuse(tmp_path, teacher, state)
+    export_student(
+        teacher=teacher,
+        projections=state[0],
+        norms=state[1],
+        student_hidden_size=28,
+        output=tmp_path / "student",
+        verify=False,
+    )
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_a_student_whose_activations_overflow_float16_is_not_kept_as_one(
+    tmp_path: Path, teacher: TeacherDescription
+) -> None:
+    """Its weights fit into float16, and float32 arithmetic shows nothing."""
+    projections, norms = random_student(teacher, 28, has_lm_head=True)
+    norms["layers.1.post"] = norms["layers.1.post"] * 3000.0
+    message = refuse(tmp_path, teacher, (projections, norms), dtype=torch.float16)
+    assert "computed in float16 its logits are not finite" in message
+
+
+def test_student_of_another_teacher_is_refused(tmp_path: Path, teacher: TeacherDescription) -> None:
+    projections, norms = random_student(teacher, 28, has_lm_head=True)
+    without = {name: tensor for name, tensor in projections.items() if name != "layers.1.o"}
+    assert "projections" in (message := refuse(tmp_path, teacher, (without, norms))) and "layers.1.o" in message
+    message = refuse(tmp_path, teacher, (projections, norms | {"layers.2.post": norms["final"]}))
+    assert "norm gains" in message and "layers.2.post" in message
+    narrow = projections | {"layers.0.v": projections["layers.0.v"][:, :27]}
+    message = refuse(tmp_path, teacher, (narrow, norms))
+    assert "layers.0.v has shape [48, 27]" in message and "[48, 28] is expected" in message
+
+
+def test_tied_student_of_an_untied_teacher_is_refused(tmp_path: Path, teacher: TeacherDescription) -> None:
+    message = refuse(tmp_path, teacher, random_student(teacher, 28, has_lm_head=False))
+    assert "--untie-embeddings-and-output-weights" in message
+
+
+def test_damaged_teacher_leaves_no_output(tmp_path: Path, teacher: TeacherDescription) -> None:
+    path = teacher.directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert "not a complete safetensors file" in refuse(tmp_path, teacher, random_student(teacher, 28, has_lm_head=True))
+
+
+def test_only_force_replaces_an_earlier_export_and_only_by_a_complete_one(
+    tmp_path: Path, teacher: TeacherDescription
+) -> None:
+    projections, norms = random_student(teacher, 28, has_lm_head=True)
+    output = tmp_path / "student"
+    output.mkdir()  # empty: nothing to lose
+    export_student(teacher=teacher, projections=projections, norms=norms, student_hidden_size=28, output=output)
+    first = load_file(output / "model.safetensors")
+    (output / "extra.txt").write_text("of the first export")
+    assert "--force" in refuse(tmp_path, teacher, (projections, norms))
+
+    broken = projections | {"embed": projections["embed"] * float("nan")}
+    refuse(tmp_path, teacher, (broken, norms), force=True)
+    assert (output / "extra.txt").is_file()
+    assert torch.equal(load_file(output / "model.safetensors")["lm_head.weight"], first["lm_head.weight"])
+
+    doubled = projections | {"lm_head": projections["lm_head"] * 2}
+    export_student(teacher=teacher, projections=doubled, norms=norms, student_hidden_size=28, output=output, force=True)
+    assert not (output / "extra.txt").exists()
+    assert torch.equal(load_file(output / "model.safetensors")["lm_head.weight"], first["lm_head.weight"] * 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+
+
+def test_force_never_replaces_what_is_no_export(tmp_path: Path, teacher: TeacherDescription) -> None:
+    state = random_student(teacher, 28, has_lm_head=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    for output in (tmp_path / "run", teacher.directory, tmp_path):
+        assert "--force does not replace it" in refuse(tmp_path, teacher, state, output=output, force=True)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refuse(tmp_path, teacher, state, output=tmp_path / "file", force=True)
