@@ -4,7 +4,7 @@
         megatron_lrc.json    which model that is, and which files the conversion wrote
         release/             the checkpoint, under the name that Megatron-LM gives to converted weights
 
-`CheckpointReader` has `TeacherReader`'s interface and gives the same tensors: a training or an export takes either.
+`CheckpointReader` gives the same tensors as `TeacherReader`: a training or an export takes either, as a `Reader`.
 Each rank reads the stored pieces that its slice overlaps; no process group is needed. Opening checks that everything
 is there and belongs together. The checkpoint's index is a pickle: nothing but the classes of an index comes out of it.
 """
@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_lrc.clone.checkpoint_layout import SITES, Box, box_of, rows_box, stored_shapes
-from megatron_lrc.clone.sites import EMBED, LM_HEAD, HeadLayout, Site, select
+from megatron_lrc.clone.sites import HeadLayout, Site, select
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription
+from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 
 RECORD_FILE, INDEX_FILE = "megatron_lrc.json", ".metadata"
@@ -72,7 +72,7 @@ class Record:
         (directory / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-class CheckpointReader:
+class CheckpointReader(Reader):
     """The open checkpoint of one teacher. Making one runs `check`."""
 
     def __init__(self, description: TeacherDescription) -> None:
@@ -106,33 +106,6 @@ class CheckpointReader:
                 "the tensors that config.json implies. Put back the config.json of the conversion, or convert again."
             )
 
-    def site(
-        self,
-        site: Site,
-        layer: int | None = None,
-        *,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        padded_vocab_size: int | None = None,
-    ) -> Tensor:
-        """This rank's part of a cloned weight: [o/tp, i] where rows are split, [o, i/tp] where columns are.
-
-        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size: unpadded.
-        """
-        if site in (EMBED, LM_HEAD):
-            return self._vocabulary_rows(site, tp_rank, tp_size, padded_vocab_size or self.description.shape.vocab_size)
-        return self._part(site.name, layer, tp_rank, tp_size)
-
-    def norm(self, name: str, layer: int | None = None) -> Tensor:
-        """A norm gain [D]: "input" or "post" of a layer, or "final"."""
-        return self._read(box_of(self.description.shape, name, layer))
-
-    def frozen(self, name: str, layer: int, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
-        """This rank's part of a frozen tensor: a bias [o/tp], split like its weight, or a norm gain [head_dim]."""
-        if name not in FROZEN_BIASES:
-            return self._read(box_of(self.description.shape, name, layer))
-        return self._part(name, layer, tp_rank, tp_size)
-
     def fingerprint(self) -> str:
         """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if its values
         were rounded, or if config.json is no longer the same."""
@@ -141,23 +114,21 @@ class CheckpointReader:
             return self._record.fingerprint
         return hashlib.sha256(f"{self._record.fingerprint} {config}".encode()).hexdigest()
 
-    def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
-        shape = self.description.shape
-        rows, remainder = divmod(padded_vocab_size, tp_size)
-        assert remainder == 0 and padded_vocab_size >= shape.vocab_size, f"vocabulary padded to {padded_vocab_size}"
-        source = EMBED if site == LM_HEAD and shape.is_tied else site
-        start = min(tp_rank * rows, shape.vocab_size)
-        own = self._read(rows_box(shape, source, start, min(rows, shape.vocab_size - start)))  # [<= v_padded/tp, D]
-        padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
-        return torch.cat([own, padding]) if len(padding) else own
+    def _rows(self, site: Site, start: int, count: int) -> Tensor:
+        return self._read(rows_box(self.description.shape, site, start, count))
 
-    def _part(self, name: str, layer: int | None, tp_rank: int, tp_size: int) -> Tensor:
-        """This rank's part of a weight or bias of a layer, its rows in Hugging Face's order."""
-        box = box_of(self.description.shape, name, layer, part=tp_rank, parts=tp_size)
+    def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
+        box = box_of(self.description.shape, name, layer, part=rank, parts=size)
         tensor = self._read(box)
         if len(box.names) == 1:
             return tensor
         return select(SITES[name.removesuffix("_bias")], tensor, self._heads).flatten(0, 1)
+
+    def _whole(self, name: str, layer: int | None) -> Tensor:
+        return self._read(box_of(self.description.shape, name, layer))
+
+    def _place(self, key: str) -> str:
+        return f"{key} in {self._folder}"
 
     def _read(self, box: Box) -> Tensor:
         """What lies in a box [*box.local_shape], in the stored dtype."""
@@ -189,9 +160,6 @@ class CheckpointReader:
                 f"--teacher {self.description.directory}: the files in {CHECKPOINT_FOLDER}/ are not what the "
                 "conversion wrote. Copy them again, or convert the Hugging Face directory again."
             )
-
-
-Reader = TeacherReader | CheckpointReader
 
 
 def open_teacher(description: TeacherDescription) -> Reader:

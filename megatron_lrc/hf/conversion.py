@@ -9,9 +9,10 @@ from torch import Tensor
 from megatron_lrc.clone.checkpoint_layout import SITES, Box, all_boxes, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Reader, Record
+from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
 from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.hf.output_folder import copy_files
+from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
 
 #: Megatron-LM's pointer to the checkpoint in a directory.

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import compose, projection_names
 from megatron_lrc.config import ConfigError, ModelShape
-from megatron_lrc.hf.checkpoint_reader import Reader, open_teacher
+from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.comparison import find_difference
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
 from megatron_lrc.hf.output_folder import complete_or_absent, copy_files
+from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.safetensors_writer import DTYPES, write_model, write_tensors
 from megatron_lrc.hf.student_config import Arch, student_config, student_family
 

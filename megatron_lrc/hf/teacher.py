@@ -20,10 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
+from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.clone.sites import LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
+from megatron_lrc.hf.reader import Reader
 
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
@@ -42,7 +44,7 @@ _SHOWN, _SAMPLE_BYTES = 4, 65536
 _ELEMENTS_KEPT = 2**25
 
 
-class TeacherReader:
+class TeacherReader(Reader):
     """The open files of one teacher. Making one runs `check`."""
 
     def __init__(self, description: TeacherDescription) -> None:
@@ -80,38 +82,11 @@ class TeacherReader:
         view = self._slice(name)
         self._count_read(math.prod(view.get_shape()) // size)
         if split_dim is None or size == 1:
-            return self._checked(name, view[:])
+            return view[:]
         length, remainder = divmod(view.get_shape()[split_dim], size)
         assert remainder == 0, f"{name} {view.get_shape()} does not split into {size} along {split_dim}"
         part = slice(rank * length, (rank + 1) * length)
-        return self._checked(name, view[part] if split_dim == 0 else view[:, part])
-
-    def site(
-        self,
-        site: Site,
-        layer: int | None = None,
-        *,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        padded_vocab_size: int | None = None,
-    ) -> Tensor:
-        """This rank's part of a cloned weight: [o/tp, i] where rows are split, [o, i/tp] where columns are.
-
-        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size: unpadded.
-        """
-        if site in (EMBED, LM_HEAD):
-            return self._vocabulary_rows(site, tp_rank, tp_size, padded_vocab_size or self.description.shape.vocab_size)
-        name = self._weights[f"layers.{layer}.{site.name}"].name
-        return self.read(name, split_dim=site.split, rank=tp_rank, size=tp_size)
-
-    def norm(self, name: str, layer: int | None = None) -> Tensor:
-        """A norm gain [D]: "input" or "post" of a layer, or "final"."""
-        return self.read(self._weights[name if layer is None else f"layers.{layer}.{name}"].name)
-
-    def frozen(self, name: str, layer: int, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
-        """This rank's part of a frozen tensor: a bias [o/tp], split like its weight, or a norm gain [head_dim]."""
-        split_dim = 0 if name in FROZEN_BIASES else None
-        return self.read(self._weights[f"layers.{layer}.{name}"].name, split_dim=split_dim, rank=tp_rank, size=tp_size)
+        return view[part] if split_dim == 0 else view[:, part]
 
     def names(self) -> list[str]:
         """The Hugging Face names of the weights."""
@@ -135,27 +110,21 @@ class TeacherReader:
                 digest.update(part)
         return digest.hexdigest()
 
-    def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
-        shape = self.description.shape
-        rows, remainder = divmod(padded_vocab_size, tp_size)
-        assert remainder == 0 and padded_vocab_size >= shape.vocab_size, f"vocabulary padded to {padded_vocab_size}"
-        source = EMBED if site == LM_HEAD and shape.is_tied else site
-        name = self._weights[source.name].name
-        view = self._slice(name)
-        start = min(tp_rank * rows, shape.vocab_size)
-        self._count_read(rows * shape.hidden_size)
-        own = self._checked(name, view[start : min(start + rows, shape.vocab_size)])  # [<= v_padded/tp, D]
-        padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
-        return torch.cat([own, padding]) if len(padding) else own
+    def _rows(self, site: Site, start: int, count: int) -> Tensor:
+        view = self._slice(self._weights[site.name].name)
+        self._count_read(count * self.description.shape.hidden_size)
+        return view[start : start + count]
 
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, if all of it is finite: one NaN spreads through every sum of a training or a student."""
-        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both
-            raise ConfigError(
-                f"--teacher {self.description.directory}: tensor {name} in {self._file_of[name]} holds values that are "
-                "not finite (NaN or infinity). Download or copy the file again, or choose another teacher."
-            )
-        return tensor
+    def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
+        split_dim = 0 if name in FROZEN_BIASES else SITES[name].split
+        return self.read(self._weights[f"layers.{layer}.{name}"].name, split_dim=split_dim, rank=rank, size=size)
+
+    def _whole(self, name: str, layer: int | None) -> Tensor:
+        return self.read(self._weights[name if layer is None else f"layers.{layer}.{name}"].name)
+
+    def _place(self, key: str) -> str:
+        name = self._weights[key].name
+        return f"{name} in {self._file_of[name]}"
 
     def _slice(self, name: str):
         return self._files[self._file_of[name]].get_slice(name)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from megatron_lrc.clone.initialization import SecondMoment, initialize_from_basis, initialize_random
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, select
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.hf.checkpoint_reader import Reader
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
+from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.distributed import Groups, broadcast_from_first, sum_over_world
 from megatron_lrc.mcore.models import layers_of, norm_gains, padded_vocab_size, residual_readers
 from megatron_lrc.mcore.paired_model import PairedModel, Shapes

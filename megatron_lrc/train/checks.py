@@ -7,8 +7,9 @@ from pathlib import Path
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.data.batches import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
-from megatron_lrc.hf.checkpoint_reader import Reader, open_teacher
+from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.checkpoint import RunState, newest_checkpoint, read_state
 from megatron_lrc.mcore.models import check_pipeline_layout
 from megatron_lrc.validation import check_schedule, raise_all, validate_against_teacher

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import compose
 from megatron_lrc.config import ConfigError, ModelShape
-from megatron_lrc.hf.checkpoint_reader import Reader, open_teacher
+from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.checkpoint import SavedStudent, open_checkpoint
 from megatron_lrc.mcore.layer_by_layer import layer_by_layer
 

@@ -1,0 +1,90 @@
+"""What a training, an export and a verification read a teacher through, in whichever form its weights are stored.
+
+A form says how rows of the embedding, a tensor parallel part and a whole tensor are read (`teacher.py`: safetensors;
+`checkpoint_reader.py`: a megatron-core checkpoint); padding, tied heads and the look at the values are here.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.architectures import FROZEN_BIASES
+from megatron_lrc.hf.families import TeacherDescription
+
+
+class Reader(ABC):
+    """The open files of one teacher. Tensors come in the stored dtype and in Hugging Face's order of rows.
+
+    ConfigError where values are not finite: one NaN spreads through every sum of a training or a student.
+    """
+
+    description: TeacherDescription
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 that tells this teacher from others, wherever it lies."""
+
+    @abstractmethod
+    def _rows(self, site: Site, start: int, count: int) -> Tensor:
+        """Rows of the embedding or the LM head, none of them padding."""
+
+    @abstractmethod
+    def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
+        """The `rank`-th of `size` tensor parallel parts of a layer's weight or bias."""
+
+    @abstractmethod
+    def _whole(self, name: str, layer: int | None) -> Tensor:
+        """A norm gain."""
+
+    @abstractmethod
+    def _place(self, key: str) -> str:
+        """Name and file of the tensor with this `Weight.key`, for messages."""
+
+    def site(
+        self,
+        site: Site,
+        layer: int | None = None,
+        *,
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        padded_vocab_size: int | None = None,
+    ) -> Tensor:
+        """This rank's part of a cloned weight: [o/tp, i] where rows are split, [o, i/tp] where columns are.
+
+        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size: unpadded.
+        """
+        if site in (EMBED, LM_HEAD):
+            return self._vocabulary_rows(site, tp_rank, tp_size, padded_vocab_size or self.description.shape.vocab_size)
+        return self._finite(self._part(site.name, layer, tp_rank, tp_size), site.name, layer)
+
+    def norm(self, name: str, layer: int | None = None) -> Tensor:
+        """A norm gain [D]: "input" or "post" of a layer, or "final"."""
+        return self._finite(self._whole(name, layer), name, layer)
+
+    def frozen(self, name: str, layer: int, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """This rank's part of a frozen tensor: a bias [o/tp], split like its weight, or a norm gain [head_dim]."""
+        is_split = name in FROZEN_BIASES
+        tensor = self._part(name, layer, tp_rank, tp_size) if is_split else self._whole(name, layer)
+        return self._finite(tensor, name, layer)
+
+    def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
+        shape = self.description.shape
+        rows, remainder = divmod(padded_vocab_size, tp_size)
+        assert remainder == 0 and padded_vocab_size >= shape.vocab_size, f"vocabulary padded to {padded_vocab_size}"
+        source = EMBED if site == LM_HEAD and shape.is_tied else site
+        start = min(tp_rank * rows, shape.vocab_size)
+        own = self._finite(self._rows(source, start, min(rows, shape.vocab_size - start)), source.name, None)
+        padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
+        return torch.cat([own, padding]) if len(padding) else own
+
+    def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
+        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both
+            place = self._place(name if layer is None else f"layers.{layer}.{name}")
+            raise ConfigError(
+                f"--teacher {self.description.directory}: tensor {place} holds values that are not finite (NaN or "
+                "infinity). Download or copy the file again, or choose another teacher."
+            )
+        return tensor
