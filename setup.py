@@ -31,6 +31,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_lrc", "megatron_lrc.*"]),
+    package_data={"megatron_lrc.report": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -51,6 +52,8 @@ setup(
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
         "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py
+        "watch": ["wandb"],  # --wandb-project
+        "resiliency": ["nvidia-resiliency-ext"],  # ft_launcher, instead of torchrun
         "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib", "pyarrow", "gguf", "accelerate"],
         "check": ["ruff", "pyright[nodejs]"],
         "demo": ["gguf", "accelerate", "matplotlib"],

@@ -15,7 +15,10 @@
 #   NODE_RANK       this node, from 0                                        default: Slurm's, else 0
 #   MASTER_ADDR     first node's name or address, if there are several       default: Slurm's first node
 #   MASTER_PORT     a free port there, if there are several nodes            default: from Slurm's job id, else 29500
+#   MAX_RESTARTS    how often torchrun starts all processes again after one  default: 3 with --load auto, else 0
+#                   has failed; they go on from the newest checkpoint
 #   PYTHON          interpreter                                              default: python3
+# With --dry-run nothing is started: FLAGS are checked for these processes (or --dry-run N for N), and estimates printed.
 # Several nodes: once per node, as in `srun --ntasks-per-node=1 bash examples/pretrain_lrc.sh FLAGS`.
 
 set -euo pipefail
@@ -54,10 +57,19 @@ nodes=${NNODES:-${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}}
 node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(visible_gpus)}}
 [[ -n $gpus && $gpus != 0 ]] || gpus=1
+case " $* " in
+    *" --load auto "* | *" --load=auto "*) restarts=${MAX_RESTARTS:-3} ;;
+    *) restarts=${MAX_RESTARTS:-0} ;; # nobody said that this run is to go on by itself
+esac
 
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$nodes'; it must be a whole number of nodes."
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "GPUS_PER_NODE is '$gpus'; it must be a whole number of processes."
+[[ $restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS is '$restarts'; it must be a whole number, 0 for never."
 [[ ${SLURM_LOCALID:-0} == 0 ]] || fail "Slurm started several tasks on this node; start one: srun --ntasks-per-node=1."
+
+for flag in "$@"; do
+    case $flag in --dry-run | --dry-run=*) WORLD_SIZE=$((nodes * gpus)) exec "$python" -m megatron_lrc train "$@" ;; esac
+done
 
 if [[ $nodes == 1 ]]; then
     # Standalone finds a free port by itself, so that two runs on one machine do not meet.
@@ -82,7 +94,8 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQ
 # A user's error should cost one sentence, not torchrun's traceback.
 WORLD_SIZE=$((nodes * gpus)) "$python" -m megatron_lrc check "$@" || exit
 
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" -m megatron_lrc train "$@"
+launch=("${rendezvous[@]}" --nproc-per-node "$gpus" --max-restarts "$restarts")
+exec "$python" -m torch.distributed.run "${launch[@]}" -m megatron_lrc train "$@"
 
 : <<'# End of the Python part.'
 """

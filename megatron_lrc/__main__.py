@@ -3,26 +3,29 @@
 An error of the user's costs one line of stderr per error and exit code 2. Of several processes rank 0 prints; what
 another rank has to say goes into torchrun's error file, which torchrun quotes in its report, and to stderr where
 there is no torchrun. Exit codes: 0 done, or stopped on request with its state saved (`train/stopping.py`), 1 a run that
-stopped itself (one line), a bug or a failing machine (with a traceback), 2 the user's error, 128 + N ended at once by
-signal N.
+stopped itself (one line), a bug or a failing machine (with a traceback), another rank's failure (one line that names
+it, `peers.py`), 2 the user's error, 128 + N ended at once by signal N.
+
+Processes that torchrun starts again (--max-restarts) go on from the newest checkpoint of --save. A user's error or a
+run that stopped itself would only come again: they end as before, without starting.
 """
 
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
-from . import __version__
-from .arguments import TRAINING, parse_config
-from .config import ConfigError, RunStopped
+from . import __version__, peers, torchrun
+from .arguments import TRAINING, parse_config, take_dry_run
+from .config import Config, ConfigError, RunStopped
 from .validation import validate
 
 USAGE = """usage: python -m megatron_lrc COMMAND FLAGS
 
 Commands:
-  train   one process of a training run; several are started by torchrun (see examples/pretrain_lrc.sh)
+  train   one process of a training run; several are started by torchrun (see examples/pretrain_lrc.sh);
+          with --dry-run [GPUS] nothing is started: checks, FLOPs, memory, disk space and days are printed
   check   checks flags, teacher and data as train would, starts nothing
 
 `python -m megatron_lrc train --help` explains every flag. `python -m megatron_lrc --version` prints the version.
@@ -32,15 +35,20 @@ Commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
     try:
+        if failure := torchrun.final_failure():
+            report_final_failure(*failure)
+            return failure[1]
         run(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        report_user_error(str(error))
+        report_final_failure(str(error), 2)
         return 2
     except RunStopped as error:
-        report_user_error(str(error))
+        report_final_failure(str(error), 1)
         return 1
     except Exception as error:
-        write_error_file(f"{type(error).__name__}: {error}", traceback.format_exc())
+        if is_of_another_rank(error):
+            return 1
+        torchrun.report_failure(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     return 0
 
@@ -61,8 +69,11 @@ def run_command(command: str, flags: Sequence[str]) -> None:
     # Megatron's overlap of TP communication with computation needs one hardware queue. CUDA reads this at its start.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted, flags = take_dry_run(flags) if command == "train" else (None, flags)
+    world_size = (wanted and wanted.gpus) or int(os.environ.get("WORLD_SIZE", "1"))
     config = parse_config(flags, (TRAINING[0].replace(" train ", f" {command} "), TRAINING[1]))
+    if torchrun.restarts():
+        config.checkpoint.load = checkpoint_to_restart_from(config)
     validate(config, world_size=world_size)
     config = config.resolved(world_size)
 
@@ -70,26 +81,47 @@ def run_command(command: str, flags: Sequence[str]) -> None:
 
     if command == "check":
         loop.check(config, world_size)
+    elif wanted:
+        from .train.dry_run import dry_run
+
+        dry_run(config, wanted, world_size)
     else:
+        torchrun.stop_with_it()
         loop.train(config)
 
 
-def report_user_error(message: str) -> None:
-    under_torchrun = write_error_file(message, message)
-    if os.environ.get("RANK", "0") == "0" or not under_torchrun:
+def checkpoint_to_restart_from(config: Config) -> str | None:
+    """--load of a process that was started again: of what this run has saved the newest, else what was given."""
+    save = config.checkpoint.save
+    has_saved = save and any(Path(save).glob("iter_[0-9]*/run.json"))
+    return "auto" if has_saved else config.checkpoint.load
+
+
+def report_final_failure(message: str, exit_code: int) -> None:
+    """To the user, torchrun and the other ranks: a failure that a new start would only bring again."""
+    torchrun.report_failure(message, message, final_exit_code=exit_code)
+    if os.environ.get("RANK", "0") == "0" or not torchrun.is_used():
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)
+    peers.explain(message, is_waiting=False)
 
 
-def write_error_file(message: str, details: str) -> bool:
-    """Leaves the failure where torchrun looks for it (torch.distributed.elastic's format); False without torchrun."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
+def is_of_another_rank(error: Exception) -> bool:
+    """Tell the other ranks of this one's failure. If theirs came first, say so in one line."""
+    verdict = peers.explain(f"{type(error).__name__}: {error}", is_waiting=came_from_others(error))
+    if verdict is None or peers.is_of_this_rank(verdict):
         return False
-    extra = {"py_callstack": details, "timestamp": str(int(time.time()))}
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-    return True
+    peers.end_with(verdict)
+    return bool(verdict.ranks)  # otherwise nobody knows, and the traceback may help
+
+
+def came_from_others(error: BaseException) -> bool:
+    """Whether communication failed, which it does when another rank has gone or does not come."""
+    is_communication = isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
+    )
+    before = error.__cause__ or error.__context__
+    return is_communication or (before is not None and came_from_others(before))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,8 @@ import yaml
 
 from . import __version__
 from .config import Config, ConfigError, flag_of
-from .schema import SECTIONS, SETTINGS, Setting, convert, suggest
-from .settings import PRESETS
+from .presets import PRESETS, PUBLISHED_RUNS
+from .schema import SECTIONS, SETTINGS, Setting, convert, parse_number, suggest
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-(inf|nan)")
 
@@ -38,7 +38,9 @@ class Parser(argparse.ArgumentParser):
 #: A program with the settings as its flags: its usage, and what it is for.
 TRAINING = (
     "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
-    "Pretrain a Low-Rank Clone of a teacher model.",
+    "Pretrain a Low-Rank Clone of a teacher model. With --dry-run [GPUS] nothing is started: everything is checked, "
+    "and parameters, FLOPs, memory per GPU, disk space and days are estimated (--gpu NAME: of that kind, --mfu X: at "
+    "that share of its peak).",
 )
 
 
@@ -57,9 +59,12 @@ def build_parser(usage: str, purpose: str) -> Parser:
     )
     parser.add_argument(
         "--preset",
-        metavar="{" + ",".join(PRESETS) + "}",
-        help="paper: the losses as published, which is the default; reference: as in the released code "
-        f"({', '.join(f'{flag_of(name)} {value}' for name, value in PRESETS['reference'].items())}).",
+        nargs="+",
+        metavar="NAME",
+        help="One or several, a later one over an earlier one. paper: the losses as published, which is the default; "
+        f"reference: as in the released code ({describe_preset('reference')}); the published runs: "
+        + "; ".join(f"{name}: {' for '.join(run)} tokens" for name, run in PUBLISHED_RUNS.items())
+        + f" ({describe_preset('lrc-1.5b')} and so on).",
     )
     for section in fields(Config):
         summary = (section.default_factory.__doc__ or "").partition("\n")[0]  # type: ignore[union-attr]
@@ -68,6 +73,10 @@ def build_parser(usage: str, purpose: str) -> Parser:
             if setting.section == section.name:
                 add_flag(group, setting)
     return parser
+
+
+def describe_preset(name: str) -> str:
+    return ", ".join(f"{flag_of(setting)} {value}" for setting, value in PRESETS[name].items())
 
 
 def add_flag(group: Any, setting: Setting) -> None:
@@ -93,6 +102,32 @@ def describe_setting(setting: Setting) -> str:
     elif isinstance(default, list):
         default = " ".join(default)
     return f"{setting.help} Default: {default}."
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """--dry-run: for how many GPUs (None: as many as would run now), of which kind, used how well."""
+
+    gpus: int | None = None
+    gpu: str | None = None
+    mfu: float | None = None
+
+
+def take_dry_run(argv: Sequence[str]) -> tuple[DryRun | None, list[str]]:
+    """What --dry-run asks for, if it is among the flags, and the other flags."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--dry-run", nargs="?", const="")
+    parser.add_argument("--gpu")
+    parser.add_argument("--mfu")
+    given, others = parser.parse_known_args(argv)
+    if given.dry_run is None:
+        return None, list(argv)
+    if given.dry_run and not (given.dry_run.isdecimal() and int(given.dry_run)):
+        raise ConfigError(f"--dry-run {given.dry_run} is not a number of GPUs. Give --dry-run 64, or --dry-run alone.")
+    mfu = None if given.mfu is None else parse_number(given.mfu, float)
+    if given.mfu is not None and not (mfu and 0 < mfu <= 1):
+        raise ConfigError(f"--mfu {given.mfu} is not a share of the GPUs' peak above 0 and at most 1, such as 0.35.")
+    return DryRun(int(given.dry_run) if given.dry_run else None, given.gpu, mfu), others
 
 
 def read_flags(argv: Sequence[str], program: tuple[str, str], errors: list[str]) -> tuple[dict[str, Any], str | None]:
@@ -169,7 +204,8 @@ def read_mapping(
         elif name in values:
             errors.append(f"{where}: {key} is set twice")
         elif section is None and name == "preset":
-            values[name] = str(value_node.value)
+            given = loader.construct_document(value_node)
+            values[name] = list(map(str, given)) if isinstance(given, list) else str(given).split()
         elif name not in SETTINGS:
             known = [*SETTINGS, *SECTIONS, "preset"] if section is None else list(SETTINGS)
             errors.append(f"{where}: unknown key {key}{suggest(name, known)}")
@@ -197,6 +233,14 @@ def parse_config(argv: Sequence[str], program: tuple[str, str] = TRAINING) -> Co
     return build_config(values | flags, errors)
 
 
+def presets_of(argv: Sequence[str]) -> list[str]:
+    """The names that --preset gives, on the command line or in the file."""
+    errors: list[str] = []
+    flags, config_file = read_flags(argv, TRAINING, errors)
+    values = {} if config_file is None else read_yaml(config_file, errors)
+    return (values | flags).get("preset", [])
+
+
 def load_yaml(path: str | Path) -> Config:
     """The Config in a file, as --config alone would read it."""
     errors: list[str] = []
@@ -204,14 +248,17 @@ def load_yaml(path: str | Path) -> Config:
 
 
 def build_config(values: dict[str, Any], errors: list[str]) -> Config:
-    """The Config of these values, with those of their `preset` underneath."""
-    preset = values.pop("preset", "paper")
-    if preset not in PRESETS:
-        errors.append(f"--preset {preset} is unknown; expected is one of {', '.join(PRESETS)}")
+    """The Config of these values, with those of their `preset`s underneath."""
+    presets = values.pop("preset", [])
+    unknown = [name for name in presets if name not in PRESETS]
+    errors += [f"--preset {name} is unknown; expected are any of {', '.join(PRESETS)}" for name in unknown]
     if errors:
         raise ConfigError("\n".join(errors))
     config = Config()
-    for name, value in (PRESETS[preset] | values).items():
+    underneath: dict[str, Any] = {}
+    for preset in presets:
+        underneath |= PRESETS[preset]
+    for name, value in (underneath | values).items():
         setattr(getattr(config, SETTINGS[name].section), name, value)
     return config
 

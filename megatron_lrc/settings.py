@@ -11,17 +11,6 @@ from typing import Any, Literal
 #: The terms of the clone loss: the seven matrices of a layer.
 CLONE_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 
-#: --preset: what paper (arXiv 2505.12781) and released code do differently. Where both agree the defaults do too.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"kl_reduction": "mean", "clone_attention_output": "student"},
-    "reference": {
-        "kl_reduction": "sequence-sum",
-        "clone_attention_output": "teacher",
-        "init": "random",
-        "init_method_std": 0.02,
-    },
-}
-
 
 def setting(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range
@@ -141,8 +130,11 @@ class ParallelConfig:
     recompute_num_layers: int = setting(1, "See --recompute-method.", at_least=1)
     recompute_modules: list[str] = setting(["core_attn"], "With selective: core_attn, mlp or both.", metavar="MODULE")
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
-    distributed_timeout_minutes: int = setting(
-        10, "Minutes a collective may wait before the run is stopped.", at_least=1
+    distributed_timeout_minutes: float = setting(
+        10.0,
+        "Minutes (0.5 is half a minute) a collective may wait for a rank that does not come before the run ends. It has "
+        "to outlast what one rank does alone, such as writing a checkpoint.",
+        above=0,
     )
 
 
@@ -252,8 +244,31 @@ class CheckpointConfig:
     """The run directory: checkpoints, metrics.jsonl, TensorBoard."""
 
     save: str | None = setting(None, "Run directory to write.", metavar="RUN")
-    load: str | None = setting(None, "Run directory to continue from (its newest complete checkpoint).", metavar="RUN")
+    load: str | None = setting(
+        None,
+        "Run directory to continue from: its newest checkpoint that is whole. auto: that of --save, or a new start "
+        "where there is none, which is what a restart should do. Or one checkpoint (RUN/iter_0000100).",
+        metavar="RUN|auto",
+    )
+    pretrained_checkpoint: str | None = setting(
+        None,
+        "Run directory, or checkpoint, whose student a new run starts from: its weights only, without optimizer, step "
+        "or data position.",
+        metavar="RUN",
+    )
     save_interval: int | None = setting(None, "Steps between checkpoints. Default: only at the end.", at_least=1)
+    async_save: bool = setting(
+        False,
+        "Write checkpoints in the background, from a copy-on-write image of each process; training goes on.",
+    )
+    keep_last: int | None = setting(
+        None, "Remove checkpoints older than the newest this many. Default: keep all.", at_least=1
+    )
+    save_retain_interval: int | None = setting(
+        None,
+        "Keep the checkpoints whose step this divides, whatever --keep-last (1 unless given) removes. Default: all.",
+        at_least=1,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -267,4 +282,19 @@ class LoggingConfig:
     eval_iters: int = setting(10, "Global batches per validation; 0 turns it off.", at_least=0)
     log_effective_rank: bool = setting(
         False, "With each validation, measure the effective rank of both models' hidden states, layer by layer."
+    )
+    log_straggler: bool = setting(
+        False, "With each record name the slowest rank, by the time that each works without waiting for others."
+    )
+    peak_tflops: float | None = setting(
+        None,
+        "Peak TFLOP/s of one device in the run's precision, for the share of it that is used (MFU). Default: that of a "
+        "well-known data-centre GPU; on CPU and other devices no MFU.",
+        above=0,
+    )
+    wandb_project: str | None = setting(
+        None, "Show the run in this project of Weights & Biases too (needs the package wandb).", metavar="NAME"
+    )
+    wandb_exp_name: str | None = setting(
+        None, "The run's name there. Default: that of the directory --save.", metavar="NAME"
     )

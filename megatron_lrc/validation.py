@@ -169,12 +169,21 @@ def check_data(config: Config) -> Iterator[str]:
 
 def check_checkpoint(config: Config) -> Iterator[str]:
     checkpoint = config.checkpoint
-    if checkpoint.load is not None and not Path(checkpoint.load).is_dir():
+    if checkpoint.load == "auto" and checkpoint.save is None:
+        yield "--load auto continues what --save holds. Give --save RUN."
+    if checkpoint.load not in (None, "auto") and not Path(checkpoint.load).is_dir():
         yield f"--load {checkpoint.load} is not a directory. Give the run directory that an earlier --save wrote."
     if checkpoint.save is not None and Path(checkpoint.save).exists() and not Path(checkpoint.save).is_dir():
         yield f"--save {checkpoint.save} is a file. Give a directory, which is made if need be."
-    if checkpoint.save is None and checkpoint.save_interval is not None:
-        yield f"--save-interval {checkpoint.save_interval} without --save writes nothing. Give --save RUN."
+    for flag in ("save_interval", "async_save", "keep_last", "save_retain_interval"):
+        if checkpoint.save is None and (value := getattr(checkpoint, flag)):
+            given = f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}")
+            yield f"{given} without --save writes nothing. Give --save RUN."
+    if checkpoint.pretrained_checkpoint is not None and not Path(checkpoint.pretrained_checkpoint).is_dir():
+        yield (
+            f"--pretrained-checkpoint {checkpoint.pretrained_checkpoint} is not a directory. Give the run directory, "
+            "or the checkpoint, whose weights to start from."
+        )
     if checkpoint.save is None and config.training.train_iters == config.training.train_epochs == 0:
         yield "--train-iters 0 without --save does nothing. Give --train-iters N, or --save RUN to write the start."
 

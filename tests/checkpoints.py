@@ -1,8 +1,6 @@
 """A run directory without a training: what `open_checkpoint` reads, written from given projections and gains."""
 
-import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +10,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.teacher import TeacherReader
-from megatron_lrc.mcore.checkpoint import NORMS, PROJECTIONS, STATE_FILE, RunState, checkpoint_path
+from megatron_lrc.mcore.checkpoint import NORMS, PROJECTIONS
+from megatron_lrc.mcore.run_directory import RunState, checkpoint_path, partial_path, publish
 
 
 def write_run(run: Path, teacher: TeacherDescription, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Path:
@@ -21,16 +20,12 @@ def write_run(run: Path, teacher: TeacherDescription, projections: dict[str, Ten
     config.model.teacher, config.model.student_hidden_size = str(teacher.directory), len(norms["final"])
     config.model.untie_embeddings_and_output_weights = "lm_head" in projections
     state = RunState(step=3, tokens=4096, teacher_fingerprint=TeacherReader(teacher).fingerprint())
-    path = checkpoint_path(str(run), state.step)
+    path = checkpoint_path(run, state.step)
+    partial = partial_path(path, "0")
     tensors = {PROJECTIONS + name: tensor for name, tensor in projections.items()}
     tensors |= {NORMS + name: tensor for name, tensor in norms.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(tensors, storage_writer=FileSystemWriter(path), no_dist=True)
-    values = {
-        "state": asdict(state),
-        "student_shape": asdict(config.student_shape(teacher.shape)),
-        "config": config.to_dict(),
-    }
-    (path / STATE_FILE).write_text(json.dumps(values))
+        save(tensors, storage_writer=FileSystemWriter(partial), no_dist=True)
+    publish(partial, path, state, config, config.student_shape(teacher.shape), {})
     return path

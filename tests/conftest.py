@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
 from hf_teachers import write_llama
-from tiny_data import write_dataset
+from tiny_data import write_counting
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +28,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prefix of an indexed dataset that can be learned: noisy counting within 64 of `write_llama`'s 301 tokens."""
-    generator = numpy.random.default_rng(0)
-    documents = []
-    for _ in range(200):
-        steps = generator.choice([1, 1, 1, 2, 5], size=50)
-        documents.append(((generator.integers(64) + numpy.cumsum(steps)) % 64 + 100).tolist())
-    return write_dataset(Path(tmp_path_factory.mktemp("text")) / "counting", documents)
+    """Prefix of an indexed dataset: `write_counting`."""
+    return write_counting(Path(tmp_path_factory.mktemp("text")) / "counting")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs only when asked for, whatever other markers are chosen."""
+    if "chaos" not in (config.option.markexpr or ""):
+        asked_for = [item for item in items if not item.get_closest_marker("chaos")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in asked_for])
+        items[:] = asked_for
 
 
 @pytest.fixture(autouse=True)

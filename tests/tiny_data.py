@@ -49,3 +49,13 @@ def write_dataset(prefix: Path, documents: list[list[int]], *, dtype: type = num
         builder.add_document(numpy.array(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
     return str(prefix)
+
+
+def write_counting(prefix: Path) -> str:
+    """A dataset that can be learned: noisy counting within 64 of `write_llama`'s 301 tokens."""
+    generator = numpy.random.default_rng(0)
+    documents = []
+    for _ in range(200):
+        steps = generator.choice([1, 1, 1, 2, 5], size=50)
+        documents.append(((generator.integers(64) + numpy.cumsum(steps)) % 64 + 100).tolist())
+    return write_dataset(prefix, documents)

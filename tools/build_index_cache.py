@@ -25,15 +25,16 @@ def build(argv: list[str] | None) -> None:
 
     step, consumed_samples = 0, 0
     if config.checkpoint.load:
-        from megatron_lrc.mcore.checkpoint import newest_checkpoint, read_state
+        from megatron_lrc.mcore.run_directory import AUTO, checkpoints_to_load, read_state
 
-        path = newest_checkpoint(config.checkpoint.load)
-        if path is None:
+        found = checkpoints_to_load(config.checkpoint)
+        if not found and config.checkpoint.load != AUTO:
             raise ConfigError(
                 f"--load {config.checkpoint.load} holds no complete checkpoint. Leave it out for a run that starts."
             )
-        state = read_state(path)[0]
-        step, consumed_samples = state.step, state.consumed_samples
+        if found:
+            state = read_state(found[0])[0]
+            step, consumed_samples = state.step, state.consumed_samples
     build_index_cache(config, step=step, consumed_samples=consumed_samples, report=lambda line: print(line, flush=True))
 
 

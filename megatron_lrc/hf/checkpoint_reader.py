@@ -11,7 +11,6 @@ is there and belongs together. The checkpoint's index is a pickle: nothing but t
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_lrc.checkpoint_index import INDEX_FILE, UnsafeCheckpoint, read_index
 from megatron_lrc.clone.checkpoint_layout import SITES, Box, box_of, rows_box, stored_shapes
 from megatron_lrc.clone.sites import HeadLayout, Site, select
 from megatron_lrc.config import ConfigError
@@ -31,27 +31,8 @@ from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 
-RECORD_FILE, INDEX_FILE = "megatron_lrc.json", ".metadata"
+RECORD_FILE = "megatron_lrc.json"
 _SHOWN, _SAMPLE_BYTES, _NUM_SAMPLES = 4, 65536, 16
-
-#: What an index is made of, by module. dtypes are names in `torch`.
-_INDEX_CLASSES: Mapping[str, tuple[str, ...]] = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size", "float64", "float32", "float16", "bfloat16"),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("PosixPath",),
-    "pathlib._local": ("PosixPath",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +62,10 @@ class CheckpointReader(Reader):
         self._folder = description.directory / CHECKPOINT_FOLDER
         self._record = _read_record(description.directory)
         self._check_files()
-        index = _read_index(self._folder / INDEX_FILE)
+        try:
+            index = read_index(self._folder)
+        except UnsafeCheckpoint as error:
+            raise ConfigError(f"{error}. Copy or convert it again.") from error
         self._stored = {
             key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
@@ -184,22 +168,6 @@ class _Planner(DefaultLoadPlanner):
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             place = place.narrow(dim, start, length)
         return place
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if name not in _INDEX_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with open(path, "rb") as file:
-            return _IndexUnpickler(file).load()
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not the index of a checkpoint ({reason}). Copy or convert it again.") from error
 
 
 def _read_record(directory: Path) -> Record:

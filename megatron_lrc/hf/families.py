@@ -115,11 +115,15 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
     return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
 
 
-def describe_teacher(directory: str | Path) -> TeacherDescription:
-    """Read a teacher's config.json, or say in one ConfigError why this directory cannot be a teacher."""
+def describe_teacher(directory: str | Path, *, needs_weights: bool = True) -> TeacherDescription:
+    """Read a teacher's config.json, or say in one ConfigError why this directory cannot be a teacher.
+
+    needs_weights: False for estimates, to which the shape is enough.
+    """
     path = Path(directory)
     values = _read_config_file(path)
-    _check_weight_files(path)
+    if needs_weights:
+        _check_weight_files(path)
     family = _find_family(path, values)
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)

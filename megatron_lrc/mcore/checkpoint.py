@@ -1,119 +1,107 @@
-"""Checkpoints: megatron-core's sharded format for what trains and its optimizer, a small JSON for everything else.
+"""What a checkpoint holds, in megatron-core's sharded format: what trains, and its optimizer.
 
-    RUN/iter_0000100/            appears under this name only when complete
-        *.distcp, .metadata ...  projections, norm gains, optimizer state: global tensors, readable at any layout
-        run.json                 step, samples and tokens seen, resolved configuration, student's shape, teacher's
-                                 fingerprint (not its weights)
-
-Keys: `projections.{name}` (D, d) and `norms.{name}` (d,), the names of `clone/sites.py`; optimizer state by the same
-names. `open_checkpoint` reads single tensors of it without any process group: that is what an export needs.
+`projections.{name}` (D, d) and `norms.{name}` (d,), the names of `clone/sites.py`; optimizer state by the same names.
+They are global tensors, readable at any layout. `run_directory.py` says how a checkpoint lies on disk, and
+`checkpoint_writer.py` writes it. `open_checkpoint` reads single tensors of it without any process group: that is what
+an export needs.
 """
 
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-    CachedMetadataFileSystemReader,
-)
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, is_main_replica
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from megatron_lrc import __version__
+from megatron_lrc.checkpoint_index import UnsafeCheckpoint, read_index, refuse_code
 from megatron_lrc.config import Config, ConfigError, ModelShape
-from megatron_lrc.mcore.compat import keep_results_in_process
+from megatron_lrc.mcore.distributed import sum_over_world
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.run_directory import STATE_FILE, find_changed, find_missing, newest_checkpoint, read_state
 
-STATE_FILE = "run.json"
 PROJECTIONS, NORMS = "projections.", "norms."
 #: Optimizer state by parameter, readable at any layout. The default type of 0.16.1 raises (`flattened_range`).
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+#: fp32 copies of the parameters, as megatron-core's two kinds of optimizer name them.
+_DISTRIBUTED_FP32, _REPLICATED_FP32 = "optimizer.state.param.", "optimizer.state.fp32_param."
+_SHARDED = (ShardedBase, LocalNonpersistentObject)
 
 
-@dataclass(slots=True)
-class RunState:
-    """Where a run stands. `consumed_samples` is its position in the order of samples, which the flags alone decide."""
-
-    step: int = 0
-    consumed_samples: int = 0
-    tokens: int = 0
-    data_order: str = ""  # hash over what decides that order (`data/sample_order.py`); not known to older checkpoints
-    teacher_fingerprint: str = ""
-    grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
-    grad_norm_count: int = 0
-
-
-def checkpoint_path(run: str, step: int) -> Path:
-    return Path(run) / f"iter_{step:07d}"
-
-
-def newest_checkpoint(run: str) -> Path | None:
-    """The complete checkpoint with the highest step in a run directory."""
-    complete = [path for path in Path(run).glob("iter_[0-9]*") if (path / STATE_FILE).is_file()]
-    return max(complete, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
-
-
-def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
-    """run.json of a checkpoint: counters, the configuration it was trained with, the student's shape."""
-    try:
-        values = json.loads((path / STATE_FILE).read_text())
-        return RunState(**values["state"]), Config.from_dict(values["config"]), ModelShape(**values["student_shape"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path / STATE_FILE} cannot be read ({error}): written by another version, or damaged. "
-            "Use a checkpoint of this version of megatron_lrc, or an older one of the same run."
-        ) from None
-
-
-# ------------------------------------------------------------------------------------------------ training
-
-
-def save_checkpoint(
-    run: str, state: RunState, config: Config, stages: list[PairedModel], optimizer: ProjectionOptimizer
-) -> Path:
-    """Write RUN/iter_{step}. Collective. A crash leaves a .partial folder behind, never a half checkpoint."""
-    final = checkpoint_path(run, state.step)
-    partial = final.with_name(final.name + ".partial")
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    keep_results_in_process()
-    dist_checkpointing.save(_sharded_state(stages, optimizer, is_loading=False), str(partial))
-    dist.barrier()
-    if is_main:
-        values = {
-            "megatron_lrc": __version__,
-            "state": asdict(state),
-            "student_shape": asdict(stages[0].shapes.student),
-            "config": config.to_dict(),
-        }
-        (partial / STATE_FILE).write_text(json.dumps(values, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)  # a resumed run comes by the same step again
-        os.replace(partial, final)
-    dist.barrier()
-    return final
+def damage_on_any_rank(path: Path) -> str | None:
+    """What is wrong with a checkpoint's contents, in a few words. Each rank reads a share of its files. Collective."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, find_changed(path, part=dist.get_rank(), parts=len(everyone)))
+    return next((damage for damage in everyone if damage), None)
 
 
 @torch.no_grad()
 def load_checkpoint(path: Path, stages: list[PairedModel], optimizer: ProjectionOptimizer) -> None:
     """Read projections, gains and optimizer state of any layout into this rank's objects. Collective."""
-    loaded = dist_checkpointing.load(_sharded_state(stages, optimizer, is_loading=True), str(path))
+    state = sharded_state(stages, optimizer, is_loading=True)
+    expected = set(state["optimizer"])
+    _, present = extract_matching_values(state["optimizer"], lambda value: isinstance(value, _SHARDED))
+    loaded = _load(path, state)
+    _copy_parameters(loaded["model"], stages)
+    optimizer_state = {key: value for key, value in loaded["optimizer"].items() if key in expected}
+    _fill_in(optimizer_state, present)
+    optimizer.load_state_dict(optimizer_state, num_updates=loaded["num_updates"])
+
+
+@torch.no_grad()
+def load_weights(path: Path, stages: list[PairedModel], optimizer: ProjectionOptimizer) -> None:
+    """Read projections and gains only; the optimizer starts anew from them. Collective."""
+    loaded = _load(path, {"model": _sharded_model(stages)})
+    _copy_parameters(loaded["model"], stages)
+    optimizer.optimizer.reload_model_params()  # its fp32 copies
+
+
+def _load(path: Path, state: dict) -> dict:
+    try:
+        refuse_code(path)  # megatron-core's loader would run it
+    except UnsafeCheckpoint as error:
+        raise ConfigError(f"{error}, so it is not loaded. Give a checkpoint that megatron_lrc wrote.") from None
+    stored = read_index(path).state_dict_metadata
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and value.key not in stored:
+            value.key = _stored_name(value.key, stored)
+            if value.key.startswith((PROJECTIONS, NORMS)):  # which is read for the parameter itself too
+                _, *others = value.replica_id  # type: ignore[misc]
+                value.replica_id = (1, *others)
+    return dist_checkpointing.load(state, str(path))
+
+
+def _stored_name(key: str, stored: Mapping[str, object]) -> str:
+    """What a checkpoint of the other kind of optimizer calls the fp32 parameters: the distributed one keeps its own,
+    the replicated one does with bf16 or fp16 only."""
+    name = key.removeprefix(_DISTRIBUTED_FP32).removeprefix(_REPLICATED_FP32)
+    return next((other for other in (_DISTRIBUTED_FP32 + name, _REPLICATED_FP32 + name, name) if other in stored), key)
+
+
+def _fill_in(loaded: Any, present: Any) -> None:
+    """What the optimizer has beside tensors and a checkpoint of the other kind of optimizer has not. All of it follows
+    from the flags and the number of updates."""
+    for key, value in present.items() if isinstance(present, dict) else enumerate(present):
+        if isinstance(loaded, dict) and key not in loaded:
+            loaded[key] = value
+        elif isinstance(value, (dict, list)):
+            _fill_in(loaded[key], value)
+
+
+def _copy_parameters(loaded: dict[str, Tensor], stages: list[PairedModel]) -> None:
     for stage in stages:
         for key, parameter in _named_parameters(stage):
-            parameter.copy_(loaded["model"][key])
-    optimizer.load_state_dict(loaded["optimizer"], num_updates=loaded["num_updates"])
+            parameter.copy_(loaded[key])
 
 
 def _named_parameters(stage: PairedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -123,13 +111,28 @@ def _named_parameters(stage: PairedModel) -> Iterator[tuple[str, torch.nn.Parame
         yield NORMS + name, gain
 
 
-def _sharded_state(stages: list[PairedModel], optimizer: ProjectionOptimizer, *, is_loading: bool) -> dict:
-    model = {key: tensor for stage in stages for key, tensor in _sharded_parameters(stage).items()}
+def sharded_state(stages: list[PairedModel], optimizer: ProjectionOptimizer, *, is_loading: bool) -> dict:
+    """What is saved, or is to be loaded: this rank's tensors, with their places in the global ones."""
+    model = _sharded_model(stages)
     return {
         "model": model,
         "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
         "num_updates": optimizer.lr_schedule.num_steps,
     }
+
+
+def sharded_bytes(state: dict) -> int:
+    """What all ranks together have to write of a sharded state. Collective."""
+    tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+    mine = sum(
+        tensor.data.nbytes for tensor in tensors if tensor.data is not None and is_main_replica(tensor.replica_id)
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return int(sum_over_world(torch.tensor(mine, dtype=torch.int64, device=device)).item())
+
+
+def _sharded_model(stages: list[PairedModel]) -> dict[str, ShardedTensor]:
+    return {key: tensor for stage in stages for key, tensor in _sharded_parameters(stage).items()}
 
 
 def _sharded_parameters(stage: PairedModel) -> dict[str, ShardedTensor]:
@@ -150,10 +153,21 @@ def _sharded_parameters(stage: PairedModel) -> dict[str, ShardedTensor]:
 # ------------------------------------------------------------------------------------------------ reading one process
 
 
+class _Reader(FileSystemReader):
+    """Reads by an index that has been read already, and safely."""
+
+    def __init__(self, path: Path, index: Metadata):
+        super().__init__(path)
+        self._index = index
+
+    def read_metadata(self, *_: object, **__: object) -> Metadata:
+        return self._index
+
+
 class _Tensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint under one prefix, each read whole when it is asked for."""
 
-    def __init__(self, reader: CachedMetadataFileSystemReader, sizes: dict[str, TensorStorageMetadata], prefix: str):
+    def __init__(self, reader: _Reader, sizes: dict[str, TensorStorageMetadata], prefix: str):
         self._reader, self._prefix = reader, prefix
         self._sizes = {key: size for key, size in sizes.items() if key.startswith(prefix)}
 
@@ -188,19 +202,21 @@ class SavedStudent:
 
 
 def open_checkpoint(run: str) -> SavedStudent:
-    """The newest complete checkpoint of a run directory, or the checkpoint that `run` itself is."""
+    """The newest checkpoint of a run directory, or the one that `run` itself is. ConfigError if it is damaged."""
     path = Path(run) if (Path(run) / STATE_FILE).is_file() else newest_checkpoint(run)
     if path is None:
         raise ConfigError(
             f"--load {run} holds no checkpoint (iter_NNNNNNN/{STATE_FILE}). Give a run directory, as --save wrote it."
         )
     state, config, shape = read_state(path)
-    reader = CachedMetadataFileSystemReader(str(path))
+    if damage := find_missing(path) or find_changed(path):
+        raise ConfigError(f"{path} is damaged ({damage}). Use an older checkpoint of the run.")
     try:
-        sizes = reader.read_metadata().state_dict_metadata
-    except OSError as error:
-        raise ConfigError(f"{path} is damaged ({error}). Use an older checkpoint of the run.") from None
-    tensors = {key: size for key, size in sizes.items() if isinstance(size, TensorStorageMetadata)}
+        index = read_index(path)
+    except UnsafeCheckpoint as error:
+        raise ConfigError(f"{error}. Give a checkpoint that megatron_lrc wrote.") from None
+    tensors = {key: size for key, size in index.state_dict_metadata.items() if isinstance(size, TensorStorageMetadata)}
+    reader = _Reader(path, index)
     return SavedStudent(
         path=path,
         config=config,

@@ -1,12 +1,22 @@
 """Differences between megatron-core versions (0.16 to 0.19), and the defects of theirs that we have to step round."""
 
+import contextlib
+import inspect
+import logging
 import queue
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed import ProcessGroup
 
 #: What a parameter group has from the flags, alike in all groups; the scheduler sets the weight decay.
 FLAG_SETTINGS = ("lr", "max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps")
@@ -40,13 +50,51 @@ def owned_gradient(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) 
     return grad if is_first and not sharded else None
 
 
-def keep_results_in_process() -> None:
-    """Before saving: hand the writers' results on through a plain queue.
+def save_strategy(replicas: ProcessGroup) -> Any:
+    """megatron-core's way to save, with the work shared by the ranks of a group that hold the same tensors.
 
-    megatron-core starts a server process for it, which asynchronous saving needs. Ours is synchronous: the server only
-    costs its start, and would die of a signal sent to the process group, and the checkpoint with it.
+    What is saved is the same each time, so who writes what is found out once, and the plan kept once it has come twice.
     """
-    filesystem_async._results_queue = queue.Queue()
+    strategy = get_default_save_sharded_strategy()
+    strategy.use_cached_ckpt_structure = True
+    return FullyParallelSaveStrategyWrapper(strategy, replicas, do_cache_distribution=True)
+
+
+def request_save(state: dict[str, Any], folder: Path, strategy: Any, *, is_checked: bool) -> tuple[Any, queue.Queue]:
+    """megatron-core's AsyncRequest to save a sharded state, planned by all ranks, and the queue in which its finalize
+    functions look for what this rank has written. Nothing is written yet but common.pt.
+
+    is_checked: that each part of each tensor is written by exactly one rank is known, from the save before.
+
+    By itself megatron-core starts a server process for the queue, which costs its start and would die of a signal sent
+    to the process group, and the checkpoint with it. 0.19 would take NVIDIA's resiliency extension, whose writers need
+    CUDA; plan and format are the same.
+    """
+    takes_name = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    filesystem_async._results_queue = results = queue.Queue()
+    with _quiet(serialization.__name__, torch_strategies.__name__):
+        request = dist_checkpointing.save(
+            state,
+            str(folder),
+            sharded_strategy=strategy,
+            validate_access_integrity=not is_checked,
+            async_sharded_save=True,
+            **({"async_strategy": "mcore"} if takes_name else {}),
+        )
+    return request, results
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Without warnings: that a folder is not empty, that asynchronous saving by megatron-core itself will go."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:

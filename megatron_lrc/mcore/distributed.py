@@ -4,7 +4,9 @@ torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) 
 run is a world of one. NCCL where CUDA is available, gloo elsewhere. The groups are megatron-core's own.
 """
 
+import json
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,9 +14,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from megatron_lrc import peers, torchrun
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import cpu
+from megatron_lrc.peers import Hub
+
+_ADDRESS_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,10 @@ def start(config: Config) -> Groups:
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.
+            store = PrefixStore(f"attempt_{torchrun.restarts()}", store)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     cpu.activate()
@@ -85,8 +96,26 @@ def start(config: Config) -> Groups:
     )
 
 
+def watch_peers(groups: Groups) -> None:
+    """Have this rank told when another one fails, until `stop` (`megatron_lrc/peers.py`). Collective."""
+    if dist.get_world_size() == 1:
+        return
+    message = torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8, device=groups.device)
+    if groups.is_main_rank:
+        hub = Hub(is_one_machine=os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size()))
+        address = json.dumps(hub.address).encode()
+        message[: len(address)] = torch.tensor(list(address), dtype=torch.uint8)
+        hub.start()
+    address = json.loads(bytes(broadcast_from_first(message).tolist()).rstrip(b"\0"))
+    try:
+        peers.join(dist.get_rank(), address)
+    except OSError as error:  # a firewall, perhaps: the run can do without
+        print(f"warning: rank {dist.get_rank()} will not hear of other ranks' failures: {error}", file=sys.stderr)
+
+
 def stop() -> None:
     """Leave megatron-core's groups and the world."""
+    peers.leave()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

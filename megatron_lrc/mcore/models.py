@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -82,6 +83,16 @@ def check_pipeline_layout(config: Config, shape: ModelShape) -> None:
             f"{layout.virtual_pipeline_model_parallel_size} on each of {pp} ranks; "
             f"--num-virtual-stages-per-pipeline-rank says {config.num_chunks}. Make them agree."
         )
+
+
+def layers_per_stage(config: Config, shape: ModelShape) -> list[list[int]]:
+    """[pipeline rank][chunk]: how many layers each stage holds, as megatron-core divides them. No process groups."""
+    model_config = transformer_config(config, shape, torch.float32, is_trained=False)
+    ranks, chunks = range(config.parallel.pipeline_model_parallel_size), range(config.num_chunks)
+    if model_config.pipeline_model_parallel_layout is not None:
+        layout = model_config.pipeline_model_parallel_layout.layout
+        return [[layout[rank][chunk].count(LayerType.decoder) for chunk in chunks] for rank in ranks]
+    return [[get_num_layers_to_build(model_config, vp_stage=chunk, pp_rank=rank) for chunk in chunks] for rank in ranks]
 
 
 def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *, is_trained: bool) -> TransformerConfig:

@@ -1,8 +1,10 @@
 """What can be refused before a process group or a model exists: the teacher, the data, the run directories."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.data.batches import check_data
@@ -10,8 +12,19 @@ from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore.checkpoint import RunState, newest_checkpoint, read_state
 from megatron_lrc.mcore.models import check_pipeline_layout
+from megatron_lrc.mcore.run_directory import (
+    AUTO,
+    STATE_FILE,
+    RunState,
+    checkpoints,
+    checkpoints_to_load,
+    find_missing,
+    newest_checkpoint,
+    read_state,
+    step_of,
+)
+from megatron_lrc.train.boards import check_boards
 from megatron_lrc.validation import check_schedule, raise_all, validate_against_teacher
 
 CONFIG_FILE = "config.yaml"
@@ -25,13 +38,18 @@ class Checked:
     teacher: TeacherDescription
     reader: Reader
     resume_from: Path | None
-    state: RunState  # of that checkpoint, or of a run that starts
+    weights_from: Path | None  # of a run that starts: another one's checkpoint
+    state: RunState  # of the checkpoint that is continued, or of a run that starts
     warnings: list[str]
 
 
-def check(config: Config, world_size: int) -> Checked:
-    """Everything that can be refused before a process group or a model exists; alike on every rank."""
+def check(config: Config, world_size: int, damaged: Mapping[Path, str] = MappingProxyType({})) -> Checked:
+    """Everything that can be refused before a process group or a model exists; alike on every rank.
+
+    damaged: checkpoints whose contents have been looked at, and what is wrong with them; they are passed over.
+    """
     assert config.model.teacher is not None, "validate() has passed"
+    check_boards(config)
     teacher = describe_teacher(config.model.teacher)
     warnings = validate_against_teacher(config, teacher.shape)
     reader = open_teacher(teacher)
@@ -39,7 +57,13 @@ def check(config: Config, world_size: int) -> Checked:
     check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         _check_writable(Path(config.checkpoint.save))
-    resume_from, state = _find_checkpoint(config, teacher, reader)
+    resume_from, passed_over = _find_checkpoint(config, damaged)
+    warnings += passed_over
+    if resume_from:
+        state = _check_fits(resume_from, config, teacher, reader)
+    else:
+        state = RunState(teacher_fingerprint=reader.fingerprint())
+    weights_from = None if resume_from else _find_weights(config, teacher, reader)
     config = resolve_train_iters(config, step=state.step, consumed_samples=state.consumed_samples)
     if config.training.train_epochs:  # only now are its steps known
         raise_all(list(check_schedule(config)))
@@ -47,7 +71,7 @@ def check(config: Config, world_size: int) -> Checked:
         raise ConfigError(
             f"{resume_from} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
         )
-    return Checked(config, teacher, reader, resume_from, state, warnings)
+    return Checked(config, teacher, reader, resume_from, weights_from, state, warnings)
 
 
 def _check_writable(run: Path) -> None:
@@ -58,21 +82,58 @@ def _check_writable(run: Path) -> None:
         raise ConfigError(f"--save {run}: {existing} {why}. Give a directory that can be made and written to.")
 
 
-def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: Reader) -> tuple[Path | None, RunState]:
-    """The checkpoint of --load and its state, if it is of this teacher and student; refuses to write over another run.
+def _find_checkpoint(config: Config, damaged: Mapping[Path, str]) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that --load means, and a warning for each that was passed over.
+
+    Refuses to write over another run, or over what is newer than the checkpoint it is to continue.
+    """
+    save, load = config.checkpoint.save, config.checkpoint.load
+    candidates = checkpoints_to_load(config.checkpoint)
+    if save and (newest := newest_checkpoint(save)) and load != AUTO:
+        if not load or newest.parent.resolve() not in (Path(load).resolve(), Path(load).resolve().parent):
+            raise ConfigError(
+                f"--save {save} already holds checkpoints of a run. Add --load auto to continue it, or save elsewhere."
+            )
+        if len(candidates) == 1 and step_of(candidates[0]) < step_of(newest):
+            raise ConfigError(
+                f"--save {save} holds {newest.name}, which is newer than --load {load}. Save elsewhere, or move the "
+                "newer checkpoints away."
+            )
+    found: dict[Path, str] = {}
+    for path in candidates:
+        damage = damaged.get(path) or find_missing(path)
+        if damage is None:
+            return path, [f"{other} is damaged ({what}) and passed over" for other, what in found.items()]
+        found[path] = damage
+    if found:
+        whats = "; ".join(f"{path.name}: {what}" for path, what in found.items())
+        raise ConfigError(
+            f"--load {load}: every checkpoint is damaged ({whats}). Move them away to start anew, or mend the disk."
+        )
+    if load and load != AUTO:
+        raise ConfigError(f"--load {load} holds no complete checkpoint. Leave it out to start anew.")
+    return None, []
+
+
+def _find_weights(config: Config, teacher: TeacherDescription, reader: Reader) -> Path | None:
+    """The checkpoint that --pretrained-checkpoint means; nothing of it but the weights matters."""
+    given = config.checkpoint.pretrained_checkpoint
+    if not given:
+        return None
+    found = [Path(given)] if (Path(given) / STATE_FILE).is_file() else checkpoints(given)
+    if not found:
+        raise ConfigError(f"--pretrained-checkpoint {given} holds no complete checkpoint. Give a run directory.")
+    if damage := find_missing(found[0]):
+        raise ConfigError(f"{found[0]} is damaged ({damage}). Give an older checkpoint of that run.")
+    _check_fits(found[0], config, teacher, reader)
+    return found[0]
+
+
+def _check_fits(path: Path, config: Config, teacher: TeacherDescription, reader: Reader) -> RunState:
+    """The state of a checkpoint, if it is of this teacher and student.
 
     The training data may be another one: the run says so, and keeps its position (`loop.py`).
     """
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save and newest_checkpoint(save) and (not load or Path(load).resolve() != Path(save).resolve()):
-        raise ConfigError(
-            f"--save {save} already holds checkpoints of a run. Add --load {save} to continue it, or save elsewhere."
-        )
-    if not load:
-        return None, RunState(teacher_fingerprint=reader.fingerprint())
-    path = newest_checkpoint(load)
-    if path is None:
-        raise ConfigError(f"--load {load} holds no complete checkpoint. Leave it out to start anew.")
     state, _, saved = read_state(path)
     wanted: ModelShape = config.student_shape(teacher.shape)
     if state.teacher_fingerprint != reader.fingerprint():
@@ -84,9 +145,9 @@ def _find_checkpoint(config: Config, teacher: TeacherDescription, reader: Reader
         raise ConfigError(
             f"{path} holds a student of hidden size {saved.hidden_size}, {describe_tying(saved)}; the flags ask for "
             f"{wanted.hidden_size}, {describe_tying(wanted)}. Repeat --student-hidden-size, --init and "
-            f"--untie-embeddings-and-output-weights as they were, or give --config {Path(load) / CONFIG_FILE}."
+            f"--untie-embeddings-and-output-weights as they were, or give --config {path.parent / CONFIG_FILE}."
         )
-    return path, state
+    return state
 
 
 def describe_tying(shape: ModelShape) -> str:

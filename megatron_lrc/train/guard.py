@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron_lrc.clone.projections import ClonedWeight, gradient_of
 from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
-from megatron_lrc.mcore.checkpoint import RunState
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.run_directory import RunState
 from megatron_lrc.train.step import StepReport
 
 #: Steps over which the gradient norm's running mean is taken, and how many it needs before it says anything.

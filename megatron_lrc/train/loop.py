@@ -8,27 +8,46 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_lrc.arguments import describe_changes, save_yaml
-from megatron_lrc.config import Config, RunStopped
+from megatron_lrc.config import Config, ConfigError, RunStopped
 from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
 from megatron_lrc.train.build import build_stages, initialize
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.guard import Guard
+from megatron_lrc.train.heartbeat import Heartbeat
+from megatron_lrc.train.memory import largest_memory_gib
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.records import Interval
+from megatron_lrc.train.saving import Saving
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
+from megatron_lrc.train.stragglers import Stragglers, describe
+from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 
 def train(config: Config) -> None:
     """Run the whole training on this process, one of the world that torchrun's environment describes."""
     checked = check(config, distributed.world_size())
-    Trainer(checked.config, checked, distributed.start(config)).train()
+    groups = distributed.start(config)
+    distributed.watch_peers(groups)
+    checked = _fall_back_past_damage(config, checked)
+    Trainer(checked.config, checked, groups).train()
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
+
+
+def _fall_back_past_damage(config: Config, checked: Checked) -> Checked:
+    """Look at what the files of the checkpoint hold, all ranks together, and take an older one while it is damaged."""
+    damaged: dict[Path, str] = {}
+    while checked.resume_from and (damage := damage_on_any_rank(checked.resume_from)):
+        damaged[checked.resume_from] = damage
+        checked = check(config, distributed.world_size(), damaged)
+    if checked.weights_from and (damage := damage_on_any_rank(checked.weights_from)):
+        raise ConfigError(f"{checked.weights_from} is damaged ({damage}). Give an older checkpoint of that run.")
+    return checked
 
 
 class Trainer:
@@ -38,24 +57,30 @@ class Trainer:
         self.config, self.groups = config, groups
         self.state = replace(checked.state)
         self.stopping = Stopping(config, self.state, groups)
+        self.heartbeat = Heartbeat()
         self.train_data, self.valid_data = build_datasets(
             config, step=self.state.step, consumed_samples=self.state.consumed_samples
         )
         stages = build_stages(config, checked.teacher, checked.reader, groups, parameter_dtype(config))
-        if not checked.resume_from:
+        if not checked.resume_from and not checked.weights_from:
             initialize(config, stages, lambda: self._batches(self.train_data, 0), groups)
         optimizer = ProjectionOptimizer(config, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
+        elif checked.weights_from:
+            load_weights(checked.weights_from, stages, optimizer)
         self.guard = Guard(config, self.state, stages)
         at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
         self.run = Run(config, groups, stages, optimizer, self.global_batch_size // at_once)
-        # The step whose state --save already holds; a run may also start from another one's checkpoint.
+        # A run may also continue another one's checkpoint.
         save, resume_from = config.checkpoint.save, checked.resume_from
         is_same_run = save and resume_from and resume_from.parent.resolve() == Path(save).resolve()
-        self._saved_step = self.state.step if is_same_run else None
+        saved_step = self.state.step if is_same_run else None
+        self.saving = Saving(config, groups, self.run, self.state, saved_step, self._say)
+        self._started_from = resume_from or checked.weights_from
+        self.stragglers = Stragglers(groups, stages, is_on=config.logging.log_straggler)
         self._announce(checked)
         if self.train_data:
             self.state.data_order = self.train_data.order.identity
@@ -68,7 +93,8 @@ class Trainer:
                 self._validate(log)
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
                 self._train_steps(log)
-            self._save()
+            self.saving.save_last()
+            self.heartbeat.stop()
             if last_words := self.stopping.finish():
                 self._say(last_words)
         if log:
@@ -76,29 +102,35 @@ class Trainer:
 
     def _train_steps(self, log: RunLog | None) -> None:
         config, state = self.config, self.state
-        batches = self._batches(self.train_data, state.consumed_samples)
+        batches = self.stragglers.watch(self._batches(self.train_data, state.consumed_samples))
         stopwatch = Stopwatch()
         interval = Interval(self.run.stages[0].shapes.teacher.num_layers, self.groups.device)
         while state.step < config.training.train_iters:
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
-            report = train_step(
-                self.run,
-                batches,
-                with_group_norms=is_logged,
-                max_grad_norm=self.guard.largest_norm,
-                stop_votes=self.stopping.votes,
-            )
+            with self.stragglers.step():
+                report = train_step(
+                    self.run,
+                    batches,
+                    with_group_norms=is_logged,
+                    max_grad_norm=self.guard.largest_norm,
+                    votes=lambda: torch.cat([self.stopping.votes(), self.saving.vote()]),
+                )
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
-            self.stopping.after_step(report.stop_votes)
+            *stop_votes, num_writing = report.votes
+            self.stopping.after_step(stop_votes)
+            self.saving.after_step(num_writing)
+            self.heartbeat.beat()
             self._look_at(report)
             interval.add(report)
             if is_logged:
                 record = interval.record(config)  # waits for the device, so before the clock is read
-                self._log_step(log, report, record, lr, stopwatch.lap(interval.steps))
+                seconds = stopwatch.lap(interval.steps)
+                slowest = self.stragglers.record(interval.steps)
+                self._log_step(log, report, record, lr, seconds, slowest)
                 interval.reset()
             stopwatch.pause()
             if self.stopping.is_urgent:
@@ -117,15 +149,22 @@ class Trainer:
         if line:
             self._say(line)
         if self.guard.is_over:
-            self._save()
+            self.saving.save_last()
             raise RunStopped(self.guard.last_words)
 
     def _log_step(
-        self, log: RunLog | None, report: StepReport, interval: dict[str, Any], lr: float, seconds: float
+        self,
+        log: RunLog | None,
+        report: StepReport,
+        interval: dict[str, Any],
+        lr: float,
+        seconds: float,
+        slowest: dict[str, Any] | None,
     ) -> None:
+        """Write the record. Collective: memory is that of all ranks."""
+        memory = largest_memory_gib(self.groups.device)
         if not log:
             return
-        tokens_per_step = self.global_batch_size * self.config.training.seq_length
         log.step(
             {
                 "step": self.state.step,
@@ -135,10 +174,13 @@ class Trainer:
                 "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
                 **({"loss_scale": report.loss_scale} if self.config.training.fp16 else {}),
-                "tokens_per_second": tokens_per_step / seconds,
                 "step_seconds": seconds,
+                "memory_gib": memory,
+                **({"straggler": slowest} if slowest else {}),
             }
         )
+        if slowest:
+            self._say(describe(slowest))
 
     def _validate(self, log: RunLog | None) -> None:
         if self.valid_data is None or self.config.logging.eval_iters == 0:
@@ -158,13 +200,7 @@ class Trainer:
         self.stopping.ask()
 
     def _save(self) -> None:
-        if self.config.checkpoint.save is None or self._saved_step == self.state.step:
-            return
-        path = save_checkpoint(
-            self.config.checkpoint.save, self.state, self.config, self.run.stages, self.run.optimizer
-        )
-        self._saved_step = self.state.step
-        self._say(f"saved {path}")
+        self.saving.save()
         self.stopping.ask()
 
     def _batches(self, dataset: Dataset | None, consumed_samples: int) -> BatchIterator:
@@ -185,7 +221,20 @@ class Trainer:
         if not self.groups.is_main_rank:
             return None
         save = self.config.checkpoint.save
-        log = RunLog(save, train_iters=self.config.training.train_iters, resume_at=self.state.step)
+        shapes, world_size = self.run.stages[0].shapes, distributed.world_size()
+        log = RunLog(
+            self.config,
+            Throughput(
+                self.config,
+                shapes.teacher,
+                shapes.student,
+                world_size=world_size,
+                peak=peak_tflops(self.config, self.groups.device),
+            ),
+            resume_at=self.state.step,
+            checkpoint=self._started_from,
+            world_size=world_size,
+        )
         if save:
             save_yaml(self.config, Path(save) / CONFIG_FILE)
         return log
@@ -214,6 +263,8 @@ class Trainer:
         )
         for warning in checked.warnings:
             self._say(f"warning: {warning}")
+        if checked.weights_from:
+            self._say(f"starts from the weights of {checked.weights_from}")
         if checked.resume_from:
             self._say(f"continues {checked.resume_from} at step {self.state.step}")
             self._warn_of_other_data(checked.state.data_order)

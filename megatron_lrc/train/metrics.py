@@ -1,11 +1,12 @@
-"""What a run reports: one JSON object per logged step, TensorBoard, a console line. Only the main rank writes.
+"""What a run reports: one JSON object per logged step, the boards, a console line. Only the main rank writes.
 
     RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss, clone_by_layer,
-                            skipped_steps, grad_norm, grad_norm_by_group, lr, tokens_per_second, step_seconds
+                            skipped_steps, grad_norm, grad_norm_by_group, lr, and what was measured: time, step_seconds,
+                            tokens_per_second, tflops, mfu, memory_gib, straggler
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
                             and effective_rank with --log-effective-rank
-    RUN/tensorboard/        the same, as train/... and valid/...; what has parts as train_grad_norm/GROUP,
-                            train_clone_TERM/layer_00, valid_effective_rank_MODEL/layer_00, ...
+    RUN/tensorboard/        the same numbers (`boards.py`)
+    RUN/starts.jsonl        a line per start of the run (`starts.py`)
 
 Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
 not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and
@@ -15,18 +16,28 @@ that updated nothing. `grad_norm` is the record's own step's, before clipping, a
 projections of each kind of matrix over all layers (a tied one counts as embed), and the norm gains. `effective_rank`:
 teacher, student -> the effective rank of the hidden states at each layer's input and, last, at the final norm's. What
 is not finite, or off, is null.
+
+`step_seconds` is the mean since the record before, without validations and saving. `tflops` is per second and device,
+`mfu` its share of the device's peak, where that is known; both in total and by part (`throughput.py`). `memory_gib`:
+peak since the start and now, each of the rank with the most (`memory.py`). `straggler`: with --log-straggler the
+slowest rank (`stragglers.py`). `time` is UTC.
 """
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-#: Parts of a record that are lists over layers, and their name in TensorBoard.
-LAYERED = {"clone_by_layer": "clone", "effective_rank": "effective_rank"}
+from megatron_lrc.config import Config
+from megatron_lrc.train.boards import open_boards, scalars
+from megatron_lrc.train.jsonl import drop_records_after, read_records
+from megatron_lrc.train.progress import Progress, losses_text
+from megatron_lrc.train.starts import lost_work, note_start, now
+from megatron_lrc.train.throughput import Throughput
 
+#: What differs between two runs that compute the same.
+MEASURED = ("time", "step_seconds", "tokens_per_second", "tflops", "mfu", "memory_gib", "straggler")
 
 #: Records' losses, the sum first.
 LOSSES = ("loss", "lm_loss", "kl_loss", "clone_loss", "teacher_lm_loss")
@@ -44,62 +55,47 @@ def last_validation(run: Path, step: int) -> dict[str, float]:
 
 
 class RunLog:
-    """Writes the records of one run; drops what an earlier process logged past `resume_at`, where this one goes on."""
+    """Writes the records of one run; drops what an earlier process logged past `resume_at`, where this one goes on.
 
-    def __init__(self, run: str | None, *, train_iters: int, resume_at: int):
-        self._train_iters = train_iters
-        self._run = Path(run) if run else None
-        self._board: Any = None
+    checkpoint: what the run was loaded from, for starts.jsonl.
+    """
+
+    def __init__(
+        self, config: Config, throughput: Throughput, *, resume_at: int, checkpoint: Path | None, world_size: int
+    ):
+        self._progress = Progress(config.training.train_iters)
+        self._throughput = throughput
+        save = config.checkpoint.save
+        self._run = Path(save) if save else None
         if self._run:
             self._run.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "validation.jsonl"):
-                _drop_records_after(self._run / name, resume_at)
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by one rank only
-
-            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+            lost = lost_work(read_records(self._run / "metrics.jsonl"), resume_at)
+            drop_records_after(self._run / "metrics.jsonl", resume_at)
+            # A run without a step validates when it starts, and so once more when it starts again.
+            drop_records_after(self._run / "validation.jsonl", resume_at or -1)
+            note_start(self._run, config, step=resume_at, checkpoint=checkpoint, world_size=world_size, lost=lost)
+        self._boards = open_boards(config, self._run, resume_at=resume_at)
 
     def step(self, record: dict[str, Any]) -> None:
+        """Write a training record. It has `step_seconds`; what follows from them is added."""
+        record = {**record, **self._throughput.record(record["step_seconds"]), "time": now()}
         self._write("metrics.jsonl", "train", record)
-        remaining = (self._train_iters - record["step"]) * record["step_seconds"]
-        print(
-            f"step {record['step']:>{len(str(self._train_iters))}}/{self._train_iters} | "
-            f"{_count(record['tokens'])} tokens | {_losses(record)} | grad {record['grad_norm']:.3g} | "
-            f"lr {record['lr']:.2e} | {_count(record['tokens_per_second'])} tokens/s | "
-            f"{record['step_seconds']:.2f} s/step | ETA {_duration(remaining)}",
-            flush=True,
-        )
+        print(self._progress.line(record), flush=True)
 
     def validation(self, record: dict[str, Any]) -> None:
         self._write("validation.jsonl", "valid", record)
-        print(f"validation at step {record['step']} | {_losses(record)}", flush=True)
+        print(f"validation at step {record['step']} | {losses_text(record)}", flush=True)
 
     def close(self) -> None:
-        if self._board:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
     def _write(self, name: str, tag: str, record: dict[str, Any]) -> None:
-        if not self._run:
-            return
-        with open(self._run / name, "a") as file:
-            file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
-        for name, value in scalars(tag, record).items():
-            self._board.add_scalar(name, value, record["step"])
-        self._board.flush()
-
-
-def scalars(tag: str, record: dict[str, Any]) -> dict[str, float]:
-    """TensorBoard's name -> value of everything in a record but its step and what is off (None)."""
-    found: dict[str, float | None] = {}
-    for key, value in record.items():
-        if key == "grad_norm_by_group":
-            found |= {f"{tag}_grad_norm/{group}": norm for group, norm in value.items()}
-        elif key in LAYERED:
-            for part, layers in value.items():
-                prefix = f"{tag}_{LAYERED[key]}_{part}"
-                found |= {f"{prefix}/layer_{layer:02d}": item for layer, item in enumerate(layers)}
-        elif key != "step":
-            found[f"{tag}/{key}"] = value
-    return {name: value for name, value in found.items() if value is not None}
+        if self._run:
+            with open(self._run / name, "a") as file:
+                file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
+        for board in self._boards:
+            board.add(scalars(tag, record), record["step"])
 
 
 def _without_nan(value: Any) -> Any:
@@ -129,39 +125,3 @@ class Stopwatch:
         seconds = (time.perf_counter() - self._start) / steps
         self.restart()
         return seconds
-
-
-def _drop_records_after(path: Path, step: int) -> None:
-    """Keep the records up to `step`. Replaces the file whole, so that a crash loses nothing."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a crash
-
-
-def _losses(record: dict[str, Any]) -> str:
-    names = ("loss", "lm_loss", "kl_loss", "clone_loss")
-    return " ".join(f"{name.removesuffix('_loss')} {record[name]:.4f}" for name in names)
-
-
-def _count(number: float) -> str:
-    for unit in ("", "K", "M", "B"):
-        if number < 1000 or unit == "B":
-            break
-        number /= 1000
-    return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -14,8 +14,9 @@ from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.checkpoint import load_checkpoint, newest_checkpoint
+from megatron_lrc.mcore.checkpoint import load_checkpoint
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.mcore.run_directory import newest_checkpoint
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from tools_path import convert_to_hf

@@ -10,7 +10,7 @@ from test_guard import train_spoiled
 from test_training import make_config, on_layout, records, train
 
 from megatron_lrc.config import Config
-from megatron_lrc.train.metrics import scalars
+from megatron_lrc.train.boards import scalars
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.step import LossTotals, StepReport
 from ranks import run_ranks

@@ -30,7 +30,8 @@ SCRIPT = str(ROOT / "examples/pretrain_lrc.sh")
 
 
 def train_and_ask(config: Config, moment: str, at: int, rank: int, ask: Callable[[], None]) -> tuple[int, str]:
-    """Train; on one rank call `ask` at a moment ("step", "validation", "save") of a step. Step reached, last line."""
+    """Train; on one rank call `ask` at a moment ("step", "validation", "save", "finish") of a step, "finish" when a
+    background save is written. Step reached, last line."""
     handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
     is_to_ask = dist.get_rank() == rank
@@ -47,14 +48,19 @@ def train_and_ask(config: Config, moment: str, at: int, rank: int, ask: Callable
         else:
             now("validation", trainer.state.step)
 
-    def save(*args):
-        now("save", trainer.state.step)
-        return real_save(*args)
+    def at_moment(kind: str, function: Callable) -> Callable:
+        def ask_and_call(*args: object) -> object:
+            now(kind, trainer.state.step)
+            return function(*args)
+
+        return ask_and_call
 
     for stage in trainer.run.stages:
         for _, layer in layers_of(stage.student):
             layer.register_forward_pre_hook(look)
-    real_save, loop.save_checkpoint = loop.save_checkpoint, save
+    if writer := trainer.saving._writer:
+        writer.start = at_moment("save", writer.start)
+        writer.finish = at_moment("finish", writer.finish)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         trainer.train()
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
@@ -119,10 +125,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_run_goes_on_bit_f
         ("step", 4, ["iter_0000002", "iter_0000004"], [0, 2, 4]),  # the last step: a run that is through
     ],
 )
+@pytest.mark.parametrize("async_save", [False, True], ids=["at-once", "in-the-background"])
 def test_a_signal_is_heard_at_any_time_and_no_step_is_begun_or_saved_twice(
-    tiny_llama, tiny_text, tmp_path, moment, at, saved, validated
+    tiny_llama, tiny_text, tmp_path, moment, at, saved, validated, async_save
 ):
     config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=4)
+    config.checkpoint.async_save = async_save
     config.logging.eval_interval = config.checkpoint.save_interval = 2
     ask = partial(signal_this_process, signal.SIGTERM)
     ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), moment, at, 0, ask)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.mcore.checkpoint import checkpoint_path, open_checkpoint
+from megatron_lrc.mcore.checkpoint import open_checkpoint
+from megatron_lrc.mcore.run_directory import checkpoint_path
 from megatron_lrc.train import loop
+from megatron_lrc.train.metrics import MEASURED
 from megatron_lrc.validation import validate
 from ranks import run_ranks
 
@@ -63,7 +65,7 @@ def records(run: str | Path, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def without_times(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "step_seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def assert_same_parameters(first: str | Path, second: str | Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = "examples/pretrain_lrc.sh"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
 # What a scheduler, or the process that runs these tests, may have set.
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NNODES", "NODE_RANK", "GPUS_PER_NODE", "MASTER_", "SLURM_")
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "NNODES", "NODE_RANK", "GPUS_PER_NODE", "MASTER_", "MAX_", "SLURM_")
 PROBE = """
 import json, multiprocessing, os
 
@@ -37,6 +37,17 @@ def where(_):
 def train(config):
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # as the checkpoint writer does
         report("train", config, helper=pool.map(where, [0]))
+"""
+
+#: A training loop that only counts how often it was started, and fails.
+FAILING = """
+import os
+from megatron_lrc.config import ConfigError, RunStopped
+
+def train(config):
+    with open(os.path.join(config.checkpoint.save, "started"), "a") as file:
+        file.write(os.environ["RANK"])
+    raise {error}("the loss is not finite")
 """
 
 
@@ -180,12 +191,12 @@ def torchrun_arguments(tmp_path):
         (bin_directory / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (bin_directory / name).chmod(0o755)
 
-    def start(**environment):
+    def start(*flags, **environment):
         full = clean_environment(PYTHON=str(bin_directory / "python"), **environment)
         full["PATH"] = f"{bin_directory}:{full['PATH']}"
         if "CUDA_VISIBLE_DEVICES" not in environment:
             full.pop("CUDA_VISIBLE_DEVICES")
-        command = ["bash", SCRIPT, "--lr", "1"]
+        command = ["bash", SCRIPT, "--lr", "1", *flags]
         return subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, timeout=20)
 
     return start
@@ -217,7 +228,22 @@ def torchrun_arguments(tmp_path):
 def test_nodes_and_processes_come_from_the_environment(torchrun_arguments, environment, expected):
     result = torchrun_arguments(**environment)
     assert result.stderr == ""
-    assert result.stdout.strip() == f"-m torch.distributed.run {expected} -m megatron_lrc train --lr 1"
+    assert result.stdout.strip() == f"-m torch.distributed.run {expected} --max-restarts 0 -m megatron_lrc train --lr 1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        (["--load", "auto"], {}, "3"),
+        (["--load=auto"], {}, "3"),
+        (["--load", "auto"], {"MAX_RESTARTS": "0"}, "0"),
+        (["--load", "auto-mated"], {}, "0"),
+        ([], {"MAX_RESTARTS": "12"}, "12"),
+    ],
+)
+def test_a_run_that_loads_what_it_finds_is_started_again(torchrun_arguments, flags, environment, expected):
+    result = torchrun_arguments(*flags, **environment)
+    assert f"--max-restarts {expected} -m megatron_lrc train --lr 1" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -225,6 +251,7 @@ def test_nodes_and_processes_come_from_the_environment(torchrun_arguments, envir
     [
         ({"NNODES": "2"}, "error: NNODES is 2 but MASTER_ADDR is not set."),
         ({"GPUS_PER_NODE": "all"}, "error: GPUS_PER_NODE is 'all'"),
+        ({"MAX_RESTARTS": "-1"}, "error: MAX_RESTARTS is '-1'"),
         ({"SLURM_LOCALID": "1"}, "error: Slurm started several tasks on this node"),
     ],
 )
@@ -239,3 +266,19 @@ def test_the_script_is_valid_bash_and_valid_python():
     assert subprocess.run(["bash", "-n", script], timeout=20).returncode == 0
     compile(script.read_text(), SCRIPT, "exec")
     assert os.access(script, os.X_OK)
+
+
+# ------------------------------------------------------------------------------ starting again
+
+
+@pytest.mark.parametrize(
+    ("error", "times"), [("RunStopped", 1), ("ConfigError", 1), ("ArithmeticError", 3)], ids=lambda value: str(value)
+)
+def test_only_what_may_end_otherwise_is_started_again(probe, flags, tmp_path, error, times):
+    (probe / "megatron_lrc/train/loop.py").write_text(FAILING.format(error=error))
+    way = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "2"]
+    result = run([*way, probe / SCRIPT, *flags], cwd=tmp_path)
+    assert result.returncode != 0
+    assert Path(flags[5], "started").read_text() == "0" * times
+    assert "the loss is not finite" in result.stderr.partition("Root Cause")[2]
+    assert ("Traceback" in result.stderr.partition("Root Cause")[2]) == (error == "ArithmeticError")

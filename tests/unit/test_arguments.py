@@ -2,7 +2,6 @@
 
 import shlex
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -15,10 +14,8 @@ from megatron_lrc.arguments import (
     save_yaml,
 )
 from megatron_lrc.config import Config, ConfigError, flag_of
+from megatron_lrc.presets import PRESETS, PUBLISHED_RUNS
 from megatron_lrc.schema import SETTINGS, convert
-from megatron_lrc.settings import PRESETS
-
-CONFIGS = sorted((Path(__file__).parents[2] / "examples/configs").glob("*.yaml"))
 
 
 def errors_of(*argv):
@@ -96,7 +93,7 @@ def test_the_paper_preset_is_the_default_and_presets_name_settings():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--preset", "release"], "--preset release is unknown; expected is one of paper, reference"),
+        (["--preset", "release"], f"--preset release is unknown; expected are any of {', '.join(PRESETS)}"),
         (["--student-hiden-size", "3"], "unknown flag --student-hiden-size; did you mean --student-hidden-size?"),
         (["--seq_length=3"], "unknown flag --seq_length; did you mean --seq-length?"),
         (["--zzz"], "unknown flag --zzz"),
@@ -195,14 +192,21 @@ def test_help_and_version_exit_with_zero(capsys):
     assert "megatron_lrc 0." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_published_configurations_read_and_differ_from_the_defaults(path):
-    config = load_yaml(path)
-    set_here = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    assert len(describe_changes(config)) == len(set_here)  # only what differs
-    if path.stem != "reference":
-        assert config.training.global_batch_size % 8 == 0  # eight data-parallel replicas, as published
+@pytest.mark.parametrize("name", PUBLISHED_RUNS)
+def test_a_published_run_says_everything_but_where_teacher_and_data_are(name):
+    config = parse_config(["--preset", name])
+    tokens = config.training.train_iters * config.global_batch_size(8) * config.training.seq_length
+    assert round(tokens / 1e9) == int(PUBLISHED_RUNS[name][1].removesuffix("B"))
+    assert config.global_batch_size(8) % 8 == 0  # eight data-parallel replicas, as published
+    assert config.model.student_hidden_size and config.loss.kl_temperature == 40
+    assert config.total_kl_weight == pytest.approx(1.28)  # the released code's, as this package weighs the KL
 
 
-def test_there_are_published_configurations():
-    assert CONFIGS
+def test_presets_combine_and_a_later_one_wins(write):
+    config = parse_config(["--preset", "lrc-4b", "reference"])
+    assert (config.model.student_hidden_size, config.loss.clone_attention_output) == (2048, "teacher")
+    assert parse_config(["--preset", "lrc-4b", "paper"]).loss.kl_reduction == "mean"
+    assert parse_config(["--preset", "paper", "lrc-4b"]).loss.kl_reduction == "sequence-sum"
+    for text in ("preset: [lrc-4b, reference]", "preset: lrc-4b reference"):
+        assert parse_config(["--config", write(text)]) == config
+    assert parse_config(["--preset", "lrc-4b", "--alpha", "0.1", "--no-bf16"]).loss.alpha == 0.1

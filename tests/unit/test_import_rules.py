@@ -55,7 +55,7 @@ def test_settings_and_config_import_only_the_standard_library():
 
 def test_the_front_end_answers_without_torch():
     allowed = {*sys.stdlib_module_names, "yaml"}
-    front_end = ("settings", "config", "schema", "arguments", "validation", "layout_checks")
+    front_end = ("settings", "config", "schema", "presets", "arguments", "validation", "layout_checks")
     ours = (*(f"megatron_lrc.{name}" for name in front_end), "megatron_lrc.__version__")
     for importer, imported in imports_of(*front_end):
         assert imported.partition(".")[0] in allowed or is_within(imported, *ours), (importer, imported)
@@ -90,9 +90,12 @@ def test_only_hf_and_data_import_transformers():
     [
         ("hf", ["train", "verify"]),
         ("data", ["train", "verify"]),
-        ("mcore", ["train", "verify"]),
+        ("mcore", ["train", "verify", "estimate"]),
+        ("estimate", ["train", "verify", "data"]),
         ("verify", ["train"]),
         ("clone", ["mcore", "train", "hf", "data", "verify"]),
+        ("report", ["clone", "mcore", "hf", "data", "verify"]),  # and of train what needs no torch
+        ("train", ["report"]),
     ],
 )
 def test_no_folder_imports_what_stands_above_it(folder, above):

@@ -1,0 +1,108 @@
+"""FLOPs of one optimizer step by part: what the method needs, counted from the shapes.
+
+Counted are matrix products, 2 FLOPs per multiply-add, as torch's FlopCounterMode counts them
+(`tests/unit/test_flops.py` holds the two against each other). Element-wise work is not, nor is anything done twice to
+save memory: recomputed activations, the attention scores that a flash kernel forms again in backward. That is the
+convention of model FLOPs utilisation (MFU).
+
+Attention is causal and counted as such: a query meets (s + 1) / 2 keys on average. FlopCounterMode, and formulas with
+12 * layers * hidden * s, count all s. Sequences count as whole also where --reset-attention-mask attends to documents.
+
+Notation: n tokens, D teacher hidden, d student hidden, s sequence, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from megatron_lrc.clone.sites import LAYER_SITES, LM_HEAD, Site
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.hf.families import site_shape
+from megatron_lrc.mcore.models import padded_vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """FLOPs of one optimizer step over the whole job.
+
+    teacher_forward: with its LM head. student_forward: with its LM head and the clone loss's products (o_T P_o,
+    o_ffn_T P_down; with --clone-attention-output teacher the student's attention through the teacher's o).
+    student_backward: of the same. projections: compose and pull back.
+    """
+
+    teacher_forward: float
+    student_forward: float
+    student_backward: float
+    projections: float
+
+    @property
+    def total(self) -> float:
+        return self.teacher_forward + self.student_forward + self.student_backward + self.projections
+
+
+def step_flops(config: Config, teacher: ModelShape, student: ModelShape, *, replicas: int = 1) -> StepFlops:
+    """FLOPs of one optimizer step. config: resolved, so that it has its global batch size.
+
+    replicas: model copies (DP x CP) that compose and pull back, each for itself. 1 counts the work that the method
+    needs; the others repeat it.
+    """
+    training = config.training
+    assert training.global_batch_size is not None, "the configuration has been resolved"
+    tokens = training.global_batch_size * training.seq_length
+    keys = (training.seq_length + 1) / 2
+    clone_forward, clone_backward = _clone_flops(config, teacher, student)
+    student_layers = layer_flops(student, keys) * student.num_layers
+    student_head = head_flops(student)
+    teacher_head = head_flops(teacher) if config.total_kl_weight else 0.0  # without KL its logits are not made
+    return StepFlops(
+        teacher_forward=tokens * (layer_flops(teacher, keys) * teacher.num_layers + teacher_head),
+        student_forward=tokens * (student_layers + student_head + clone_forward),
+        student_backward=tokens * (2 * (student_layers + student_head) + clone_backward),
+        projections=replicas * projection_flops(config, teacher, student),
+    )
+
+
+def layer_flops(shape: ModelShape, keys: float) -> float:
+    """Forward FLOPs per token of one layer: its matrices, and the attention of a query to `keys` keys."""
+    matrices = sum(_size(site, shape) for site in LAYER_SITES)
+    return 2.0 * matrices + 4.0 * shape.num_attention_heads * shape.head_dim * keys
+
+
+def head_flops(shape: ModelShape) -> float:
+    """Forward FLOPs per token of the LM head, whose padding is left out."""
+    return 2.0 * _size(LM_HEAD, shape)
+
+
+def projection_flops(config: Config, teacher: ModelShape, student: ModelShape) -> float:
+    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded vocabulary's.
+
+    A tied student's matrix is composed at both ends of a pipeline.
+    """
+    parallel = config.parallel
+    elements = sum(_size(site, teacher) for site in LAYER_SITES) * teacher.num_layers
+    ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
+    elements += ends * padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size) * teacher.hidden_size
+    return 2 * 2.0 * elements * student.hidden_size
+
+
+def _clone_flops(config: Config, teacher: ModelShape, student: ModelShape) -> tuple[float, float]:
+    """(forward, backward) FLOPs per token of the clone loss's products, all layers together.
+
+    Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the student's
+    attention from the teacher's o, which is frozen.
+    """
+    loss, forward, backward = config.loss, 0.0, 0.0
+    target = 2.0 * teacher.hidden_size * student.hidden_size
+    for layer in range(teacher.num_layers):
+        terms = config.clone_terms_of(layer)
+        if "o" in terms and loss.clone_attention_output == "teacher":
+            through_teacher = 2.0 * teacher.num_attention_heads * teacher.head_dim * teacher.hidden_size
+            forward, backward = forward + through_teacher, backward + through_teacher
+            terms = terms - {"o"}
+        targets = target * len(terms & {"o", "down"})
+        forward += targets
+        backward += 0.0 if loss.detach_clone_targets else targets
+    return forward, backward
+
+
+def _size(site: Site, shape: ModelShape) -> int:
+    rows, columns = site_shape(site, shape)
+    return rows * columns

@@ -1,0 +1,153 @@
+"""Peak memory of one process, by part: what is always there, and what the fullest moment of a step adds.
+
+A step has four moments that may be the fullest, and the estimate is the largest: the end of a forward pass on the last
+stage, with the logits of a chunk of tokens; the start of its backward pass, with a clone loss's gradients; the pull
+back; the optimizer step. Everything is counted from shapes; what cannot be (the process without a model) is `runtime`,
+measured on CPU and a stated constant on CUDA.
+
+Notation: D teacher hidden, d student hidden, v this rank's part of the vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, Site
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.estimate.activations import FP32, bytes_per_element, micro_batches_in_flight, stage_bytes
+from megatron_lrc.estimate.stage import Stage, stages_of
+
+#: What a process takes on a GPU without any tensor: CUDA's context, kernels, workspaces of cuBLAS, buffers of NCCL.
+#: Assumed, from what these libraries document for a few communicators; not measured.
+CUDA_RUNTIME = 3 * 2**30
+#: Part of the memory that comes and goes which the caching allocator holds and cannot use. Assumed, not measured.
+CUDA_FRAGMENTATION = 0.08
+
+#: What glibc keeps of freed memory on a CPU: blocks below 32 MiB come from its heap, of which it gives back only what
+#: is free at the top beyond twice that (mallopt(3), M_TRIM_THRESHOLD). Holes below are not counted.
+CPU_ALLOCATOR = 64 * 2**20
+
+#: Tensors of the size of a chunk's logits, fp32, at the fullest point of the KL loss: both models' logits, three
+#: exponentials, both arms of a choice and its result, and the choice itself, of one byte.
+_LOGITS_AT_ONCE = 7.25
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryParts:
+    """Bytes on one process at the fullest moment of a step.
+
+    projections: P and the norm gains. projection_gradients: the gradient buffer, and what gathers the gradient of the
+    clone loss's targets. optimizer: Adam's moments and, for 16-bit parameters, the parameters in fp32.
+    activations: of all micro-batches in flight. temporaries: what the moment needs besides. runtime: the rest.
+    """
+
+    teacher: float
+    student: float
+    student_gradients: float
+    projections: float
+    projection_gradients: float
+    optimizer: float
+    activations: float
+    temporaries: float
+    runtime: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def peak_memory(
+    config: Config, teacher: ModelShape, student: ModelShape, *, world_size: int, runtime: float | None = None
+) -> list[MemoryParts]:
+    """The peak of each pipeline rank; the ranks that share a stage have the same.
+
+    config: resolved. runtime: bytes that the process takes without a model, on a CPU; without it a GPU is meant.
+    """
+    return [
+        max(_moments(stage, world_size, runtime), key=lambda moment: moment.total)
+        for stage in stages_of(config, teacher, student)
+    ]
+
+
+def _moments(stage: Stage, world_size: int, runtime: float | None) -> Iterator[MemoryParts]:
+    """The moments of a step, each with what is there."""
+    config, on_cuda = stage.config, runtime is None
+    at_rest = _at_rest(stage, world_size, CUDA_RUNTIME if runtime is None else runtime + CPU_ALLOCATOR)
+    num_microbatches = config.num_microbatches(world_size)
+    tokens = config.training.micro_batch_size * config.training.seq_length // config.parallel.context_parallel_size
+    per_token = stage_bytes(stage, on_cuda=on_cuda)
+    others = max(micro_batches_in_flight(stage, num_microbatches) - 1, 0) * per_token.kept
+    head = _head_gradient(stage, tokens) if stage.is_last else 0.0
+
+    def moment(tokens_bytes: float, temporaries: float, *, student_gradients: bool = True) -> MemoryParts:
+        spare = CUDA_FRAGMENTATION * (tokens * tokens_bytes + temporaries) if on_cuda else 0.0
+        return replace(
+            at_rest,
+            activations=tokens * tokens_bytes,
+            temporaries=temporaries,
+            student_gradients=at_rest.student_gradients if student_gradients else 0.0,
+            runtime=at_rest.runtime + spare,
+        )
+
+    # In fp32 autograd makes the student's gradients in the first backward pass.
+    is_first_and_only = num_microbatches == 1 and bytes_per_element(config) == FP32
+    logits = _logits(stage, tokens) if stage.is_last else 0.0
+    yield moment(others + per_token.forward, head + logits, student_gradients=not is_first_and_only)
+    yield moment(others + per_token.kept, head + tokens * per_token.backward, student_gradients=not is_first_and_only)
+    yield moment(0.0, _pull_back(stage))
+    yield moment(0.0, _optimizer_step(stage, at_rest, on_cuda))
+
+
+def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
+    config, e = stage.config, bytes_per_element(stage.config)
+    trained = stage.projection_elements + stage.gain_elements(stage.student)
+    targets = 2 * stage.num_layers * stage.projection_size  # o's and down's
+    is_reached = config.loss.alpha > 0 and not config.loss.detach_clone_targets
+    state = trained * FP32 * (2 if e == FP32 else 3)
+    if config.parallel.use_distributed_optimizer:
+        state /= config.data_parallel_size(world_size) * config.parallel.context_parallel_size
+    return MemoryParts(
+        teacher=stage.weight_elements(stage.teacher) * e,
+        student=stage.weight_elements(stage.student) * e,
+        student_gradients=stage.matrix_elements(stage.student) * FP32,
+        # With tensor parallelism the gathered P of the targets are kept.
+        projections=trained * e + (targets * e if stage.tp > 1 else 0),
+        projection_gradients=trained * FP32 + (targets * FP32 if is_reached or e < FP32 else 0),
+        optimizer=state,
+        activations=0.0,
+        temporaries=0.0,
+        runtime=runtime,
+    )
+
+
+def _head_gradient(stage: Stage, tokens: int) -> float:
+    """What the last stage holds from its losses until backward: the head's gradient, and the hidden states'."""
+    e, both = bytes_per_element(stage.config), stage.teacher.hidden_size + stage.student.hidden_size
+    gathered = both if stage.tp > 1 else 0
+    hidden = tokens * e * (stage.student.hidden_size + both / stage.tp + gathered)
+    return stage.vocab_rows * stage.student.hidden_size * FP32 + hidden
+
+
+def _logits(stage: Stage, tokens: int) -> float:
+    loss = stage.config.loss
+    one = min(loss.loss_chunk_tokens, tokens) * stage.vocab_rows * FP32
+    at_once = _LOGITS_AT_ONCE if stage.config.total_kl_weight else 2.0
+    is_narrow = bytes_per_element(stage.config) < FP32
+    before = (1.5 if is_narrow else 1.0) if tokens > loss.loss_chunk_tokens else 0.0  # the previous chunk's gradient
+    return (at_once + before) * one
+
+
+def _pull_back(stage: Stage) -> float:
+    """Of the largest matrix: W_T in fp32 (q, k and v are copied in any case) and dP, whole and this rank's rows."""
+    sites: list[Site] = list(LAYER_SITES) if stage.num_layers else []
+    sites += [EMBED] if stage.is_first or stage.is_last else []
+    is_narrow = bytes_per_element(stage.config) < FP32
+    copies = [stage.site_elements(site, stage.teacher) * (is_narrow + (site.name in "qkv")) for site in sites]
+    return FP32 * max(copies, default=0) + FP32 * stage.projection_size * (1 + (1 / stage.tp if stage.tp > 1 else 0))
+
+
+def _optimizer_step(stage: Stage, at_rest: MemoryParts, on_cuda: bool) -> float:
+    """Adam's denominators: of one matrix at a time, on CUDA of all at once."""
+    if on_cuda:
+        moments = 2 if bytes_per_element(stage.config) == FP32 else 3
+        return at_rest.optimizer / moments
+    return 2 * FP32 * stage.projection_size / stage.tp

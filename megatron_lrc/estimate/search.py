@@ -1,0 +1,166 @@
+"""Layouts of a run on a number of GPUs, each with its memory and speed as estimated; what is not allowed is left out.
+
+Which layouts are allowed is asked of `layout_checks.py` and `validation.py`, so that what is found here also starts.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.estimate.devices import GIB, Gpu
+from megatron_lrc.estimate.memory import MemoryParts, peak_memory
+from megatron_lrc.estimate.speed import SECONDS_PER_DAY, StepTime, step_time
+from megatron_lrc.layout_checks import check_batches, check_layout, divisors
+from megatron_lrc.validation import validate_against_teacher
+
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+#: (--recompute-granularity, --recompute-modules)
+RECOMPUTATION = ((None, ["core_attn"]), ("selective", ["mlp"]), ("full", ["core_attn"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One layout. memory: the fullest pipeline stage's peak."""
+
+    config: Config
+    world_size: int
+    memory: MemoryParts
+    time: StepTime
+
+    @property
+    def days(self) -> float:
+        """For all of --train-iters."""
+        return self.time.total * self.config.training.train_iters / SECONDS_PER_DAY
+
+    @property
+    def recompute(self) -> str:
+        parallel = self.config.parallel
+        modules = f" {' '.join(parallel.recompute_modules)}" if parallel.recompute_granularity == "selective" else ""
+        return f"{parallel.recompute_granularity or 'none'}{modules}"
+
+    def flags(self) -> str:
+        """What the search has chosen, as flags."""
+        parallel, training = self.config.parallel, self.config.training
+        sizes = {
+            "--tensor-model-parallel-size": parallel.tensor_model_parallel_size,
+            "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+            "--context-parallel-size": parallel.context_parallel_size,
+        }
+        chosen = [f"{flag} {size}" for flag, size in sizes.items() if size > 1]
+        chosen += ["--sequence-parallel"] * parallel.sequence_parallel
+        chosen += [f"--micro-batch-size {training.micro_batch_size}"]
+        if parallel.recompute_granularity:
+            chosen.append(f"--recompute-granularity {parallel.recompute_granularity}")
+        if parallel.recompute_granularity == "selective":
+            chosen.append(f"--recompute-modules {' '.join(parallel.recompute_modules)}")
+        chosen.append(f"--{'' if parallel.use_distributed_optimizer else 'no-'}use-distributed-optimizer")
+        return " ".join(chosen)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything, by plain names, for JSON. Bytes, seconds."""
+        parallel, training = self.config.parallel, self.config.training
+        return {
+            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+            "context_parallel_size": parallel.context_parallel_size,
+            "data_parallel_size": self.config.data_parallel_size(self.world_size),
+            "micro_batch_size": training.micro_batch_size,
+            "num_microbatches": self.config.num_microbatches(self.world_size),
+            "recompute": self.recompute,
+            "use_distributed_optimizer": parallel.use_distributed_optimizer,
+            "memory_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "step_seconds": {**asdict(self.time), "total": self.time.total},
+            "bubble_fraction": self.time.bubble_fraction,
+            "tokens_per_second": self.time.tokens_per_second,
+            "days": self.days,
+            "flags": self.flags(),
+        }
+
+
+def find_plans(
+    config: Config, teacher: ModelShape, student: ModelShape, *, world_size: int, gpu: Gpu, mfu: float
+) -> list[Plan]:
+    """Every allowed layout whose estimated peak the GPU holds, the fastest first. ConfigError if there is none.
+
+    config: what is searched (`candidates`) is overwritten in it; the rest of it holds for every layout.
+    """
+    plans = []
+    for candidate in candidates(config, teacher, world_size):
+        resolved = candidate.resolved(world_size)
+        peaks = peak_memory(resolved, teacher, student, world_size=world_size)
+        time = step_time(resolved, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
+        plans.append(Plan(resolved, world_size, max(peaks, key=lambda peak: peak.total), time))
+    if not plans:
+        raise ConfigError(
+            f"No layout of {world_size} GPUs goes with --global-batch-size {config.training.global_batch_size} and "
+            f"--seq-length {config.training.seq_length}. Use a batch that more of the data-parallel sizes divide."
+        )
+    fitting = [plan for plan in plans if plan.memory.total <= gpu.memory]
+    if not fitting:
+        smallest = min(plans, key=lambda plan: plan.memory.total)
+        raise ConfigError(
+            f"No layout of {world_size} GPUs fits into the {gpu.memory / GIB:.1f} GiB of {gpu.name}; the smallest is "
+            f"{smallest.flags()} with {smallest.memory.total / GIB:.1f} GiB. Use more GPUs or larger ones."
+        )
+    return sorted(fitting, key=_rank)
+
+
+def _rank(plan: Plan) -> tuple:
+    """By speed; what the estimate cannot tell apart (two digits) by how few things are split, then by memory."""
+    parallel, speed = plan.config.parallel, float(f"{plan.time.tokens_per_second:.2g}")
+    splits = (
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.tensor_model_parallel_size,
+    )
+    return -speed, math.prod(splits), splits, plan.memory.total
+
+
+def candidates(config: Config, teacher: ModelShape, world_size: int) -> Iterator[Config]:
+    """Every allowed layout: TP within a node, PP, CP, micro-batch size, recomputation, distributed optimizer."""
+    tensor = [size for size in divisors(world_size) if size <= 8]
+    pipeline = [size for size in divisors(world_size) if size <= teacher.num_layers]
+    context = [size for size in divisors(world_size) if size <= 8]
+    for tp, pp, cp, micro_batch in itertools.product(tensor, pipeline, context, MICRO_BATCHES):
+        layout = _laid_out(config, tp, pp, cp, micro_batch)
+        if not _is_allowed(layout, teacher, world_size):
+            continue
+        replicas = world_size // (tp * pp)
+        for (granularity, modules), is_sharded in itertools.product(
+            RECOMPUTATION, (True, False) if replicas > 1 else (False,)
+        ):
+            yield replace(
+                layout,
+                parallel=replace(
+                    layout.parallel,
+                    recompute_granularity=granularity,
+                    recompute_modules=modules,
+                    use_distributed_optimizer=is_sharded,
+                ),
+            )
+
+
+def _laid_out(config: Config, tp: int, pp: int, cp: int, micro_batch: int) -> Config:
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        sequence_parallel=tp > 1,
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    return replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=micro_batch))
+
+
+def _is_allowed(config: Config, teacher: ModelShape, world_size: int) -> bool:
+    if any(check_layout(config, world_size)) or any(check_batches(config, world_size)):
+        return False
+    try:
+        validate_against_teacher(config, teacher)
+    except ConfigError:
+        return False
+    return True

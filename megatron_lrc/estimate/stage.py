@@ -1,0 +1,109 @@
+"""What one process holds of both models: its layers, its ends, and how many elements each thing has.
+
+Notation: D teacher hidden, d student hidden, v this rank's part of the vocabulary, padded; `/tp` split over TP.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.hf.families import site_shape
+from megatron_lrc.mcore.models import layers_per_stage, padded_vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline rank's share, over all its chunks. layers: of each chunk, their global indices, from 0."""
+
+    config: Config
+    teacher: ModelShape
+    student: ModelShape
+    rank: int
+    layers: tuple[tuple[int, ...], ...]
+
+    @property
+    def tp(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def num_layers(self) -> int:
+        return sum(map(len, self.layers))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.config.parallel.pipeline_model_parallel_size - 1
+
+    @property
+    def has_whole_model(self) -> bool:
+        """Both ends in one module, so that a tied head is the embedding itself and not a copy."""
+        return self.is_first and self.is_last and self.config.num_chunks == 1
+
+    @property
+    def vocab_rows(self) -> int:
+        return padded_vocab_size(self.teacher.vocab_size, self.tp) // self.tp
+
+    def num_ends(self, shape: ModelShape) -> int:
+        """Matrices of the size of the embedding that are held of a model: 0, 1 or 2."""
+        return self.is_first + self.is_last - (shape.is_tied and self.has_whole_model)
+
+    def site_elements(self, site: Site, shape: ModelShape) -> int:
+        """Of one matrix, on this rank."""
+        if site in (EMBED, LM_HEAD):
+            return self.vocab_rows * shape.hidden_size
+        rows, columns = site_shape(site, shape)
+        return rows * columns // self.tp
+
+    def matrix_elements(self, shape: ModelShape) -> int:
+        """Of a model's cloned matrices."""
+        layer = sum(self.site_elements(site, shape) for site in LAYER_SITES)
+        return layer * self.num_layers + self.num_ends(shape) * self.site_elements(EMBED, shape)
+
+    def weight_elements(self, shape: ModelShape) -> int:
+        """Of a whole model: matrices, norm gains, and what is frozen."""
+        heads = shape.num_attention_heads + 2 * shape.num_query_groups
+        biases = shape.has_qkv_bias * heads * shape.head_dim // self.tp + shape.has_qk_norm * 2 * shape.head_dim
+        return self.matrix_elements(shape) + self.gain_elements(shape) + biases * self.num_layers
+
+    def gain_elements(self, shape: ModelShape) -> int:
+        return (len(LAYER_NORMS) * self.num_layers + self.is_last) * shape.hidden_size
+
+    @property
+    def projection_elements(self) -> int:
+        """Of this rank's rows of every P."""
+        matrices = len(LAYER_SITES) * self.num_layers + self.num_ends(self.student)
+        return matrices * self.projection_size // self.tp
+
+    @property
+    def projection_size(self) -> int:
+        """D * d, of one whole P."""
+        return self.teacher.hidden_size * self.student.hidden_size
+
+
+def parameter_count(shape: ModelShape) -> int:
+    """Of a whole model, unpadded, as Hugging Face counts it."""
+    layer = sum(math.prod(site_shape(site, shape)) for site in LAYER_SITES) + len(LAYER_NORMS) * shape.hidden_size
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    layer += shape.has_qkv_bias * heads * shape.head_dim + shape.has_qk_norm * 2 * shape.head_dim
+    ends = (1 if shape.is_tied else 2) * shape.vocab_size
+    return layer * shape.num_layers + (ends + 1) * shape.hidden_size
+
+
+def stages_of(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[Stage]:
+    """One for each pipeline rank."""
+    per_rank = layers_per_stage(config, teacher)
+    begins, begin = {}, 0
+    for chunk in range(config.num_chunks):  # the order in which layers pass through the stages
+        for rank, counts in enumerate(per_rank):
+            begins[rank, chunk] = begin
+            begin += counts[chunk]
+    for rank, counts in enumerate(per_rank):
+        layers = tuple(
+            tuple(range(begins[rank, chunk], begins[rank, chunk] + count)) for chunk, count in enumerate(counts)
+        )
+        yield Stage(config, teacher, student, rank, layers)

@@ -1,0 +1,227 @@
+"""The checkpoints of a run directory as files: which there are, whether they are whole, how one comes and goes.
+
+    RUN/iter_0000100/            appears under this name only when complete, on disk and read back
+        *.distcp, .metadata ...  what megatron-core wrote (`mcore/checkpoint.py`)
+        run.json                 counters, configuration, student's shape; size and CRC-32 of every other file
+
+Nothing here needs a process group. Names that other processes must not take for a checkpoint end in .partial-TOKEN (it
+is being written), .replaced (the step is saved once more) or .removed (retention), so whatever moment a process dies
+at, each step is there whole or not at all. `remove_leftovers` tidies up after such a death.
+"""
+
+import json
+import os
+import re
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lrc import __version__
+from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
+
+STATE_FILE = "run.json"
+#: --load: the newest checkpoint of --save.
+AUTO = "auto"
+_CHECKPOINT = re.compile(r"iter_(\d{7,})")
+_LEFTOVER = re.compile(r"(iter_\d{7,})\.(partial-\w+|replaced|removed)")
+_READ_BYTES = 1 << 22
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands. `consumed_samples` is its position in the order of samples, which the flags alone decide.
+
+    There is no random state in it: a step draws no random numbers, and the order of samples follows from --seed.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens: int = 0
+    data_order: str = ""  # hash over what decides that order (`data/sample_order.py`); not known to older checkpoints
+    teacher_fingerprint: str = ""
+    grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
+    grad_norm_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """size in bytes; crc32 of the contents: enough against damage, which is what it is for."""
+
+    size: int
+    crc32: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileSum":
+        size = crc32 = 0
+        with open(path, "rb") as file:
+            while piece := file.read(_READ_BYTES):
+                size, crc32 = size + len(piece), zlib.crc32(piece, crc32)
+        return cls(size, crc32)
+
+
+# ------------------------------------------------------------------------------------------------ what there is
+
+
+def checkpoint_path(run: str | Path, step: int) -> Path:
+    return Path(run) / f"iter_{step:07d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The complete checkpoints of a run directory, newest first. None where there is no such directory."""
+    found = [path for path in Path(run).glob("iter_*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=step_of, reverse=True)
+
+
+def newest_checkpoint(run: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    return next(iter(checkpoints(run)), None)
+
+
+def checkpoints_to_load(config: CheckpointConfig) -> list[Path]:
+    """What --load may mean, best first: a run's checkpoints, with `auto` those of --save, or the one that it names."""
+    if not config.load:
+        return []
+    if config.load == AUTO:
+        return checkpoints(config.save or "")
+    return [Path(config.load)] if (Path(config.load) / STATE_FILE).is_file() else checkpoints(config.load)
+
+
+def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
+    """run.json of a checkpoint: counters, the configuration it was trained with, the student's shape."""
+    try:
+        values = _read_record(path)
+        return RunState(**values["state"]), Config.from_dict(values["config"]), ModelShape(**values["student_shape"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path / STATE_FILE} cannot be read ({error}): written by another version, or damaged. "
+            "Use a checkpoint of this version of megatron_lrc, or an older one of the same run."
+        ) from None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------ whether it is whole
+
+
+def find_missing(path: Path) -> str | None:
+    """What a look at run.json and the files' sizes finds wrong with a checkpoint, in a few words."""
+    try:
+        sums = _sums(path)
+        for name, expected in sums.items():
+            size = (path / name).stat().st_size
+            if size != expected.size:
+                return f"{name} has {size} bytes, not {expected.size}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE_FILE} cannot be read: {error}"
+    return None
+
+
+def find_changed(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """The first file whose contents are not what was written, in a few words. Reads one of `parts` shares of them."""
+    for name, expected in sorted(_sums(path).items())[part::parts]:
+        try:
+            found = FileSum.of(path / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != expected:
+            return f"{name} is not what was written: CRC-32 {found.crc32:08x}, not {expected.crc32:08x}"
+    return None
+
+
+def _sums(path: Path) -> dict[str, FileSum]:
+    return {name: FileSum(**values) for name, values in _read_record(path)["files"].items()}
+
+
+# ------------------------------------------------------------------------------------------------ coming and going
+
+
+def partial_path(final: Path, token: str) -> Path:
+    """Where a checkpoint is written. `token` keeps apart what an earlier attempt's orphans may still write."""
+    return final.with_name(f"{final.name}.partial-{token}")
+
+
+def publish(
+    partial: Path, final: Path, state: RunState, config: Config, shape: ModelShape, sums: dict[str, FileSum]
+) -> None:
+    """Write run.json beside the files of a checkpoint and give the folder its final name. OSError where that fails.
+
+    sums: of files that were summed when they were written and read; the others are summed here.
+    """
+    others = {path.name: FileSum.of(path) for path in partial.iterdir() if path.name not in sums}
+    values = {
+        "megatron_lrc": __version__,
+        "state": asdict(state),
+        "student_shape": asdict(shape),
+        "config": config.to_dict(),
+        "files": {name: asdict(found) for name, found in sorted((sums | others).items())},
+    }
+    (partial / STATE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for path in (*(partial / name for name in (*others, STATE_FILE)), partial):
+        _flush(path)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():  # a run that fell back past a damaged checkpoint comes by its step again
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_old(run: str | Path, newest: int, *, keep_last: int | None, retain_interval: int | None) -> list[Path]:
+    """Remove checkpoints before step `newest`, which is good, but the `keep_last` newest ones (it counts) and those
+    whose step `retain_interval` divides; nothing where both are None. What was removed."""
+    if keep_last is None and retain_interval is None:
+        return []
+    # Later ones are not counted: the run has passed over them, so they are damaged.
+    old = [path for path in checkpoints(run) if step_of(path) <= newest][keep_last or 1 :]
+    removed = [path for path in old if retain_interval is None or step_of(path) % retain_interval]
+    gone = [path.with_name(path.name + ".removed") for path in removed]
+    for path, new_path in zip(removed, gone, strict=True):
+        os.replace(path, new_path)  # so that a half-removed one is never taken for a checkpoint
+    # Freeing gigabytes takes a while, which the run need not wait.
+    threading.Thread(target=_remove, args=(gone,), name="retention").start()
+    return removed
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(run: str | Path) -> None:
+    """Tidy up what died with an earlier process. Only when nobody else writes to the run."""
+    for path in Path(run).glob("iter_*.*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if not match:
+            continue
+        final = path.with_name(match[1])
+        if match[2] == "replaced" and not final.exists():
+            os.replace(path, final)  # its successor never got the name
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk: a file's contents, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)

@@ -1,0 +1,108 @@
+"""The whole page, as one HTML text that asks nothing of the network."""
+
+import json
+import os
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+
+from megatron_lrc import __version__
+from megatron_lrc.config import ConfigError
+from megatron_lrc.report import tables
+from megatron_lrc.report.curves import Curves
+from megatron_lrc.report.run_files import RunFiles, read_run
+from megatron_lrc.report.thinning import RULE
+
+HERE = Path(__file__).parent
+
+#: Of curves; readable on white and on black.
+COLORS = ("#3a7fd9", "#e2803a", "#2d9d70", "#c9475f", "#8c62d4", "#93744a", "#d367b0", "#7d8590", "#a59a1c", "#1fa2b5")
+
+HEAT_NOTE = (
+    "Each layer's clone loss, by term: layers from top (0) to bottom, tokens from left to right, colours by the "
+    "logarithm on a scale of each term's own."
+)
+MACHINE_NOTE = (
+    "Throughput is that of the training loop, without validations and saving. Parts are the FLOPs that the method "
+    "needs, over the time of the whole step, so that they add up; recomputation is not counted."
+)
+
+
+def write_report(run_directory: Path, output: Path | None) -> Path:
+    """Write the page about a run; RUN/report.html by default. The file appears whole or not at all."""
+    output = output or run_directory / "report.html"
+    text = render(read_run(run_directory), datetime.now(timezone.utc))
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: its folder does not exist. Make it, or give another file.")
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, output)
+    return output
+
+
+def render(run: RunFiles, now: datetime) -> str:
+    """The page's HTML. now: the time of the report, UTC."""
+    curves = Curves(run)
+    body = [
+        tables.header(run, now),
+        f'<div class="tiles">{tables.tiles(run)}</div>',
+        *(f'<p class="note">{escape(note)}</p>' for note in run.notes),
+        "" if run.records else '<p class="note">There is no training record yet.</p>',
+        _section("Losses", _charts(curves.losses()), tables.losses(run)),
+        _section("Clone loss by layer", _div("heats", curves.heat_maps()), note=HEAT_NOTE),
+        _section("Learning rate and gradients", _charts(curves.optimization())),
+        _section("Throughput and memory", _charts(curves.machine()), note=MACHINE_NOTE),
+        _section("Effective rank", _charts(curves.effective_rank())),
+        _section(
+            "Starts", tables.starts(run), note="Dashed lines in the charts are restarts." if run.starts[1:] else ""
+        ),
+        _section("Configuration", tables.configuration(run)),
+        f"<footer><p>{escape(RULE)}</p><p>megatron_lrc {escape(__version__)}, {now:%Y-%m-%d %H:%M:%S} UTC, from "
+        f"{escape(str(run.path.absolute()))}</p></footer>",
+    ]
+    title = escape(run.path.absolute().name)
+    steps = escape(json.dumps(_tokens_and_steps(run), separators=(",", ":")))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>\n{_read('page.css')}{_color_rules()}</style></head>\n"
+        f'<body data-steps="{steps}">\n'
+        + "\n".join(part for part in body if part)
+        + f"\n<script>\n{_read('page.js')}</script></body></html>\n"
+    )
+
+
+def _section(title: str, *parts: str, note: str = "") -> str:
+    content = "".join(parts)
+    if not content:
+        return ""
+    words = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{words}{content}</section>"
+
+
+def _charts(figures: str) -> str:
+    return _div("charts", figures)
+
+
+def _div(name: str, content: str) -> str:
+    return f'<div class="{name}">{content}</div>' if content else ""
+
+
+def _color_rules() -> str:
+    """s: stroke, f: fill, b: background, by number."""
+    return "".join(
+        f".s{place} {{ stroke: {color}; }} .f{place} {{ fill: {color}; }} "
+        f".b{place} {{ background: {color}; --c: {color}; }}\n"
+        for place, color in enumerate(COLORS)
+    )
+
+
+def _tokens_and_steps(run: RunFiles) -> list[list[int]]:
+    """Some (tokens, step), from which the scripts tell the step of a place on the axis."""
+    every = max(1, len(run.records) // 100)
+    chosen = [*run.records[::every], *run.records[-1:]]
+    return [[0, 0], *([record["tokens"], record["step"]] for record in chosen)]
+
+
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")

@@ -1,0 +1,134 @@
+"""Where records are shown besides metrics.jsonl: TensorBoard, always; Weights & Biases, if --wandb-project is given.
+
+Both get the same names: train/... and valid/...; what has parts as train_grad_norm/GROUP, train_clone_TERM/layer_00,
+valid_effective_rank_MODEL/layer_00, ...
+
+The W&B run goes on after a resume: its id is kept in RUN/wandb_run_id. Its x axis is `step`, and steps that were lost
+and done again are there twice. A W&B that fails costs a warning, not the run: every record is in metrics.jsonl.
+"""
+
+import uuid
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_lrc.config import Config, ConfigError
+
+#: Parts of a record that are lists over layers, and their name on the boards.
+LAYERED = {"clone_by_layer": "clone", "effective_rank": "effective_rank"}
+WANDB_ID_FILE = "wandb_run_id"
+
+
+def check_boards(config: Config) -> None:
+    """Refuse --wandb-project where wandb is not installed."""
+    logging = config.logging
+    if logging.wandb_project is not None and find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb-project {logging.wandb_project} needs the package wandb, which is not installed. Run pip install "
+            "'megatron-lrc[watch]', or leave the flag out: TensorBoard and tools/report.py show the same."
+        )
+    if logging.wandb_exp_name is not None and logging.wandb_project is None:
+        raise ConfigError(
+            f"--wandb-exp-name {logging.wandb_exp_name} names a run of no project. Give --wandb-project too."
+        )
+
+
+def scalars(tag: str, record: dict[str, Any]) -> dict[str, float]:
+    """A board's name -> value of every number in a record but its step; what is off (None) is left out."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if key in LAYERED:
+            for part, layers in value.items():
+                prefix = f"{tag}_{LAYERED[key]}_{part}"
+                found |= {f"{prefix}/layer_{layer:02d}": item for layer, item in enumerate(layers)}
+        elif isinstance(value, dict):
+            name = key.removesuffix("_by_group")
+            found |= {f"{tag}_{name}/{part}": item for part, item in value.items()}
+        elif key != "step":
+            found[f"{tag}/{key}"] = value
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+class Board(Protocol):
+    """Something that shows numbers by step."""
+
+    def add(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_boards(config: Config, run: Path | None, *, resume_at: int) -> list[Board]:
+    """TensorBoard in the run directory, if there is one, and W&B if it is asked for."""
+    boards: list[Board] = [TensorBoard(run, resume_at=resume_at)] if run else []
+    if config.logging.wandb_project:
+        boards.append(WeightsAndBiases(config, run))
+    return boards
+
+
+class TensorBoard:
+    """RUN/tensorboard; what was shown past `resume_at` is hidden."""
+
+    def __init__(self, run: Path, *, resume_at: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by one rank only
+
+        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run over all starts of a training run."""
+
+    def __init__(self, config: Config, run: Path | None):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._run: Any = None
+        try:
+            self._run = wandb.init(
+                project=config.logging.wandb_project,
+                name=config.logging.wandb_exp_name or (run.absolute().name if run else None),
+                id=_wandb_id(run),
+                resume="allow",
+                dir=str(run) if run else None,
+                config=config.to_dict(),
+            )
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:  # no login, no network: whatever it is, training does not depend on it
+            self._give_up(error)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log({**values, "step": step})
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        print(
+            f"warning: Weights & Biases is off from here on ({' '.join(str(error).split())}); the run goes on, and "
+            "metrics.jsonl has every record. Run wandb login before the next start, or set WANDB_MODE=offline.",
+            flush=True,
+        )
+
+
+def _wandb_id(run: Path | None) -> str:
+    """The id that this training run has had before, or a new one, kept in the run directory."""
+    if run is None:
+        return uuid.uuid4().hex[:12]
+    path = run / WANDB_ID_FILE
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text().strip()

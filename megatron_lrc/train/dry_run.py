@@ -1,0 +1,169 @@
+"""--dry-run: every check of a run, and what it will take, without starting anything.
+
+Works on a machine without GPUs, for any number of them. What the estimates rest on is in `estimate/`; the share of the
+GPUs' peak is an assumption and printed as one.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from megatron_lrc.arguments import DryRun, describe_changes
+from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
+from megatron_lrc.estimate.disk import disk_need, trained_elements
+from megatron_lrc.estimate.flops import step_flops
+from megatron_lrc.estimate.memory import MemoryParts, peak_memory
+from megatron_lrc.estimate.speed import DEFAULT_MFU, SECONDS_PER_DAY, step_time
+from megatron_lrc.estimate.stage import parameter_count
+from megatron_lrc.train.checks import check, describe_tying
+from megatron_lrc.train.throughput import known_peak_tflops
+
+
+def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
+    """Check and print. ConfigError as a run would raise it, or if memory or disk cannot hold the run.
+
+    config: resolved for world_size GPUs.
+    """
+    checked = check(config, world_size)
+    config, shape = checked.config, checked.teacher.shape
+    student = config.student_shape(shape)
+    gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
+    for line in describe_changes(config):
+        print(line)
+    peaks = peak_memory(config, shape, student, world_size=world_size)
+    for lines in (
+        describe_models(shape, student),
+        describe_layout(config, world_size),
+        describe_flops(config, shape, student),
+        describe_memory(peaks, gpu),
+        describe_disk(config, shape, student),
+        describe_time(config, shape, student, world_size, gpu, wanted.mfu or DEFAULT_MFU, checked.state.step),
+        (f"warning: {warning}" for warning in checked.warnings),
+    ):
+        for line in lines:
+            print(line)
+    refuse_too_much(config, shape, student, peaks, gpu)
+    print("dry run: every check passed, nothing was started")
+
+
+def gpu_here() -> Gpu:
+    """The kind of GPU of this machine; without one the default."""
+    if not torch.cuda.is_available():
+        return gpu_named(DEFAULT_GPU)
+    properties, default = torch.cuda.get_device_properties(0), gpu_named(DEFAULT_GPU)
+    half, full = (known_peak_tflops(properties.name, is_half=is_half) for is_half in (True, False))
+    return Gpu(
+        properties.name,
+        properties.total_memory,
+        half or default.half_tflops,
+        full or default.full_tflops,
+        default.nvlink,
+    )
+
+
+def describe_models(teacher: ModelShape, student: ModelShape) -> Iterator[str]:
+    trained = trained_elements(teacher, student)
+    for name, shape in (("teacher", teacher), ("student", student)):
+        yield (
+            f"{name}: {parameter_count(shape) / 1e9:.2f}B parameters, hidden size {shape.hidden_size}, "
+            f"{shape.num_layers} layers, {describe_tying(shape)}"
+        )
+    yield f"trained: {trained / 1e6:.1f}M parameters in projections and norm gains"
+
+
+def describe_layout(config: Config, world_size: int) -> Iterator[str]:
+    parallel, training = config.parallel, config.training
+    assert training.global_batch_size is not None
+    cp = f" x CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+    yield (
+        f"layout: TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{cp} x DP "
+        f"{config.data_parallel_size(world_size)} on {world_size} GPUs; {config.num_microbatches(world_size)} "
+        f"micro-batches of {training.micro_batch_size} x {training.seq_length} tokens per step"
+    )
+    tokens = training.global_batch_size * training.seq_length
+    steps = training.train_iters
+    yield f"training: {steps} steps of {tokens} tokens, {steps * tokens / 1e9:.3f}B in all"
+
+
+def describe_flops(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
+    flops = step_flops(config, teacher, student)
+    assert config.training.global_batch_size is not None
+    tokens = config.training.global_batch_size * config.training.seq_length
+    yield "FLOPs (2 per multiply-add)      per token     per step"
+    parts = {field.name.replace("_", " "): getattr(flops, field.name) for field in fields(flops)}
+    for name, value in (parts | {"total": flops.total}).items():
+        yield f"  {name:<28}{value / tokens:>11.3e}  {value:>11.3e}"
+
+
+def describe_memory(peaks: list[MemoryParts], gpu: Gpu) -> Iterator[str]:
+    """The fullest pipeline stage by part; the others by their total."""
+    fullest = max(peaks, key=lambda peak: peak.total)
+    where = f" (of pipeline stage {peaks.index(fullest)}, the fullest)" if len(peaks) > 1 else ""
+    yield f"memory per GPU, GiB{where}"
+    for field in fields(fullest):
+        yield f"  {field.name.replace('_', ' '):<28}{getattr(fullest, field.name) / GIB:>7.2f}"
+    yield f"  {'total':<28}{fullest.total / GIB:>7.2f}  of {gpu.memory / GIB:.1f} on {gpu.name}"
+    if len(peaks) > 1:
+        yield f"  by stage: {' '.join(f'{peak.total / GIB:.1f}' for peak in peaks)}"
+
+
+def describe_disk(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
+    need = disk_need(config, teacher, student)
+    if config.checkpoint.save is None:
+        yield "disk: nothing is saved, for want of --save"
+        return
+    free = free_space(config.checkpoint.save)
+    yield (
+        f"disk: a checkpoint takes {need.one / 1e9:.2f} GB; {need.count} kept and one being written, "
+        f"{need.total / 1e9:.1f} GB; free at --save {config.checkpoint.save}: {free / 1e9:.1f} GB"
+    )
+    if need.one * 2 <= free < need.total:
+        yield (
+            f"warning: the checkpoints of the whole run do not fit into the {free / 1e9:.1f} GB that are free. "
+            "Use --keep-last, or a larger --save-interval."
+        )
+
+
+def describe_time(
+    config: Config, teacher: ModelShape, student: ModelShape, world_size: int, gpu: Gpu, mfu: float, done: int
+) -> Iterator[str]:
+    """done: steps that a run to be continued has behind it."""
+    time = step_time(config, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
+    left = config.training.train_iters - done
+    days = time.total * left / SECONDS_PER_DAY
+    yield (
+        f"time: {days:.1f} days for {left} steps, {time.tokens_per_second:.0f} tokens/s, if "
+        f"{gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
+        f"{time.bubble_fraction:.0%}, communication {time.communication / time.total:.0%}"
+    )
+
+
+def refuse_too_much(
+    config: Config, teacher: ModelShape, student: ModelShape, peaks: list[MemoryParts], gpu: Gpu
+) -> None:
+    """ConfigError if a GPU cannot hold its part, or the disk not even one checkpoint and its successor."""
+    total = max(peak.total for peak in peaks)
+    if total > gpu.memory:
+        raise ConfigError(
+            f"An estimated {total / GIB:.1f} GiB per GPU do not fit into the {gpu.memory / GIB:.1f} GiB of {gpu.name}. "
+            "Use a layout that tools/plan.py finds: a smaller --micro-batch-size, --recompute-granularity full, or "
+            "more --tensor-model-parallel-size or --pipeline-model-parallel-size."
+        )
+    if config.checkpoint.save is None:
+        return
+    need, free = disk_need(config, teacher, student), free_space(config.checkpoint.save)
+    if min(need.count + 1, 2) * need.one > free:
+        raise ConfigError(
+            f"--save {config.checkpoint.save} has {free / 1e9:.2f} GB free, and a checkpoint takes "
+            f"{need.one / 1e9:.2f} GB, twice that while the next one is written. Give a directory on a larger disk."
+        )
+
+
+def free_space(run: str) -> float:
+    """Bytes, of the file system on which a directory is or would be made."""
+    path = Path(run).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free

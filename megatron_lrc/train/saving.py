@@ -1,0 +1,83 @@
+"""When a run's state is saved, and what the run does about a save that fails.
+
+A failed save (a full disk) costs no more than itself: the run says so, goes on, and saves again when the next save is
+due. Only where it would be the last one does the run end with an error.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.config import Config, RunStopped
+from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter, SaveFailed
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.run_directory import RunState
+from megatron_lrc.train.step import Run
+
+
+class Saving:
+    """The checkpoints of one run. All but `vote` is collective. Does nothing without --save."""
+
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        run: Run,
+        state: RunState,
+        saved_step: int | None,
+        say: Callable[[str], None],
+    ):
+        """saved_step: the step whose state --save holds already."""
+        self._run, self._state, self._say = run, state, say
+        self._device = groups.device
+        self._writer = CheckpointWriter(config, groups) if config.checkpoint.save else None
+        self._is_async = config.checkpoint.async_save
+        self._step = saved_step  # of the last save that has not failed
+        self._failure: str | None = None  # of the last save, if it has
+
+    def vote(self) -> Tensor:
+        """1 while this rank's files are being written, [1], fp64: to be summed over the ranks with a step's losses."""
+        is_writing = self._writer is not None and self._writer.is_writing
+        return torch.full((1,), float(is_writing), dtype=torch.float64, device=self._device)
+
+    def after_step(self, num_writing: float) -> None:
+        """Finish a save that all ranks have written. num_writing: their votes, summed."""
+        if num_writing == 0:
+            self.finish()
+
+    def save(self) -> None:
+        """Save the state, unless that is done. Returns when it is written, with --async-save when it is begun."""
+        if self._writer is None or self._step == self._state.step:
+            return
+        self.finish()  # one at a time
+        try:
+            self._writer.start(self._state, self._run.stages, self._run.optimizer)
+            self._step, self._failure = self._state.step, None
+        except SaveFailed as error:
+            self._note(f"step {self._state.step} could not be saved: {error}")
+        if not self._is_async:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save that is being written."""
+        if self._writer is None:
+            return
+        try:
+            if path := self._writer.finish():
+                self._say(f"saved {path}")
+        except SaveFailed as error:
+            self._note(str(error))
+
+    def save_last(self) -> None:
+        """Save and wait. RunStopped if the state is not on disk then."""
+        self.save()
+        self.finish()
+        if self._failure:
+            raise RunStopped(
+                f"{self._failure}. Earlier checkpoints are untouched; go on from them when that is mended."
+            )
+
+    def _note(self, failure: str) -> None:
+        self._step, self._failure = None, failure
+        self._say(f"warning: {failure}; earlier checkpoints are untouched")

@@ -1,0 +1,429 @@
+"""Checkpoints of real runs: in the background as at once, past damage, onto other layouts, and never as code to run."""
+
+import io
+import os
+import pickle
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_lrc.checkpoint_index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
+from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.mcore import checkpoint_writer
+from megatron_lrc.mcore.run_directory import (
+    STATE_FILE,
+    checkpoint_path,
+    checkpoints,
+    find_changed,
+    find_missing,
+    publish,
+    read_state,
+    step_of,
+)
+from megatron_lrc.train import loop
+from megatron_lrc.train.step import Run, train_step
+from ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def saving(config: Config, **flags: object) -> Config:
+    return replace(config, checkpoint=replace(config.checkpoint, **flags))
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    return sorted(step_of(path) for path in checkpoints(run))
+
+
+# ------------------------------------------------------------------------------------------------ in the background
+
+
+def train_with_slow_writers(config: Config) -> None:
+    """Each rank's writer begins to write only after the next steps have changed what it is to write."""
+    write = checkpoint_writer._write
+
+    def wait_and_write(*args: object) -> None:
+        time.sleep(1.5)
+        write(*args)  # type: ignore[arg-type]
+
+    checkpoint_writer._write = wait_and_write  # type: ignore[assignment]
+    loop.train(config)
+
+
+@pytest.mark.parametrize(
+    "ranks, layout, bf16",
+    [
+        pytest.param(1, {}, False, id="one"),
+        pytest.param(2, {"tp": 2}, True, id="TP2-bf16"),
+        pytest.param(2, {"dist_opt": True}, False, id="DP2-distributed-optimizer"),
+    ],
+)
+def test_what_is_written_in_the_background_is_the_state_of_its_step(
+    tiny_llama, tiny_text, tmp_path, ranks, layout, bf16
+):
+    config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "sync", steps=6), **layout)
+    config.training.bf16 = bf16
+    config.checkpoint.save_interval = 3
+    train(config, ranks)
+    in_background = saving(config, save=str(tmp_path / "async"), async_save=True)
+    run_ranks(ranks, train_with_slow_writers, in_background.resolved(ranks))
+    assert without_times(records(tmp_path / "async")) == without_times(records(tmp_path / "sync"))
+    for step in (3, 6):
+        assert_same_parameters(checkpoint_path(tmp_path / "async", step), checkpoint_path(tmp_path / "sync", step))
+    # Optimizer state too: going on from step 3 gives the same end, bit for bit.
+    moved = saving(config, save=str(tmp_path / "moved"), load=str(checkpoint_path(tmp_path / "async", 3)))
+    train(moved, ranks)
+    assert_same_parameters(tmp_path / "moved", tmp_path / "sync")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_llama, tiny_text, tmp_path):
+    """And the checkpoint appears as soon as it is written, not when the next one is due."""
+    config = make_config(tiny_llama(), tiny_text, tmp_path, steps=40)
+    config.checkpoint.save_interval, config.checkpoint.async_save = 2, True
+    config.training.train_iters = 3
+    seen = run_ranks(1, watch_the_second_step, config.resolved(1))[0]
+    assert seen == [(3, [], True), (3, [2, 3], False)]
+
+
+def watch_the_second_step(config: Config) -> list[tuple[int, list[int], bool]]:
+    """(step, checkpoints on disk, whether one is being written), after the last step and at the end."""
+    seen, write = [], checkpoint_writer._write
+
+    def wait_and_write(*args: object) -> None:
+        time.sleep(1.0)
+        write(*args)  # type: ignore[arg-type]
+
+    checkpoint_writer._write = wait_and_write  # type: ignore[assignment]
+    trainer = make_trainer(config)
+    look = trainer._look_at
+
+    def look_and_watch(report: object) -> None:
+        look(report)
+        if trainer.state.step == 3:
+            run = Path(config.checkpoint.save or "")
+            seen.append((3, steps_on_disk(run), trainer.saving._writer.is_writing))
+
+    trainer._look_at = look_and_watch
+    trainer.train()
+    seen.append((3, steps_on_disk(Path(config.checkpoint.save or "")), trainer.saving._writer.is_writing))
+    return seen
+
+
+def make_trainer(config: Config) -> loop.Trainer:
+    checked = loop.check(config, 1)
+    return loop.Trainer(checked.config, checked, loop.distributed.start(config))
+
+
+def test_a_writer_that_dies_fails_its_save_and_not_the_run(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path, steps=5)
+    config.checkpoint.save_interval, config.checkpoint.async_save = 2, True
+    lines = run_ranks(1, train_with_a_dying_writer, config.resolved(1))[0]
+    assert steps_on_disk(tmp_path) == [4, 5]
+    assert [line for line in lines if "could not be saved" in line] == [
+        "warning: step 2 could not be saved: the process that wrote it died, perhaps for want of memory; "
+        "earlier checkpoints are untouched"
+    ]
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def train_with_a_dying_writer(config: Config) -> list[str]:
+    trainer, write = make_trainer(config), checkpoint_writer._write
+
+    def die_at_first(*args: object) -> None:
+        if trainer.state.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)  # type: ignore[arg-type]
+
+    checkpoint_writer._write = die_at_first  # type: ignore[assignment]
+    lines: list[str] = []
+    trainer.saving._say = lines.append
+    trainer.train()
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ failing saves
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_older_ones(
+    tiny_llama, tiny_text, tmp_path, async_save
+):
+    config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path, steps=4), pp=2)
+    config.checkpoint.save_interval, config.checkpoint.async_save = 2, async_save
+    messages = run_ranks(2, train_with_a_full_disk_from_step_three, config.resolved(2))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("step 4 could not be saved: File too large") or "step 4 could not be" in messages[0]
+    assert steps_on_disk(tmp_path) == [2]
+    path = checkpoint_path(tmp_path, 2)
+    assert find_missing(path) is None and find_changed(path) is None
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def train_with_a_full_disk_from_step_three(config: Config) -> str:
+    """On the last rank: no file may grow beyond 4 KB any more. What the run has to say in the end."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    checked = loop.check(config, 2)
+    trainer = loop.Trainer(checked.config, checked, loop.distributed.start(config))
+    look = trainer._look_at
+
+    def look_and_fill(report: object) -> None:
+        look(report)
+        if trainer.state.step == 3 and trainer.groups.is_last_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    trainer._look_at = look_and_fill
+    try:
+        trainer.train()
+    except loop.RunStopped as error:
+        return str(error)
+    return "done"
+
+
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path, steps=1)
+    message = run_ranks(1, train_without_room, config.resolved(1))[0]
+    assert "0.00 GB free; make room, or have older checkpoints removed with --keep-last" in message
+    assert not list(tmp_path.glob("iter_*"))
+
+
+def train_without_room(config: Config) -> str:
+    usage = checkpoint_writer.shutil.disk_usage
+    checkpoint_writer.shutil.disk_usage = lambda path: usage(path)._replace(free=1000)  # type: ignore[assignment]
+    try:
+        loop.train(config)
+    except loop.RunStopped as error:
+        return str(error)
+    return "done"
+
+
+def test_old_checkpoints_go_when_a_new_one_is_there(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path, steps=7)
+    train(saving(config, save_interval=1, keep_last=2, save_retain_interval=3))
+    assert steps_on_disk(tmp_path) == [3, 6, 7]
+
+
+# ------------------------------------------------------------------------------------------------ which one is loaded
+
+
+def flip_a_bit(path: Path) -> None:
+    largest = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    file = sorted(path.glob("*.distcp"))[-1]
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def delete_the_index(path: Path) -> None:
+    (path / INDEX_FILE).unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, delete_the_index])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_llama, tiny_text, tmp_path, damage):
+    config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=6), pp=2)
+    train(config, 2)
+    run = saving(config, save=str(tmp_path / "run"), load="auto", save_interval=2)
+    train(replace(run, training=replace(config.training, train_iters=4)), 2)
+    damage(checkpoint_path(tmp_path / "run", 4))
+    lines = run_ranks(2, train_and_listen, run.resolved(2))[0]
+    warnings = [line for line in lines if "passed over" in line]
+    assert len(warnings) == 1 and "iter_0000004 is damaged" in warnings[0]
+    assert any("iter_0000002 at step 2" in line for line in lines)
+    assert without_times(records(tmp_path / "run")) == without_times(records(tmp_path / "whole"))
+    assert_same_parameters(tmp_path / "run", tmp_path / "whole")
+    again = checkpoint_path(tmp_path / "run", 4)  # the run came by that step once more
+    assert find_missing(again) is None and find_changed(again) is None
+
+
+def train_and_listen(config: Config) -> list[str]:
+    lines: list[str] = []
+    loop.Trainer._say = lambda self, line: lines.append(line)  # type: ignore[method-assign]
+    loop.train(config)
+    return lines
+
+
+def test_where_every_checkpoint_is_damaged_the_run_does_not_start_anew_by_itself(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=2)
+    run = saving(config, load="auto", save_interval=1)
+    train(run)
+    for step in (1, 2):
+        flip_a_bit(checkpoint_path(tmp_path / "run", step))
+    with pytest.raises(AssertionError, match="every checkpoint is damaged .*iter_0000002: .*; iter_0000001: "):
+        train(run)
+
+
+def test_auto_starts_a_run_and_goes_on_with_it(tiny_llama, tiny_text, tmp_path):
+    config = saving(make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=2), load="auto")
+    train(config)
+    train(replace(config, training=replace(config.training, train_iters=3)))
+    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_an_older_checkpoint_is_continued_only_where_no_newer_one_is_written_over(tiny_llama, tiny_text, tmp_path):
+    config = saving(make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=3), save_interval=1)
+    train(config)
+    older = str(checkpoint_path(tmp_path / "run", 2))
+    with pytest.raises(ConfigError, match="holds iter_0000003, which is newer than"):
+        loop.check(saving(config, load=older), 1)
+    train(saving(config, load=older, save=str(tmp_path / "elsewhere")))
+    assert_same_parameters(tmp_path / "elsewhere", tmp_path / "run")
+
+
+@pytest.mark.parametrize("bf16, dist_opt", [(False, False), (True, False), (True, True)])
+def test_a_new_run_may_start_from_the_weights_of_another(tiny_llama, tiny_text, tmp_path, bf16, dist_opt):
+    config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path / "first", steps=3), dist_opt=dist_opt)
+    config.training.bf16 = bf16
+    train(config)
+    new = saving(config, save=str(tmp_path / "new"), load="auto", pretrained_checkpoint=str(tmp_path / "first"))
+    train(replace(new, training=replace(config.training, train_iters=0)))
+    assert_same_parameters(tmp_path / "new", tmp_path / "first")
+    assert read_state(checkpoint_path(tmp_path / "new", 0))[0].consumed_samples == 0
+    first_end, new_start = (records(tmp_path / run, "validation.jsonl")[-1] for run in ("first", "new"))
+    assert new_start["loss"] == first_end["loss"]
+
+    def train_both() -> None:
+        train(replace(new, training=replace(config.training, train_iters=2)))  # auto: now it goes on with itself
+        fresh = saving(new, save=str(tmp_path / "fresh"))
+        train(replace(fresh, training=replace(config.training, train_iters=2)))
+
+    train_both()
+    assert_same_parameters(tmp_path / "new", tmp_path / "fresh")
+    assert [line["lr"] for line in records(tmp_path / "new")] == [line["lr"] for line in records(tmp_path / "fresh")]
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+
+
+@pytest.mark.parametrize("stops", [(0, 1, 4), (3, 7, 8)], ids=["before-the-first-step", "across-an-epoch"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_run_that_stops_again_and_again_is_the_run_that_never_stopped(tiny_llama, tiny_text, tmp_path, stops, bf16):
+    config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=9), dist_opt=True)
+    config.training.bf16 = bf16
+    config.training.seq_length = 64  # so that an epoch ends on the way
+    train(config, 2)
+    run = saving(config, save=str(tmp_path / "run"), load="auto", async_save=True, save_interval=2)
+    for stop in stops:
+        train(replace(run, training=replace(config.training, train_iters=stop)), 2)
+    train(run, 2)
+    assert without_times(records(tmp_path / "run")) == without_times(records(tmp_path / "whole"))
+    assert_same_parameters(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dist_opt", [False, True], ids=["from-replicated", "from-distributed"])
+def test_a_run_may_go_on_with_the_other_kind_of_optimizer(tiny_llama, tiny_text, tmp_path, dist_opt, bf16):
+    config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=4), dist_opt=dist_opt)
+    config.training.bf16 = bf16
+    train(config, 2)
+    changed = saving(config, save=str(tmp_path / "changed"), load="auto")
+    train(replace(changed, training=replace(config.training, train_iters=2)), 2)
+    train(on_layout(changed, dist_opt=not dist_opt), 2)
+    for line, reference in zip(records(tmp_path / "changed"), records(tmp_path / "whole"), strict=True):
+        for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
+            assert line[key] == pytest.approx(reference[key], rel=2e-3 if bf16 else 1e-5), (line["step"], key)
+
+
+LAYOUTS = {"one": {}, "PP2": {"pp": 2}, "DP2": {"dist_opt": True}}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_from_tp2_pp2_to_every_other_layout_and_back(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=4)
+    four = on_layout(config, tp=2, pp=2)
+    train(four, 4)
+    origin = saving(four, save=str(tmp_path / "origin"))
+    train(replace(origin, training=replace(config.training, train_iters=2)), 4)
+    for name, layout in LAYOUTS.items():
+        there = saving(on_layout(config, **layout), save=str(tmp_path / name), load=str(tmp_path / "origin"))
+        train(replace(there, training=replace(config.training, train_iters=3)), 1 if name == "one" else 2)
+        back = saving(four, save=str(tmp_path / f"{name}-and-back"), load=str(tmp_path / name))
+        train(back, 4)
+        lines = [*records(tmp_path / name), *records(tmp_path / f"{name}-and-back")]
+        for line, reference in zip(lines, records(tmp_path / "whole")[2:], strict=True):
+            for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
+                assert line[key] == pytest.approx(reference[key], rel=1e-5), (name, line["step"], key)
+
+
+def test_a_step_draws_no_random_numbers_so_a_checkpoint_needs_no_random_state(tiny_llama, tiny_text, tmp_path):
+    assert run_ranks(1, step_and_compare_random_state, make_config(tiny_llama(), tiny_text, tmp_path, steps=2)) == [
+        True
+    ]
+
+
+def step_and_compare_random_state(config: Config) -> bool:
+    trainer = make_trainer(config.resolved(1))
+    run: Run = trainer.run
+    batches = trainer._batches(trainer.train_data, 0)
+    train_step(run, batches)
+    before = torch.get_rng_state()
+    train_step(run, batches)
+    return torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------------ no code
+
+
+class Bomb:
+    """Pickled, it creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.mkdir, (self.path,)
+
+
+def put_in_the_index(path: Path, bomb: Bomb) -> None:
+    index = read_index(path)
+    index.planner_data = bomb
+    (path / INDEX_FILE).write_bytes(pickle.dumps(index))
+
+
+def put_in_the_common_file(path: Path, bomb: Bomb) -> None:
+    torch.save({"num_updates": 3, "more": bomb}, path / "common.pt")
+
+
+def put_in_an_object(path: Path, bomb: Bomb) -> None:
+    """Behind the tensors of a file, with the index saying that an object lies there."""
+    index = read_index(path)
+    content = io.BytesIO()
+    torch.save([bomb], content)
+    place = next(iter(index.storage_data))
+    stored = index.storage_data[place]
+    file = path / stored.relative_path
+    new = replace(stored, offset=file.stat().st_size, length=len(content.getvalue()))
+    with open(file, "ab") as end:
+        end.write(content.getvalue())
+    index.state_dict_metadata["extra"] = BytesStorageMetadata()
+    index.storage_data[replace(place, fqn="extra", offset=None, index=None)] = new
+    (path / INDEX_FILE).write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("put", [put_in_the_index, put_in_the_common_file, put_in_an_object])
+def test_a_checkpoint_that_would_run_code_is_refused_before_it_can(tiny_llama, tiny_text, tmp_path, put):
+    """Sizes and checksums do not help against someone who writes a checkpoint: here they fit."""
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1)
+    train(config)
+    path, traces = checkpoint_path(tmp_path / "run", 1), tmp_path / "it-ran"
+    refuse_code(path)
+    put(path, Bomb(traces))
+    state, saved, shape = read_state(path)
+    (path / STATE_FILE).unlink()
+    os.replace(path, other := path.with_name("iter_0000001.partial-00"))
+    publish(other, path, state, saved, shape, {})
+    with pytest.raises(UnsafeCheckpoint):
+        refuse_code(path)
+    with pytest.raises(AssertionError, match="so it is not loaded"):
+        train(continued(config, steps=2))
+    assert not traces.exists()

@@ -1,0 +1,188 @@
+"""A rank that dies, fails or hangs ends the whole run soon, and every rank's log says which one it was."""
+
+import contextlib
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from test_stopping import steps_of, wait_until
+
+from megatron_lrc import peers
+from worlds import World, training_flags
+
+HOST = socket.gethostname()
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+
+
+def is_under_way(world: World, run: Path) -> bool:
+    assert world.is_running, [world.said(rank) for rank in range(len(world.pids))]
+    return len(steps_of(run)) > 1
+
+
+def last_line(world: World, rank: int) -> str:
+    return (world.said(rank).splitlines() or [""])[-1]
+
+
+def raise_in_step(rank: int, *, of_rank: int) -> None:
+    """On one rank the third step fails."""
+    from megatron_lrc.train import loop
+
+    real, steps = loop.train_step, iter(range(100))
+
+    def train_step(*args, **kwargs):
+        if rank == of_rank and next(steps) == 2:
+            raise ArithmeticError("spoiled")
+        return real(*args, **kwargs)
+
+    loop.train_step = train_step
+
+
+def hang_in_step(rank: int, *, of_rank: int) -> None:
+    """On one rank the third step never ends."""
+    from megatron_lrc.train import loop
+
+    real, steps = loop.train_step, iter(range(100))
+
+    def train_step(*args, **kwargs):
+        if rank == of_rank and next(steps) == 2:
+            time.sleep(1000)
+        return real(*args, **kwargs)
+
+    loop.train_step = train_step
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "num_ranks, victim, flags",
+    [
+        pytest.param(2, 1, TP2, id="TP2"),
+        pytest.param(2, 0, PP2, id="PP2-rank-0"),
+        pytest.param(4, 2, [*TP2, *PP2], id="TP2-PP2"),
+        # Its data loader lives on for 5 s, with its parent's gloo connections: gloo notices nothing.
+        pytest.param(2, 1, ["--num-workers", "1"], id="DP2-with-data-loader"),
+    ],
+)
+def test_a_killed_rank_ends_the_others_within_seconds_and_is_named(
+    tiny_llama, tiny_text, tmp_path, num_ranks, victim, flags
+):
+    run = tmp_path / "run"
+    with World(num_ranks, training_flags(tiny_llama(), tiny_text, run, *flags), tmp_path / "logs") as world:
+        wait_until(lambda: is_under_way(world, run))
+        world.signal(victim, signal.SIGKILL)
+        exit_codes = world.wait(4)
+        assert exit_codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(num_ranks)]
+        for rank in range(num_ranks):
+            if rank != victim:
+                expected = f"error: rank {victim} ({HOST}) died; with it ends rank {rank} ({HOST})"
+                assert last_line(world, rank) == expected
+                assert "Traceback" not in world.said(rank)
+        wait_until(lambda: not world.living(), 10)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_ranks, victim, flags", [(2, 1, PP2), (4, 0, [*TP2, *PP2])], ids=["PP2", "TP2-PP2"])
+def test_an_exception_in_one_rank_is_quoted_by_all_and_its_traceback_is_in_that_ranks_log(
+    tiny_llama, tiny_text, tmp_path, num_ranks, victim, flags
+):
+    flags = training_flags(tiny_llama(), tiny_text, tmp_path / "run", *flags)
+    with World(num_ranks, flags, tmp_path / "logs", partial(raise_in_step, of_rank=victim)) as world:
+        assert world.wait(60) == [1] * num_ranks
+        cause = f"rank {victim} ({HOST}) failed: ArithmeticError: spoiled"
+        for rank in range(num_ranks):
+            if rank == victim:
+                assert "Traceback" in world.said(rank) and last_line(world, rank) == "ArithmeticError: spoiled"
+            else:
+                assert last_line(world, rank) == f"error: {cause}; with it ends rank {rank} ({HOST})"
+        assert not world.living()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_named_when_the_others_have_waited_for_the_timeout(tiny_llama, tiny_text, tmp_path, victim):
+    run = tmp_path / "run"
+    flags = training_flags(tiny_llama(), tiny_text, run, *TP2, "--distributed-timeout-minutes", "0.05")
+    with World(2, flags, tmp_path / "logs") as world:
+        wait_until(lambda: is_under_way(world, run))
+        world.signal(victim, signal.SIGSTOP)
+        since = time.monotonic()
+        wait_until(lambda: not world.processes[1 - victim].is_alive(), 20)
+        assert 2 < time.monotonic() - since < 3 + peers.ANSWER_WITHIN + 3
+        expected = f"error: rank {victim} ({HOST}) does not answer; with it ends rank {1 - victim} ({HOST})"
+        assert last_line(world, 1 - victim) == expected
+
+
+@pytest.mark.distributed
+def test_a_rank_that_hangs_in_our_code_is_found_by_where_it_is(tiny_llama, tiny_text, tmp_path):
+    flags = training_flags(tiny_llama(), tiny_text, tmp_path / "run", *PP2, "--distributed-timeout-minutes", "0.05")
+    with World(2, flags, tmp_path / "logs", partial(hang_in_step, of_rank=1)) as world:
+        assert world.wait(60) == [1, 1]
+        for rank in (0, 1):
+            found = next(line for line in world.said(rank).splitlines() if line.startswith("error: "))
+            assert found.startswith(f"error: rank 0 ({HOST}) failed: RuntimeError: ") and "all ranks answer; " in found
+            assert f"rank 1 ({HOST}) in train/loop.py:" in found
+
+
+@pytest.mark.distributed
+def test_a_run_without_failures_says_nothing_of_them(tiny_llama, tiny_text, tmp_path):
+    flags = training_flags(tiny_llama(), tiny_text, tmp_path / "run", "--train-iters", "2", *PP2)
+    with World(2, flags, tmp_path / "logs") as world:
+        assert world.wait(60) == [0, 0]
+        for rank in (0, 1):
+            assert "error: " not in world.said(rank) and "Traceback" not in world.said(rank)
+
+
+# ------------------------------------------------------------------------------------------------ rank 0's part
+
+
+@pytest.fixture
+def hub() -> Iterator[peers.Hub]:
+    hub = peers.Hub(is_one_machine=True)
+    hub.start()
+    yield hub
+    with hello(hub, 0) as end:
+        end.sendall(b'{"bye": true}\n')
+        hub.join(10)
+    assert not hub.is_alive()
+
+
+def hello(hub: peers.Hub, rank: int, **changes: object) -> socket.socket:
+    """A connection that introduces itself as a rank's."""
+    end = socket.create_connection(("127.0.0.1", hub.address["port"]), timeout=10)
+    message = {"rank": rank, "host": f"node{rank}", "token": hub.address["token"], **changes}
+    end.sendall(json.dumps(message).encode() + b"\n")
+    return end
+
+
+@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b'{"failed": "x"}\n', b"[]\n", b"x" * 20_000, b"\xff\n"])
+def test_a_stranger_is_cut_off_and_cannot_end_a_run(hub, words):
+    with hello(hub, 1) as rank, hello(hub, 2, token="guessed") as guessing:
+        assert guessing.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", hub.address["port"]), timeout=10) as stranger:
+            stranger.sendall(words)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+        rank.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            rank.recv(1)
+
+
+def test_a_host_that_goes_down_is_told_in_one_sentence_to_the_ranks_that_are_left():
+    hub = peers.Hub(is_one_machine=True)
+    hub.start()
+    with hello(hub, 0) as left:
+        gone = [hello(hub, rank, host="node7") for rank in range(1, 12)]
+        time.sleep(0.2)  # so that all are known before the first one goes
+        for end in gone:
+            end.close()
+        lines = left.makefile().readline(), left.makefile().readline()
+        assert json.loads(lines[0]) == {"ask": True}
+        verdict = json.loads(lines[1])
+    assert verdict["ranks"] == list(range(1, 12))
+    named = "; ".join(f"rank {rank} (node7) died" for rank in range(1, 9))
+    assert verdict["verdict"] == f"{named}; and 3 more ranks"

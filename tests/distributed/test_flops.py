@@ -1,0 +1,174 @@
+"""The FLOPs that estimate/flops.py derives from shapes are those that torch counts in a real step.
+
+Two differences are put back to compare: torch counts attention as if each query met all keys, and the clone loss's
+sums over tokens as products with a row of weights. Its attention kernel for CPUs is not among those it counts, so
+attention runs as plain matrix products here.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from test_training import make_config, on_layout
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.estimate.flops import StepFlops, step_flops
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.train import loop
+from ranks import run_ranks
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What torch counted on one rank."""
+
+    teacher: int  # forward, without its LM head
+    forward: int  # both models, as in a validation: the teacher's head included
+    step: int
+    compose: int
+    pull_back: int
+
+
+def count_step(config: Config) -> Counted:
+    """On a rank: one step, part by part."""
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    run = trainer.run
+
+    def pass_through(**how) -> int:
+        batches = trainer._batches(trainer.train_data, 0)
+        with counter() as passed, sdpa_kernel(SDPBackend.MATH):
+            forward_backward(run.stages, batches, config, num_microbatches=run.num_microbatches, **how)
+        return passed.get_total_flops()
+
+    with counter() as compose:
+        run.compose()
+    step = pass_through()
+    with counter() as pull_back:
+        run.pull_back()
+    for stage in run.stages:
+        stage.requires_grad_(False)
+    with torch.no_grad():
+        teacher = pass_through(forward_only=True, forward_step=PairedModel.forward_teacher)
+        forward = pass_through(forward_only=True)
+    return Counted(teacher, forward, step, compose.get_total_flops(), pull_back.get_total_flops())
+
+
+def counter() -> FlopCounterMode:
+    """torch's, which leaves out the one product that adds to its result in place: the gradient of the LM head."""
+
+    def product(_, left: torch.Size, right: torch.Size, **__) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
+
+
+def clone_sums(config: Config, teacher: ModelShape, student: ModelShape) -> float:
+    """2 FLOPs for each token and compared feature."""
+    training, features = config.training, 0
+    assert training.global_batch_size is not None
+    heads, groups = teacher.num_attention_heads * teacher.head_dim, teacher.num_query_groups * teacher.head_dim
+    at_o = teacher if config.loss.clone_attention_output == "teacher" else student
+    for layer in range(teacher.num_layers):
+        terms = config.clone_terms_of(layer)
+        features += (heads + 2 * groups) if terms & {"q", "k", "v"} else 0  # q, k, v at once, and gate with up
+        features += 2 * teacher.ffn_hidden_size if terms & {"gate", "up"} else 0
+        features += (at_o.hidden_size if "o" in terms else 0) + (student.hidden_size if "down" in terms else 0)
+    return 2.0 * training.global_batch_size * training.seq_length * features
+
+
+def causal_saving(config: Config, shape: ModelShape) -> float:
+    """Of one model's forward pass, what torch counts beyond the keys that a query meets."""
+    training = config.training
+    assert training.global_batch_size is not None
+    keys_not_met = training.seq_length - (training.seq_length + 1) / 2
+    tokens = training.global_batch_size * training.seq_length
+    return 4 * tokens * shape.num_attention_heads * shape.head_dim * keys_not_met * shape.num_layers
+
+
+def set_up(teacher: str, data: str, folder, change) -> Config:
+    config = make_config(teacher, data, folder, steps=1)
+    config.checkpoint.save = None
+    change(config)
+    return config
+
+
+def no_kl(config: Config) -> None:
+    config.loss.kl_weight = 0.0
+
+
+def released(config: Config) -> None:
+    config.loss.clone_attention_output = "teacher"
+
+
+def some_terms(config: Config) -> None:
+    config.loss.clone_terms, config.loss.detach_clone_targets = ["o:1", "down:0", "gate"], True
+
+
+def nothing_special(_: Config) -> None:
+    pass
+
+
+ONE_PROCESS = [
+    pytest.param({}, is_tied, change, id=f"{change.__name__}-{'tied' if is_tied else 'untied'}")
+    for change in (nothing_special, no_kl, released, some_terms)
+    for is_tied in (True, False)
+]
+
+
+@pytest.mark.parametrize(
+    "layout, is_tied, change",
+    [
+        *ONE_PROCESS,
+        pytest.param({"tp": 2}, False, nothing_special, id="TP2"),
+        pytest.param({"pp": 2}, True, nothing_special, id="PP2-tied"),
+        pytest.param({"pp": 2}, False, nothing_special, id="PP2-untied"),
+        pytest.param({"dp": 2}, True, nothing_special, id="DP2"),
+    ],
+)
+@pytest.mark.distributed
+def test_flops_of_a_step_are_those_that_torch_counts(tiny_llama, tiny_text, tmp_path, layout, is_tied, change):
+    sizes = {"dp": 1, **layout}
+    replicas, ranks = sizes["dp"], max(sizes.values())
+    config = on_layout(
+        set_up(tiny_llama(is_tied=is_tied), tiny_text, tmp_path, change), tp=sizes.get("tp", 1), pp=sizes.get("pp", 1)
+    ).resolved(ranks)
+    counted = run_ranks(ranks, count_step, config)
+    total = Counted(*(sum(getattr(one, name) for one in counted) for name in Counted.__dataclass_fields__))
+
+    teacher = describe_teacher(config.model.teacher).shape
+    student = config.student_shape(teacher)
+    estimate = step_flops(config, teacher, student, replicas=replicas)
+    saving = causal_saving(config, teacher)  # the student has the same heads
+    head = teacher_head(config, teacher)
+    assert estimate.projections == total.compose + total.pull_back
+    assert total.compose == total.pull_back
+    has_kl = config.total_kl_weight > 0
+    assert estimate.teacher_forward + saving == total.teacher + (head if has_kl else 0)
+    sums = clone_sums(config, teacher, student)
+    # A validation makes both heads' logits in any case.
+    assert estimate.student_forward + saving + sums == total.forward - total.teacher - head
+    assert estimate.student_backward + 2 * saving == total.step - total.forward + (0 if has_kl else head)
+
+
+def teacher_head(config: Config, teacher: ModelShape) -> float:
+    assert config.training.global_batch_size is not None
+    return (
+        2.0 * config.training.global_batch_size * config.training.seq_length * teacher.vocab_size * teacher.hidden_size
+    )
+
+
+def test_the_whole_is_its_parts(tiny_llama, tiny_text, tmp_path):
+    config = set_up(tiny_llama(), tiny_text, tmp_path, nothing_special)
+    teacher = describe_teacher(config.model.teacher).shape
+    one = step_flops(config, teacher, config.student_shape(teacher))
+    assert one.total == one.teacher_forward + one.student_forward + one.student_backward + one.projections
+    twice = replace(config, training=replace(config.training, global_batch_size=16))
+    larger = step_flops(twice, teacher, config.student_shape(teacher))
+    assert larger == StepFlops(
+        2 * one.teacher_forward, 2 * one.student_forward, 2 * one.student_backward, one.projections
+    )

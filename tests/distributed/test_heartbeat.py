@@ -1,0 +1,59 @@
+"""Under ft_launcher, where it is installed: a rank that hangs is killed, and the run goes on by itself."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import assert_same_parameters, make_config, records, train
+
+from megatron_lrc.arguments import save_yaml
+
+pytest.importorskip("nvidia_resiliency_ext")
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+#: Runs the training, but hangs once, in step 3 of its first life, as a process whose hardware fails may.
+PROGRAM = """
+import os, signal, sys
+from megatron_lrc.__main__ import main
+from megatron_lrc.train import loop
+
+look_at = loop.Trainer._look_at
+
+def look_and_hang(self, report):
+    look_at(self, report)
+    if self.state.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+loop.Trainer._look_at = look_and_hang
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_rank_that_hangs_is_restarted_and_the_run_goes_on(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=5)
+    train(config)
+    config.checkpoint.save, config.checkpoint.load, config.checkpoint.save_interval = str(tmp_path / "run"), "auto", 2
+    save_yaml(config, tmp_path / "config.yaml")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launcher = [shutil.which("ft_launcher") or str(Path(sys.executable).with_name("ft_launcher"))]
+    flags = ["--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    timeouts = ["--ft-rank-heartbeat-timeout=10", "--ft-workload-check-interval=1", "--ft-enable-nic-monitor=False"]
+    program = [str(tmp_path / "program.py"), "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(
+        [*launcher, *flags, *timeouts, *program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"continues {tmp_path / 'run' / 'iter_0000002'} at step 2" in done.stdout
+    assert [line["step"] for line in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 2]
+    assert_same_parameters(tmp_path / "run", tmp_path / "whole")

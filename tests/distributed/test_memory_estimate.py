@@ -1,0 +1,189 @@
+"""The estimated peak memory of a process is the measured one, within the stated limits, on CPU.
+
+Measured is the peak resident set size (VmHWM) of every rank of a real run of two steps. What a process takes without
+a model is measured too, by a run of a model of no size.
+"""
+
+import ctypes
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+from test_training import make_config, on_layout
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_lrc.config import Config
+from megatron_lrc.estimate.memory import CPU_ALLOCATOR, MemoryParts, peak_memory
+from megatron_lrc.estimate.stage import stages_of
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.train import loop
+from ranks import run_ranks
+from tiny_data import write_dataset
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A teacher's sizes, the student's, a batch and a layout."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    layers: int
+    vocab: int
+    student: int
+    sequence: int
+    micro_batch: int
+    num_microbatches: int = 1
+    is_tied: bool = False
+    bf16: bool = False
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+CASES = {
+    "fp32": Case(768, 12, 4, 2048, 4, 8192, student=384, sequence=512, micro_batch=2),
+    "bf16-tied": Case(
+        1024,
+        8,
+        8,
+        2048,
+        2,
+        16000,
+        student=512,
+        sequence=256,
+        micro_batch=2,
+        num_microbatches=2,
+        is_tied=True,
+        bf16=True,
+    ),
+    "TP2+SP": Case(512, 8, 2, 1536, 8, 4096, student=256, sequence=512, micro_batch=2, tp=2),
+    "PP2": Case(768, 12, 4, 2048, 4, 8192, student=512, sequence=512, micro_batch=1, num_microbatches=4, pp=2),
+    "DP2-distributed-optimizer-bf16": Case(
+        768, 12, 4, 2048, 4, 8192, student=384, sequence=512, micro_batch=1, dp=2, bf16=True
+    ),
+}
+NO_SIZE = Case(32, 2, 1, 32, 2, 64, student=16, sequence=16, micro_batch=1)
+
+
+def write_teacher(case: Case, folder: Path) -> str:
+    config = LlamaConfig(
+        hidden_size=case.hidden,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        head_dim=64,
+        intermediate_size=case.ffn,
+        num_hidden_layers=case.layers,
+        vocab_size=case.vocab,
+        tie_word_embeddings=case.is_tied,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(case: Case, folder: Path) -> Config:
+    folder.mkdir()
+    tokens = numpy.random.default_rng(0).integers(0, case.vocab, size=40 * case.sequence).tolist()
+    data = write_dataset(folder / "data", [tokens], dtype=numpy.int32)
+    config = make_config(write_teacher(case, folder / "teacher"), data, folder / "run", steps=2)
+    config.model.student_hidden_size = case.student
+    config.training.seq_length, config.training.micro_batch_size = case.sequence, case.micro_batch
+    config.training.global_batch_size = case.micro_batch * case.num_microbatches * case.dp
+    config.training.bf16 = case.bf16
+    config.checkpoint.save, config.logging.eval_iters, config.data.split = None, 0, "1,0,0"
+    return on_layout(config, tp=case.tp, pp=case.pp, dist_opt=case.dp > 1).resolved(case.ranks)
+
+
+def measure_peak(config: Config, gives_back: bool) -> int:
+    """On a rank: a whole run; bytes. gives_back: the allocator keeps nothing of what is freed."""
+    if gives_back:
+        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer.train()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def measured_and_estimated(case: Case, folder: Path, *, gives_back: bool = False) -> list[tuple[int, MemoryParts]]:
+    """For each rank."""
+    config = config_of(case, folder / "case")
+    (empty,) = run_ranks(1, measure_peak, config_of(NO_SIZE, folder / "empty"), gives_back)
+    measured = run_ranks(case.ranks, measure_peak, config, gives_back)
+    shape = describe_teacher(config.model.teacher or "").shape
+    stages = peak_memory(config, shape, config.student_shape(shape), world_size=case.ranks, runtime=empty)
+    return [(peak, stages[rank * case.pp // case.ranks]) for rank, peak in enumerate(measured)]
+
+
+def describe(name: str, rank: int, measured: int, estimate: MemoryParts) -> str:
+    parts = {part: round(size / MIB) for part, size in asdict(estimate).items()}
+    return (
+        f"{name} rank {rank}: measured {measured / MIB:.0f} MiB, estimated {estimate.total / MIB:.0f} "
+        f"({estimate.total / measured - 1:+.1%}) {json.dumps(parts)}"
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, name):
+    for rank, (measured, estimate) in enumerate(measured_and_estimated(CASES[name], tmp_path)):
+        print(describe(name, rank, measured, estimate))
+        assert estimate.total == pytest.approx(measured, rel=0.15)
+        assert measured > 2 * (estimate.runtime - CPU_ALLOCATOR), "the model dominates the process"
+
+
+@pytest.mark.distributed
+def test_what_is_counted_is_within_5_percent_where_the_allocator_keeps_nothing(tmp_path):
+    name = "DP2-distributed-optimizer-bf16"
+    for rank, (measured, estimate) in enumerate(measured_and_estimated(CASES[name], tmp_path, gives_back=True)):
+        print(describe(name, rank, measured, estimate))
+        assert estimate.total - CPU_ALLOCATOR == pytest.approx(measured, rel=0.05)
+
+
+def count_elements(config: Config) -> dict[str, int]:
+    """On a rank: elements of what it holds."""
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    stages: list[PairedModel] = trainer.run.stages
+
+    def elements(tensors) -> int:
+        return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())
+
+    return {
+        "teacher": elements(parameter for stage in stages for parameter in stage.teacher.parameters()),
+        "student": elements(parameter for stage in stages for parameter in stage.student.parameters()),
+        "matrices": elements(weight.student for stage in stages for weight in stage.cloned_weights),
+        "projections": elements(matrix for stage in stages for _, matrix in stage.projections.named_matrices()),
+        "gains": elements(gain for stage in stages for _, gain in stage.projections.named_norms()),
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "ranks, layout", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {"pp": 2, "chunks": 2})], ids=str
+)
+def test_a_stage_holds_as_many_elements_as_are_counted(tiny_llama, tiny_text, tmp_path, ranks, layout, is_tied):
+    config = make_config(tiny_llama(is_tied=is_tied, num_layers=4), tiny_text, tmp_path, steps=1)
+    config.checkpoint.save = None
+    config = on_layout(config, **layout).resolved(ranks)
+    shape = describe_teacher(config.model.teacher).shape
+    stages = list(stages_of(config, shape, config.student_shape(shape)))
+    for rank, counted in enumerate(run_ranks(ranks, count_elements, config)):
+        stage = stages[rank if len(stages) > 1 else 0]
+        assert counted == {
+            "teacher": stage.weight_elements(stage.teacher),
+            "student": stage.weight_elements(stage.student),
+            "matrices": stage.matrix_elements(stage.student),
+            "projections": stage.projection_elements,
+            "gains": stage.gain_elements(stage.student),
+        }

@@ -1,0 +1,88 @@
+"""Every start of a run leaves a line, lost work is counted, and what is shown elsewhere goes on where it was."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from test_training import continued, make_config, on_layout, records
+
+from megatron_lrc.config import Config
+from megatron_lrc.report.page import write_report
+from megatron_lrc.train import loop
+from megatron_lrc.train.boards import WANDB_ID_FILE
+from ranks import run_ranks
+
+
+@pytest.fixture
+def config(tiny_llama, tiny_text, tmp_path) -> Config:
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=5)
+    config.checkpoint.save_interval = 3
+    return config
+
+
+def train(config: Config, ranks: int = 1, **environment: str) -> None:
+    run_ranks(ranks, train_in, config.resolved(ranks), environment)
+
+
+def train_in(config: Config, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    loop.train(config)
+
+
+def train_with_a_crash(config: Config, **environment: str) -> Path:
+    """Five steps, of which the last two are lost, then on to seven on other ranks."""
+    train(config, **environment)
+    run = Path(config.checkpoint.save or "")
+    shutil.rmtree(run / "iter_0000005")
+    train(on_layout(continued(config, steps=7), pp=2), 2, **environment)
+    return run
+
+
+@pytest.mark.distributed
+def test_a_start_says_what_it_goes_on_from_and_what_was_lost(config):
+    logged = train_with_a_crash(config) / "metrics.jsonl"
+    first, second = (json.loads(line) for line in logged.with_name("starts.jsonl").read_text().splitlines())
+    assert (first["step"], first["checkpoint"], first["lost_steps"], first["lost_seconds"]) == (0, None, 0, 0)
+    assert (second["step"], second["lost_steps"], second["train_iters"]) == (3, 2, 7)
+    assert Path(second["checkpoint"]).name == "iter_0000003"
+    seconds_per_step = [record["step_seconds"] for record in records(logged.parent)]
+    assert 0 < second["lost_seconds"] < 100 * sum(seconds_per_step)
+    assert (first["world_size"], second["world_size"], second["hosts"]) == (1, 2, 1)
+    assert second["layout"] == {"tp": 1, "pp": 2, "cp": 1, "dp": 1}
+    assert set(second["versions"]) == {"megatron_lrc", "torch", "megatron_core", "python"}
+    assert first["time"] < second["time"] <= records(logged.parent)[-1]["time"]
+    assert [record["step"] for record in records(logged.parent)] == [1, 2, 3, 4, 5, 6, 7]
+
+    page = write_report(logged.parent, None).read_text()
+    assert "2 steps lost" in page and "finished" in page and "run/iter_0000003" in page
+
+
+@pytest.mark.distributed
+def test_a_continued_run_is_the_same_run_of_weights_and_biases(config):
+    pytest.importorskip("wandb")
+    config.logging.wandb_project, config.logging.wandb_exp_name = "clones", "first"
+    run = train_with_a_crash(config, WANDB_MODE="offline")
+    name = (run / WANDB_ID_FILE).read_text().strip()
+    kept = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(kept) == 2 and all(folder.name.endswith(name) for folder in kept)
+    given = [_given_steps(folder / f"run-{name}.wandb") for folder in kept]
+    assert given == [[0, 1, 2, 3, 4, 5, 5], [4, 5, 6, 7, 7]]  # the validations' among them
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_without_weights_and_biases_when_that_fails(config, tmp_path):
+    pytest.importorskip("wandb")
+    config.logging.wandb_project = "clones"
+    nobody = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    train(config, WANDB_MODE="online", **nobody)
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def _given_steps(file: Path) -> list[int]:
+    """The steps that W&B was given: the one-digit values of items named `step`, as protobuf has them."""
+    found = [int(digit) for digit in re.findall(rb"\x04step\x82\x01\x01(\d)", file.read_bytes())]
+    assert found[::2] == found[1::2], "each once in the history, once in the summary"
+    return found[::2]

@@ -1,0 +1,152 @@
+"""--dry-run accepts the published runs for teachers of full size, says what they take, and refuses what cannot be.
+
+The teachers are real but for their values (`full_size_teachers.py`); nothing here needs a GPU or more than a little
+memory and disk.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_disk_full import small_disk  # noqa: F401 (a fixture)
+
+from full_size_teachers import write_full_size_teacher
+from megatron_lrc.__main__ import main
+from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.presets import PUBLISHED_RUNS
+from tiny_data import write_dataset
+
+ROOT = Path(__file__).parents[2]
+#: As their model cards give them.
+BILLIONS = {
+    "Llama-3.2-3B-Instruct": "3.21",
+    "Qwen2.5-3B-Instruct": "3.09",
+    "Qwen2.5-7B-Instruct": "7.62",
+    "Llama-2-7b-chat": "6.74",
+}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teachers")
+    for name in TEACHER_SHAPES:
+        write_full_size_teacher(name, folder / name)
+    assert sum(file.stat().st_blocks * 512 for file in folder.rglob("*.safetensors")) < 2**20  # sparse
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    tokens = [number % 64 + 100 for number in range(2100)]
+    return write_dataset(tmp_path_factory.mktemp("data") / "text", [tokens] * 200)
+
+
+@pytest.fixture
+def dry_run(teachers, data, tmp_path, capsys):
+    """`dry_run(preset, *flags)` -> (exit code, stdout, stderr's errors)."""
+
+    def run(preset: str, *flags: str, save: Path = tmp_path / "run") -> tuple[int, str, list[str]]:
+        teacher = teachers / PUBLISHED_RUNS[preset][0]
+        common = ["--teacher", str(teacher), "--data-path", data, "--split", "90,10,0", "--save", str(save)]
+        code = main(["train", "--preset", preset, *common, *flags])
+        out, err = capsys.readouterr()
+        return code, out, [line for line in err.splitlines() if line.startswith("error:")]
+
+    return run
+
+
+def number_after(pattern: str, text: str) -> float:
+    match = re.search(pattern + r"\s*([0-9.e+]+)", text)
+    assert match, (pattern, text)
+    return float(match[1])
+
+
+@pytest.mark.parametrize("name", TEACHER_SHAPES)
+def test_the_shapes_known_by_name_are_those_of_the_teachers(teachers, name):
+    assert describe_teacher(teachers / name).shape == TEACHER_SHAPES[name]
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_RUNS)
+def test_every_published_run_is_accepted_for_eight_gpus(dry_run, tmp_path, preset):
+    teacher, tokens = PUBLISHED_RUNS[preset]
+    code, out, errors = dry_run(preset, "--keep-last", "1", "--dry-run", "8")
+    assert (code, errors) == (0, []), out
+    assert f"teacher: {BILLIONS[teacher]}B parameters" in out
+    student = number_after("student:", out)
+    assert student == pytest.approx(float(preset.removeprefix("lrc-").removesuffix("b")), rel=0.12)
+    assert "TP 1 x PP 1 x DP 8 on 8 GPUs" in out
+    assert round(number_after(r"tokens,", out)) == float(tokens.removesuffix("B"))
+    per_token = [
+        number_after(f"\n  {part}", out) for part in ("teacher forward", "student forward", "student backward")
+    ]
+    # 2 FLOPs for each parameter of a pass, but for attention (up) and embeddings (down).
+    for flops, expected in zip(per_token, (2 * float(BILLIONS[teacher]), 2 * student, 4 * student), strict=True):
+        assert flops == pytest.approx(expected * 1e9, rel=0.35)
+    assert 20 < number_after("\n  total", out.partition("memory per GPU")[2]) < 79
+    assert "(assumed; --mfu)" in out and 0.1 < number_after("time:", out) < 10
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_is_for_the_processes_that_would_run_now_unless_told_otherwise(dry_run, monkeypatch):
+    assert "DP 1 on 1 GPUs" in dry_run("lrc-1.5b", "--dry-run")[1]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "DP 4 on 4 GPUs" in dry_run("lrc-1.5b", "--dry-run")[1]
+    assert "DP 2 on 2 GPUs" in dry_run("lrc-1.5b", "--dry-run=2")[1]
+
+
+def test_memory_and_time_follow_the_layout_and_the_gpu(dry_run):
+    def total(*flags: str) -> float:
+        _, out, _ = dry_run("lrc-4b", "--dry-run", "8", *flags)  # printed also where it is too much
+        return number_after("\n  total", out.partition("memory per GPU")[2])
+
+    alone = total()
+    assert total("--tensor-model-parallel-size", "4", "--sequence-parallel") < 0.5 * alone
+    assert total("--pipeline-model-parallel-size", "4") < 0.6 * alone
+    assert total("--no-use-distributed-optimizer") > alone + 10
+    days = [number_after("time:", dry_run("lrc-4b", "--dry-run", "8", "--mfu", mfu)[1]) for mfu in ("0.2", "0.4")]
+    assert days[0] == pytest.approx(2 * days[1], rel=0.1)
+
+
+def test_what_cannot_run_is_refused_in_one_sentence_each(dry_run):
+    for flags, expected in (
+        (("--dry-run", "64"), "--global-batch-size 24 is not divisible by --micro-batch-size 1 times 64 "),
+        (("--dry-run", "many"), "--dry-run many is not a number of GPUs."),
+        (("--dry-run", "0"), "--dry-run 0 is not a number of GPUs."),
+        (("--dry-run", "8", "--mfu", "35"), "--mfu 35 is not a share of the GPUs' peak"),
+        (("--dry-run", "8", "--gpu", "H1000"), "--gpu H1000 is not known; expected is one of H100-80GB, "),
+        (("--dry-run", "8", "--gpu", "A100-40GB", "--micro-batch-size", "3"), "An estimated "),
+        (("--dry-run", "8", "--pipeline-model-parallel-size", "8"), "--pipeline-model-parallel-size 8 does not divide"),
+        (("--gpu", "H100-80GB", "--help-me"), "unknown flag --gpu"),
+    ):
+        code, _, errors = dry_run("lrc-1.5b", *flags)
+        assert code == 2 and errors[0].startswith(f"error: {expected}"), (flags, errors)
+
+
+def test_a_disk_that_holds_no_checkpoint_is_refused(dry_run, small_disk):  # noqa: F811
+    code, out, (error,) = dry_run("lrc-1.5b", "--dry-run", "8", save=small_disk / "run")
+    assert code == 2 and "has 0.00 GB free, and a checkpoint takes 13.02 GB" in error
+    assert "every check passed" not in out
+
+
+def test_checkpoints_are_counted_as_they_are_kept(dry_run):
+    for flags, count in (((), 102), (("--keep-last", "3"), 3), (("--save-retain-interval", "100000"), 3)):
+        assert f"; {count} kept and one being written" in dry_run("lrc-1.5b", "--dry-run", "8", *flags)[1]
+
+
+def test_the_launch_script_passes_a_dry_run_on_with_its_number_of_processes(teachers, data, tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "SLURM_"))}
+    result = subprocess.run(
+        ["bash", "examples/pretrain_lrc.sh", "--preset", "lrc-1.5b", "--teacher", teachers / "Llama-3.2-3B-Instruct"]
+        + ["--data-path", data, "--split", "90,10,0", "--save", tmp_path / "run", "--keep-last", "1", "--dry-run"],
+        cwd=ROOT,
+        env=kept | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "NNODES": "2", "GPUS_PER_NODE": "4"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "DP 8 on 8 GPUs" in result.stdout and "nothing was started" in result.stdout

@@ -1,0 +1,124 @@
+"""tools/plan.py finds layouts that a run accepts and that fit, the fastest first, and says so when there is none."""
+
+import json
+
+import pytest
+
+from full_size_teachers import write_full_size_teacher
+from megatron_lrc.arguments import parse_config
+from megatron_lrc.config import Config
+from megatron_lrc.estimate.devices import GIB, GPUS, gpu_named
+from megatron_lrc.estimate.memory import peak_memory
+from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.estimate.search import Plan, candidates, find_plans
+from megatron_lrc.estimate.speed import step_time
+from megatron_lrc.presets import PUBLISHED_RUNS
+from megatron_lrc.validation import validate, validate_against_teacher
+from tools_path import load_tool
+
+plan_main = load_tool("plan").main
+TEACHER = TEACHER_SHAPES["Qwen2.5-7B-Instruct"]
+
+
+def published(*flags: str) -> Config:
+    return parse_config(["--preset", "lrc-4b", *flags])
+
+
+def plans_of(config: Config, gpus: int, gpu: str = "H100-80GB") -> list[Plan]:
+    student = config.student_shape(TEACHER)
+    return find_plans(config, TEACHER, student, world_size=gpus, gpu=gpu_named(gpu), mfu=0.35)
+
+
+def test_every_layout_found_is_one_that_a_run_accepts(tmp_path):
+    teacher = write_full_size_teacher("Qwen2.5-7B-Instruct", tmp_path / "teacher")
+    common = ["--teacher", teacher, "--data-path", "unused", "--save", str(tmp_path / "run")]
+    plans = plans_of(published("--global-batch-size", "48"), 24)
+    assert len({plan.flags() for plan in plans}) == len(plans) > 100
+    for plan in plans:
+        config = published(*common, "--global-batch-size", "48", *plan.flags().split())
+        validate(config, world_size=24)
+        validate_against_teacher(config, TEACHER)
+        assert config.parallel == plan.config.parallel and config.training == plan.config.training
+
+
+def test_layouts_fit_and_the_fastest_comes_first():
+    plans = plans_of(published(), 8)
+    assert all(plan.memory.total <= GPUS["H100-80GB"].memory for plan in plans)
+    speeds = [float(f"{plan.time.tokens_per_second:.2g}") for plan in plans]
+    assert speeds == sorted(speeds, reverse=True) and speeds[0] > 2 * speeds[-1]
+    smaller = plans_of(published(), 8, "A100-40GB")
+    assert 0 < len(smaller) < len(plans)
+    assert smaller[0].config.model_parallel_size > 1, "a whole model does not fit into 40 GB"
+
+
+def test_recomputation_saves_memory_and_costs_time():
+    plans = {plan.flags(): plan for plan in plans_of(published(), 8)}
+    plain = next(plan for flags, plan in plans.items() if "recompute" not in flags and "tensor" in flags)
+    again = plans[plain.flags().replace(" --use-", " --recompute-granularity full --use-")]
+    assert again.memory.total < plain.memory.total and again.time.total > 1.2 * plain.time.total
+
+
+@pytest.mark.parametrize("stages", [2, 4, 7])
+def test_the_bubble_is_that_of_1f1b(stages):
+    """(p - 1) of m + p - 1 slots, where every stage has the same work: no LM head to speak of."""
+    shape = TEACHER_SHAPES["Llama-2-7b-chat"]
+    shape = type(shape)(
+        **{name: getattr(shape, name) for name in shape.__slots__} | {"vocab_size": 128, "num_layers": 28}
+    )
+    config = published("--pipeline-model-parallel-size", str(stages), "--global-batch-size", "16")
+    time = step_time(
+        config.resolved(stages), shape, config.student_shape(shape), world_size=stages, gpu=GPUS["H100-80GB"], mfu=0.35
+    )
+    expected = (stages - 1) / (16 + stages - 1)
+    assert time.bubble / (time.compute + time.bubble) == pytest.approx(expected, rel=0.06)  # composing has no bubble
+
+
+def test_a_pipeline_stage_holds_less_and_the_first_has_the_most_micro_batches():
+    config = published("--pipeline-model-parallel-size", "4").resolved(8)
+    peaks = peak_memory(config, TEACHER, config.student_shape(TEACHER), world_size=8)
+    whole = peak_memory(published().resolved(8), TEACHER, config.student_shape(TEACHER), world_size=8)
+    assert len(peaks) == 4 and max(peak.total for peak in peaks) < whole[0].total
+    activations = [peak.activations for peak in peaks]
+    assert activations == sorted(activations, reverse=True)
+
+
+def test_the_search_covers_every_kind_of_split():
+    found = list(candidates(published("--global-batch-size", "16"), TEACHER, 8))
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        assert {getattr(config.parallel, name) for config in found} >= {1, 2, 4}, name
+    assert {config.parallel.recompute_granularity for config in found} == {None, "selective", "full"}
+    assert {config.training.micro_batch_size for config in found} >= {1, 2, 4}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_RUNS)
+def test_the_tool_plans_a_published_run_without_its_teacher(capsys, preset):
+    assert plan_main(["--gpus", "8", "--preset", preset, "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layouts fit on 8 x H100-80GB" in lines[0] and lines[1].startswith("TP PP CP  DP") and len(lines) == 7
+
+
+def test_the_tool_reads_a_config_file_alone_and_writes_json(capsys, tmp_path):
+    teacher = write_full_size_teacher("Llama-3.2-3B-Instruct", tmp_path / "teacher")
+    (tmp_path / "teacher/model.safetensors").unlink()
+    flags = ["--teacher", teacher, "--student-hidden-size", "1536", "--bf16", "--train-iters", "1000"]
+    assert plan_main(["--gpus", "4", "--gpu", "H200-141GB", *flags, "--json", "--top", "2"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["tokens_per_second"] >= 0.95 * second["tokens_per_second"]
+    parts = first["memory_bytes"]
+    assert parts.pop("total") == pytest.approx(sum(parts.values())) and parts["teacher"] > 5 * GIB
+
+
+def test_what_cannot_be_planned_is_refused_in_one_sentence(capsys, tmp_path):
+    for flags, expected in (
+        (["--student-hidden-size", "8"], "plan.py: Give --teacher DIR (config.json is enough), or --preset lrc-1.5b, "),
+        (["--teacher", str(tmp_path)], "plan.py: --student-hidden-size is missing"),
+        (["--preset", "lrc-4b", "--mfu", "35"], "plan.py: --mfu 35.0 is not a share"),
+        (["--preset", "lrc-4b", "--gpu", "H1"], "plan.py: --gpu H1 is not known"),
+        (["--preset", "lrc-4b", "--micro-batch", "7"], "plan.py: unknown flag --micro-batch"),
+        (["--preset", "lrc-4b", "--seq-length", "262144"], "plan.py: No layout of 2 GPUs fits into the 79.1 GiB"),
+    ):
+        code = plan_main(["--gpus", "2", *flags])
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith(expected) and error.count("\n") == 1, (flags, error)
+    assert plan_main(["--gpus", "13", "--preset", "lrc-4b"]) == 2
+    assert capsys.readouterr().err.startswith("plan.py: No layout of 13 GPUs goes with --global-batch-size 16")
