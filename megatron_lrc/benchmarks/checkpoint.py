@@ -26,7 +26,7 @@ from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
-from megatron_lrc.mcore.run_directory import RunState
+from megatron_lrc.mcore.run_directory import RunState, newest_checkpoint, total_bytes
 from megatron_lrc.train.build import build_stages, initialize
 from megatron_lrc.train.step import Run, train_step
 
@@ -66,12 +66,14 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     config.training.seq_length, config.training.train_iters = arguments.seq_length, 1
     config = config.resolved(1)
     trained, tokens = build(config)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         rounds = []
         for number in range(arguments.repeats):
             rounds.append(measure_round(config, trained, tokens, Path(folder)))
             report(f"round {number + 1} of {arguments.repeats}")
-        size = sum(file.stat().st_size for file in next(Path(folder).glob("iter_*")).iterdir())
+        newest = newest_checkpoint(folder)
+        assert newest is not None
+        size = total_bytes(newest.iterdir())
     distributed.stop()
     for line in summary(rounds, size, trained.groups.device):
         report(line)

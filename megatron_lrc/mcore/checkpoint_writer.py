@@ -109,12 +109,12 @@ class CheckpointWriter:
             request, index_results = compat.request_save(values, partial, self._strategy, is_checked=self._is_checked)
         self._is_checked = True
         buckets = request.preload_fn() if request.preload_fn else []
-        results = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the save is finished)
+        results = _memory_file()
         shape = stages[0].shapes.student
         pending = _Pending(final, partial, replace(state), shape, request.finalize_fns, index_results, results)
         if self._config.checkpoint.async_save:
             pending.process = _fork(_write, buckets, results)
-        else:
+        if pending.process is None:
             _write(buckets, results)
         self._pending = pending
 
@@ -222,13 +222,23 @@ def _make_room(final: Path, needed: int) -> Path:
 # ------------------------------------------------------------------------------------------------ one rank's files
 
 
+def _memory_file() -> IO[bytes]:
+    """A file that a fork shares, and no full disk can fail."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("results"), "w+b")
+    return tempfile.TemporaryFile()  # noqa: SIM115 (closed when it has been read)
+
+
 def _fork(function: Callable, *args: object) -> Any:
-    """A forked process that runs the function and dies with this one."""
+    """A forked process that runs the function and dies with this one; None where there is no memory for one."""
     process = multiprocessing.get_context("fork").Process(target=_in_child, args=(function, args), daemon=True)
     with warnings.catch_warnings():
         # It only copies memory to files: no lock that another thread of this process may hold is taken.
         warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
-        process.start()
+        try:
+            process.start()
+        except OSError:
+            return None
     return process
 
 

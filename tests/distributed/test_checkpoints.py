@@ -149,6 +149,14 @@ def train_with_a_dying_writer(config: Config) -> list[str]:
     return lines
 
 
+def test_ranks_that_hold_the_same_share_the_writing(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path, steps=1)
+    train(config, 2)
+    path = checkpoint_path(tmp_path, 1)
+    first, second = (sum(file.stat().st_size for file in path.glob(f"__{rank}_*.distcp")) for rank in (0, 1))
+    assert 0.8 < first / second < 1.25
+
+
 # ------------------------------------------------------------------------------------------------ failing saves
 
 

@@ -133,3 +133,18 @@ def test_the_programs_help_lists_its_commands():
         timeout=60,
     )
     assert done.returncode == 0 and "data" in done.stdout
+
+
+def test_the_cost_of_saving_is_measured_for_both_ways(tiny_llama, tmp_path):
+    """In a process of its own, since it starts a process group."""
+    flags = ["--teacher", tiny_llama(), "--student-hidden-size", "24", "--seq-length", "16", "--repeats", "2"]
+    output = ["--folder", str(tmp_path), "--json", str(tmp_path / "c.json")]
+    program = [sys.executable, str(Path(__file__).parents[2] / "tools" / "benchmark.py"), "checkpoint"]
+    done = subprocess.run([*program, *flags, *output], capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "c.json").read_text())
+    assert figures["bytes"] > 0 and len(figures["rounds"]) == 2
+    blocked = sorted(each["blocked"] for each in figures["rounds"])
+    (row,) = re.findall(r"^in the background, waiting .*$", done.stdout, re.M)
+    assert f"({blocked[0]:.3f}-{blocked[-1]:.3f})" in row
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]  # nothing is left behind
