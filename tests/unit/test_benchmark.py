@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tiny_data
-from megatron_lrc.benchmarks import corpus, data
+from megatron_lrc.benchmarks import corpus, data, head
 from megatron_lrc.benchmarks.measure import Spread, measure, table
 from megatron_lrc.config import ConfigError
 from tools_path import load_tool
@@ -148,3 +148,27 @@ def test_the_cost_of_saving_is_measured_for_both_ways(tiny_llama, tmp_path):
     (row,) = re.findall(r"^in the background, waiting .*$", done.stdout, re.M)
     assert f"({blocked[0]:.3f}-{blocked[-1]:.3f})" in row
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]  # nothing is left behind
+
+
+HEAD = ["head", "--vocab-size", "4000", "--student-hidden-size", "24", "--teacher-hidden-size", "48", "--repeats", "2"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_forms_of_the_head_agree_and_chunks_take_less_memory(tmp_path, capsys, dtype):
+    flags = ["--tokens", "2048", "--loss-chunk-tokens", "64", "--dtype", dtype, "--json", str(tmp_path / "h.json")]
+    assert benchmark([*HEAD, *flags]) == 0
+    figures = json.loads((tmp_path / "h.json").read_text())
+    full, chunked = (sorted(each["extra_bytes"])[0] for each in figures["contestants"].values())
+    assert full > 2048 * 4000 * 4 > chunked  # one matrix of logits
+    assert f"largest relative difference of loss and gradients {figures['difference']:.1e}" in capsys.readouterr().out
+
+
+def test_forms_of_the_head_that_do_not_agree_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(head, "ours", lambda inputs, chunk_tokens: 1.01 * head.materialised(inputs, chunk_tokens))
+    assert benchmark([*HEAD, "--tokens", "64", "--dtype", "float32"]) == 1
+    assert "largest relative difference of loss and gradients 1.0e-02" in capsys.readouterr().out
+
+
+def test_a_head_whose_full_logits_do_not_fit_is_refused(capsys):
+    assert benchmark([*HEAD, "--tokens", str(10**9)]) == 2
+    assert "Use fewer --tokens" in capsys.readouterr().err
