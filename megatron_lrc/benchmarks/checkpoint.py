@@ -20,14 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.benchmarks.measure import Spread, table
-from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.hf.checkpoint_reader import open_teacher
-from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
+from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
 from megatron_lrc.mcore.run_directory import RunState, newest_checkpoint, total_bytes
-from megatron_lrc.train.build import build_stages, initialize
 from megatron_lrc.train.step import Run, train_step
 
 HELP = "saving in the background against saving at once: what each costs the training loop"
@@ -49,22 +46,14 @@ class Round:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", required=True, metavar="DIR", help="teacher, as in a training")
-    parser.add_argument("--student-hidden-size", required=True, type=int, metavar="N", help="as in a training")
-    parser.add_argument("--seq-length", type=int, default=256, metavar="N", help="tokens of a step (default: 256)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    add_model_flags(parser)
     parser.add_argument("--folder", metavar="DIR", help="where to write (default: the folder for temporary files)")
     parser.add_argument("--json", metavar="FILE", help="also write every figure here")
 
 
 def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     """0. ConfigError for what a training would refuse too."""
-    if arguments.repeats < 1 or arguments.seq_length < 1 or arguments.student_hidden_size < 1:
-        raise ConfigError("--repeats, --seq-length and --student-hidden-size are whole numbers from 1.")
-    config = Config()
-    config.model.teacher, config.model.student_hidden_size = arguments.teacher, arguments.student_hidden_size
-    config.training.seq_length, config.training.train_iters = arguments.seq_length, 1
-    config = config.resolved(1)
+    config = config_of(arguments)
     trained, tokens = build(config)
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         rounds = []
@@ -81,22 +70,6 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
         content = {"bytes": size, "cores": os.cpu_count(), "rounds": [asdict(each) for each in rounds]}
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def build(config: Config) -> tuple[Run, Iterator[dict[str, Tensor]]]:
-    """Models and optimizer of a run of one process, and an endless supply of one micro-batch."""
-    description = describe_teacher(str(config.model.teacher))
-    groups = distributed.start(config)
-    stages = build_stages(config, description, open_teacher(description), groups, parameter_dtype(config))
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        ids = torch.randint(description.shape.vocab_size, (1, config.training.seq_length), device=groups.device)
-        positions = torch.arange(config.training.seq_length, device=groups.device)[None]
-        while True:
-            yield {"tokens": ids, "labels": ids, "position_ids": positions, "loss_mask": torch.ones_like(ids).float()}
-
-    initialize(config, stages, batches, groups)
-    return Run(config, groups, stages, ProjectionOptimizer(config, stages, groups), 1), batches()
 
 
 def measure_round(config: Config, trained: Run, batches: Iterator[dict[str, Tensor]], folder: Path) -> Round:

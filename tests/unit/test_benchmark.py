@@ -135,19 +135,33 @@ def test_the_programs_help_lists_its_commands():
     assert done.returncode == 0 and "data" in done.stdout
 
 
-def test_the_cost_of_saving_is_measured_for_both_ways(tiny_llama, tmp_path):
-    """In a process of its own, since it starts a process group."""
-    flags = ["--teacher", tiny_llama(), "--student-hidden-size", "24", "--seq-length", "16", "--repeats", "2"]
-    output = ["--folder", str(tmp_path), "--json", str(tmp_path / "c.json")]
-    program = [sys.executable, str(Path(__file__).parents[2] / "tools" / "benchmark.py"), "checkpoint"]
-    done = subprocess.run([*program, *flags, *output], capture_output=True, text=True, env=os.environ, timeout=120)
+def run_in_a_process(command: str, teacher: str, folder: Path, *more: str) -> tuple[str, dict]:
+    """A benchmark that starts a process group; its output and its figures."""
+    flags = ["--teacher", teacher, "--student-hidden-size", "24", "--seq-length", "16", "--repeats", "2"]
+    program = [sys.executable, str(Path(__file__).parents[2] / "tools" / "benchmark.py"), command]
+    file = folder / "figures.json"
+    done = subprocess.run([*program, *flags, "--json", str(file), *more], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "c.json").read_text())
+    return done.stdout, json.loads(file.read_text())
+
+
+def test_the_cost_of_saving_is_measured_for_both_ways(tiny_llama, tmp_path):
+    out, figures = run_in_a_process("checkpoint", tiny_llama(), tmp_path, "--folder", str(tmp_path))
     assert figures["bytes"] > 0 and len(figures["rounds"]) == 2
     blocked = sorted(each["blocked"] for each in figures["rounds"])
-    (row,) = re.findall(r"^in the background, waiting .*$", done.stdout, re.M)
+    (row,) = re.findall(r"^in the background, waiting .*$", out, re.M)
     assert f"({blocked[0]:.3f}-{blocked[-1]:.3f})" in row
-    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]  # nothing is left behind
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # nothing is left behind
+
+
+def test_compose_and_pull_back_are_held_against_their_products_and_a_micro_batch(tiny_llama, tmp_path):
+    out, figures = run_in_a_process("compose", tiny_llama(), tmp_path, "--bf16")
+    shares = []
+    for each in figures["rounds"]:
+        both = each["compose"] + each["pull_back"]
+        shares.append(both / (both + 8 * each["microbatch"]))
+    (row,) = re.findall(r"^8 .*$", out, re.M)
+    assert f"({min(shares):.3f}-{max(shares):.3f})" in row
 
 
 HEAD = ["head", "--vocab-size", "4000", "--student-hidden-size", "24", "--teacher-hidden-size", "48", "--repeats", "2"]
