@@ -17,6 +17,9 @@
 #   MASTER_PORT     a free port there, if there are several nodes            default: from Slurm's job id, else 29500
 #   MAX_RESTARTS    how often torchrun starts all processes again after one  default: 3 with --load auto, else 0
 #                   has failed; they go on from the newest checkpoint
+#   LAUNCHER        torchrun, or ft_launcher of NVIDIA's resiliency          default: torchrun
+#                   extension, which restarts ranks that go silent too
+#   LAUNCHER_FLAGS  more flags for it, such as --ft-rank-heartbeat-timeout=600
 #   PYTHON          interpreter                                              default: python3
 # With --dry-run nothing is started: FLAGS are checked for these processes (or --dry-run N for N), and estimates printed.
 # Several nodes: once per node, as in `srun --ntasks-per-node=1 bash examples/pretrain_lrc.sh FLAGS`.
@@ -65,6 +68,15 @@ esac
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$nodes'; it must be a whole number of nodes."
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "GPUS_PER_NODE is '$gpus'; it must be a whole number of processes."
 [[ $restarts =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS is '$restarts'; it must be a whole number, 0 for never."
+case ${LAUNCHER:=torchrun} in
+    torchrun) launcher=torch.distributed.run ;;
+    ft_launcher)
+        launcher=nvidia_resiliency_ext.fault_tolerance.launcher
+        "$python" -c "import ${launcher%%.*}" 2>/dev/null ||
+            fail "LAUNCHER is ft_launcher, whose package is missing: pip install 'megatron-lrc[resiliency]'."
+        ;;
+    *) fail "LAUNCHER is '$LAUNCHER'; it must be torchrun or ft_launcher." ;;
+esac
 [[ ${SLURM_LOCALID:-0} == 0 ]] || fail "Slurm started several tasks on this node; start one: srun --ntasks-per-node=1."
 
 for flag in "$@"; do
@@ -95,7 +107,8 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQ
 WORLD_SIZE=$((nodes * gpus)) "$python" -m megatron_lrc check "$@" || exit
 
 launch=("${rendezvous[@]}" --nproc-per-node "$gpus" --max-restarts "$restarts")
-exec "$python" -m torch.distributed.run "${launch[@]}" -m megatron_lrc train "$@"
+# LAUNCHER_FLAGS is unquoted: several flags.
+exec "$python" -m "$launcher" "${launch[@]}" ${LAUNCHER_FLAGS:-} -m megatron_lrc train "$@"
 
 : <<'# End of the Python part.'
 """

@@ -4,6 +4,7 @@ Works on a machine without GPUs, for any number of them. What the estimates rest
 GPUs' peak is an assumption and printed as one.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields
@@ -28,6 +29,8 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
 
     config: resolved for world_size GPUs.
     """
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process answers
+        return
     checked = check(config, world_size)
     config, shape = checked.config, checked.teacher.shape
     student = config.student_shape(shape)

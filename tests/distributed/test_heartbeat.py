@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,21 +15,21 @@ pytest.importorskip("nvidia_resiliency_ext")
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-#: Runs the training, but hangs once, in step 3 of its first life, as a process whose hardware fails may.
-PROGRAM = """
+#: Loaded by each process as it starts: step 3 of the run's first life hangs, as a machine that fails may have it.
+HANG = """
 import os, signal, sys
-from megatron_lrc.__main__ import main
-from megatron_lrc.train import loop
 
-look_at = loop.Trainer._look_at
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and "train" in sys.argv:
+    from megatron_lrc.train import loop
 
-def look_and_hang(self, report):
-    look_at(self, report)
-    if self.state.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGSTOP)
+    look_at = loop.Trainer._look_at
 
-loop.Trainer._look_at = look_and_hang
-sys.exit(main(["train", *sys.argv[1:]]))
+    def look_and_hang(self, report):
+        look_at(self, report)
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    loop.Trainer._look_at = look_and_hang
 """
 
 
@@ -39,14 +38,19 @@ def test_a_rank_that_hangs_is_restarted_and_the_run_goes_on(tiny_llama, tiny_tex
     train(config)
     config.checkpoint.save, config.checkpoint.load, config.checkpoint.save_interval = str(tmp_path / "run"), "auto", 2
     save_yaml(config, tmp_path / "config.yaml")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    launcher = [shutil.which("ft_launcher") or str(Path(sys.executable).with_name("ft_launcher"))]
-    flags = ["--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    timeouts = ["--ft-rank-heartbeat-timeout=10", "--ft-workload-check-interval=1", "--ft-enable-nic-monitor=False"]
-    program = [str(tmp_path / "program.py"), "--config", str(tmp_path / "config.yaml")]
+    (tmp_path / "sitecustomize.py").write_text(HANG)
     done = subprocess.run(
-        [*launcher, *flags, *timeouts, *program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        ["bash", str(ROOT / "examples" / "pretrain_lrc.sh"), "--config", str(tmp_path / "config.yaml")],
+        env=os.environ
+        | {
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+            "GPUS_PER_NODE": "1",
+            "MAX_RESTARTS": "1",
+            "LAUNCHER": "ft_launcher",
+            "LAUNCHER_FLAGS": "--ft-rank-heartbeat-timeout=10 --ft-workload-check-interval=1 "
+            "--ft-enable-nic-monitor=False",
+        },
         capture_output=True,
         text=True,
         timeout=180,

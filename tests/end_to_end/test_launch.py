@@ -76,7 +76,7 @@ def probe(tmp_path):
     (root / "examples").mkdir(parents=True)
     (root / "megatron_lrc/train").mkdir(parents=True)
     shutil.copy(ROOT / SCRIPT, root / SCRIPT)
-    for name in ("__init__", "__main__", "config", "arguments", "validation"):
+    for name in ("__init__", "__main__", "config", "arguments", "validation", "torchrun"):
         shutil.copy(ROOT / f"megatron_lrc/{name}.py", root / f"megatron_lrc/{name}.py")
     (root / "megatron_lrc/train/__init__.py").touch()
     (root / "megatron_lrc/train/loop.py").write_text(PROBE)
@@ -252,6 +252,8 @@ def test_a_run_that_loads_what_it_finds_is_started_again(torchrun_arguments, fla
         ({"NNODES": "2"}, "error: NNODES is 2 but MASTER_ADDR is not set."),
         ({"GPUS_PER_NODE": "all"}, "error: GPUS_PER_NODE is 'all'"),
         ({"MAX_RESTARTS": "-1"}, "error: MAX_RESTARTS is '-1'"),
+        ({"LAUNCHER": "mpirun"}, "error: LAUNCHER is 'mpirun'; it must be torchrun or ft_launcher."),
+        ({"LAUNCHER": "ft_launcher", "PYTHON": "false"}, "error: LAUNCHER is ft_launcher, whose package is missing"),
         ({"SLURM_LOCALID": "1"}, "error: Slurm started several tasks on this node"),
     ],
 )

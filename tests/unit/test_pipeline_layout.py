@@ -1,10 +1,15 @@
-"""--pipeline-model-parallel-layout: what megatron-core cannot read, or is not of this model, is refused in one line."""
+"""--pipeline-model-parallel-layout: refused in one line where it cannot be read; and the layers of each stage."""
+
+from dataclasses import replace
 
 import pytest
 from test_config import SMOLLM2
 
+from megatron_lrc.arguments import parse_config
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.mcore.models import check_pipeline_layout
+from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.estimate.stage import stages_of
+from megatron_lrc.mcore.models import check_pipeline_layout, layers_per_stage
 
 
 def check(layout: str | None, *, pp: int = 2, chunks: int | None = None) -> None:
@@ -36,3 +41,26 @@ def test_other_layouts_are_refused_in_one_line(layout, expected):
     with pytest.raises(ConfigError) as caught:
         check(layout)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", [[12]]),
+        ("--pipeline-model-parallel-size 4", [[3], [3], [3], [3]]),
+        ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3", [[2, 2, 2], [2, 2, 2]]),
+        ("--pipeline-model-parallel-size 3 --decoder-last-pipeline-num-layers 2", [[5], [5], [2]]),
+        ("--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*7|t*5L", [[7], [5]]),
+        (
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+            "--pipeline-model-parallel-layout Et|t*4|t*5|t*2L",
+            [[1, 5], [4, 2]],
+        ),
+    ],
+)
+def test_the_layers_of_every_stage_are_known_without_process_groups(flags, expected):
+    config = parse_config([*flags.split(), "--student-hidden-size", "8"])
+    shape = replace(TEACHER_SHAPES["Llama-2-7b-chat"], num_layers=12)
+    assert layers_per_stage(config, shape) == expected
+    stages = stages_of(config, shape, config.student_shape(shape))
+    assert sorted(layer for stage in stages for chunk in stage.layers for layer in chunk) == list(range(12))
