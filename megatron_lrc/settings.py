@@ -132,8 +132,8 @@ class ParallelConfig:
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
     distributed_timeout_minutes: float = setting(
         10.0,
-        "Minutes (0.5 is half a minute) a collective may wait for a rank that does not come before the run ends. It has "
-        "to outlast what one rank does alone, such as writing a checkpoint.",
+        "Minutes (0.5 is half a minute) a collective may wait for a rank that does not come before the run ends. It "
+        "has to outlast what one rank does alone, such as building the data's index maps.",
         above=0,
     )
 

@@ -112,7 +112,7 @@ def terminate(site: Site) -> None:
     if not site.world.is_running:
         raise TooLate
     site.world.terminate(site.random)
-    assert set(site.world.wait(END_WITHIN)) == {0}, site.world.said(0)
+    assert set(site.world.wait(END_WITHIN)) == {site.world.code_when_stopped}, site.world.said(0)
 
 
 def kill_before_the_first_save(site: Site) -> None:

@@ -10,12 +10,13 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch.distributed as dist
 
 from ranks import PRELOAD
 
@@ -37,13 +38,14 @@ class World:
     def __init__(self, num_ranks: int, flags: list[str], folder: Path, before: Callable[[int], object] | None = None):
         """before: called with the rank in each process before it starts; importable."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.num_ranks = num_ranks
+        self.num_ranks, self.code_when_stopped = num_ranks, 0
         self._logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOAD, "megatron_lrc.__main__"])
-        port = _free_port()
+        # As torchrun has one: a free port that is free no more.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self.processes = [
-            context.Process(target=_run, args=(rank, num_ranks, port, flags, str(log), before))
+            context.Process(target=_run, args=(rank, num_ranks, self._store.port, flags, str(log), before))
             for rank, log in enumerate(self._logs)
         ]
         for process in self.processes:
@@ -54,7 +56,8 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in self.living():
+        running = [process.pid or 0 for process in self.processes if process.is_alive()]  # some without a session yet
+        for pid in {*running, *self.living()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for process in self.processes:
@@ -92,7 +95,7 @@ class LaunchedWorld:
 
     def __init__(self, num_ranks: int, flags: list[str], folder: Path, **environment: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self.num_ranks = num_ranks
+        self.num_ranks, self.code_when_stopped = num_ranks, 1  # torchrun's, whatever its processes' are
         self._log = folder / "output"
         full = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH_VARIABLES)}
         full |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": str(num_ranks), **environment}
@@ -160,18 +163,13 @@ def _all_processes() -> list[tuple[int, int, str]]:
     return found
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def _run(rank: int, size: int, port: int, flags: list[str], log: str, before: Callable[[int], object] | None) -> None:
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     import torch
 
     torch.set_num_threads(1)

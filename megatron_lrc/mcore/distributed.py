@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_lrc import peers, torchrun
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import cpu
-from megatron_lrc.peers import Hub
+from megatron_lrc.peer_hub import Hub
 
 _ADDRESS_BYTES = 512
 

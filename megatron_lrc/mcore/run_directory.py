@@ -2,7 +2,8 @@
 
     RUN/iter_0000100/            appears under this name only when complete, on disk and read back
         *.distcp, .metadata ...  what megatron-core wrote (`mcore/checkpoint.py`)
-        run.json                 counters, configuration, student's shape; size and CRC-32 of every other file
+        run.json                 counters, configuration, student's shape; size and CRC-32 of every other file, and the
+                                 CRC-32 of its own values
 
 Nothing here needs a process group. Names that other processes must not take for a checkpoint end in .partial-TOKEN (it
 is being written), .replaced (the step is saved once more) or .removed (retention), so whatever moment a process dies
@@ -118,6 +119,9 @@ def _read_record(path: Path) -> dict[str, Any]:
 def find_missing(path: Path) -> str | None:
     """What a look at run.json and the files' sizes finds wrong with a checkpoint, in a few words."""
     try:
+        record = _read_record(path)
+        if record.get("crc32", _crc32_of(record)) != _crc32_of(record):
+            return f"{STATE_FILE} is not what was written"
         sums = _sums(path)
         for name, expected in sums.items():
             size = (path / name).stat().st_size
@@ -140,6 +144,12 @@ def find_changed(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
         if found != expected:
             return f"{name} is not what was written: CRC-32 {found.crc32:08x}, not {expected.crc32:08x}"
     return None
+
+
+def _crc32_of(record: dict[str, Any]) -> int:
+    """Of all of run.json but this sum: with a bit flipped it is often still valid, but another number is in it."""
+    others = {name: value for name, value in record.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
 def _sums(path: Path) -> dict[str, FileSum]:
@@ -169,6 +179,7 @@ def publish(
         "config": config.to_dict(),
         "files": {name: asdict(found) for name, found in sorted((sums | others).items())},
     }
+    values["crc32"] = _crc32_of(values)
     (partial / STATE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for path in (*(partial / name for name in (*others, STATE_FILE)), partial):
         _flush(path)

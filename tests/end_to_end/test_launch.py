@@ -192,7 +192,7 @@ def torchrun_arguments(tmp_path):
         (bin_directory / name).chmod(0o755)
 
     def start(*flags, **environment):
-        full = clean_environment(PYTHON=str(bin_directory / "python"), **environment)
+        full = clean_environment(**{"PYTHON": str(bin_directory / "python"), **environment})
         full["PATH"] = f"{bin_directory}:{full['PATH']}"
         if "CUDA_VISIBLE_DEVICES" not in environment:
             full.pop("CUDA_VISIBLE_DEVICES")

@@ -127,6 +127,19 @@ def test_each_flipped_bit_is_found_by_one_of_the_readers(tmp_path, bit):
     assert "__0_0.distcp is not what was written" in "".join(words or "" for words in found)
 
 
+def test_a_flipped_bit_of_the_record_is_found_or_changes_nothing_that_is_read(tmp_path):
+    path = write(tmp_path, 1)
+    whole, content = read_state(path), (path / STATE_FILE).read_bytes()
+    num_found = 0
+    for bit in range(0, 8 * len(content), 11):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / STATE_FILE).write_bytes(flipped)
+        num_found += find_missing(path) is not None
+        assert find_missing(path) or read_state(path) == whole, flipped[bit // 8 - 20 : bit // 8 + 20]
+    assert num_found > 0.9 * 8 * len(content) / 11
+
+
 def test_sums_made_while_writing_are_taken_over_and_so_find_what_changed_since(tmp_path):
     final = checkpoint_path(tmp_path, 1)
     partial = partial_path(final, "0a1b")
