@@ -195,8 +195,14 @@ class Request:
         return open_order("train"), open_order("valid") if "valid" in self.orders else None
 
     def load(self, name: str) -> numpy.ndarray:
-        """An array of the filled cache, memory-mapped."""
-        return numpy.load(os.path.join(self.folder, f"{name}.npy"), mmap_mode="r")
+        """An array of the filled cache, memory-mapped; objects would be pickles. ConfigError for anything else."""
+        path = os.path.join(self.folder, f"{name}.npy")
+        try:
+            return numpy.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(
+                f"{path} is not an index map ({error}). Remove {self.folder}; the next start builds it again."
+            ) from error
 
 
 class OrderedDataset(Dataset[dict[str, Tensor]]):

@@ -1,11 +1,14 @@
 """tools/build_index_cache.py makes the very folder that a run looks for, on any machine."""
 
+import os
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 from test_batches import make_config, numbered
 
+from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
 from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.datasets import resolve_train_iters
@@ -79,6 +82,30 @@ def test_other_data_of_the_same_name_has_other_maps(tmp_path):
         documents = [list(range(length)) for length in lengths * 30]
         assert build_index_cache(flags(write_dataset(tmp_path / "n", documents))) == 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+class Bomb:
+    """Pickled, it creates a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+def test_a_map_that_would_run_code_or_is_damaged_is_refused(tmp_path):
+    prefix = numbered(tmp_path / "a", 60)
+    config = make_config(data_path=[prefix], split="80,20,0", train_iters=30, eval_iters=2)
+    build_datasets(config)
+    (file,) = (tmp_path / "cache").rglob("train-0-shuffle.npy")
+    numpy.save(file, numpy.array([Bomb(tmp_path / "it-ran")], dtype=object), allow_pickle=True)
+    with pytest.raises(ConfigError, match="shuffle.npy is not an index map"):
+        build_datasets(config)
+    assert not (tmp_path / "it-ran").exists()
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ConfigError, match="the next start builds it again"):
+        build_datasets(config)
 
 
 def errors(capsys, argv: list[str]) -> list[str]:
