@@ -30,6 +30,11 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     """
     checked = check(config, world_size)
     config, shape = checked.config, checked.teacher.shape
+    if not config.has_teacher:
+        raise ConfigError(
+            "--dry-run estimates the memory of clones only; --method ordinary has passed every check. Use "
+            "python -m megatron_lrc check for these."
+        )
     student = config.student_shape(shape)
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
     for line in describe_changes(config):
