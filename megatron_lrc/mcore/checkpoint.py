@@ -46,7 +46,6 @@ from megatron_lrc.mcore.stages import PipelineStage, Trained
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 #: fp32 copies of the parameters, as megatron-core's two kinds of optimizer name them.
 _DISTRIBUTED_FP32, _REPLICATED_FP32 = "optimizer.state.param.", "optimizer.state.fp32_param."
-_OPTIMIZER = "optimizer."
 _SHARDED = (ShardedBase, LocalNonpersistentObject)
 
 
@@ -63,8 +62,9 @@ def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: Proj
     state = sharded_state(stages, optimizer, is_loading=True)
     expected = set(state["optimizer"])
     _, present = extract_matching_values(state["optimizer"], lambda value: isinstance(value, _SHARDED))
+    # One after the other: what fp32 copies are read from may be the parameters' own tensors.
+    _copy_parameters(_load(path, {"model": state.pop("model")})["model"], stages)
     loaded = _load(path, state)
-    _copy_parameters(loaded["model"], stages)
     optimizer_state = {key: value for key, value in loaded["optimizer"].items() if key in expected}
     _fill_in(optimizer_state, present)
     optimizer.load_state_dict(optimizer_state, num_updates=loaded["num_updates"])
@@ -87,9 +87,6 @@ def _load(path: Path, state: dict) -> dict:
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and value.key not in stored:
             value.key = _stored_name(value.key, stored)
-            if not value.key.startswith(_OPTIMIZER):  # which is read for the parameter itself too
-                _, *others = value.replica_id  # type: ignore[misc]
-                value.replica_id = (1, *others)
     return dist_checkpointing.load(state, str(path))
 
 
