@@ -64,8 +64,8 @@ class ProjectionConfig:
     )
     init_method_std: float = setting(
         0.02,
-        "Standard deviation of --init random; and of a new model's matrices with --method ordinary, for o and down divided "
-        "by the square root of twice the number of layers.",
+        "Standard deviation of --init random; and of a new model's matrices with --method ordinary, for o and down "
+        "divided by the square root of twice the number of layers.",
         above=0,
     )
     calibration_tokens: int = setting(65536, "Training tokens that --init pca runs through the teacher.", at_least=1)

@@ -265,8 +265,8 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > teacher_vocab_size:
         raise ConfigError(
-            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the "
-            f"{kind} {config.base_model} has {teacher_vocab_size}. Use the {kind}'s own tokenizer with --tokenizer-model."
+            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the {kind} {config.base_model} "
+            f"has {teacher_vocab_size}. Use the {kind}'s own tokenizer with --tokenizer-model."
         )
     check_eod(config, tokenizer.eod, f"{flag} {path}", {file.prefix: file.manifest for file in files})
     for file in files:

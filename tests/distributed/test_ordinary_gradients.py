@@ -138,6 +138,7 @@ def test_loss_and_gradients_of_one_process_are_those_of_transformers(model_named
     "layout",
     [Layout(tp=2), Layout(pp=2, micro=8), Layout(pp=2, chunks=2), Layout(dp=2), Layout(cp=2)]
     + [pytest.param(Layout(tp=2, pp=2, chunks=2), marks=pytest.mark.slow)]
+    + [pytest.param(Layout(tp=2, pp=2, drawn="E|ttttL"), marks=pytest.mark.slow)]
     + [pytest.param(Layout(tp=2, cp=2), marks=pytest.mark.slow)],
     ids=str,
 )
