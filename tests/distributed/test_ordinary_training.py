@@ -10,6 +10,7 @@ from test_checkpoints import train_with_slow_writers
 from test_guard import train_spoiled
 from test_ordinary_gradients import ordinary
 from test_training import continued, make_config, on_layout, records, train, without_times
+from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.config import Config, ConfigError
@@ -19,7 +20,9 @@ from megatron_lrc.mcore.checkpoint import open_checkpoint
 from megatron_lrc.mcore.run_directory import checkpoint_path
 from megatron_lrc.train import loop
 from megatron_lrc.validation import validate
+from megatron_lrc.verify.sources import open_student
 from ranks import run_ranks
+from tools_path import convert_to_hf
 
 pytestmark = pytest.mark.distributed
 
@@ -202,6 +205,25 @@ def test_gradients_that_are_not_finite_are_named_and_stop_the_run(tiny_llama, ti
     assert [line["skipped_steps"] for line in records(tmp_path / "run")] == [0, 0, 1]  # stopped in the next one
 
 
+@pytest.mark.parametrize("version, is_tied", [(2, False), (3, True)])
+def test_an_export_has_the_trained_weights_and_the_logits_of_the_engine(qwen, tiny_text, tmp_path, version, is_tied):
+    """Saved at TP 2, where the vocabulary is padded; a checkpoint of 0 steps gives back the model it started from."""
+    model = qwen(version, is_tied=is_tied, dtype=torch.bfloat16)
+    config = on_layout(ordinary_config(model, tiny_text, tmp_path / "run", steps=0), tp=2)
+    config.training.bf16, config.optimizer.lr = True, 0.02  # a step that bf16's rounding does not undo
+    train(config, 2)
+    train(on_layout(continued(config, steps=2), tp=2), 2)
+    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    for step in (0, 2):
+        path = checkpoint_path(tmp_path / "run", step)
+        assert convert_to_hf(["--load", str(path), "--output", str(tmp_path / f"{step}"), "--arch", "native"]) == 0
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"{step}").state_dict()
+        assert set(exported) == set(start)
+        for name in start:
+            assert exported[name].dtype == torch.bfloat16
+            assert torch.equal(exported[name], start[name]) == (step == 0), name
+
+
 def test_another_run_starts_from_the_weights_of_a_checkpoint(tiny_llama, tiny_text, tmp_path):
     config = ordinary_config(tiny_llama(), tiny_text, tmp_path / "first", steps=2)
     train(config)
@@ -224,7 +246,11 @@ def test_a_checkpoint_is_refused_by_the_other_method_and_for_another_model(tiny_
     other_model = ordinary(continued(alone, steps=2), qwen(2))
     with pytest.raises(ConfigError, match="is not the model that .* its config.json differs"):
         loop.check(other_model, 1)
-    assert checkpoint_path(tmp_path / "alone", 1).is_dir()
+    with pytest.raises(ConfigError, match="is not the model that .* its config.json differs"):
+        open_student(str(tmp_path / "alone"), qwen(2))
+    flags = ["--load", str(tmp_path / "alone"), "--output", str(tmp_path / "x")]
+    assert convert_to_hf([*flags, "--save-projections"]) == 2
+    assert checkpoint_path(tmp_path / "alone", 1).is_dir() and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
