@@ -94,8 +94,7 @@ def check_model(config: Config) -> Iterator[str]:
 
 
 #: What means something only where there is a teacher, but its model flags.
-TEACHER_ONLY = ("init", "calibration_tokens", *(field.name for field in fields(LossConfig)))
-TEACHER_ONLY = tuple(name for name in TEACHER_ONLY if name != "loss_chunk_tokens")
+TEACHER_ONLY = {"init", "calibration_tokens", *(field.name for field in fields(LossConfig))} - {"loss_chunk_tokens"}
 
 
 def check_ordinary(config: Config) -> Iterator[str]:
