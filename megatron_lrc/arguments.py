@@ -38,9 +38,9 @@ class Parser(argparse.ArgumentParser):
 #: A program with the settings as its flags: its usage, and what it is for.
 TRAINING = (
     "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
-    "Pretrain a Low-Rank Clone of a teacher model. With --dry-run [GPUS] nothing is started: everything is checked, "
-    "and parameters, FLOPs, memory per GPU, disk space and days are estimated (--gpu NAME: of that kind, --mfu X: at "
-    "that share of its peak).",
+    "Pretrain a Low-Rank Clone of a teacher model; with --method ordinary train a model by itself. With "
+    "--dry-run [GPUS] nothing is started: everything is checked, and parameters, FLOPs, memory per GPU, disk space and "
+    "days are estimated (--gpu NAME: of that kind, --mfu X: at that share of its peak).",
 )
 
 

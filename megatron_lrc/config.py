@@ -106,16 +106,28 @@ class Config:
         return self.parallel.num_virtual_stages_per_pipeline_rank or 1
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs beside the student, and projections of its weights are what is trained."""
+        return self.model.method == "lrc"
+
+    @property
+    def base_model(self) -> str | None:
+        """The directory whose config.json and tokenizer the student has."""
+        return self.model.teacher if self.model.student is None else self.model.student
+
+    @property
     def total_kl_weight(self) -> float:
         """What tau^2 * KL, mean over tokens, is multiplied by: --kl-weight, converted by --kl-reduction."""
         loss = self.loss
+        if not self.has_teacher:
+            return 0.0
         if loss.kl_reduction == "sequence-sum":
             return loss.kl_weight * self.training.seq_length / loss.kl_temperature**2
         return loss.kl_weight
 
     def clone_terms_of(self, layer: int) -> set[str]:
         """Names of the clone terms that are on in a layer (from 0); none if alpha is 0."""
-        terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha else [])
+        terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha and self.has_teacher else [])
         return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -154,7 +166,10 @@ class Config:
         return teacher.is_tied and self.projection.init != "pca"
 
     def student_shape(self, teacher: ModelShape) -> ModelShape:
-        """The student's shape: the teacher's but for the hidden size, and maybe the tying."""
+        """The student's shape: the teacher's but for the hidden size, and maybe the tying; with --student that model's,
+        which is what is given then."""
+        if self.model.student is not None:
+            return teacher
         assert self.model.student_hidden_size is not None, "student_shape() needs a validated config"
         return replace(teacher, hidden_size=self.model.student_hidden_size, is_tied=self.is_student_tied(teacher))
 

@@ -89,8 +89,9 @@ def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
         "attention heads": teacher.num_attention_heads,
         "KV heads": teacher.num_query_groups,
         "FFN features": teacher.ffn_hidden_size,
-        "hidden features": teacher.hidden_size,
     }
+    if config.has_teacher:
+        sizes["hidden features"] = teacher.hidden_size
     undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
     if undivided:
         possible = divisors(math.gcd(*sizes.values()))

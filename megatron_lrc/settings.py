@@ -24,6 +24,18 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 class ModelConfig:
     """Teacher and student."""
 
+    method: Literal["lrc", "ordinary"] = setting(
+        "lrc",
+        "lrc: the student is a low-rank clone of --teacher. ordinary: the student alone is trained, all of it, on the "
+        "LM loss; from --student on, or anew (--init-method-std), shaped by --teacher's config.json and "
+        "--student-hidden-size.",
+    )
+    student: str | None = setting(
+        None,
+        "With --method ordinary: the model to train, a Hugging Face directory or one that tools/convert_from_hf.py "
+        "wrote, instead of --teacher and --student-hidden-size.",
+        metavar="DIR",
+    )
     teacher: str | None = setting(
         None,
         "Frozen teacher: a Hugging Face directory (config.json, *.safetensors, tokenizer), or one that "
@@ -50,7 +62,12 @@ class ProjectionConfig:
         "random: every P ~ N(0, --init-method-std) (the released code); pca: closed form from the teacher's residual "
         "stream.",
     )
-    init_method_std: float = setting(0.02, "Standard deviation of --init random.", above=0)
+    init_method_std: float = setting(
+        0.02,
+        "Standard deviation of --init random; and of a new model's matrices with --method ordinary, for o and down "
+        "divided by the square root of twice the number of layers.",
+        above=0,
+    )
     calibration_tokens: int = setting(65536, "Training tokens that --init pca runs through the teacher.", at_least=1)
 
 
@@ -224,7 +241,7 @@ class DataConfig:
     data_cache_path: str | None = setting(
         None, "Folder for the dataset's index maps. Default: cache/ beside the data.", metavar="DIR"
     )
-    tokenizer_model: str | None = setting(None, "Tokenizer directory. Default: --teacher.", metavar="DIR")
+    tokenizer_model: str | None = setting(None, "Tokenizer directory. Default: --teacher, or --student.", metavar="DIR")
     eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
     reset_attention_mask: bool = setting(
         False, "Let a token attend to its own document only, which ends with the end-of-document token."

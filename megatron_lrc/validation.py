@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
 from .layout_checks import check_batches, check_layout, check_pipeline, check_tensor_parallel
-from .settings import CLONE_TERMS
+from .settings import CLONE_TERMS, LossConfig
 
 
 def raise_all(errors: list[str]) -> None:
@@ -71,13 +71,19 @@ RANGE_WORDS = {"at_least": "at least", "above": "above", "below": "below"}
 
 
 def check_model(config: Config) -> Iterator[str]:
+    if not config.has_teacher:
+        yield from check_ordinary(config)
+        return
+    if config.model.student is not None:
+        yield (
+            f"--student {config.model.student} is the model that --method ordinary trains. Add that, or give --teacher "
+            "and --student-hidden-size for a clone."
+        )
     teacher = config.model.teacher
     if teacher is None:
         yield "--teacher is missing: the Hugging Face directory of the model to clone."
-    elif not Path(teacher).is_dir():
-        yield f"--teacher {teacher} is not a directory. Give a local Hugging Face directory; none is downloaded."
-    elif not (Path(teacher) / "config.json").is_file():
-        yield f"--teacher {teacher} has no config.json. Give a Hugging Face directory (config.json, *.safetensors)."
+    else:
+        yield from check_directory("--teacher", teacher)
     if config.model.student_hidden_size is None:
         yield "--student-hidden-size is missing: the student's hidden size, below the teacher's."
     if config.projection.init == "pca" and config.model.untie_embeddings_and_output_weights is False:
@@ -85,6 +91,47 @@ def check_model(config: Config) -> Iterator[str]:
             "--no-untie-embeddings-and-output-weights cannot go with --init pca, whose closed form needs a projection "
             "for the embedding and another for the LM head. Leave it out, or use --init random."
         )
+
+
+#: What means something only where there is a teacher, but its model flags.
+TEACHER_ONLY = {"init", "calibration_tokens", *(field.name for field in fields(LossConfig))} - {"loss_chunk_tokens"}
+
+
+def check_ordinary(config: Config) -> Iterator[str]:
+    """--method ordinary: a model to start from, or the shape of a new one; and nothing that needs a teacher."""
+    model = config.model
+    if model.student is not None:
+        shape = ("teacher", "student_hidden_size", "untie_embeddings_and_output_weights")
+        given = [flag_of(name) for name in shape if getattr(model, name) is not None]
+        if given:
+            yield (
+                f"--student {model.student} is the model to train, in its own shape: {' and '.join(given)} cannot go "
+                "with it. Keep one."
+            )
+        yield from check_directory("--student", model.student)
+    elif model.teacher is None or model.student_hidden_size is None:
+        yield (
+            "--method ordinary needs a model: --student DIR to go on from its weights, or --teacher DIR (its "
+            "config.json) and --student-hidden-size N to start anew."
+        )
+    else:
+        yield from check_directory("--teacher", model.teacher)
+    sections = (config.projection, config.loss)
+    given = [
+        flag_of(field.name)
+        for section in sections
+        for field in fields(section)
+        if field.name in TEACHER_ONLY and getattr(section, field.name) != getattr(type(section)(), field.name)
+    ]
+    if given:
+        yield f"{' and '.join(given)} cannot go with --method ordinary, which has no teacher. Leave it out."
+
+
+def check_directory(flag: str, path: str) -> Iterator[str]:
+    if not Path(path).is_dir():
+        yield f"{flag} {path} is not a directory. Give a local Hugging Face directory; none is downloaded."
+    elif not (Path(path) / "config.json").is_file():
+        yield f"{flag} {path} has no config.json. Give a Hugging Face directory (config.json, *.safetensors)."
 
 
 #: megatron-core's other modules are for MoE and MLA, or (layernorm) need Transformer Engine.
@@ -205,6 +252,8 @@ def parse_split(text: str) -> tuple[float, float, float] | None:
 
 def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
     student_hidden_size = config.model.student_hidden_size
+    if not config.has_teacher:
+        return
     assert student_hidden_size is not None, "validate() comes first"
     if config.projection.init == "pca" and student_hidden_size > teacher.hidden_size:
         yield (
@@ -230,7 +279,8 @@ def check_clone_layers(config: Config, teacher: ModelShape) -> Iterator[str]:
 
 def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
     student_hidden_size, seq_length = config.model.student_hidden_size, config.training.seq_length
-    if config.projection.init == "random" and student_hidden_size >= teacher.hidden_size:  # type: ignore[operator]
+    is_wide = student_hidden_size is not None and student_hidden_size >= teacher.hidden_size
+    if config.has_teacher and config.projection.init == "random" and is_wide:
         yield (
             f"--student-hidden-size {student_hidden_size} is not below the teacher's {teacher.hidden_size}: "
             "the student will not be smaller."
@@ -238,5 +288,5 @@ def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
     if teacher.max_position_embeddings and seq_length > teacher.max_position_embeddings:
         yield (
             f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the teacher was "
-            "trained for: its targets beyond them may be poor."
+            + ("trained for: its targets beyond them may be poor." if config.has_teacher else "made for.")
         )

@@ -40,7 +40,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--max-shard-size", default="5GB", metavar="SIZE", help="Largest weight file, as in 5GB or 300MB."
     )
     parser.add_argument(
-        "--teacher", metavar="DIR", help="Where the teacher is now. Default: where it was in the training."
+        "--teacher",
+        metavar="DIR",
+        help="Where the teacher, or the model that ordinary training started from, is now. Default: where it was.",
     )
     parser.add_argument(
         "--force", action="store_true", help="Replace an earlier export in DIR, once the new one is complete."
@@ -55,46 +57,63 @@ def convert(flags: argparse.Namespace) -> None:
     """Open the checkpoint and its teacher, hold them against each other, export."""
     import torch  # imported here with the rest, so that --help answers at once
 
-    from megatron_lrc.hf.export import export_student
+    from megatron_lrc.hf.export import export_model, export_student
     from megatron_lrc.hf.families import rope_inverse_frequencies
     from megatron_lrc.hf.forward import fixed_tokens
     from megatron_lrc.hf.safetensors_writer import parse_size
-    from megatron_lrc.hf.student_config import model_card, student_family
+    from megatron_lrc.hf.student_config import model_card, ordinary_model_card, student_family
     from megatron_lrc.mcore.layer_by_layer import layer_by_layer
     from megatron_lrc.train.metrics import last_validation
-    from megatron_lrc.verify.sources import open_student
+    from megatron_lrc.verify.sources import open_student, trained_weight
 
     max_shard_size = parse_size(flags.max_shard_size)
     student, teacher = open_student(flags.load, flags.teacher)
+    if flags.save_projections and student.weights is not None:
+        raise ConfigError(f"--save-projections: {student.path} is of ordinary training and has none. Leave it out.")
     family = student_family(teacher, student.shape.hidden_size, flags.arch)
-    card = model_card(
-        teacher=teacher,
-        family=family,
-        student_hidden_size=student.shape.hidden_size,
-        tokens=student.tokens,
-        steps=student.step,
-        is_tied=student.shape.is_tied,
-        losses=last_validation(student.path.parent, student.step),
-        settings=describe_changes(student.config, CARD_SECTIONS),
-    )
+    described = {
+        "family": family,
+        "tokens": student.tokens,
+        "steps": student.step,
+        "losses": last_validation(student.path.parent, student.step),
+        "settings": describe_changes(student.config, CARD_SECTIONS),
+    }
     tokens = fixed_tokens(student.shape.vocab_size)
     engine = layer_by_layer(student.shape, rope_inverse_frequencies(teacher), tokens)
     with nullcontext() if flags.no_verify else engine as source:
-        export_student(
-            teacher=teacher,
-            projections=student.projections,
-            norms=student.norms,
-            student_hidden_size=student.shape.hidden_size,
-            dtype=getattr(torch, flags.dtype) if flags.dtype else None,
-            output=flags.output,
-            arch=flags.arch,
-            save_projections=flags.save_projections,
-            model_card=card,
-            max_shard_size=max_shard_size,
-            force=flags.force,
-            verify=not flags.no_verify,
-            source=source,
-        )
+        common = {
+            "dtype": getattr(torch, flags.dtype) if flags.dtype else student.dtype,
+            "output": flags.output,
+            "arch": flags.arch,
+            "max_shard_size": max_shard_size,
+            "force": flags.force,
+            "verify": not flags.no_verify,
+            "source": source,
+        }
+        if student.weights is None:
+            export_student(
+                teacher=teacher,
+                projections=student.projections,
+                norms=student.norms,
+                student_hidden_size=student.shape.hidden_size,
+                save_projections=flags.save_projections,
+                model_card=model_card(
+                    teacher=teacher,
+                    student_hidden_size=student.shape.hidden_size,
+                    is_tied=student.shape.is_tied,
+                    **described,
+                ),
+                **common,
+            )
+        else:
+            is_new = student.config.model.student is None
+            export_model(
+                base=teacher,
+                shape=student.shape,
+                weight_of=trained_weight(student),
+                model_card=ordinary_model_card(base=teacher, shape=student.shape, is_new=is_new, **described),
+                **common,
+            )
     print(f"{flags.output}: {family.architecture} of hidden size {student.shape.hidden_size}, step {student.step}")
 
 

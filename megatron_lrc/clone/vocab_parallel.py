@@ -82,21 +82,36 @@ def lm_and_kl_loss(
     )
 
 
+def lm_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    token_weight: Tensor,
+    *,
+    shard: VocabularyShard,
+    chunk_tokens: int,
+    loss_scale: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(L_LM, the sums [L_LM, 0, 0]), over weighted tokens, of one model; all else as in `lm_and_kl_loss`."""
+    settings = HeadLossSettings(1.0, 0.0, temperature=1.0, chunk_tokens=chunk_tokens, loss_scale=loss_scale)
+    return _LmAndKl.apply(hidden, head, None, None, labels, token_weight, shard, settings)
+
+
 class _LmAndKl(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         student_hidden: Tensor,
         student_head: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
         labels: Tensor,
         token_weight: Tensor,
         shard: VocabularyShard,
         settings: HeadLossSettings,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(student_hidden.dtype, torch.float32)
-        student_rows, teacher_rows = student_head[: shard.num_valid], teacher_head[: shard.num_valid]
+        student_rows = student_head[: shard.num_valid]
         weight = token_weight.to(wide)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
@@ -105,8 +120,9 @@ class _LmAndKl(torch.autograd.Function):
         for start in range(0, len(labels), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             student_logits = wide_product(student_hidden[chunk], student_rows)  # [n', v]
-            has_teacher = bool(settings.kl) or not needs_grad
-            teacher_logits = wide_product(teacher_hidden[chunk], teacher_rows) if has_teacher else None
+            teacher_logits = None
+            if teacher_hidden is not None and teacher_head is not None and (settings.kl or not needs_grad):
+                teacher_logits = wide_product(teacher_hidden[chunk], teacher_head[: shard.num_valid])
             chunk_sums, logits_grad = _chunk_losses(
                 student_logits, teacher_logits, labels[chunk], weight[chunk], shard, settings, needs_grad
             )

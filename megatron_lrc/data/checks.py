@@ -257,15 +257,16 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
     has_manifest = any(file.manifest for file in files)
     if config.data.tokenizer_model is None and not flags_that_need_eod(config) and not has_manifest:
         return
-    flag = "--tokenizer-model" if config.data.tokenizer_model else "--teacher"
-    path = config.data.tokenizer_model or config.model.teacher
+    kind = "teacher" if config.model.student is None else "student"
+    flag = "--tokenizer-model" if config.data.tokenizer_model else f"--{kind}"
+    path = config.data.tokenizer_model or config.base_model
     if path is None:
         raise ConfigError("The run has no tokenizer to compare the data with. Give --teacher or --tokenizer-model.")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > teacher_vocab_size:
         raise ConfigError(
-            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the teacher "
-            f"{config.model.teacher} has {teacher_vocab_size}. Use the teacher's own tokenizer with --tokenizer-model."
+            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the {kind} {config.base_model} "
+            f"has {teacher_vocab_size}. Use the {kind}'s own tokenizer with --tokenizer-model."
         )
     check_eod(config, tokenizer.eod, f"{flag} {path}", {file.prefix: file.manifest for file in files})
     for file in files:

@@ -249,7 +249,7 @@ def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     if manifest:
         return identity_of(manifest)
     if flags_that_need_eod(config):
-        path = config.data.tokenizer_model or config.model.teacher
+        path = config.data.tokenizer_model or config.base_model
         assert path is not None
         tokenizer = load_tokenizer(path)
         return TokenizerIdentity(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_lrc.clone.sites import LAYER_NORMS, LAYER_SITES
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.activations import FP32, bytes_per_element
+from megatron_lrc.estimate.stage import parameter_count
 
 
 def trained_elements(teacher: ModelShape, student: ModelShape) -> int:
@@ -27,10 +28,12 @@ class DiskNeed:
 
 
 def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskNeed:
-    """A checkpoint holds what is trained and the optimizer's state, whatever the layout; nothing of W_T or W_S."""
+    """A checkpoint holds what is trained and the optimizer's state, whatever the layout; nothing of W_T, and of W_S
+    only where that is what is trained."""
+    trained = trained_elements(teacher, student) if config.has_teacher else parameter_count(student)
     e = bytes_per_element(config)
     state = (2 if e == FP32 else 3) * FP32
-    return DiskNeed(trained_elements(teacher, student) * (e + state), _num_kept(config))
+    return DiskNeed(trained * (e + state), _num_kept(config))
 
 
 def _num_kept(config: Config) -> int:

@@ -21,7 +21,7 @@ from megatron_lrc.mcore.models import padded_vocab_size
 
 @dataclass(frozen=True, slots=True)
 class StepFlops:
-    """FLOPs of one optimizer step over the whole job.
+    """FLOPs of one optimizer step over the whole job. Without a teacher (--method ordinary) its parts are 0.
 
     teacher_forward: with its LM head. student_forward: with its LM head and the clone loss's products (o_T P_o,
     o_ffn_T P_down; with --clone-attention-output teacher the student's attention through the teacher's o).
@@ -52,11 +52,12 @@ def step_flops(config: Config, teacher: ModelShape, student: ModelShape, *, repl
     student_layers = layer_flops(student, keys) * student.num_layers
     student_head = head_flops(student)
     teacher_head = head_flops(teacher) if config.total_kl_weight else 0.0  # without KL its logits are not made
+    teacher_layers = layer_flops(teacher, keys) * teacher.num_layers if config.has_teacher else 0.0
     return StepFlops(
-        teacher_forward=tokens * (layer_flops(teacher, keys) * teacher.num_layers + teacher_head),
+        teacher_forward=tokens * (teacher_layers + teacher_head),
         student_forward=tokens * (student_layers + student_head + clone_forward),
         student_backward=tokens * (2 * (student_layers + student_head) + clone_backward),
-        projections=replicas * projection_flops(config, teacher, student),
+        projections=replicas * projection_flops(config, teacher, student) if config.has_teacher else 0.0,
     )
 
 

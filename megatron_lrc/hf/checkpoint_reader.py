@@ -15,14 +15,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_lrc.checkpoint_boxes import read_box
 from megatron_lrc.checkpoint_index import INDEX_FILE, UnsafeCheckpoint, read_index
 from megatron_lrc.clone.checkpoint_layout import SITES, Box, box_of, rows_box, stored_shapes
 from megatron_lrc.clone.sites import HeadLayout, Site, select
@@ -93,7 +90,7 @@ class CheckpointReader(Reader):
     def fingerprint(self) -> str:
         """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if its values
         were rounded, or if config.json is no longer the same."""
-        config = _digest_of_config(self.description.config_values)
+        config = self.description.config_fingerprint
         if config == self._record.config_sha256:
             return self._record.fingerprint
         return hashlib.sha256(f"{self._record.fingerprint} {config}".encode()).hexdigest()
@@ -118,13 +115,7 @@ class CheckpointReader(Reader):
         """What lies in a box [*box.local_shape], in the stored dtype."""
         if self._last is not None and self._last[0] == box:
             return self._last[1]
-        stored = self._stored[box.key]
-        tensor = torch.empty(box.sizes, dtype=stored.properties.dtype)
-        if tensor.numel():
-            chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
-            plan = LoadPlan(create_read_items_for_chunk_list(box.key, stored, [chunk]))
-            self._files.read_data(plan, _Planner(tensor)).wait()
-        tensor = tensor.view(box.local_shape)
+        tensor = read_box(self._files, self._stored[box.key], box)
         self._last = (box, tensor) if len(box.names) > 1 else None
         return tensor
 
@@ -154,20 +145,6 @@ def open_teacher(description: TeacherDescription) -> Reader:
 def is_converted(description: TeacherDescription) -> bool:
     """Whether the directory holds no safetensors, so that its weights are in the checkpoint."""
     return not any((description.directory / name).is_file() for name in WEIGHT_FILES)
-
-
-class _Planner(DefaultLoadPlanner):
-    """Reads one box of one tensor: every item goes to its place in `target`."""
-
-    def __init__(self, target: Tensor):
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        place = self._target
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            place = place.narrow(dim, start, length)
-        return place
 
 
 def _read_record(directory: Path) -> Record:

@@ -1,15 +1,15 @@
 """Student -> plain Hugging Face directory: config, weights, tokenizer, model card, and a self-check.
 
-Each weight is composed here with `sites.compose`, in the dtype of the projections, exactly as training composes it,
-and goes to disk before the next one is read: memory holds one teacher matrix, its projection and the result, whatever
-the model.
+`export_student` composes a clone, `export_model` writes what was trained by itself. Each weight of a clone is composed
+here with `sites.compose`, in the dtype of the projections, exactly as training composes it, and goes to disk before the
+next one is read: memory holds one teacher matrix, its projection and the result, whatever the model.
 
 Everything is written into a hidden directory beside the output, verified with plain transformers, and renamed at the
 end: the output is complete or absent.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -70,18 +70,60 @@ def export_student(
     with save_projections. dtype: of the written weights; default the projections' own. max_shard_size in bytes.
     source: another engine, which gets each weight as it is written and with whose logits the result is verified.
     """
-    with complete_or_absent(output, source=teacher.directory, force=force) as partial:
-        reader = open_teacher(teacher)
-        shape = replace(teacher.shape, hidden_size=student_hidden_size, is_tied="lm_head" not in projections)
-        _check_names(teacher, shape, projections=projections, norms=norms)
-        family = student_family(teacher, student_hidden_size, arch)
-        dtype = dtype or projections["embed"].dtype
+    reader = open_teacher(teacher)
+    shape = replace(teacher.shape, hidden_size=student_hidden_size, is_tied="lm_head" not in projections)
+    _check_names(teacher, shape, projections=projections, norms=norms)
+
+    def weight_of(weight: Weight) -> Tensor:
+        return _student_weight(weight, reader, student_hidden_size, projections=projections, norms=norms)
+
+    def write_extra(folder: Path) -> None:
+        if save_projections:
+            _write_projections(folder / PROJECTIONS_FILE, teacher.shape, shape, projections=projections, norms=norms)
+
+    export_model(
+        base=teacher,
+        shape=shape,
+        weight_of=weight_of,
+        dtype=dtype or projections["embed"].dtype,
+        output=output,
+        arch=arch,
+        model_card=model_card,
+        max_shard_size=max_shard_size,
+        force=force,
+        verify=verify,
+        source=source,
+        write_extra=write_extra,
+    )
+
+
+def export_model(
+    *,
+    base: TeacherDescription,
+    shape: ModelShape,
+    weight_of: Callable[[Weight], Tensor],
+    dtype: torch.dtype,
+    output: Path,
+    arch: Arch = "auto",
+    model_card: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    force: bool = False,
+    verify: bool = True,
+    source: Source | None = None,
+    write_extra: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write a model of this shape that has `base`'s config.json in everything else, and its tokenizer.
+
+    weight_of: asked once for each weight, one after another; what it gives is written in `dtype`. Other arguments: as
+    of `export_student`.
+    """
+    with complete_or_absent(output, source=base.directory, force=force) as partial:
+        family = student_family(base, shape.hidden_size, arch)
         weights = {weight.name: weight for weight in expected_weights(family, shape)}
 
         def tensor_of(name: str) -> Tensor:
             weight = weights[name]
-            given = _student_weight(weight, reader, student_hidden_size, projections=projections, norms=norms)
-            written = given.to(dtype)
+            written = weight_of(weight).to(dtype)
             if source is not None and verify:
                 source.add(weight.key, written)
             return written
@@ -93,15 +135,14 @@ def export_student(
             tensor_of=tensor_of,
             max_shard_size=max_shard_size,
         )
-        config = json.dumps(student_config(teacher, shape, family, dtype=dtype), indent=2, sort_keys=True)
+        config = json.dumps(student_config(base, shape, family, dtype=dtype), indent=2, sort_keys=True)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        copy_files(teacher.directory, partial)
-        if save_projections:
-            _write_projections(partial / PROJECTIONS_FILE, teacher.shape, shape, projections=projections, norms=norms)
+        copy_files(base.directory, partial)
+        write_extra(partial)
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
         if verify:
-            check_export(partial, teacher, source)
+            check_export(partial, base, source)
 
 
 def check_export(directory: Path, teacher: TeacherDescription, source: Source | None = None) -> None:

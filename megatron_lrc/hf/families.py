@@ -7,6 +7,7 @@ A student keeps everything of its teacher's config but the hidden size; `student
 is written as.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,11 @@ class TeacherDescription:
     shape: ModelShape
     hf_config: PretrainedConfig = field(repr=False)
     config_values: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def config_fingerprint(self) -> str:
+        """sha256 of what config.json says: of a model whose weights are not looked at."""
+        return hashlib.sha256(json.dumps(dict(self.config_values), sort_keys=True).encode()).hexdigest()
 
 
 def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:

@@ -99,7 +99,7 @@ def model_card(
 ) -> str:
     """README.md of an exported student. losses: of the last validation. settings: the run's flags, a line each."""
     shape, name = teacher.shape, teacher.directory.resolve().name
-    heads = f"{shape.num_attention_heads} query, {shape.num_query_groups} key-value, {shape.head_dim} features each"
+    table = _table(family, shape, is_tied=is_tied, tokens=tokens, steps=steps, losses=losses or {})
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -115,7 +115,47 @@ with Low-Rank Clone (LRC, arXiv 2505.12781) by megatron_lrc.
 Every weight matrix is the teacher's, multiplied by a trained projection of {shape.hidden_size} x {student_hidden_size};
 nothing but the projections and the norm gains was trained. Everything else is the teacher's.
 
-| | |
+{table}
+`AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The teacher's licence applies.
+{_listed(settings)}"""
+
+
+def ordinary_model_card(
+    *,
+    base: TeacherDescription,
+    family: Family,
+    shape: ModelShape,
+    tokens: int,
+    steps: int,
+    is_new: bool,
+    losses: Mapping[str, float] | None = None,
+    settings: Iterable[str] = (),
+) -> str:
+    """README.md of a model that was trained by itself. base: the model that it started from, or if it is_new the one
+    whose config.json and tokenizer it has. Other arguments: as of `model_card`."""
+    name, hidden = base.directory.resolve().name, shape.hidden_size
+    table = _table(family, shape, is_tied=shape.is_tied, tokens=tokens, steps=steps, losses=losses or {})
+    start = f"anew, in the shape of `{name}` but for its hidden size" if is_new else f"from the weights of `{name}`"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}-{"new" if is_new else "trained"}-{hidden}
+
+A language model of hidden size {hidden}, trained with megatron_lrc by the method `ordinary`: all of its weights, on the
+language-modelling loss alone. It started {start}.
+
+{table}
+`AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The licence of `{name}` may apply.
+{_listed(settings)}"""
+
+
+def _table(
+    family: Family, shape: ModelShape, *, is_tied: bool, tokens: int, steps: int, losses: Mapping[str, float]
+) -> str:
+    heads = f"{shape.num_attention_heads} query, {shape.num_query_groups} key-value, {shape.head_dim} features each"
+    return f"""| | |
 |---|---|
 | transformers class | {family.architecture} |
 | layers | {shape.num_layers} |
@@ -125,9 +165,7 @@ nothing but the projections and the norm gains was trained. Everything else is t
 | embedding and LM head | {"tied" if is_tied else "untied"} |
 | training tokens | {tokens:,} |
 | optimizer steps | {steps:,} |
-{"".join(f"| {name.replace('_', ' ')}, held out | {value:.4f} |{chr(10)}" for name, value in (losses or {}).items())}
-`AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The teacher's licence applies.
-{_listed(settings)}"""
+{"".join(f"| {name.replace('_', ' ')}, held out | {value:.4f} |{chr(10)}" for name, value in losses.items())}"""
 
 
 def _listed(settings: Iterable[str]) -> str:

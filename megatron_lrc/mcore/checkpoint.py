@@ -1,13 +1,14 @@
 """What a checkpoint holds, in megatron-core's sharded format: what trains, and its optimizer.
 
-`projections.{name}` (D, d) and `norms.{name}` (d,), the names of `clone/sites.py`; optimizer state by the same names.
-They are global tensors, readable at any layout. `run_directory.py` says how a checkpoint lies on disk, and
-`checkpoint_writer.py` writes it. `open_checkpoint` reads single tensors of it without any process group: that is what
-an export needs.
+`projections.{name}` (D, d) and `norms.{name}` (d,), the names of `clone/sites.py`; of ordinary training the weights by
+megatron-core's own names (`clone/checkpoint_layout.py`). Optimizer state goes by the same names. They are global
+tensors, readable at any layout; a vocabulary is padded for the layout that wrote it. `run_directory.py` says how a
+checkpoint lies on disk, and `checkpoint_writer.py` writes it. `open_checkpoint` reads single tensors of it without any
+process group: that is what an export needs.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,30 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
+from megatron_lrc.checkpoint_boxes import read_box
 from megatron_lrc.checkpoint_index import UnsafeCheckpoint, read_index, refuse_code
+from megatron_lrc.clone.checkpoint_layout import SITES, all_boxes, box_of, rows_box
+from megatron_lrc.clone.sites import EMBED, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ConfigError, ModelShape
-from megatron_lrc.mcore.distributed import sum_over_world
+from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
-from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.paired_model import GAINS as NORMS
+from megatron_lrc.mcore.paired_model import PROJECTIONS
 from megatron_lrc.mcore.run_directory import STATE_FILE, find_changed, find_missing, newest_checkpoint, read_state
+from megatron_lrc.mcore.stages import PipelineStage, Trained
 
-PROJECTIONS, NORMS = "projections.", "norms."
 #: Optimizer state by parameter, readable at any layout. The default type of 0.16.1 raises (`flattened_range`).
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 #: fp32 copies of the parameters, as megatron-core's two kinds of optimizer name them.
@@ -46,21 +57,22 @@ def damage_on_any_rank(path: Path) -> str | None:
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, stages: list[PairedModel], optimizer: ProjectionOptimizer) -> None:
-    """Read projections, gains and optimizer state of any layout into this rank's objects. Collective."""
+def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer) -> None:
+    """Read what is trained and optimizer state of any layout into this rank's objects. Collective."""
     state = sharded_state(stages, optimizer, is_loading=True)
     expected = set(state["optimizer"])
     _, present = extract_matching_values(state["optimizer"], lambda value: isinstance(value, _SHARDED))
+    # One after the other: what fp32 copies are read from may be the parameters' own tensors.
+    _copy_parameters(_load(path, {"model": state.pop("model")})["model"], stages)
     loaded = _load(path, state)
-    _copy_parameters(loaded["model"], stages)
     optimizer_state = {key: value for key, value in loaded["optimizer"].items() if key in expected}
     _fill_in(optimizer_state, present)
     optimizer.load_state_dict(optimizer_state, num_updates=loaded["num_updates"])
 
 
 @torch.no_grad()
-def load_weights(path: Path, stages: list[PairedModel], optimizer: ProjectionOptimizer) -> None:
-    """Read projections and gains only; the optimizer starts anew from them. Collective."""
+def load_weights(path: Path, stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer) -> None:
+    """Read what is trained only; the optimizer starts anew from them. Collective."""
     loaded = _load(path, {"model": _sharded_model(stages)})
     _copy_parameters(loaded["model"], stages)
     optimizer.optimizer.reload_model_params()  # its fp32 copies
@@ -73,11 +85,8 @@ def _load(path: Path, state: dict) -> dict:
         raise ConfigError(f"{error}, so it is not loaded. Give a checkpoint that megatron_lrc wrote.") from None
     stored = read_index(path).state_dict_metadata
     for value in nested_values(state):
-        if isinstance(value, ShardedTensor) and value.key not in stored:
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and value.key not in stored:
             value.key = _stored_name(value.key, stored)
-            if value.key.startswith((PROJECTIONS, NORMS)):  # which is read for the parameter itself too
-                _, *others = value.replica_id  # type: ignore[misc]
-                value.replica_id = (1, *others)
     return dist_checkpointing.load(state, str(path))
 
 
@@ -98,20 +107,13 @@ def _fill_in(loaded: Any, present: Any) -> None:
             _fill_in(loaded[key], value)
 
 
-def _copy_parameters(loaded: dict[str, Tensor], stages: list[PairedModel]) -> None:
+def _copy_parameters(loaded: dict[str, Tensor], stages: Sequence[PipelineStage]) -> None:
     for stage in stages:
-        for key, parameter in _named_parameters(stage):
-            parameter.copy_(loaded[key])
+        for trained in stage.trained():
+            trained.parameter.copy_(loaded[trained.name])
 
 
-def _named_parameters(stage: PairedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for name, matrix in stage.projections.named_matrices():
-        yield PROJECTIONS + name, matrix
-    for name, gain in stage.projections.named_norms():
-        yield NORMS + name, gain
-
-
-def sharded_state(stages: list[PairedModel], optimizer: ProjectionOptimizer, *, is_loading: bool) -> dict:
+def sharded_state(stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer, *, is_loading: bool) -> dict:
     """What is saved, or is to be loaded: this rank's tensors, with their places in the global ones."""
     model = _sharded_model(stages)
     return {
@@ -123,7 +125,7 @@ def sharded_state(stages: list[PairedModel], optimizer: ProjectionOptimizer, *, 
 
 def sharded_bytes(state: dict) -> int:
     """What all ranks together have to write of a sharded state. Collective."""
-    tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor))
+    tensors = (value for value in nested_values(state) if isinstance(value, (ShardedTensor, ShardedTensorFactory)))
     mine = sum(
         tensor.data.nbytes for tensor in tensors if tensor.data is not None and is_main_replica(tensor.replica_id)
     )
@@ -131,23 +133,25 @@ def sharded_bytes(state: dict) -> int:
     return int(sum_over_world(torch.tensor(mine, dtype=torch.int64, device=device)).item())
 
 
-def _sharded_model(stages: list[PairedModel]) -> dict[str, ShardedTensor]:
-    return {key: tensor for stage in stages for key, tensor in _sharded_parameters(stage).items()}
+def _sharded_model(stages: Sequence[PipelineStage]) -> dict[str, ShardedBase]:
+    return {trained.name: _sharded(trained, stage.groups) for stage in stages for trained in stage.trained()}
 
 
-def _sharded_parameters(stage: PairedModel) -> dict[str, ShardedTensor]:
-    """Each parameter with its place in the global tensor. P: rows over TP. Gains, the tied P, and DP: replicas."""
-    groups, sharded = stage.groups, {}
+def _sharded(trained: Trained, groups: Groups) -> ShardedBase:
+    """A parameter with its place in the global tensor. What is replicated over TP, what is tied, and DP: replicas."""
     tp_rank, tp_size, dp_rank = groups.tp.rank(), groups.tp.size(), groups.dp_cp.rank()
-    for key, parameter in _named_parameters(stage):
-        if key.startswith(PROJECTIONS):
-            is_copy = int(getattr(parameter, "shared", False))
-            sharded[key] = ShardedTensor.from_rank_offsets(
-                key, parameter, (0, tp_rank, tp_size), replica_id=(is_copy, 0, dp_rank)
-            )
-        else:
-            sharded[key] = ShardedTensor.from_rank_offsets(key, parameter, replica_id=(0, tp_rank, dp_rank))
-    return sharded
+    stacked = [] if trained.layer is None else [(0, *trained.layer)]
+    split = [] if trained.split is None else [(trained.split + len(stacked), tp_rank, tp_size)]
+    tensor = ShardedTensor.from_rank_offsets(
+        trained.key,
+        trained.parameter,
+        *stacked,
+        *split,
+        replica_id=(int(trained.is_copy), 0 if split else tp_rank, dp_rank),
+        prepend_axis_num=len(stacked),
+        allow_shape_mismatch=trained.is_padded,
+    )
+    return apply_swiglu_sharded_factory(tensor, tuple(stacked)) if trained.is_gated else tensor
 
 
 # ------------------------------------------------------------------------------------------------ reading one process
@@ -187,9 +191,45 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._sizes)
 
 
+class _Weights(Mapping[str, Tensor]):
+    """The weights in a checkpoint of ordinary training, by our names (`Weight.key`), rows in Hugging Face's order."""
+
+    def __init__(self, reader: _Reader, index: Metadata, shape: ModelShape):
+        self._reader, self._stored, self._shape = reader, index.state_dict_metadata, shape
+        reader.set_up_storage_reader(index, is_coordinator=True)
+        names = [
+            name if box.layer is None else f"layers.{box.layer}.{name}"
+            for box in all_boxes(shape)
+            for name in box.names
+        ]
+        self._names = list(dict.fromkeys(names))  # boxes are parts of tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        scope, _, kind = name.rpartition(".")
+        if name in (EMBED.name, LM_HEAD.name):
+            box = rows_box(self._shape, SITES[name], 0, self._shape.vocab_size)
+        else:
+            box = box_of(self._shape, kind, int(scope.split(".")[1]) if scope else None)
+        stored = self._stored[box.key]
+        assert isinstance(stored, TensorStorageMetadata)
+        tensor = read_box(self._reader, stored, box)
+        if len(box.names) == 1:
+            return tensor
+        return select(SITES[kind.removesuffix("_bias")], tensor, HeadLayout.of(self._shape)).flatten(0, 1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True, slots=True)
 class SavedStudent:
-    """A checkpoint, open for reading in one process, on CPU."""
+    """A checkpoint, open for reading in one process, on CPU.
+
+    weights: the student's own, where it was trained by itself; projections and norms are empty then.
+    """
 
     path: Path
     config: Config
@@ -199,6 +239,12 @@ class SavedStudent:
     tokens: int
     projections: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what was trained."""
+        return self.projections[EMBED.name].dtype if self.weights is None else self.weights["final"].dtype
 
 
 def open_checkpoint(run: str) -> SavedStudent:
@@ -226,4 +272,5 @@ def open_checkpoint(run: str) -> SavedStudent:
         tokens=state.tokens,
         projections=_Tensors(reader, tensors, PROJECTIONS),
         norms=_Tensors(reader, tensors, NORMS),
+        weights=None if config.has_teacher else _Weights(_Reader(path, index), index, shape),
     )

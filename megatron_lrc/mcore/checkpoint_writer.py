@@ -24,7 +24,7 @@ import signal
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -40,7 +40,6 @@ from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.checkpoint import sharded_bytes, sharded_state
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
-from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.run_directory import (
     FileSum,
     RunState,
@@ -50,6 +49,7 @@ from megatron_lrc.mcore.run_directory import (
     remove_leftovers,
     remove_old,
 )
+from megatron_lrc.mcore.stages import PipelineStage
 
 #: Kept free on the disk for the index and run.json, which are written last, by one rank.
 RESERVE_FILE, _RESERVE_BYTES = "reserve", 1 << 20
@@ -98,7 +98,7 @@ class CheckpointWriter:
         """Whether this rank's files are still being written. Does not wait."""
         return self._pending is not None and self._pending.process is not None and self._pending.process.is_alive()
 
-    def start(self, state: RunState, stages: list[PairedModel], optimizer: ProjectionOptimizer) -> None:
+    def start(self, state: RunState, stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer) -> None:
         """Write the state as it is now; with --async-save only begin to. SaveFailed if it cannot be begun."""
         assert self._pending is None and self._config.checkpoint.save
         values = sharded_state(stages, optimizer, is_loading=False)

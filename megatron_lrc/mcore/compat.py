@@ -34,20 +34,20 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
     return [single.optimizer for single in chained_optimizers(optimizer) if single.optimizer is not None]
 
 
-def owned_gradient(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """The part of a parameter's reduced `main_grad` that this rank counts among its data (and context) parallel ones.
+def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice | None:
+    """The part of a parameter's reduced `main_grad`, flat, that this rank counts among its data (and context) parallel
+    ones.
 
-    DistributedOptimizer: the range whose state this rank holds, flat, None if that is empty; after a reduce-scatter
-    nothing else in the buffer is complete. Otherwise every rank has all of it, and the first one counts it.
+    DistributedOptimizer: the range whose state this rank holds, None if that is empty; after a reduce-scatter nothing
+    else in the buffer is complete. Otherwise every rank has all of it, and the first one counts it.
     """
-    grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
     sharded = [single for single in chained_optimizers(optimizer) if hasattr(single, "model_param_gbuf_map")]
     for single in sharded:
         if parameter in single.model_param_gbuf_map:
             owned = single._get_model_param_range_map(parameter)["param"]
-            return grad.view(-1)[owned.start : owned.end]
+            return slice(owned.start, owned.end)
     is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    return grad if is_first and not sharded else None
+    return slice(None) if is_first and not sharded else None
 
 
 def save_strategy(replicas: ProcessGroup) -> Any:

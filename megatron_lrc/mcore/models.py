@@ -195,6 +195,12 @@ def build_stage(
     return model
 
 
+def tie_ends(model: GPTModel, shape: ModelShape) -> None:
+    """On a stage with both ends, a tied model's head is its embedding. Elsewhere each end has its own copy."""
+    if shape.is_tied and model.pre_process and model.post_process:
+        model.output_layer.weight = model.embedding.word_embeddings.weight
+
+
 def layers_of(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
     """(global 0-based index, TransformerLayer) of each layer on this stage."""
     for layer in model.decoder.layers:

@@ -1,10 +1,11 @@
-"""What trains: megatron-core's DDP and optimizers round `Projections`, the gradient reductions, the LR schedule.
+"""What trains: megatron-core's DDP and optimizers round a stage's trained module, gradient reductions, the LR schedule.
 
-Gradients come in as sums over tokens and are divided once, by the global token count. The order:
-pull back (done) -> sum gains over TP, tied P over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
+Gradients come in as sums over tokens and are divided once, by the global token count. The order: pull back (done) ->
+sum what is replicated over TP, what is tied over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,23 +18,23 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_lrc.clone.sites import EMBED
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.stages import PipelineStage
 
 
 class ProjectionOptimizer:
-    """AdamW on every projection and norm gain of this rank's stages."""
+    """AdamW on everything that this rank's stages train."""
 
-    def __init__(self, config: Config, stages: list[PairedModel], groups: Groups):
+    def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
         self.groups = groups
         self.clip_grad = config.optimizer.clip_grad
-        self._tied = [matrix for stage in stages for matrix in _tied_projections(stage)]
-        self._gains = [gain for stage in stages for _, gain in stage.projections.named_norms()]
+        everything = [trained for stage in stages for trained in stage.trained()]
+        self._tied = [trained.parameter for trained in everything if trained.is_at_both_ends]
+        self._replicated = [trained.parameter for trained in everything if trained.split is None]
         for stage in stages:
             _mark_for_grad_norm(stage)
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
@@ -52,12 +53,12 @@ class ProjectionOptimizer:
         self.initialize_state()
 
     @staticmethod
-    def _data_parallel(config: Config, stage: PairedModel) -> DistributedDataParallel:
+    def _data_parallel(config: Config, stage: PipelineStage) -> DistributedDataParallel:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        return DistributedDataParallel(stage.config, ddp_config, stage.projections)
+        return DistributedDataParallel(stage.config, ddp_config, stage.trained_module)
 
     @torch.no_grad()
     def initialize_state(self) -> None:
@@ -97,7 +98,7 @@ class ProjectionOptimizer:
         return self._min_loss_scale < loss_scale
 
     def zero_grad(self) -> None:
-        """Empty the gradient buffers of P and the gains."""
+        """Empty the gradient buffers."""
         for replica in self.replicas:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -105,9 +106,9 @@ class ProjectionOptimizer:
     @torch.no_grad()
     def reduce_gradients(self, num_tokens: Tensor) -> None:
         """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation)."""
-        if self.groups.tp.size() > 1:
-            # Under sequence parallel each rank saw its own tokens.
-            _sum_together([gain.main_grad for gain in self._gains], self.groups.tp)
+        if self.groups.tp.size() > 1 and self._replicated:
+            # Under sequence parallel each rank saw its own tokens; the gains of q and k meet its own heads only.
+            _sum_together([parameter.main_grad for parameter in self._replicated], self.groups.tp)
         if self.groups.pp.size() > 1 and self.groups.embedding is not None:
             for matrix in self._tied:
                 dist.all_reduce(matrix.main_grad, group=self.groups.embedding)
@@ -118,7 +119,7 @@ class ProjectionOptimizer:
 
     @torch.no_grad()
     def clip_and_step(self, *, may_step: bool = True, max_norm: float = math.inf) -> tuple[bool, float]:
-        """(whether P was updated, the gradient norm before clipping). All ranks skip if the norm is not finite.
+        """(whether anything was updated, the gradient norm before clipping). All ranks skip if the norm is not finite.
 
         may_step: False if the losses already forbid it; the same on every rank, as max_norm is, above which no step is
         taken. A dynamic loss scale changes here.
@@ -134,29 +135,22 @@ class ProjectionOptimizer:
         return is_updated, grad_norm
 
     def _equalize_tied(self) -> None:
-        """Give the last stage the first one's tied P. Both have taken the same step, but the sums over their data
-        parallel groups need not have been added up in the same order."""
+        """Give the last stage what is tied to the first one's. Both have taken the same step, but the sums over
+        their data parallel groups need not have been added up in the same order."""
         group = self.groups.embedding
         if self.groups.pp.size() > 1 and group is not None:
             for matrix in self._tied:
                 dist.broadcast(matrix, src=dist.get_process_group_ranks(group)[0], group=group)
 
 
-def _tied_projections(stage: PairedModel) -> list[nn.Parameter]:
-    """The P of both ends, where the student is tied: on the first and the last stage."""
-    if not stage.shapes.student.is_tied:
-        return []
-    return [matrix for name, matrix in stage.projections.named_matrices() if name == EMBED.name]
-
-
-def _mark_for_grad_norm(stage: PairedModel) -> None:
-    """Tell megatron-core's gradient norm what to count: every TP rank's P shard; the tied P once."""
-    for _, matrix in stage.projections.named_matrices():
-        matrix.tensor_model_parallel = True
-        matrix.partition_dim, matrix.partition_stride = 0, 1
-    if not stage.pre_process:
-        for matrix in _tied_projections(stage):
-            matrix.shared = True
+def _mark_for_grad_norm(stage: PipelineStage) -> None:
+    """Tell megatron-core's gradient norm what to count: every TP rank's shards; what is tied once."""
+    for trained in stage.trained():
+        if trained.split is not None:
+            trained.parameter.tensor_model_parallel = True
+            trained.parameter.partition_dim, trained.parameter.partition_stride = trained.split, 1
+        if trained.is_at_both_ends and not stage.pre_process:
+            trained.parameter.shared = True
 
 
 def _sum_together(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

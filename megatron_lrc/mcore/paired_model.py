@@ -9,52 +9,37 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a lin
 """
 
 import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_lrc.clone.losses import AttachLoss, CloneLoss, inverse_widths
-from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32
+from megatron_lrc.clone.projections import (
+    ClonedWeight,
+    Projections,
+    accumulate_in_fp32,
+    gradient_of,
+    zero_gradient,
+)
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
-from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size
+from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size, tie_ends
+from megatron_lrc.mcore.stages import NORMS, LossSums, PipelineStage, Shapes, Trained, run_stage
+
+#: What a checkpoint calls what is trained: the projections (D, d), and the student's norm gains (d,).
+PROJECTIONS, GAINS = "projections.", "norms."
 
 SITES_OF: dict[str, list[Site]] = {
     linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares."""
-
-    teacher: ModelShape
-    student: ModelShape
-    inverse_frequencies: Tensor
-
-
-class LossSums:
-    """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
-
-    main [4]: LM, KL (with tau^2), the teacher's LM, tokens; counted on one tensor parallel rank of the last stage.
-    clone [layers, sites]: rows of this stage's layers; complete after a sum over all ranks.
-    """
-
-    def __init__(self, num_layers: int, device: torch.device):
-        self.main = torch.zeros(4, dtype=torch.float64, device=device)
-        self.clone = torch.zeros(num_layers, len(LAYER_SITES), dtype=torch.float64, device=device)
-
-    def reset(self) -> None:
-        self.main.zero_()
-        self.clone.zero_()
 
 
 @dataclass(slots=True)
@@ -90,13 +75,11 @@ class Place:
         return self.teacher_layer.get_submodule(self.block)
 
 
-class PairedModel(nn.Module):
+class PairedModel(PipelineStage):
     """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
 
     chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     """
-
-    model_type = ModelType.encoder_or_decoder
 
     def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0):
         super().__init__()
@@ -111,7 +94,8 @@ class PairedModel(nn.Module):
         }
         self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, is_trained=False, **place)
         self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, is_trained=True, **place)
-        self._share_tied_weights()
+        tie_ends(self.teacher, shapes.teacher)
+        tie_ends(self.student, shapes.student)
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
@@ -147,12 +131,6 @@ class PairedModel(nn.Module):
 
     def _has_own_head(self) -> bool:
         return self.post_process and not self.shapes.student.is_tied
-
-    def _share_tied_weights(self) -> None:
-        """On a stage with both ends, a tied model's head is its embedding. Elsewhere each end has its own copy."""
-        for model, shape in ((self.teacher, self.shapes.teacher), (self.student, self.shapes.student)):
-            if shape.is_tied and self.pre_process and self.post_process:
-                model.output_layer.weight = model.embedding.word_embeddings.weight
 
     def _pair_weights(self) -> list[ClonedWeight]:
         """Every student matrix on this stage, beside the teacher's and the name of its projection."""
@@ -212,6 +190,44 @@ class PairedModel(nn.Module):
             return place.block in parallel.recompute_modules
         return parallel.recompute_granularity == "full"
 
+    # --- what is trained ----------------------------------------------------------------------------------------
+
+    @property
+    def trained_module(self) -> nn.Module:
+        return self.projections
+
+    def trained(self) -> Iterator[Trained]:
+        """Every P, in shards of its rows, and the norm gains."""
+        for name, matrix in self.projections.named_matrices():
+            group = name.rpartition(".")[2]
+            is_tied = group == EMBED.name and self.shapes.student.is_tied
+            yield Trained(name, PROJECTIONS + name, matrix, (group,), split=0, is_at_both_ends=is_tied)
+        for name, gain in self.projections.named_norms():
+            yield Trained(name, GAINS + name, gain, (NORMS,))
+
+    @property
+    def models(self) -> Mapping[str, GPTModel]:
+        return {"teacher": self.teacher, "student": self.student}
+
+    def matrix_gradients(self) -> Iterator[tuple[Site, int | None, Tensor]]:
+        for weight in self.cloned_weights:
+            grad = gradient_of(weight.student)
+            if grad is not None:
+                layer = int(weight.projection.split(".")[1]) if weight.site in LAYER_SITES else None
+                yield weight.site, layer, select(weight.site, grad, self.heads)
+
+    def zero_gradients(self) -> None:
+        for weight in self.cloned_weights:
+            zero_gradient(weight.student)
+
+    def compose(self) -> None:
+        """W_S <- f(W_T, P)."""
+        self.projections.compose(self.cloned_weights)
+
+    def pull_back(self) -> None:
+        """dP += f^T(W_T, dW_S)."""
+        self.projections.pull_back(self.cloned_weights)
+
     # --- forward ------------------------------------------------------------------------------------------------
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
@@ -226,8 +242,8 @@ class PairedModel(nn.Module):
         micro_batch = self._micro_batch = MicroBatch(batch["loss_mask"].t().contiguous())
         teacher_in, student_in = self._split_input()
         with torch.no_grad():
-            teacher_hidden = _run_stage(self.teacher, batch, teacher_in)
-        student_hidden = _run_stage(self.student, batch, student_in)
+            teacher_hidden = run_stage(self.teacher, batch, teacher_in)
+        student_hidden = run_stage(self.student, batch, student_in)
         assert not micro_batch.activations, "a student layer did not meet its teacher's activation"
         if micro_batch.inputs:
             student_hidden = _EnterBackward.apply(student_hidden, self, micro_batch)
@@ -240,7 +256,7 @@ class PairedModel(nn.Module):
         teacher_in, _ = self._split_input()
         self._micro_batch = MicroBatch(batch["loss_mask"].t())
         with torch.no_grad():
-            hidden = _run_stage(self.teacher, batch, teacher_in)
+            hidden = run_stage(self.teacher, batch, teacher_in)
         self._micro_batch = None
         if self.post_process:
             return hidden.new_zeros(())
@@ -272,7 +288,7 @@ class PairedModel(nn.Module):
                 kl=self.settings.total_kl_weight,
                 temperature=self.settings.loss.kl_temperature,
                 chunk_tokens=self.settings.loss.loss_chunk_tokens,
-                loss_scale=self._main_loss_scale(),
+                loss_scale=self.main_loss_scale(),
             ),
         )
         if self.groups.tp.rank() == 0:
@@ -315,7 +331,7 @@ class PairedModel(nn.Module):
         if not micro_batch.is_recomputing:
             for site in place.sites:
                 self.sums.clone[place.layer, LAYER_SITES.index(site)] += select(site, per_feature, self.heads).sum()
-        return AttachLoss.apply(output[0], loss, self.settings.loss.alpha * self._main_loss_scale()), output[1]
+        return AttachLoss.apply(output[0], loss, self.settings.loss.alpha * self.main_loss_scale()), output[1]
 
     def _output_pair(self, place: Place, attention: Tensor, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """What is compared at o and down: at student width, or for o at the teacher's, as the flags say."""
@@ -335,11 +351,6 @@ class PairedModel(nn.Module):
             self._inverse_widths[key] = widths.to(compared.device, wide)
         return self._inverse_widths[key]
 
-    def _main_loss_scale(self) -> Tensor | float:
-        """What the schedule multiplies the main loss by before backward (fp16 loss scaling; 1 otherwise)."""
-        scale = self.config.grad_scale_func
-        return 1.0 if scale is None else scale(torch.ones((), device=self.groups.device))
-
 
 class _EnterBackward(torch.autograd.Function):
     """The identity; its backward tells the stage which micro-batch the layers that are about to recompute belong to."""
@@ -354,9 +365,3 @@ class _EnterBackward(torch.autograd.Function):
         ctx.micro_batch.is_recomputing = True
         ctx.stage._micro_batch = ctx.micro_batch
         return grads[0], None, None
-
-
-def _run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
-    """[s/tp, b, h]: the residual stream after this stage; after the final norm on the last."""
-    model.set_input_tensor(hidden)
-    return model(batch["tokens"], batch["position_ids"], batch.get("documents"))

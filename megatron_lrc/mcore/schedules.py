@@ -1,31 +1,33 @@
-"""megatron-core's pipeline schedules over PairedModels: all micro-batches forward and backward, losses as sums."""
+"""megatron-core's pipeline schedules over the stages: all micro-batches forward and backward, losses as sums."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.attention import find_documents
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.stages import PipelineStage
 
 Batch = dict[str, Tensor]
-ForwardStep = Callable[[PairedModel, Batch], Tensor]
+ForwardStep = Callable[[Any, Batch], Tensor]  # of a stage
 
 
 def forward_backward(
-    stages: list[PairedModel],
+    stages: Sequence[PipelineStage],
     batches: Iterator[Batch],
     config: Config,
     *,
     num_microbatches: int,
     forward_only: bool = False,
-    forward_step: ForwardStep = PairedModel.__call__,
+    forward_step: ForwardStep = nn.Module.__call__,
 ) -> None:
-    """Run the schedule. Leaves dW_S, the gains' and the clone targets' gradients, and each stage's loss sums behind.
+    """Run the schedule. Leaves gradients (dW_S, the gains', the clone targets') and each stage's loss sums behind.
 
     Every stage reads every micro-batch: the loss mask is needed wherever a clone loss is. megatron-core finalises no
     gradients here (`finalize_model_grads_func` is unset), because pull back comes between backward and reduction.
@@ -33,7 +35,7 @@ def forward_backward(
     if config.data.reset_attention_mask:
         batches = ({**batch, "documents": find_documents(batch["position_ids"])} for batch in batches)
 
-    def step(iterator: Iterator[Batch], stage: PairedModel) -> tuple[Tensor, Callable]:
+    def step(iterator: Iterator[Batch], stage: PipelineStage) -> tuple[Tensor, Callable]:
         batch = own_part_of_sequence(next(iterator), stage.groups.cp)
         num_tokens = batch["loss_mask"].sum().int()
         return forward_step(stage, batch), lambda loss: (loss, num_tokens, {})
@@ -42,7 +44,7 @@ def forward_backward(
         forward_step_func=step,
         # Each chunk reads every micro-batch for itself.
         data_iterator=batches if len(stages) == 1 else list(itertools.tee(batches, len(stages))),
-        model=stages,
+        model=list(stages),
         num_microbatches=num_microbatches,
         seq_length=config.training.seq_length,
         micro_batch_size=config.training.micro_batch_size,

@@ -1,6 +1,6 @@
-"""From a Config to the objects of a run: both models with the teacher's weights in place, projections initialised."""
+"""From a Config to the objects of a run: the stages of its method, weights in place, projections initialised."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,49 @@ from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.distributed import Groups, broadcast_from_first, sum_over_world
-from megatron_lrc.mcore.models import layers_of, norm_gains, padded_vocab_size, residual_readers
-from megatron_lrc.mcore.paired_model import PairedModel, Shapes
+from megatron_lrc.mcore.models import GPTModel, layers_of, norm_gains, padded_vocab_size, residual_readers
+from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_teacher
+from megatron_lrc.mcore.single_model import SingleModel
+from megatron_lrc.mcore.stages import PipelineStage, Shapes
 
 Batches = Iterator[dict[str, Tensor]]
+
+
+def build_stages_of_method(
+    config: Config,
+    base: TeacherDescription,
+    reader: Reader,
+    groups: Groups,
+    dtype: torch.dtype,
+    calibration: Callable[[], Batches],
+    *,
+    is_new: bool,
+) -> Sequence[PipelineStage]:
+    """This rank's stages of what --method says. base, reader: of the teacher, or of the model to train.
+
+    is_new: with the values that training begins with; otherwise what is trained is still to be loaded.
+    """
+    if not config.has_teacher:
+        return build_single_model(config, base, reader if is_new else None, groups, dtype)
+    stages = build_stages(config, base, reader, groups, dtype)
+    if is_new:
+        initialize(config, stages, calibration, groups)
+    return stages
+
+
+def build_single_model(
+    config: Config, base: TeacherDescription, reader: Reader | None, groups: Groups, dtype: torch.dtype
+) -> list[SingleModel]:
+    """The stages of a model that is trained by itself, with the weights that `reader` has."""
+    shape = config.student_shape(base.shape)
+    shapes = Shapes(shape, shape, rope_inverse_frequencies(base))
+    stages = [SingleModel(config, shapes, groups, dtype, chunk) for chunk in range(config.num_chunks)]
+    if reader is not None:
+        for stage in stages:
+            load_weights(stage, stage.student, reader)
+            load_frozen(stage, stage.student, reader)
+    return stages
 
 
 def build_stages(
@@ -25,14 +63,17 @@ def build_stages(
     shapes = Shapes(teacher.shape, config.student_shape(teacher.shape), rope_inverse_frequencies(teacher))
     stages = [PairedModel(config, shapes, groups, dtype, chunk) for chunk in range(config.num_chunks)]
     for stage in stages:
-        load_teacher(stage, reader)
+        load_weights(stage, stage.teacher, reader)
+        load_frozen(stage, stage.teacher, reader)
+        load_frozen(stage, stage.student, reader)
     return stages
 
 
 @torch.no_grad()
-def load_teacher(stage: PairedModel, reader: Reader) -> None:
-    """Read this rank's slices of the teacher, and nothing else of it, from disk into the stage."""
-    groups, model = stage.groups, stage.teacher
+def load_weights(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
+    """Read this rank's slices of a model, and nothing else of it, from disk into one of the stage's models: matrices
+    and norm gains."""
+    groups = stage.groups
 
     def read(site: Site, layer: int | None, **extra: int) -> Tensor:
         return reader.site(site, layer, tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), **extra)
@@ -50,13 +91,16 @@ def load_teacher(stage: PairedModel, reader: Reader) -> None:
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         gain.copy_(reader.norm(kind, int(layer_name[1]) if layer_name else None))
-    for either in (stage.teacher, stage.student):
-        for index, layer in layers_of(either):
-            _load_frozen(stage, layer, index, reader)
 
 
-def _load_frozen(stage: PairedModel, layer: nn.Module, index: int, reader: Reader) -> None:
-    """Set the tensors of a layer that teacher and student share: biases of q, k and v, gains of the q and k norms."""
+@torch.no_grad()
+def load_frozen(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
+    """Read what a teacher and its student share: biases of q, k and v, gains of the q and k norms."""
+    for index, layer in layers_of(model):
+        _load_frozen(stage, layer, index, reader)
+
+
+def _load_frozen(stage: PipelineStage, layer: nn.Module, index: int, reader: Reader) -> None:
     tp, frozen = stage.groups.tp, reader.description.family.frozen
     for site in LAYER_SITES:
         if (name := f"{site.name}_bias") in frozen:

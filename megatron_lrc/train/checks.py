@@ -1,7 +1,8 @@
 """What can be refused before a process group or a model exists: the teacher, the data, the run directories."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from megatron_lrc.mcore.run_directory import (
     step_of,
 )
 from megatron_lrc.train.boards import check_boards
+from megatron_lrc.train.initial_weights import InitialWeights
 from megatron_lrc.validation import check_schedule, raise_all, validate_against_teacher
 
 CONFIG_FILE = "config.yaml"
@@ -32,7 +34,7 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the checks have opened."""
+    """What the checks have opened. teacher: without one the model that the student is, or has the config.json of."""
 
     config: Config  # with the --train-iters that --train-epochs comes to
     teacher: TeacherDescription
@@ -48,12 +50,11 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
 
     damaged: checkpoints whose contents have been looked at, and what is wrong with them; they are passed over.
     """
-    assert config.model.teacher is not None, "validate() has passed"
     check_boards(config)
-    teacher = describe_teacher(config.model.teacher)
-    warnings = validate_against_teacher(config, teacher.shape)
-    reader = open_teacher(teacher)
-    check_pipeline_layout(config, teacher.shape)
+    with naming_the_student(config):
+        teacher, reader = _open_base(config)
+        warnings = validate_against_teacher(config, teacher.shape)
+        check_pipeline_layout(config, teacher.shape)
     check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         _check_writable(Path(config.checkpoint.save))
@@ -62,7 +63,7 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
     if resume_from:
         state = _check_fits(resume_from, config, teacher, reader)
     else:
-        state = RunState(teacher_fingerprint=reader.fingerprint())
+        state = RunState(teacher_fingerprint=_fingerprint(config, reader))
     weights_from = None if resume_from else _find_weights(config, teacher, reader)
     config = resolve_train_iters(config, step=state.step, consumed_samples=state.consumed_samples)
     if config.training.train_epochs:  # only now are its steps known
@@ -72,6 +73,35 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
             f"{resume_from} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
         )
     return Checked(config, teacher, reader, resume_from, weights_from, state, warnings)
+
+
+def _open_base(config: Config) -> tuple[TeacherDescription, Reader]:
+    """The model that --student or --teacher names, and its weights; those to begin with where only its shape counts."""
+    assert config.base_model is not None, "validate() has passed"
+    is_new = not config.has_teacher and config.model.student is None
+    base = describe_teacher(config.base_model, needs_weights=not is_new)
+    if not is_new:
+        return base, open_teacher(base)
+    shape = config.student_shape(base.shape)
+    return base, InitialWeights(base, shape, std=config.projection.init_method_std, seed=config.training.seed)
+
+
+def _fingerprint(config: Config, reader: Reader) -> str:
+    """Of what a checkpoint cannot do without: the teacher, or config.json alone, since the weights are in it."""
+    return reader.fingerprint() if config.has_teacher else reader.description.config_fingerprint
+
+
+@contextlib.contextmanager
+def naming_the_student(config: Config) -> Iterator[None]:
+    """Have errors about a model speak of --student where that, and no teacher, is what was given."""
+    try:
+        yield
+    except ConfigError as error:
+        if config.model.student is None:
+            raise
+        place = "\0"  # the path may well have "teacher" in it
+        text = str(error).replace(config.model.student, place).replace("teacher", "model")
+        raise ConfigError(text.replace("--model", "--student").replace(place, config.model.student)) from error
 
 
 def _check_writable(run: Path) -> None:
@@ -134,9 +164,19 @@ def _check_fits(path: Path, config: Config, teacher: TeacherDescription, reader:
 
     The training data may be another one: the run says so, and keeps its position (`loop.py`).
     """
-    state, _, saved = read_state(path)
+    state, config_before, saved = read_state(path)
     wanted: ModelShape = config.student_shape(teacher.shape)
-    if state.teacher_fingerprint != reader.fingerprint():
+    if config_before.model.method != config.model.method:
+        raise ConfigError(
+            f"{path} is of a run with --method {config_before.model.method}, and cannot be continued with --method "
+            f"{config.model.method}. Repeat that, or export it with tools/convert_to_hf.py and start from the result."
+        )
+    if state.teacher_fingerprint != _fingerprint(config, reader):
+        if not config.has_teacher:
+            raise ConfigError(
+                f"{config.base_model} is not the model that {path} was trained from: its config.json differs. Give "
+                "that model's directory."
+            )
         raise ConfigError(
             f"--teacher {config.model.teacher} is not the teacher that {path} was trained with: its files differ. "
             "Give that teacher's directory."

@@ -37,6 +37,9 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
     for line in describe_changes(config):
         print(line)
+    if not config.has_teacher:
+        dry_run_ordinary(config, shape, student, world_size, checked.warnings)
+        return
     peaks = peak_memory(config, shape, student, world_size=world_size)
     for lines in (
         describe_models(shape, student),
@@ -50,6 +53,27 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
         for line in lines:
             print(line)
     refuse_too_much(config, shape, student, peaks, gpu)
+    print("dry run: every check passed, nothing was started")
+
+
+def dry_run_ordinary(
+    config: Config, base: ModelShape, student: ModelShape, world_size: int, warnings: list[str]
+) -> None:
+    """The same of ordinary training, for whose memory and time there is no estimate yet."""
+    size = parameter_count(student)
+    print(
+        f"model: {size / 1e9:.2f}B parameters, all trained, hidden size {student.hidden_size}, "
+        f"{student.num_layers} layers, {describe_tying(student)}"
+    )
+    for lines in (
+        describe_layout(config, world_size),
+        describe_flops(config, base, student),
+        describe_disk(config, base, student),
+        (f"warning: {warning}" for warning in ("memory and time are not estimated for --method ordinary", *warnings)),
+    ):
+        for line in lines:
+            print(line)
+    refuse_too_little_disk(config, base, student)
     print("dry run: every check passed, nothing was started")
 
 
@@ -156,6 +180,10 @@ def refuse_too_much(
             "Use a layout that tools/plan.py finds: a smaller --micro-batch-size, --recompute-granularity full, or "
             "more --tensor-model-parallel-size or --pipeline-model-parallel-size."
         )
+    refuse_too_little_disk(config, teacher, student)
+
+
+def refuse_too_little_disk(config: Config, teacher: ModelShape, student: ModelShape) -> None:
     if config.checkpoint.save is None:
         return
     need, free = disk_need(config, teacher, student), free_space(config.checkpoint.save)

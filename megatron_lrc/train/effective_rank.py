@@ -11,7 +11,7 @@ rounding error meets them under a square root: one [hidden, hidden] matrix for e
 while a validation runs (2.2 GB for 28 layers of 3072).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from megatron_lrc.clone.initialization import SecondMoment
 from megatron_lrc.mcore.distributed import Groups, reduce_over_stage, sum_over_world
 from megatron_lrc.mcore.models import layer_input_norms
-from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.stages import PipelineStage
 
 T = TypeVar("T")
-MODELS = ("teacher", "student")
 
 
 def measure_effective_rank(
-    forward: Callable[[], T], stages: list[PairedModel], groups: Groups
+    forward: Callable[[], T], stages: Sequence[PipelineStage], groups: Groups
 ) -> tuple[T, dict[str, list[float]]]:
-    """What `forward` returns, and "teacher" and "student" -> effective rank of what it has put through the stages.
+    """What `forward` returns, and "teacher" (if there is one) and "student" -> effective rank of what it has put
+    through the stages.
 
     n + 1 values for n layers: at each layer's input, and at the final norm's; not-a-number where a hidden state was not
     finite. Collective; the same on every rank.
@@ -38,7 +38,7 @@ def measure_effective_rank(
     moments: dict[tuple[int, int], SecondMoment] = {}  # (model, layer)
     hooks = []
     for stage in stages:
-        for column, model in enumerate((stage.teacher, stage.student)):
+        for column, model in enumerate(stage.models.values()):
             for layer, norm in layer_input_norms(model):
                 moment = moments[column, layer] = SecondMoment(model.config.hidden_size, groups.device)
                 hooks.append(norm.register_forward_pre_hook(partial(_add_input, moment)))
@@ -47,10 +47,11 @@ def measure_effective_rank(
     finally:
         for hook in hooks:
             hook.remove()
-    ranks = torch.zeros(len(MODELS), stages[0].shapes.teacher.num_layers + 1, dtype=torch.float64, device=groups.device)
+    names, num_layers = list(stages[0].models), stages[0].shapes.student.num_layers
+    ranks = torch.zeros(len(names), num_layers + 1, dtype=torch.float64, device=groups.device)
     for place, total in _complete(moments):
         ranks[place] = effective_rank(total)
-    return result, dict(zip(MODELS, sum_over_world(ranks).tolist(), strict=True))
+    return result, dict(zip(names, sum_over_world(ranks).tolist(), strict=True))
 
 
 def effective_rank(second_moment: Tensor) -> Tensor:

@@ -2,20 +2,20 @@
 said; enough in a row stop the run.
 
 A fault spreads: forward to later layers, backward to earlier ones, and by every reduction to other ranks. So each rank
-looks at what it has before any reduction, in the order in which things are computed, and the earliest find of all
-ranks is the one named. Looking costs nothing while all is well: it happens only after a step has been skipped.
+looks at what it has before any reduction (but for gradients that the optimizer reduces in place, those of a model that
+is trained by itself), in the order in which things are computed, and the earliest find of all ranks is the one named.
+Looking costs nothing while all is well: it happens only after a step has been skipped.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
-from megatron_lrc.clone.projections import ClonedWeight, gradient_of
-from megatron_lrc.clone.sites import LAYER_SITES
+from megatron_lrc.clone.sites import LAYER_SITES, Site
 from megatron_lrc.config import Config
-from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.run_directory import RunState
+from megatron_lrc.mcore.stages import PipelineStage
 from megatron_lrc.train.step import StepReport
 
 #: Steps over which the gradient norm's running mean is taken, and how many it needs before it says anything.
@@ -29,7 +29,7 @@ class Guard:
     keep the rate down for a thousand steps. Overflows while fp16's loss scale is sought are not counted.
     """
 
-    def __init__(self, config: Config, state: RunState, stages: list[PairedModel]):
+    def __init__(self, config: Config, state: RunState, stages: Sequence[PipelineStage]):
         self._config, self._state, self._stages = config, state, stages
         self._in_a_row, self._reason = 0, ""
 
@@ -49,7 +49,7 @@ class Guard:
     def last_words(self) -> str:
         return (
             f"stopped at step {self._state.step} after {self._in_a_row} skipped steps in a row (--max-skipped-steps): "
-            f"{self._reason}. The projections are those of the last step that was taken. Lower --lr or --alpha, or "
+            f"{self._reason}. The weights are those of the last step that was taken. Lower --lr or --alpha, or "
             "look at the data of these steps, and continue with --load."
         )
 
@@ -77,7 +77,7 @@ class Guard:
         return f"step {step} skipped ({self._in_a_row} in a row, the run stops at {limit}): {self._reason}"
 
 
-def find_fault(stages: list[PairedModel]) -> str:
+def find_fault(stages: Sequence[PipelineStage]) -> str:
     """Where the step's first value that is not finite is, over all ranks. Collective; the same text on every rank."""
     mine = [(*fault, dist.get_rank()) for stage in stages for fault in _faults(stage)]
     gathered: list = [None] * dist.get_world_size()
@@ -90,23 +90,21 @@ def find_fault(stages: list[PairedModel]) -> str:
     return f"{what} is not finite on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
 
 
-def _faults(stage: PairedModel) -> Iterator[tuple[tuple[int, int, int], str]]:
+def _faults(stage: PipelineStage) -> Iterator[tuple[tuple[int, int, int], str]]:
     """(place in the order of computation, description) of what is not finite on this rank: losses, then gradients."""
     for layer, index in (~stage.sums.clone.isfinite()).nonzero().tolist():
         yield (0, layer, index), f"the clone loss of layer {layer}, term {LAYER_SITES[index].name},"
     for index, name in enumerate(("LM", "KL")):
         if not stage.sums.main[index].isfinite():
             yield (1, 0, index), f"the {name} loss"
-    for weight in stage.cloned_weights:
-        grad = gradient_of(weight.student)
-        if grad is not None and not bool(grad.isfinite().all()):
-            yield _place_of_gradient(weight)
+    for site, layer, grad in stage.matrix_gradients():
+        if not bool(grad.isfinite().all()):
+            yield _place_of_gradient(site, layer)
 
 
-def _place_of_gradient(weight: ClonedWeight) -> tuple[tuple[int, int, int], str]:
+def _place_of_gradient(site: Site, layer: int | None) -> tuple[tuple[int, int, int], str]:
     """Backward begins at the LM head, goes down the layers, and ends at the embedding."""
-    if weight.site not in LAYER_SITES:
-        first_or_last = -(1 << 30) if weight.site.name == "lm_head" else 1
-        return (2, first_or_last, 0), f"the gradient of {weight.site.name}"
-    layer = int(weight.projection.split(".")[1])
-    return (2, -layer, -LAYER_SITES.index(weight.site)), f"the gradient of layer {layer}, term {weight.site.name},"
+    if layer is None:
+        first_or_last = -(1 << 30) if site.name == "lm_head" else 1
+        return (2, first_or_last, 0), f"the gradient of {site.name}"
+    return (2, -layer, -LAYER_SITES.index(site)), f"the gradient of layer {layer}, term {site.name},"

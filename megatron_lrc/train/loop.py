@@ -14,8 +14,9 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
-from megatron_lrc.train.build import build_stages, initialize
-from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying
+from megatron_lrc.mcore.stages import count_trained
+from megatron_lrc.train.build import build_stages_of_method
+from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
@@ -61,9 +62,16 @@ class Trainer:
         self.train_data, self.valid_data = build_datasets(
             config, step=self.state.step, consumed_samples=self.state.consumed_samples
         )
-        stages = build_stages(config, checked.teacher, checked.reader, groups, parameter_dtype(config))
-        if not checked.resume_from and not checked.weights_from:
-            initialize(config, stages, lambda: self._batches(self.train_data, 0), groups)
+        with naming_the_student(config):
+            stages = build_stages_of_method(
+                config,
+                checked.teacher,
+                checked.reader,
+                groups,
+                parameter_dtype(config),
+                lambda: self._batches(self.train_data, 0),
+                is_new=not checked.resume_from and not checked.weights_from,
+            )
         optimizer = ProjectionOptimizer(config, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
@@ -104,7 +112,7 @@ class Trainer:
         config, state = self.config, self.state
         batches = self.stragglers.watch(self._batches(self.train_data, state.consumed_samples))
         stopwatch = Stopwatch()
-        interval = Interval(self.run.stages[0].shapes.teacher.num_layers, self.groups.device)
+        interval = Interval(len(self.run.stages[0].sums.clone), self.groups.device)
         while state.step < config.training.train_iters:
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
@@ -246,15 +254,16 @@ class Trainer:
         shapes = self.run.stages[0].shapes
         trained = (
             distributed.sum_over_world(
-                torch.tensor(_owned_parameters(self.run), dtype=torch.float64, device=self.groups.device)
+                torch.tensor(count_trained(self.run.stages), dtype=torch.float64, device=self.groups.device)
             ).item()
             / self.groups.dp_cp.size()
         )
-        self._say(
-            f"teacher d_T {shapes.teacher.hidden_size}, student d_S {shapes.student.hidden_size} "
-            f"({describe_tying(shapes.student)}), {shapes.student.num_layers} layers; trained: "
-            f"{trained / 1e6:.1f}M parameters in projections and norm gains"
-        )
+        student = f"{shapes.student.hidden_size} ({describe_tying(shapes.student)}), {shapes.student.num_layers} layers"
+        if self.config.has_teacher:
+            models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", " in projections and norm gains"
+        else:
+            models, where = "ordinary training of a model of hidden size", ", all that there are"
+        self._say(f"{models} {student}; trained: {trained / 1e6:.1f}M parameters{where}")
         cp = f" x CP {self.groups.cp.size()}" if self.groups.cp.size() > 1 else ""
         self._say(
             f"TP {self.groups.tp.size()} x PP {self.groups.pp.size()}{cp} x DP {self.groups.dp.size()} on "
@@ -285,11 +294,3 @@ class Trainer:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def _owned_parameters(run: Run) -> int:
-    """Trained parameters that this rank counts: its P shards, the gains on one TP rank, a tied P once."""
-    matrices = [matrix for stage in run.stages for _, matrix in stage.projections.named_matrices()]
-    gains = [gain for stage in run.stages for _, gain in stage.projections.named_norms()]
-    count = sum(matrix.numel() for matrix in matrices if not getattr(matrix, "shared", False))
-    return count + (sum(gain.numel() for gain in gains) if run.groups.tp.rank() == 0 else 0)

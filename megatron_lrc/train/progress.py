@@ -39,7 +39,7 @@ class Progress:
 
 def losses_text(record: dict[str, Any]) -> str:
     """`loss` and its terms, each in about five characters."""
-    return " ".join(f"{name.removesuffix('_loss')} {_loss(record[name])}" for name in LOSS_TERMS)
+    return " ".join(f"{name.removesuffix('_loss')} {_loss(record[name])}" for name in LOSS_TERMS if name in record)
 
 
 def _loss(value: float) -> str:

@@ -28,8 +28,5 @@ class Interval:
 
     def record(self, config: Config) -> dict[str, Any]:
         """Losses as means over the interval's tokens, and `skipped_steps`. Waits for the device."""
-        return {
-            **self._totals.means(config),
-            "clone_by_layer": self._totals.clone_by_layer(config),
-            "skipped_steps": self.skipped,
-        }
+        by_layer = {"clone_by_layer": self._totals.clone_by_layer(config)} if self._num_layers else {}
+        return {**self._totals.means(config), **by_layer, "skipped_steps": self.skipped}

@@ -1,21 +1,20 @@
 """One optimizer step, and one validation: the method in the order it happens."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_lrc.clone.projections import zero_gradient
 from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.gradient_norms import group_gradient_norms
 from megatron_lrc.mcore.optimizer import ProjectionOptimizer
-from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.mcore.stages import PipelineStage
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -26,24 +25,23 @@ class Run:
 
     config: Config
     groups: Groups
-    stages: list[PairedModel]
+    stages: Sequence[PipelineStage]
     optimizer: ProjectionOptimizer
     num_microbatches: int
 
     def zero_student_grads(self) -> None:
         for stage in self.stages:
-            for weight in stage.cloned_weights:
-                zero_gradient(weight.student)
+            stage.zero_gradients()
 
     def compose(self) -> None:
         """W_S <- f(W_T, P) on every stage."""
         for stage in self.stages:
-            stage.projections.compose(stage.cloned_weights)
+            stage.compose()
 
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S) on every stage."""
         for stage in self.stages:
-            stage.projections.pull_back(stage.cloned_weights)
+            stage.pull_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +78,13 @@ class LossTotals:
         }
 
     def means(self, config: Config) -> dict[str, float | None]:
-        """`loss` and its terms, and the teacher's own LM loss, as means over tokens. Waits for the device."""
+        """`loss` and its terms, and the teacher's own LM loss, as means over tokens; without a teacher only what there
+        is. Waits for the device."""
         lm, kl, teacher_lm, clone = (
             (value / self.tokens).item() for value in (self.lm, self.kl, self.teacher_lm, self.clone.sum())
         )
+        if not config.has_teacher:
+            return {"loss": lm, "lm_loss": lm}
         total = config.loss.lm_weight * lm + config.total_kl_weight * kl + config.loss.alpha * clone
         return {
             "loss": total,
@@ -117,13 +118,14 @@ def train_step(
     max_grad_norm: float = math.inf,
     votes: Callable[[], Tensor] | None = None,
 ) -> StepReport:
-    """One optimizer step over all micro-batches. Trains P and norm gains; W_T is frozen, W_S is derived.
+    """One optimizer step over all micro-batches. With a teacher P and norm gains are trained, W_T is frozen and W_S
+    derived; without one W_S itself is trained, and there is nothing to compose or to pull back.
 
     max_grad_norm: a step whose gradient norm is above it is skipped.
     with_group_norms: also give gradient norms by kind of matrix (one pass over the gradients, one small all-reduce).
     votes: asked late in the step for what is to be summed over the ranks with the losses, [n], fp64.
     """
-    run.optimizer.zero_grad()  # P and gains: the gradient buffers
+    run.optimizer.zero_grad()  # of what is trained: the gradient buffers
     run.zero_student_grads()  # dW_S accumulates over micro-batches
     _reset_losses(run.stages)
 
@@ -160,12 +162,12 @@ def evaluate(run: Run, batches: Batches, *, num_batches: int) -> LossTotals:
     return losses
 
 
-def _reset_losses(stages: list[PairedModel]) -> None:
+def _reset_losses(stages: Sequence[PipelineStage]) -> None:
     for stage in stages:
         stage.sums.reset()
 
 
-def _reduce_losses(stages: list[PairedModel], votes: Tensor | None = None) -> tuple[LossTotals, Tensor]:
+def _reduce_losses(stages: Sequence[PipelineStage], votes: Tensor | None = None) -> tuple[LossTotals, Tensor]:
     """Sum over the world what each rank's stages have counted, and its votes [n], in one small collective."""
     main = torch.stack([stage.sums.main for stage in stages]).sum(0)
     clone = torch.stack([stage.sums.clone for stage in stages]).sum(0)

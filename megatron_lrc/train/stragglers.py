@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.stages import PipelineStage
 
 Item = TypeVar("Item")
 
@@ -87,7 +87,7 @@ def describe(slowest: dict[str, Any]) -> str:
 class Stragglers:
     """Measures this rank's own time, step after step. Off (`is_on` False) it measures nothing and costs nothing."""
 
-    def __init__(self, groups: Groups, stages: list[PairedModel], *, is_on: bool):
+    def __init__(self, groups: Groups, stages: Sequence[PipelineStage], *, is_on: bool):
         self.is_on, self._device = is_on and dist.get_world_size() > 1, groups.device
         self._places: list[tuple[int, str]] = [(0, "")] * dist.get_world_size()
         self._is_in_step = False

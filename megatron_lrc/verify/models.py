@@ -104,17 +104,19 @@ def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
     student, description = open_student(str(path), teacher)
 
     def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
-        weights = student_weights(student, open_teacher(description))
+        weights = student_weights(student, description)
         rope = rope_inverse_frequencies(description)
         return stream_logits(weights, student.shape, rope, tokens, dtype, rounded_to)
 
     return OpenModel(
         path=student.path,
-        kind=f"student of a {description.family.name}, step {student.step}, composed for megatron-core",
+        kind=f"student of a {description.family.name}, step {student.step}, composed for megatron-core"
+        if student.weights is None
+        else f"{description.family.name} trained for {student.step} steps, for megatron-core",
         num_layers=student.shape.num_layers,
         hidden_size=student.shape.hidden_size,
         vocab_size=student.shape.vocab_size,
-        weights_dtype=student.projections["embed"].dtype,
+        weights_dtype=student.dtype,
         logits=logits,
         is_exact=True,
     )

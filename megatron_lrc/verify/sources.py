@@ -4,7 +4,7 @@ A stream gives (our name, tensor) for each weight: whole, in Hugging Face's orde
 has. Another kind of model needs one such generator.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,9 +46,24 @@ def teacher_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
             yield weight.key, _teacher_weight(reader, weight)
 
 
-def student_weights(student: SavedStudent, reader: Reader) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's student as training composes it, in the dtype of the projections. reader: of its teacher."""
-    for weight in expected_weights(reader.description.family, student.shape):
+def trained_weight(student: SavedStudent) -> Callable[[Weight], Tensor]:
+    """What gives the weights of a student that was trained by itself."""
+    weights = student.weights
+    assert weights is not None
+    return lambda weight: torch.zeros(weight.shape) if weight.is_zero else weights[weight.key]
+
+
+def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's student: as training composes it, in the dtype of the projections, or as it was trained by itself.
+
+    base: its teacher, or the model that it was trained from.
+    """
+    expected = expected_weights(base.family, student.shape)
+    if student.weights is not None:
+        yield from ((weight.key, student.weights[weight.key]) for weight in expected if not weight.is_zero)
+        return
+    reader = open_teacher(base)
+    for weight in expected:
         if weight.site is not None:
             projection = student.projections[weight.key]
             yield weight.key, compose(weight.site, _teacher_weight(reader, weight).to(projection.dtype), projection)
@@ -71,10 +86,20 @@ def _teacher_weight(reader: Reader, weight: Weight) -> Tensor:
 def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:
     """A checkpoint (or the newest of a run) and its teacher, held against each other. ConfigError if they differ.
 
-    teacher: where the teacher is now, if not where it was in the training.
+    teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the model that
+    --student or --teacher named, of which only config.json and what is copied into an export are needed.
     """
     student = open_checkpoint(load)
-    description = describe_teacher(teacher or str(student.config.model.teacher))
+    base = teacher or str(student.config.base_model)
+    if student.weights is not None:
+        description = describe_teacher(base, needs_weights=False)
+        if description.config_fingerprint != student.teacher_fingerprint:
+            raise ConfigError(
+                f"{base} is not the model that {student.path} was trained from: its config.json differs. Give the "
+                "directory of that model with --teacher."
+            )
+        return student, description
+    description = describe_teacher(base)
     fingerprint = open_teacher(description).fingerprint()
     if fingerprint != student.teacher_fingerprint:
         raise ConfigError(

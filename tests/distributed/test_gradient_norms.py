@@ -8,7 +8,7 @@ from test_training import make_config, on_layout
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.gradient_norms import GRADIENT_GROUPS
+from megatron_lrc.mcore.stages import GRADIENT_GROUPS
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import StepReport, train_step
 from ranks import run_ranks

@@ -1,0 +1,38 @@
+"""Reads part of a tensor of a megatron-core distributed checkpoint: the pieces that it overlaps, and no more of it.
+
+No process group is needed.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_lrc.clone.checkpoint_layout import Box
+
+
+def read_box(files: FileSystemReader, stored: TensorStorageMetadata, box: Box) -> Tensor:
+    """What lies in a box [*box.local_shape], in the stored dtype. files: with the index set up; stored: its entry."""
+    tensor = torch.empty(box.sizes, dtype=stored.properties.dtype)
+    if tensor.numel():
+        chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+        plan = LoadPlan(create_read_items_for_chunk_list(box.key, stored, [chunk]))
+        files.read_data(plan, _Planner(tensor)).wait()
+    return tensor.view(box.local_shape)
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads one box of one tensor: every item goes to its place in `target`."""
+
+    def __init__(self, target: Tensor):
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            place = place.narrow(dim, start, length)
+        return place

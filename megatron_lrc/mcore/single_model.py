@@ -1,0 +1,143 @@
+"""SingleModel: one pipeline stage of one model, all of which is trained on the LM loss: ordinary training.
+
+Its parameters have the names and places that megatron-core's own checkpoints of a GPTModel give them
+(`clone/checkpoint_layout.py`), the form that tools/convert_from_hf.py writes.
+
+Notation: s sequence, b micro-batch, d hidden; `/tp` split over tensor parallel ranks.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor, nn
+
+from megatron_lrc.clone.checkpoint_layout import SITES, key_of
+from megatron_lrc.clone.projections import gradient_of
+from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, select
+from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_loss
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size, tie_ends
+from megatron_lrc.mcore.stages import (
+    BIASES,
+    GRADIENT_GROUPS,
+    NORMS,
+    LossSums,
+    PipelineStage,
+    Shapes,
+    Trained,
+    run_stage,
+)
+
+
+class SingleModel(PipelineStage):
+    """One stage of the model. Arguments as of `PairedModel`; its weights are not yet set."""
+
+    def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0):
+        super().__init__()
+        self.settings, self.shapes, self.groups = config, shapes, groups
+        self.pre_process = groups.is_first_rank and chunk == 0
+        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
+        shape = shapes.student
+        self.student = build_stage(
+            config,
+            shape,
+            shapes.inverse_frequencies,
+            dtype=dtype,
+            chunk=chunk,
+            is_trained=True,
+            is_first_stage=self.pre_process,
+            is_last_stage=self.post_process,
+        )
+        tie_ends(self.student, shape)
+        self.config = copy.copy(self.student.config)
+        self.heads = head_layout(shape)
+        self.sums = LossSums(0, groups.device)
+        self.vocabulary = VocabularyShard.of(
+            shape.vocab_size, padded_vocab_size(shape.vocab_size, groups.tp.size()), groups.tp
+        )
+        self._trained = list(trained_parameters(self.student, shape))
+        self._input: Tensor | None = None
+
+    @property
+    def trained_module(self) -> nn.Module:
+        return self.student
+
+    def trained(self) -> Iterable[Trained]:
+        return self._trained
+
+    @property
+    def models(self) -> Mapping[str, GPTModel]:
+        return {"student": self.student}
+
+    @property
+    def gradient_groups(self) -> tuple[str, ...]:
+        return (*GRADIENT_GROUPS, BIASES) if self.shapes.student.has_qkv_bias else GRADIENT_GROUPS
+
+    def matrix_gradients(self) -> Iterator[tuple[Site, int | None, Tensor]]:
+        """Once the optimizer has reduced them, of more ranks than this one."""
+        for trained in self._trained:
+            grad = gradient_of(trained.parameter)
+            for group in trained.groups:
+                if grad is not None and (site := SITES.get(group)):
+                    yield site, trained.layer and trained.layer[0], select(site, grad, self.heads)
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
+        """[s/tp, b, d] from the stage before; called by the schedules."""
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """batch: as of `PairedModel.forward`. Gives [s/tp, b, d], or the LM loss summed over tokens."""
+        hidden = run_stage(self.student, batch, None if self.pre_process else self._input)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        token_weight = batch["loss_mask"].t().flatten()
+        loss, sums = lm_loss(
+            hidden.flatten(0, 1),  # [s*b, d]
+            self.student.output_layer.weight,
+            batch["labels"].t().flatten(),
+            token_weight,
+            shard=self.vocabulary,
+            chunk_tokens=self.settings.loss.loss_chunk_tokens,
+            loss_scale=self.main_loss_scale(),
+        )
+        if self.groups.tp.rank() == 0:
+            self.sums.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
+        return loss
+
+
+def trained_parameters(model: GPTModel, shape: ModelShape) -> Iterator[Trained]:
+    """Every parameter of a stage of a model of this shape."""
+    ends = {"split": 0, "is_padded": True, "is_at_both_ends": shape.is_tied}
+    embed = EMBED.name
+    if model.pre_process:
+        weight = model.embedding.word_embeddings.weight
+        yield Trained(embed, key_of(embed), weight, (embed,), **ends)
+    for index, layer in layers_of(model):
+        place = (index, shape.num_layers)
+        for linear in CAPTURED_LINEARS:
+            sites = [site for site in LAYER_SITES if site.linear == linear]
+            groups, weight = tuple(site.name for site in sites), layer.get_parameter(f"{linear}.weight")
+            name = f"layers.{index}.{linear}.weight"
+            is_gated = "gate" in groups
+            yield Trained(name, key_of(groups[0]), weight, groups, sites[0].split, place, is_gated)
+            if "q" in groups and shape.has_qkv_bias:
+                bias = layer.get_parameter(f"{linear}.bias")
+                yield Trained(f"layers.{index}.{linear}.bias", key_of("q_bias"), bias, (BIASES,), 0, place)
+        for kind in ("q_norm", "k_norm") if shape.has_qk_norm else ():
+            gain = layer.get_parameter(f"self_attention.{kind[0]}_layernorm.weight")
+            yield Trained(f"layers.{index}.{kind}", key_of(kind), gain, (NORMS,), layer=place)
+    for name, gain in norm_gains(model).items():
+        *layer_name, kind = name.split(".")
+        place = (int(layer_name[1]), shape.num_layers) if layer_name else None
+        yield Trained(name, key_of(kind), gain, (NORMS,), layer=place)
+    if model.post_process and not shape.is_tied:
+        head = LM_HEAD.name
+        yield Trained(head, key_of(head), model.output_layer.weight, (head,), **ends)
+    elif model.post_process and not model.pre_process:
+        yield Trained(embed, key_of(embed), model.output_layer.weight, (embed,), **ends)

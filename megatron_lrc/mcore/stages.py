@@ -1,0 +1,154 @@
+"""PipelineStage: what the loop, the optimizer, checkpoints and records need to know of a stage of what is trained.
+
+A method is a class of stages: `PairedModel` (teacher and student, projections are trained) or `SingleModel` (one model,
+everything is trained). `train/build.py` chooses; whoever works on stages looks at this interface only. One optimizer
+step goes, on every stage:
+
+    zero_gradients -> compose -> forward and backward of all micro-batches -> pull_back -> reduce, clip, step
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.mcore.distributed import Groups
+
+NORMS, BIASES = "norms", "biases"
+
+#: What gradient norms are given of: each kind of matrix over all layers (what is tied counts as embed), norm gains.
+GRADIENT_GROUPS: tuple[str, ...] = (*(site.name for site in LAYER_SITES), EMBED.name, LM_HEAD.name, NORMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares.
+
+    Where there is no teacher, `teacher` is the student's own shape.
+    """
+
+    teacher: ModelShape
+    student: ModelShape
+    inverse_frequencies: Tensor
+
+
+class LossSums:
+    """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
+
+    main [4]: LM, KL (with tau^2), the teacher's LM, tokens; counted on one tensor parallel rank of the last stage.
+    clone [layers, sites]: rows of this stage's layers; complete after a sum over all ranks.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device):
+        self.main = torch.zeros(4, dtype=torch.float64, device=device)
+        self.clone = torch.zeros(num_layers, len(LAYER_SITES), dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        self.main.zero_()
+        self.clone.zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One trained parameter of this rank, and its place in the whole.
+
+    name: unique in a run, but for what is tied. key: of its global tensor in a checkpoint.
+    groups: kinds of matrix in it, of GRADIENT_GROUPS; several where it is fused, and `sites.select` finds each.
+    split: dimension that tensor parallelism splits. None: replicated, and its gradient a partial sum over TP.
+    layer: (index, number of layers), where the global tensor stacks the layers in a first dimension.
+    is_gated: gate and up, split one by one. is_padded: a vocabulary, whose padding depends on TP.
+    is_at_both_ends: tied: there is another copy of it on the last, or first, stage of a pipeline.
+    """
+
+    name: str
+    key: str
+    parameter: nn.Parameter
+    groups: tuple[str, ...]
+    split: int | None = None
+    layer: tuple[int, int] | None = None
+    is_gated: bool = False
+    is_padded: bool = False
+    is_at_both_ends: bool = False
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it counts elsewhere: the last stage's of two tied ones. megatron-core's name for that is `shared`."""
+        return getattr(self.parameter, "shared", False)
+
+
+class PipelineStage(nn.Module, ABC):
+    """One stage: `forward(batch)` gives the next stage's input, or on the last one the loss, summed over tokens.
+
+    config: what megatron-core's schedules read; its hidden_size is that of what travels between stages.
+    student: the model that becomes the exported one. heads: its, for `sites.select`.
+    """
+
+    model_type = ModelType.encoder_or_decoder
+    config: TransformerConfig
+    settings: Config
+    shapes: Shapes
+    groups: Groups
+    heads: HeadLayout
+    sums: LossSums
+    student: GPTModel
+    pre_process: bool
+    post_process: bool
+
+    @property
+    @abstractmethod
+    def trained_module(self) -> nn.Module:
+        """What DDP wraps: it has the trained parameters and no others that need gradients."""
+
+    @abstractmethod
+    def trained(self) -> Iterable[Trained]:
+        """Every trained parameter, once, in an order that does not change."""
+
+    @property
+    @abstractmethod
+    def models(self) -> Mapping[str, GPTModel]:
+        """Name in records -> model, in the order of the forward pass."""
+
+    @abstractmethod
+    def matrix_gradients(self) -> Iterator[tuple[Site, int | None, Tensor]]:
+        """(site, layer or None at the ends, what backward has gathered) of each of the student's matrices."""
+
+    @property
+    def gradient_groups(self) -> tuple[str, ...]:
+        return GRADIENT_GROUPS
+
+    def zero_gradients(self) -> None:
+        """Empty what gathers gradients outside the optimizer's buffers."""
+
+    def compose(self) -> None:
+        """Make the student's weights from what is trained, if they are not that."""
+
+    def pull_back(self) -> None:
+        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it."""
+
+    def main_loss_scale(self) -> Tensor | float:
+        """What the schedule multiplies the main loss by before backward (fp16 loss scaling; 1 otherwise)."""
+        scale = self.config.grad_scale_func
+        return 1.0 if scale is None else scale(torch.ones((), device=self.groups.device))
+
+
+def count_trained(stages: Iterable[PipelineStage]) -> int:
+    """Trained elements that this rank counts: its shards, what is replicated on one TP rank, what is tied once."""
+    return sum(
+        trained.parameter.numel()
+        for stage in stages
+        for trained in stage.trained()
+        if not trained.is_copy and (trained.split is not None or stage.groups.tp.rank() == 0)
+    )
+
+
+def run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
+    """[s/tp, b, h]: the residual stream after this stage; after the final norm on the last."""
+    model.set_input_tensor(hidden)
+    return model(batch["tokens"], batch["position_ids"], batch.get("documents"))
