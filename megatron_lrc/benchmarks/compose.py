@@ -21,6 +21,7 @@ from megatron_lrc.benchmarks.measure import Spread, table
 from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
 from megatron_lrc.clone.sites import select
 from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.train.step import Run
 
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
 def bare_products(trained: Run) -> Iterator[Callable[[], Tensor]]:
     """For each projected matrix W_T [m, D] and P [D, d]: W_T @ P, and the gradient W_T^T @ dW_S in its precision."""
     for stage in trained.stages:
+        assert isinstance(stage, PairedModel)
         size = stage.shapes.student.hidden_size
         for weight in stage.cloned_weights:
             teacher = select(weight.site, weight.teacher, weight.heads)

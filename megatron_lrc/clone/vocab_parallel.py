@@ -77,9 +77,8 @@ def lm_and_kl_loss(
     student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: this rank's rows.
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
-    return _LmAndKl.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, token_weight, shard, settings
-    )
+    models = (student_hidden, student_head, teacher_hidden, teacher_head)
+    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
 
 
 def lm_loss(
@@ -94,7 +93,8 @@ def lm_loss(
 ) -> tuple[Tensor, Tensor]:
     """(L_LM, the sums [L_LM, 0, 0]), over weighted tokens, of one model; all else as in `lm_and_kl_loss`."""
     settings = HeadLossSettings(1.0, 0.0, temperature=1.0, chunk_tokens=chunk_tokens, loss_scale=loss_scale)
-    return _LmAndKl.apply(hidden, head, None, None, labels, token_weight, shard, settings)
+    models = (hidden, head, None, None)
+    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
 
 
 class _LmAndKl(torch.autograd.Function):
@@ -109,11 +109,12 @@ class _LmAndKl(torch.autograd.Function):
         token_weight: Tensor,
         shard: VocabularyShard,
         settings: HeadLossSettings,
+        is_grad_enabled: bool,  # for the caller: here it is not, and ctx.needs_input_grad does not say so
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(student_hidden.dtype, torch.float32)
         student_rows = student_head[: shard.num_valid]
         weight = token_weight.to(wide)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
         head_grad = torch.zeros_like(student_head, dtype=wide) if needs_grad else None
         sums = weight.new_zeros(3)
@@ -142,7 +143,7 @@ class _LmAndKl(torch.autograd.Function):
         hidden_grad, head_grad = ctx.gradients
         ctx.gradients = None
         factor = grads[0] / ctx.loss_scale  # the scale is in the gradients already
-        return hidden_grad.mul_(factor), head_grad.mul_(factor).to(hidden_grad.dtype), *[None] * 6
+        return hidden_grad.mul_(factor), head_grad.mul_(factor).to(hidden_grad.dtype), *[None] * 7
 
 
 #: torch.mm can give fp32 for narrower operands on CUDA.

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from megatron_lrc.arguments import describe_changes
+from megatron_lrc.config import Config
 from megatron_lrc.report.axes import number
 from megatron_lrc.report.curves import get
 from megatron_lrc.report.run_files import RunFiles, parse_time
@@ -27,15 +28,24 @@ def header(run: RunFiles, now: datetime) -> str:
     steps = run.train_iters
     share = min(run.step / steps, 1.0) if steps else 0.0
     badge = '<span class="badge done">finished</span>' if run.is_finished else '<span class="badge">under way</span>'
-    model = run.config.model if run.config else None
-    what = f"{model.teacher} to hidden size {model.student_hidden_size}" if model else "its configuration is not known"
     of = f"step {run.step:,} of {steps:,} ({100 * share:.1f}%)" if steps else f"step {run.step:,}"
     return (
         f"<header><h1>{escape(run.path.absolute().name)} {badge}</h1>"
-        f'<p class="sub">Low-Rank Clone of {escape(what)}</p>'
+        f'<p class="sub">{escape(_what_it_trains(run.config))}</p>'
         f'<div class="bar"><i style="width:{100 * share:.2f}%"></i></div>'
         f'<p class="sub">{of}{escape(_pace(run, now))}</p></header>'
     )
+
+
+def _what_it_trains(config: Config | None) -> str:
+    if config is None:
+        return "Its configuration is not known"
+    model = config.model
+    if config.has_teacher:
+        return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}"
+    if model.student:
+        return f"Ordinary training of {model.student}"
+    return f"Ordinary training from scratch: {model.teacher}'s shape with hidden size {model.student_hidden_size}"
 
 
 def _pace(run: RunFiles, now: datetime) -> str:

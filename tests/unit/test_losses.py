@@ -71,6 +71,22 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
         torch.testing.assert_close(grad, reference, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 1.0])
+def test_a_validation_makes_no_gradients_and_has_the_teachers_loss_too(monkeypatch, kl_weight):
+    """A parameter says that it needs a gradient also where autograd is off."""
+    monkeypatch.setattr(vocab_parallel, "_add_product", lambda *_: pytest.fail("a gradient was made"))
+    tokens, vocab = 7, 11
+    student, teacher = torch.randn(tokens, 3), torch.randn(tokens, 4)
+    heads = torch.nn.Parameter(torch.randn(vocab, 3)), torch.randn(vocab, 4)
+    labels, weight = torch.randint(vocab, (tokens,)), torch.ones(tokens)
+    settings = HeadLossSettings(lm=1.0, kl=kl_weight, temperature=40.0, chunk_tokens=3)
+    with torch.no_grad():
+        _, sums = lm_and_kl_loss(
+            student, teacher, *heads, labels, weight, shard=VocabularyShard.of(vocab, vocab, None), settings=settings
+        )
+    assert sums[2].item() == pytest.approx(F.cross_entropy(teacher @ heads[1].t(), labels, reduction="sum").item())
+
+
 def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
     wide = random_problem(torch.float64)
     narrow = [x.detach().float() if x.is_floating_point() else x for x in wide]
