@@ -1,5 +1,6 @@
-# make test    the whole CPU suite            make demo    a real teacher cloned, end to end
+# make test    the CPU suite                  make demo    a real teacher cloned, end to end
 # make check   lint, types, unit tests        make clean   removes the environment and caches, keeps demo/ and runs/
+# make test-slow   what make test leaves out: four ranks, long forms
 # make layout-report   writes docs/layouts.md: gradient errors against the reference, layout by layout
 #
 # Everything runs in .venv, made with $(PYTHON), and installed again only when setup.py or the pinned versions change.
@@ -10,13 +11,16 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-cpu.txt -e
 INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: test check demo clean layout-report
+.PHONY: test test-slow check demo clean layout-report
 .DELETE_ON_ERROR:
 
 # One thread per process unless told otherwise: the tests start several processes.
-test: export OMP_NUM_THREADS ?= 1
+test test-slow: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -ra --durations=10
+	$(BIN)/python -m pytest -ra --durations=10 -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -ra --durations=10 -m slow
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff check .

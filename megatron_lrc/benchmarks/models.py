@@ -10,7 +10,7 @@ from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.train.build import build_stages, initialize
 from megatron_lrc.train.step import Run
 
@@ -48,4 +48,4 @@ def build(config: Config) -> tuple[Run, Iterator[dict[str, Tensor]]]:
             yield {"tokens": ids, "labels": ids, "position_ids": positions, "loss_mask": torch.ones_like(ids).float()}
 
     initialize(config, stages, batches, groups)
-    return Run(config, groups, stages, ProjectionOptimizer(config, stages, groups), 1), batches()
+    return Run(config, groups, stages, StageOptimizer(config, stages, groups), 1), batches()

@@ -36,7 +36,7 @@ from megatron_lrc.clone.checkpoint_layout import SITES, all_boxes, box_of, rows_
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.paired_model import GAINS as NORMS
 from megatron_lrc.mcore.paired_model import PROJECTIONS
 from megatron_lrc.mcore.run_directory import STATE_FILE, find_changed, find_missing, newest_checkpoint, read_state
@@ -57,7 +57,7 @@ def damage_on_any_rank(path: Path) -> str | None:
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer) -> None:
+def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: StageOptimizer) -> None:
     """Read what is trained and optimizer state of any layout into this rank's objects. Collective."""
     state = sharded_state(stages, optimizer, is_loading=True)
     expected = set(state["optimizer"])
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: Proj
 
 
 @torch.no_grad()
-def load_weights(path: Path, stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer) -> None:
+def load_weights(path: Path, stages: Sequence[PipelineStage], optimizer: StageOptimizer) -> None:
     """Read what is trained only; the optimizer starts anew from them. Collective."""
     loaded = _load(path, {"model": _sharded_model(stages)})
     _copy_parameters(loaded["model"], stages)
@@ -113,7 +113,7 @@ def _copy_parameters(loaded: dict[str, Tensor], stages: Sequence[PipelineStage])
             trained.parameter.copy_(loaded[trained.name])
 
 
-def sharded_state(stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer, *, is_loading: bool) -> dict:
+def sharded_state(stages: Sequence[PipelineStage], optimizer: StageOptimizer, *, is_loading: bool) -> dict:
     """What is saved, or is to be loaded: this rank's tensors, with their places in the global ones."""
     model = _sharded_model(stages)
     return {

@@ -39,7 +39,7 @@ from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.checkpoint import sharded_bytes, sharded_state
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.run_directory import (
     FileSum,
     RunState,
@@ -98,7 +98,7 @@ class CheckpointWriter:
         """Whether this rank's files are still being written. Does not wait."""
         return self._pending is not None and self._pending.process is not None and self._pending.process.is_alive()
 
-    def start(self, state: RunState, stages: Sequence[PipelineStage], optimizer: ProjectionOptimizer) -> None:
+    def start(self, state: RunState, stages: Sequence[PipelineStage], optimizer: StageOptimizer) -> None:
         """Write the state as it is now; with --async-save only begin to. SaveFailed if it cannot be begun."""
         assert self._pending is None and self._config.checkpoint.save
         values = sharded_state(stages, optimizer, is_loading=False)

@@ -17,13 +17,13 @@ from megatron_lrc.clone.checkpoint_layout import SITES
 from megatron_lrc.clone.sites import LM_HEAD, HeadLayout, select
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.stages import PipelineStage, Trained
 
 
 @torch.no_grad()
 def group_gradient_norms(
-    optimizer: ProjectionOptimizer, stages: Sequence[PipelineStage], groups: Groups
+    optimizer: StageOptimizer, stages: Sequence[PipelineStage], groups: Groups
 ) -> dict[str, float | None]:
     """Group -> L2 norm of its gradient over all layers and ranks; None for an lm_head that is tied.
 
@@ -42,7 +42,7 @@ def group_gradient_norms(
     return {**norms, LM_HEAD.name: None} if stages[0].shapes.student.is_tied else norms
 
 
-def _own_squares(optimizer: ProjectionOptimizer, trained: Trained, heads: HeadLayout) -> Iterator[tuple[str, Tensor]]:
+def _own_squares(optimizer: StageOptimizer, trained: Trained, heads: HeadLayout) -> Iterator[tuple[str, Tensor]]:
     """(group, sum of squares, fp64) of the part of a gradient that no other data parallel rank counts."""
     grad: Tensor = trained.parameter.main_grad  # type: ignore[attr-defined]
     owned = compat.owned_range(optimizer.optimizer, trained.parameter)

@@ -26,7 +26,7 @@ from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.stages import PipelineStage
 
 
-class ProjectionOptimizer:
+class StageOptimizer:
     """AdamW on everything that this rank's stages train."""
 
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):

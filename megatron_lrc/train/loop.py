@@ -13,7 +13,7 @@ from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
@@ -72,7 +72,7 @@ class Trainer:
                 lambda: self._batches(self.train_data, 0),
                 is_new=not checked.resume_from and not checked.weights_from,
             )
-        optimizer = ProjectionOptimizer(config, stages, groups)
+        optimizer = StageOptimizer(config, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
         elif checked.weights_from:

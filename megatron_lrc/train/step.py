@@ -12,7 +12,7 @@ from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.gradient_norms import group_gradient_norms
-from megatron_lrc.mcore.optimizer import ProjectionOptimizer
+from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.mcore.stages import PipelineStage
 
@@ -26,7 +26,7 @@ class Run:
     config: Config
     groups: Groups
     stages: Sequence[PipelineStage]
-    optimizer: ProjectionOptimizer
+    optimizer: StageOptimizer
     num_microbatches: int
 
     def zero_student_grads(self) -> None:

@@ -313,8 +313,15 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_llama, tiny_text, 
 # ------------------------------------------------------------------------------------------------ exactness
 
 
-@pytest.mark.parametrize("stops", [(0, 1, 4), (3, 7, 8)], ids=["before-the-first-step", "across-an-epoch"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "stops, bf16",
+    [
+        pytest.param((0, 1, 4), True, id="before-the-first-step-bf16"),
+        pytest.param((3, 7, 8), False, id="across-an-epoch-fp32"),
+        pytest.param((0, 1, 4), False, id="before-the-first-step-fp32", marks=pytest.mark.slow),
+        pytest.param((3, 7, 8), True, id="across-an-epoch-bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_stops_again_and_again_is_the_run_that_never_stopped(tiny_llama, tiny_text, tmp_path, stops, bf16):
     config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=9), dist_opt=True)
     config.training.bf16 = bf16
@@ -345,7 +352,6 @@ def test_a_run_may_go_on_with_the_other_kind_of_optimizer(tiny_llama, tiny_text,
 LAYOUTS = {"one": {}, "PP2": {"pp": 2}, "DP2": {"dist_opt": True}}
 
 
-@pytest.mark.slow
 def test_a_checkpoint_goes_from_tp2_pp2_to_every_other_layout_and_back(tiny_llama, tiny_text, tmp_path):
     config = make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=4)
     four = on_layout(config, tp=2, pp=2)

@@ -104,7 +104,7 @@ def test_an_exception_in_one_rank_is_quoted_by_all_and_its_traceback_is_in_that_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_when_the_others_have_waited_for_the_timeout(tiny_llama, tiny_text, tmp_path, victim):
     run = tmp_path / "run"
     flags = training_flags(tiny_llama(), tiny_text, run, *TP2, "--distributed-timeout-minutes", "0.05")

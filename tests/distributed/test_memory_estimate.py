@@ -134,7 +134,9 @@ def describe(name: str, rank: int, measured: int, estimate: MemoryParts) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fp32", "PP2"))) for name in CASES]
+)
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, name):
     for rank, (measured, estimate) in enumerate(measured_and_estimated(CASES[name], tmp_path)):
         print(describe(name, rank, measured, estimate))

@@ -25,7 +25,6 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_text_to_exported_student_through_the_command_line(tmp_path):
     teacher, runs = tmp_path / "teacher", tmp_path / "run"

@@ -1,5 +1,6 @@
 """What a run shows of itself, piece by piece: speed, memory, the console's line, starts, boards."""
 
+import gc
 import json
 import math
 from importlib.util import find_spec
@@ -104,14 +105,15 @@ def test_the_peak_follows_from_the_name_of_well_known_devices_only(name, half, f
 
 def test_peak_memory_stays_when_memory_is_given_back():
     cpu = torch.device("cpu")
+    gc.collect()  # what earlier tests left is not to be given back meanwhile
     _, before = memory_bytes(cpu)
-    block = torch.ones(GIB // 8, dtype=torch.uint8)  # large enough for the allocator to give it back
+    block = torch.ones(GIB // 2, dtype=torch.uint8)  # large enough for the allocator to give it back
     _, with_block = memory_bytes(cpu)
     del block
     peak, after = memory_bytes(cpu)
-    assert with_block - before > 0.9 * GIB / 8
+    assert with_block - before > 0.7 * GIB / 2
     assert peak > with_block - GIB / 100  # the kernel keeps them a little behind
-    assert with_block > after + 0.9 * GIB / 8
+    assert with_block > after + 0.7 * GIB / 2
 
 
 # ---- the console's line ----
