@@ -1,6 +1,7 @@
 """`benchmark.py checkpoint`: what saving costs the training loop, in the background against at once.
 
-One process, real models and optimizer, random tokens. A round is: steps without a save; a save at once; a save in the
+One process, real models and optimizer, random tokens. Both ways save once before, since the plan is made then. A round
+is: steps without a save; a save at once; a save in the
 background, with steps until it is written. The cost of the second is the time that the loop waits; of the third, that
 and what the steps took longer than those of the same round without a save, since writing takes processor and disk
 from them.
@@ -56,9 +57,10 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     config = config_of(arguments)
     trained, tokens = build(config)
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
-        rounds = []
+        rounds, savers = [], Savers.of(config, trained, folder)
+        measure_round(savers, trained, tokens)
         for number in range(arguments.repeats):
-            rounds.append(measure_round(config, trained, tokens, Path(folder)))
+            rounds.append(measure_round(savers, trained, tokens))
             report(f"round {number + 1} of {arguments.repeats}")
         newest = newest_checkpoint(folder)
         assert newest is not None
@@ -72,39 +74,49 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     return 0
 
 
-def measure_round(config: Config, trained: Run, batches: Iterator[dict[str, Tensor]], folder: Path) -> Round:
-    """Each save is of its own step, and replaces nothing."""
+@dataclass
+class Savers:
+    """Both ways to save, and the step of the last save: each is of a step of its own, and the one before is removed."""
 
+    at_once: CheckpointWriter
+    background: CheckpointWriter
+    step: int = 0
+
+    @classmethod
+    def of(cls, config: Config, trained: Run, folder: str) -> "Savers":
+        def writer(*, in_background: bool) -> CheckpointWriter:
+            settings = replace(config.checkpoint, save=folder, keep_last=1, async_save=in_background)
+            return CheckpointWriter(replace(config, checkpoint=settings), trained.groups)
+
+        return cls(writer(in_background=False), writer(in_background=True))
+
+    def start(self, writer: CheckpointWriter, trained: Run) -> float:
+        """Seconds that it took to return."""
+        self.step += 1
+        start = time.perf_counter()
+        writer.start(RunState(step=self.step), trained.stages, trained.optimizer)
+        return time.perf_counter() - start
+
+
+def measure_round(savers: Savers, trained: Run, batches: Iterator[dict[str, Tensor]]) -> Round:
     def step() -> float:
         start = time.perf_counter()
         train_step(trained, batches)  # waits for the device at its end
         return time.perf_counter() - start
 
-    def writer(*, in_background: bool) -> CheckpointWriter:
-        settings = replace(config.checkpoint, save=str(folder), keep_last=1, async_save=in_background)
-        return CheckpointWriter(replace(config, checkpoint=settings), trained.groups)
+    def finish(writer: CheckpointWriter) -> float:
+        start = time.perf_counter()
+        writer.finish()
+        return time.perf_counter() - start
 
-    step()  # what happens only once is not measured
     alone = median(step() for _ in range(5))
-
-    at_once = writer(in_background=False)
-    start = time.perf_counter()
-    at_once.start(RunState(step=1), trained.stages, trained.optimizer)
-    at_once.finish()
-    seconds_at_once = time.perf_counter() - start
-
-    background = writer(in_background=True)
-    start = time.perf_counter()
-    background.start(RunState(step=2), trained.stages, trained.optimizer)
-    blocked = time.perf_counter() - start
-    slowed = 0.0
-    while background.is_writing:
+    at_once = savers.start(savers.at_once, trained) + finish(savers.at_once)
+    started, slowed = time.perf_counter(), 0.0
+    blocked = savers.start(savers.background, trained)
+    while savers.background.is_writing:
         slowed += step() - alone
-    written_after = time.perf_counter() - start
-    finish = time.perf_counter()
-    background.finish()
-    blocked += time.perf_counter() - finish
-    return Round(alone, seconds_at_once, blocked, slowed, written_after)
+    written_after = time.perf_counter() - started
+    return Round(alone, at_once, blocked + finish(savers.background), slowed, written_after)
 
 
 def summary(rounds: list[Round], size: int, device: torch.device) -> list[str]:
