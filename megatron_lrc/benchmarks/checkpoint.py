@@ -1,10 +1,9 @@
 """`benchmark.py checkpoint`: what saving costs the training loop, in the background against at once.
 
 One process, real models and optimizer, random tokens. Both ways save once before, since the plan is made then. A round
-is: steps without a save; a save at once; a save in the
-background, with steps until it is written. The cost of the second is the time that the loop waits; of the third, that
-and what the steps took longer than those of the same round without a save, since writing takes processor and disk
-from them.
+is: steps without a save; a save at once; a save in the background, with steps until it is written. The cost of the
+second is the time that the loop waits; of the third, that and what the steps took longer than those of the same round
+without a save: writing takes processor and disk from them, and on CPU every page that they write to is copied first.
 """
 
 import argparse
