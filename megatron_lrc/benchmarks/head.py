@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_lrc.benchmarks.measure import Spread, table
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
 from megatron_lrc.config import ConfigError
+from megatron_lrc.train.memory import memory_bytes
 
 HELP = "LM and KL losses with their gradients: time and memory, against full logits and autograd"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -104,7 +105,8 @@ class Contestant:
         loss.backward()
         self.last_loss = loss.item()  # waits for the device
         self.seconds.append(time.perf_counter() - start)
-        self.extra_bytes.append(_peak_memory(inputs.labels.device) - before)
+        peak, _ = memory_bytes(inputs.labels.device)
+        self.extra_bytes.append(peak - before)
         assert inputs.student.grad is not None and inputs.student_head.grad is not None
         self.gradients = (inputs.student.grad, inputs.student_head.grad)
 
@@ -113,17 +115,11 @@ def _start_memory(device: torch.device) -> int:
     """Forget the peak, and what the allocator keeps for later. What is in use now, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    _, now = memory_bytes(device)
+    return now
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -122,8 +122,7 @@ def find_missing(path: Path) -> str | None:
         record = _read_record(path)
         if record.get("crc32", _crc32_of(record)) != _crc32_of(record):
             return f"{STATE_FILE} is not what was written"
-        sums = _sums(path)
-        for name, expected in sums.items():
+        for name, expected in _sums(record).items():
             size = (path / name).stat().st_size
             if size != expected.size:
                 return f"{name} has {size} bytes, not {expected.size}"
@@ -136,7 +135,7 @@ def find_missing(path: Path) -> str | None:
 
 def find_changed(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """The first file whose contents are not what was written, in a few words. Reads one of `parts` shares of them."""
-    for name, expected in sorted(_sums(path).items())[part::parts]:
+    for name, expected in sorted(_sums(_read_record(path)).items())[part::parts]:
         try:
             found = FileSum.of(path / name)
         except OSError as error:
@@ -152,8 +151,8 @@ def _crc32_of(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
-def _sums(path: Path) -> dict[str, FileSum]:
-    return {name: FileSum(**values) for name, values in _read_record(path)["files"].items()}
+def _sums(record: dict[str, Any]) -> dict[str, FileSum]:
+    return {name: FileSum(**values) for name, values in record["files"].items()}
 
 
 # ------------------------------------------------------------------------------------------------ coming and going
