@@ -13,6 +13,7 @@ from typing import Any
 from .settings import (
     CLONE_TERMS,
     CheckpointConfig,
+    ComputeConfig,
     DataConfig,
     LoggingConfig,
     LossConfig,
@@ -81,6 +82,7 @@ class Config:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -156,6 +156,53 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ComputeConfig:
+    """Which kernels compute the layers, and FP8. On CPU nothing here applies but its defaults."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
+        "auto",
+        "Layers of NVIDIA's Transformer Engine, or of megatron-core alone. auto: transformer_engine where it is "
+        "installed and there is a GPU, else local.",
+    )
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = setting(
+        "auto",
+        "flash, fused, unfused: Transformer Engine's attention, by FlashAttention, cuDNN or plain matrix products; "
+        "local: torch's. auto: what Transformer Engine chooses, but local without it, in fp32, with "
+        "--reset-attention-mask and with --context-parallel-size.",
+    )
+    gradient_accumulation_fusion: bool = setting(
+        True,
+        "With Transformer Engine and --bf16 or --fp16, its weight-gradient products add to the fp32 gradients "
+        "themselves.",
+    )
+    fp8_format: Literal["e4m3", "hybrid"] | None = setting(
+        None,
+        "The matrix products of the student's layers in FP8: e4m3 throughout, or hybrid, with e5m2 for gradients. LM "
+        "head, losses, projections and attention stay as they are. Needs --bf16, Transformer Engine and a GPU of "
+        "capability 8.9. Default: no FP8.",
+    )
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] = setting(
+        "tensorwise",
+        "How FP8 is scaled. tensorwise: by tensor, from its present values; blockwise: by 128 x 128 values of weights, "
+        "128 of others (capability 9.0); mxfp8: by 32 (capability 10.0); delayed: by tensor, from past values.",
+    )
+    fp8_amax_history_len: int = setting(1, "With delayed: how many past maxima count.", at_least=1)
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = setting(
+        "most_recent", "With delayed: which of the past maxima gives the scale."
+    )
+    teacher_fp8: bool = setting(
+        False,
+        "The teacher's layers in FP8 too, its weights quantised once for the run. Its --bf16 weights are kept, since "
+        "the student is composed from them: FP8 saves time, and costs a byte per weight.",
+    )
+    first_last_layers_bf16: bool = setting(
+        False, "Leave the first and last layers out of FP8: --num-layers-at-start-in-bf16, --num-layers-at-end-in-bf16."
+    )
+    num_layers_at_start_in_bf16: int = setting(1, "With --first-last-layers-bf16.", at_least=0)
+    num_layers_at_end_in_bf16: int = setting(1, "With --first-last-layers-bf16.", at_least=0)
+
+
+@dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW on the projections and norm gains, and the learning-rate schedule."""
 

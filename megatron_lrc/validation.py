@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
 from .layout_checks import check_batches, check_layout, check_pipeline, check_tensor_parallel
+from .precision_checks import check_fp8_sizes, check_precision
 from .settings import CLONE_TERMS, LossConfig
 
 
@@ -44,6 +45,7 @@ def validate_against_teacher(config: Config, teacher: ModelShape) -> list[str]:
             *check_pipeline(config, teacher),
             *check_student(config, teacher),
             *check_clone_layers(config, teacher),
+            *check_fp8_sizes(config, teacher),
         ]
     )
     return list(warn_about_sizes(config, teacher))
@@ -153,19 +155,6 @@ def check_losses(config: Config) -> Iterator[str]:
     unknown = [module for module in config.parallel.recompute_modules if module not in RECOMPUTE_MODULES]
     if unknown:
         yield f"--recompute-modules {' '.join(unknown)}: expected are any of {' '.join(RECOMPUTE_MODULES)}."
-
-
-def check_precision(config: Config) -> Iterator[str]:
-    training = config.training
-    if training.bf16 and training.fp16:
-        yield "--bf16 and --fp16 are both given. Keep one; bf16 needs no loss scale."
-    if training.loss_scale is not None and not training.fp16:
-        yield f"--loss-scale {training.loss_scale} means nothing without --fp16. Leave it out."
-    if training.min_loss_scale > training.initial_loss_scale:
-        yield (
-            f"--min-loss-scale {training.min_loss_scale} is above --initial-loss-scale {training.initial_loss_scale}, "
-            "from which the search goes down."
-        )
 
 
 def check_schedule(config: Config) -> Iterator[str]:

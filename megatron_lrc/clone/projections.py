@@ -43,13 +43,19 @@ def accumulate_in_fp32(parameter: Tensor) -> None:
     """Collect a low-precision leaf's gradients over micro-batches in fp32, in `.main_grad` (megatron-core's name).
 
     fp32 and fp64 leaves need nothing: autograd accumulates in `.grad`. Read either with `gradient_of`.
+
+    Transformer Engine's GEMMs may add to `main_grad` themselves. What they then hand to autograd is nothing, or, where
+    the leaf has `grad_added_to_main_grad`, a tensor without meaning, which they mark as such.
     """
     if torch.finfo(parameter.dtype).bits >= 32:
         return
     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
 
     def add_to_main_grad(leaf: Tensor) -> None:
-        leaf.main_grad.add_(leaf.grad)  # type: ignore[attr-defined]
+        if not getattr(leaf, "grad_added_to_main_grad", False):
+            leaf.main_grad.add_(leaf.grad)  # type: ignore[attr-defined]
+        else:
+            leaf.grad_added_to_main_grad = False  # type: ignore[attr-defined]  # said of this one gradient
         leaf.grad = None
 
     parameter.register_post_accumulate_grad_hook(add_to_main_grad)

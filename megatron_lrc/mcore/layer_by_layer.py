@@ -40,6 +40,7 @@ class LayerByLayer:
     def __init__(self, shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype):
         config = Config()
         config.training.seq_length = tokens.shape[1]
+        config.compute.transformer_impl = "local"  # one module for each weight
         self.shape, self.tokens, self.dtype = shape, tokens, dtype
         self._model = build_stage(
             config,

@@ -1,8 +1,8 @@
 """Builds one pipeline stage of the frozen teacher or of the student, as an ordinary megatron-core GPTModel.
 
-Only the layer spec differs from megatron-core's local one, in two modules: an RMSNorm that works under sequence
-parallel (megatron-core's torch norm refuses it) and the attention of `attention.py`. Every use of GPTModel is in this
-file.
+The layer spec is megatron-core's for Transformer Engine, or its local one, there with an RMSNorm that works under
+sequence parallel (megatron-core's torch norm refuses it); with either, the attention may be that of `attention.py`.
+`kernels.py` chooses. Every use of GPTModel is in this file.
 """
 
 import copy
@@ -10,9 +10,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.enums import AttnBackend, LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from megatron_lrc.clone.sites import HeadLayout
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
+from megatron_lrc.mcore.kernels import fuse_weight_gradients, uses_engine_attention, uses_transformer_engine
 
 VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
 
@@ -98,8 +102,10 @@ def layers_per_stage(config: Config, shape: ModelShape) -> list[list[int]]:
 def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *, is_trained: bool) -> TransformerConfig:
     """megatron-core's configuration of one of the two models. Losses are sums; the division by tokens is ours."""
     recompute = config.parallel.recompute_granularity if is_trained else None
-    parallel = config.parallel
+    parallel, compute = config.parallel, config.compute
     on_cpu = not torch.cuda.is_available()
+    is_fp8 = compute.fp8_format is not None and (is_trained or compute.teacher_fp8)
+    backend = compute.attention_backend if uses_engine_attention(config, dtype) else "auto"
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -145,8 +151,40 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # of megatron-core's own linear layers; `fuse_weight_gradients` sets TE's
+        attention_backend=AttnBackend[backend],
+        fp8=compute.fp8_format if is_fp8 else None,
+        fp8_recipe=compute.fp8_recipe,
+        fp8_amax_history_len=compute.fp8_amax_history_len,
+        fp8_amax_compute_algo=compute.fp8_amax_compute_algo,
+        first_last_layers_bf16=compute.first_last_layers_bf16 and is_fp8,
+        num_layers_at_start_in_bf16=compute.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=compute.num_layers_at_end_in_bf16,
     )
+
+
+def layer_spec(config: Config, shape: ModelShape, dtype: torch.dtype) -> ModuleSpec:
+    """What a transformer layer is built of."""
+    if uses_transformer_engine(config):
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
+    else:
+        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm))
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        if shape.has_qk_norm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if not uses_engine_attention(config, dtype):
+        spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    return spec
+
+
+def final_norm(config: Config) -> type:
+    if not uses_transformer_engine(config):
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
 
 
 def build_stage(
@@ -166,19 +204,12 @@ def build_stage(
     are separate parameters even of a tied model, so that megatron-core's own tying stays out of the way.
     """
     model_config = transformer_config(config, shape, dtype, is_trained=is_trained)
-    layer_spec: ModuleSpec = copy.deepcopy(
-        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm)
-    )
-    layer_spec.submodules.input_layernorm = RMSNorm
-    layer_spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention_spec = layer_spec.submodules.self_attention.submodules
-    attention_spec.core_attention = ScaledDotProductAttention
-    if shape.has_qk_norm:
-        attention_spec.q_layernorm = attention_spec.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
     model = GPTModel(
         config=model_config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[layer_spec(config, shape, dtype)] * num_layers, layer_norm=final_norm(config)
+        ),
         vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.training.seq_length,
         pre_process=is_first_stage,
@@ -192,6 +223,8 @@ def build_stage(
         model.rotary_pos_emb = RotaryByPosition(model)
     if is_last_stage:
         model.output_layer = OutputLayer(model.output_layer.weight)
+    if is_trained and config.compute.gradient_accumulation_fusion and torch.finfo(dtype).bits == 16:
+        fuse_weight_gradients(model)
     return model
 
 
@@ -211,15 +244,21 @@ def norm_gains(model: GPTModel) -> dict[str, nn.Parameter]:
     """Global name (`layers.{i}.input`, `layers.{i}.post`, `final`) -> gain [h] of each RMSNorm on this stage."""
     gains = {}
     for index, layer in layers_of(model):
-        gains[f"layers.{index}.input"] = layer.input_layernorm.weight
-        gains[f"layers.{index}.post"] = layer.pre_mlp_layernorm.weight
+        gains[f"layers.{index}.input"] = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
+        gains[f"layers.{index}.post"] = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
     if model.post_process:
         gains["final"] = model.decoder.final_layernorm.weight
     return gains
 
 
+def _gain(norm: nn.Module, reader: nn.Module) -> nn.Parameter:
+    """Of a norm, or with Transformer Engine of the linear layer that it is part of; `norm` is an identity then."""
+    return reader.layer_norm_weight if hasattr(reader, "layer_norm_weight") else norm.weight
+
+
 def residual_readers(model: GPTModel) -> list[nn.Module]:
-    """The norms on this stage: their inputs are all the places where the residual stream is read."""
+    """The norms on this stage, or the identities in their place: their inputs are all the places where the residual
+    stream is read."""
     norms = [norm for _, layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     return norms + ([model.decoder.final_layernorm] if model.post_process else [])
 

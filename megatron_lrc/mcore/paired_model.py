@@ -31,6 +31,7 @@ from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HE
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.kernels import own_precision
 from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size, tie_ends
 from megatron_lrc.mcore.stages import NORMS, LossSums, PipelineStage, Shapes, Trained, run_stage
 
@@ -312,7 +313,7 @@ class PairedModel(PipelineStage):
         key, activations = (place.layer, place.linear), self._micro_batch.activations
         if key not in activations:
             args, kwargs = self._micro_batch.inputs[place.layer, place.block]
-            with torch.no_grad():
+            with torch.no_grad(), own_precision(self.teacher, place.layer, inside=self.student):
                 place.teacher_block(*args, **kwargs)  # its hooks fill `activations`
         return activations.pop(key)
 
@@ -338,7 +339,8 @@ class PairedModel(PipelineStage):
         (site,), loss = place.sites, self.settings.loss
         if site.name == "o" and loss.clone_attention_output == "teacher":
             # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
-            through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
+            with own_precision(self.teacher, place.layer, inside=self.student):
+                through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
             return through_teacher, target
         target = target @ self.projections.target(f"layers.{place.layer}.{site.name}")
         return student, target.detach() if loss.detach_clone_targets else target

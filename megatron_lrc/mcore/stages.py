@@ -132,6 +132,11 @@ class PipelineStage(nn.Module, ABC):
     def pull_back(self) -> None:
         """Add to the gradients of what is trained what the student's weights have gathered, if those are not it."""
 
+    def set_is_first_microbatch(self) -> None:
+        """The schedules call it before the first micro-batch. The student's weights may have changed since the last
+        one: their FP8 copies, if there are any, are to be made anew. A teacher's are not; its weights stay."""
+        self.student.set_is_first_microbatch()
+
     def main_loss_scale(self) -> Tensor | float:
         """What the schedule multiplies the main loss by before backward (fp16 loss scaling; 1 otherwise)."""
         scale = self.config.grad_scale_func

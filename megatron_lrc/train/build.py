@@ -91,6 +91,7 @@ def load_weights(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         gain.copy_(reader.norm(kind, int(layer_name[1]) if layer_name else None))
+    model.set_is_first_microbatch()  # FP8 copies of the weights, if there are any, are to be made anew
 
 
 @torch.no_grad()

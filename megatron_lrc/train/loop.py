@@ -13,6 +13,7 @@ from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.kernels import check_machine
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
@@ -32,6 +33,7 @@ from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 def train(config: Config) -> None:
     """Run the whole training on this process, one of the world that torchrun's environment describes."""
+    check_machine(config)
     checked = check(config, distributed.world_size())
     groups = distributed.start(config)
     distributed.watch_peers(groups)

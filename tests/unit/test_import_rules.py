@@ -55,7 +55,16 @@ def test_settings_and_config_import_only_the_standard_library():
 
 def test_the_front_end_answers_without_torch():
     allowed = {*sys.stdlib_module_names, "yaml"}
-    front_end = ("settings", "config", "schema", "presets", "arguments", "validation", "layout_checks")
+    front_end = (
+        "settings",
+        "config",
+        "schema",
+        "presets",
+        "arguments",
+        "validation",
+        "layout_checks",
+        "precision_checks",
+    )
     ours = (*(f"megatron_lrc.{name}" for name in front_end), "megatron_lrc.__version__")
     for importer, imported in imports_of(*front_end):
         assert imported.partition(".")[0] in allowed or is_within(imported, *ours), (importer, imported)

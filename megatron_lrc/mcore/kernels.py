@@ -1,0 +1,122 @@
+"""Which kernels compute the layers: Transformer Engine's or megatron-core's own modules, whose attention, and FP8.
+
+Transformer Engine joins each layer's two RMSNorms to the linear layers behind them, adds weight gradients to the fp32
+`main_grad` in the GEMM itself, and has FP8 GEMMs. The other modules that may not be installed (apex's or its fused
+Adam) megatron-core finds by itself.
+
+FP8 weights: Transformer Engine quantises a weight when a module's `is_first_microbatch` says so and keeps the result
+beside the bf16 weight. megatron-core clears the flag after each forward pass, and its schedules set it, through the
+stage (`PipelineStage.set_is_first_microbatch`), before a step's first micro-batch. So the student's weights are
+quantised once for each time that they are composed, and the teacher's, whose flags only `load_weights` sets, once.
+"""
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import nn
+
+from megatron_lrc.config import Config, ConfigError
+
+#: FP8 recipe -> compute capability from which on there are kernels for it, and a GPU that has it. Transformer Engine's
+#: own table (`quantization.py`), which it looks at in the first forward pass only.
+_CAPABILITY = {
+    "tensorwise": ((8, 9), "L4, L40S, H100"),
+    "delayed": ((8, 9), "L4, L40S, H100"),
+    "blockwise": ((9, 0), "H100"),
+    "mxfp8": ((10, 0), "B200"),
+}
+#: Blockwise GEMMs came with it (the same table).
+_BLOCKWISE_CUDA = (12, 9)
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    wanted = config.compute.transformer_impl
+    return wanted == "transformer_engine" or (wanted == "auto" and HAVE_TE and torch.cuda.is_available())
+
+
+def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine's attention is used, or that of `attention.py`.
+
+    By --attention-backend auto only where its fast kernels apply and the results could be the same: not in fp32, nor
+    document by document, nor with context parallelism (its ring attention has not been tried here).
+    """
+    backend = config.compute.attention_backend
+    if not uses_transformer_engine(config) or backend == "local" or config.data.reset_attention_mask:
+        return False
+    is_half = torch.finfo(dtype).bits == 16
+    return backend != "auto" or (is_half and config.parallel.context_parallel_size == 1)
+
+
+def fuse_weight_gradients(model: GPTModel) -> None:
+    """Have Transformer Engine's GEMMs add to `main_grad`, which every weight that they reach must have by then.
+
+    Set on its modules and not in TransformerConfig, where megatron-core's own output layer, which is not used here,
+    would refuse it without apex's extension.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def own_precision(model: GPTModel, layer: int, inside: GPTModel) -> AbstractContextManager:
+    """For a pass through part of a layer (from 0) of `model` in the middle of another model's: `model`'s own precision,
+    where Transformer Engine would go on with the other's."""
+    if inside.config.fp8 is None:
+        return contextlib.nullcontext()
+    if model.config.fp8 is not None and not is_first_last_bf16_layer(model.config, layer):
+        return get_fp8_context(model.config, layer)
+    from transformer_engine.pytorch import fp8_autocast
+
+    return fp8_autocast(enabled=False)
+
+
+def engine_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> each of Transformer Engine's linear layers of a model: what FP8 applies to."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "is_first_microbatch")}
+
+
+def check_machine(config: Config) -> None:
+    """ConfigError if this machine lacks what the flags ask for: Transformer Engine, a GPU, one that has FP8."""
+    compute = config.compute
+    needs = [f"--transformer-impl {compute.transformer_impl}"] * (compute.transformer_impl == "transformer_engine")
+    needs += [f"--attention-backend {compute.attention_backend}"] * (compute.attention_backend not in ("auto", "local"))
+    needs += [f"--fp8-format {compute.fp8_format}"] * (compute.fp8_format is not None)
+    if not needs:
+        return
+    if not HAVE_TE:
+        raise ConfigError(
+            f"{needs[0]} needs the package transformer-engine, which is not installed here (or cannot be imported). "
+            "Install it: pip install 'megatron-lrc[cuda]'; or leave the flag out."
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{needs[0]} needs a CUDA GPU, and there is none here. Leave the flag out.")
+    if compute.fp8_format is not None:
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        _check_capability(compute.fp8_recipe, torch.cuda.get_device_capability(device))
+
+
+def _check_capability(recipe: str, capability: tuple[int, int]) -> None:
+    least, example = _CAPABILITY[recipe]
+    if capability < least:
+        possible = [name for name, (needed, _) in _CAPABILITY.items() if needed <= capability]
+        remedy = f"Use --fp8-recipe {' or '.join(possible)}." if possible else "Leave --fp8-format out."
+        raise ConfigError(
+            f"--fp8-recipe {recipe} needs a GPU of compute capability {least[0]}.{least[1]} ({example}); this one has "
+            f"{capability[0]}.{capability[1]}. {remedy}"
+        )
+    if recipe == "mxfp8" and capability >= (12, 0):
+        raise ConfigError(
+            "--fp8-recipe mxfp8 has no kernels for a GPU of compute capability "
+            f"{capability[0]}.{capability[1]} yet. Use --fp8-recipe tensorwise."
+        )
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if recipe == "blockwise" and cuda < _BLOCKWISE_CUDA:
+        raise ConfigError(
+            f"--fp8-recipe blockwise needs CUDA 12.9; this torch was built for {torch.version.cuda}. Install a newer "
+            "one, or use --fp8-recipe tensorwise."
+        )
