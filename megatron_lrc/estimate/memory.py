@@ -35,9 +35,10 @@ _LOGITS_AT_ONCE = 7.25
 class MemoryParts:
     """Bytes on one process at the fullest moment of a step.
 
-    projections: P and the norm gains. projection_gradients: the gradient buffer, and what gathers the gradient of the
-    clone loss's targets. optimizer: Adam's moments and, for 16-bit parameters, the parameters in fp32.
-    activations: of all micro-batches in flight. temporaries: what the moment needs besides. runtime: the rest.
+    teacher, student: with FP8 the quantised weights too. projections: P and the norm gains. projection_gradients: the
+    gradient buffer, and what gathers the gradient of the clone loss's targets. optimizer: Adam's moments and, for
+    16-bit parameters, the parameters in fp32. activations: of all micro-batches in flight. temporaries: what the moment
+    needs besides. runtime: the rest.
     """
 
     teacher: float
@@ -106,8 +107,8 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     if config.parallel.use_distributed_optimizer:
         state /= config.data_parallel_size(world_size) * config.parallel.context_parallel_size
     return MemoryParts(
-        teacher=stage.weight_elements(stage.teacher) * e,
-        student=stage.weight_elements(stage.student) * e,
+        teacher=stage.weight_elements(stage.teacher) * e + _fp8_weights(stage, stage.teacher) * config.compute.teacher_fp8,
+        student=stage.weight_elements(stage.student) * e + _fp8_weights(stage, stage.student) * 2,
         student_gradients=stage.matrix_elements(stage.student) * FP32,
         # With tensor parallelism the gathered P of the targets are kept.
         projections=trained * e + (targets * e if stage.tp > 1 else 0),
@@ -117,6 +118,14 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
         temporaries=0.0,
         runtime=runtime,
     )
+
+
+def _fp8_weights(stage: Stage, shape: ModelShape) -> int:
+    """Of a model's layers, a byte each. The student's are there twice, the other time transposed, for its backward pass
+    (which from compute capability 10.0 on needs none, with some recipes)."""
+    if stage.config.compute.fp8_format is None:
+        return 0
+    return stage.matrix_elements(shape) - stage.num_ends(shape) * stage.site_elements(EMBED, shape)
 
 
 def _head_gradient(stage: Stage, tokens: int) -> float:

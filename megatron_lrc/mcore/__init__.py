@@ -1,5 +1,6 @@
 """THE DOOR to megatron-core: the only package (with data/, for its datasets) that imports it."""
 
+import sys
 import warnings
 
 import torch
@@ -8,6 +9,9 @@ import torch
 warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
 
 if not torch.cuda.is_available():
+    # Wherever Transformer Engine can be imported megatron-core takes its optimizer and its norms of gradients, which
+    # need CUDA. Unless it is loaded already, megatron-core is not to find it.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     # Expected where there is no GPU, and said at every start by every rank; on a CUDA machine they are worth reading.
     for message in (
         "Transformer Engine and Apex are not installed",

@@ -105,7 +105,8 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *,
 
     torch's Adam counts steps for each parameter; TE's and apex's, for which megatron-core is written, for each group.
     So of the count, 0.16.1 and 0.19.2 save none at step 0, fail to load it under the DistributedOptimizer, and
-    otherwise give all parameters one tensor, which a step then advances once for each of them.
+    otherwise give all parameters one tensor, which a step then advances once for each of them. TE's refuses a
+    parameter's `step`, as a checkpoint has it that torch's Adam wrote.
     """
     step = torch.tensor(float(num_updates))
     for single in chained_optimizers(optimizer):
@@ -114,13 +115,23 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *,
     present = optimizer.param_groups[0]
     for group in inner_state["param_groups"]:
         group.update({key: present[key] for key in FLAG_SETTINGS if key in group and key in present})
-    if "state" in inner_state and any(isinstance(inner, TORCH_ADAM) for inner in inner_optimizers(optimizer)):
-        inner_state["state"]["common_step"] = step
+    if "state" in inner_state:
+        inner_state["state"].pop("common_step", None)
+        if any(isinstance(inner, TORCH_ADAM) for inner in inner_optimizers(optimizer)):
+            inner_state["state"]["common_step"] = step
     optimizer.load_state_dict(state)
     for inner in inner_optimizers(optimizer):
-        if isinstance(inner, TORCH_ADAM):
-            for parameter_state in inner.state.values():
-                parameter_state["step"] = step.clone()
+        set_step(inner, num_updates)
+
+
+def set_step(inner: torch.optim.Optimizer, num_updates: int) -> None:
+    """Have an Adam, torch's or TE's or apex's, take its next step as the one after `num_updates`."""
+    if isinstance(inner, TORCH_ADAM):
+        for parameter_state in inner.state.values():
+            parameter_state["step"] = torch.tensor(float(num_updates))
+        return
+    for group in inner.param_groups:
+        group["step"] = num_updates
 
 
 def _keep_step_through_load(optimizer: MegatronOptimizer) -> None:

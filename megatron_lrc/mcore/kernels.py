@@ -70,7 +70,7 @@ def own_precision(model: GPTModel, layer: int, inside: GPTModel) -> AbstractCont
         return contextlib.nullcontext()
     if model.config.fp8 is not None and not is_first_last_bf16_layer(model.config, layer):
         return get_fp8_context(model.config, layer)
-    from transformer_engine.pytorch import fp8_autocast
+    from megatron.core.extensions.transformer_engine import fp8_autocast  # it has that name only where there is TE
 
     return fp8_autocast(enabled=False)
 
@@ -88,13 +88,13 @@ def check_machine(config: Config) -> None:
     needs += [f"--fp8-format {compute.fp8_format}"] * (compute.fp8_format is not None)
     if not needs:
         return
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{needs[0]} needs Transformer Engine and a CUDA GPU; there is no GPU here. Leave it out.")
     if not HAVE_TE:
         raise ConfigError(
             f"{needs[0]} needs the package transformer-engine, which is not installed here (or cannot be imported). "
             "Install it: pip install 'megatron-lrc[cuda]'; or leave the flag out."
         )
-    if not torch.cuda.is_available():
-        raise ConfigError(f"{needs[0]} needs a CUDA GPU, and there is none here. Leave the flag out.")
     if compute.fp8_format is not None:
         device = int(os.environ.get("LOCAL_RANK", "0"))
         _check_capability(compute.fp8_recipe, torch.cuda.get_device_capability(device))
