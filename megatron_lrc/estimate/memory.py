@@ -106,9 +106,10 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     state = trained * FP32 * (2 if e == FP32 else 3)
     if config.parallel.use_distributed_optimizer:
         state /= config.data_parallel_size(world_size) * config.parallel.context_parallel_size
+    fp8_of_teacher, fp8_of_student = (_fp8_weights(stage, shape) for shape in (stage.teacher, stage.student))
     return MemoryParts(
-        teacher=stage.weight_elements(stage.teacher) * e + _fp8_weights(stage, stage.teacher) * config.compute.teacher_fp8,
-        student=stage.weight_elements(stage.student) * e + _fp8_weights(stage, stage.student) * 2,
+        teacher=stage.weight_elements(stage.teacher) * e + config.compute.teacher_fp8 * fp8_of_teacher,
+        student=stage.weight_elements(stage.student) * e + 2 * fp8_of_student,
         student_gradients=stage.matrix_elements(stage.student) * FP32,
         # With tensor parallelism the gathered P of the targets are kept.
         projections=trained * e + (targets * e if stage.tp > 1 else 0),
