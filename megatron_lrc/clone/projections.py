@@ -15,6 +15,7 @@ Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,18 +45,18 @@ def accumulate_in_fp32(parameter: Tensor) -> None:
 
     fp32 and fp64 leaves need nothing: autograd accumulates in `.grad`. Read either with `gradient_of`.
 
-    Transformer Engine's GEMMs may add to `main_grad` themselves. What they then hand to autograd is nothing, or, where
-    the leaf has `grad_added_to_main_grad`, a tensor without meaning, which they mark as such.
+    Transformer Engine's GEMMs may add to `main_grad` themselves. What they then hand to autograd is nothing (the hook
+    runs all the same), or, where the leaf has `grad_added_to_main_grad`, a tensor without meaning, which that marks.
     """
     if torch.finfo(parameter.dtype).bits >= 32:
         return
     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
 
-    def add_to_main_grad(leaf: Tensor) -> None:
-        if not getattr(leaf, "grad_added_to_main_grad", False):
-            leaf.main_grad.add_(leaf.grad)  # type: ignore[attr-defined]
-        else:
-            leaf.grad_added_to_main_grad = False  # type: ignore[attr-defined]  # said of this one gradient
+    def add_to_main_grad(leaf: Any) -> None:
+        if getattr(leaf, "grad_added_to_main_grad", False):
+            leaf.grad_added_to_main_grad = False  # said of this one gradient
+        elif leaf.grad is not None:
+            leaf.main_grad.add_(leaf.grad)
         leaf.grad = None
 
     parameter.register_post_accumulate_grad_hook(add_to_main_grad)

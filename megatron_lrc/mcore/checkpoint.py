@@ -35,6 +35,7 @@ from megatron_lrc.checkpoint_index import UnsafeCheckpoint, read_index, refuse_c
 from megatron_lrc.clone.checkpoint_layout import SITES, all_boxes, box_of, rows_box
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.mcore.delayed_scaling import scaling_state
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.paired_model import GAINS as NORMS
@@ -68,6 +69,21 @@ def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: Stag
     optimizer_state = {key: value for key, value in loaded["optimizer"].items() if key in expected}
     _fill_in(optimizer_state, present)
     optimizer.load_state_dict(optimizer_state, num_updates=loaded["num_updates"])
+    _load_scaling_state(path, stages)
+
+
+def _load_scaling_state(path: Path, stages: Sequence[PipelineStage]) -> None:
+    """Of --fp8-recipe delayed. A checkpoint of a run without it has none, and scales are found anew."""
+    present, stored = scaling_state(stages), read_index(path).state_dict_metadata
+    if not present or not present.keys() <= stored.keys():
+        return
+    for key, tensor in present.items():
+        if stored[key].size != tensor.shape:
+            raise ConfigError(
+                f"{path} has an --fp8-amax-history-len of {stored[key].size[0]}, not {len(tensor)}. Repeat that one."
+            )
+    for key, tensor in _load(path, {"fp8": _sharded_scaling_state(stages)})["fp8"].items():
+        present[key].copy_(tensor)
 
 
 @torch.no_grad()
@@ -116,10 +132,22 @@ def _copy_parameters(loaded: dict[str, Tensor], stages: Sequence[PipelineStage])
 def sharded_state(stages: Sequence[PipelineStage], optimizer: StageOptimizer, *, is_loading: bool) -> dict:
     """What is saved, or is to be loaded: this rank's tensors, with their places in the global ones."""
     model = _sharded_model(stages)
-    return {
+    state = {
         "model": model,
         "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
         "num_updates": optimizer.lr_schedule.num_steps,
+    }
+    if not is_loading and (scaling := _sharded_scaling_state(stages)):
+        state["fp8"] = scaling
+    return state
+
+
+def _sharded_scaling_state(stages: Sequence[PipelineStage]) -> dict[str, ShardedTensor]:
+    groups = stages[0].groups
+    replica = (0, groups.tp.rank(), groups.dp_cp.rank())
+    return {
+        key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)
+        for key, tensor in scaling_state(stages).items()
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
+from megatron_lrc.mcore.delayed_scaling import kept_scaling_state
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.gradient_norms import group_gradient_norms
 from megatron_lrc.mcore.optimizer import StageOptimizer
@@ -156,8 +157,9 @@ def evaluate(run: Run, batches: Batches, *, num_batches: int) -> LossTotals:
     """Losses over `num_batches` global batches, without training. The student is composed first."""
     _reset_losses(run.stages)
     run.compose()
-    for _ in range(num_batches):
-        forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True)
+    with kept_scaling_state(run.stages):
+        for _ in range(num_batches):
+            forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True)
     losses, _ = _reduce_losses(run.stages)
     return losses
 

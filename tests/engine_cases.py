@@ -1,0 +1,115 @@
+"""What `unit/test_transformer_engine.py` has done in processes of their own, where Transformer Engine comes first."""
+
+from typing import Any
+
+import torch
+
+import engine_on_cpu
+from engine_on_cpu import build
+
+ENGINE, LOCAL = "transformer_engine", "local"
+
+
+def names(teacher: str) -> dict[str, Any]:
+    """What the two layer specs call their parts: everything that the package finds by name."""
+    from megatron_lrc.clone.sites import CAPTURED_LINEARS
+    from megatron_lrc.mcore.kernels import engine_modules
+    from megatron_lrc.mcore.models import layer_input_norms, layers_of, norm_gains, residual_readers
+
+    found: dict[str, Any] = {}
+    for impl in (LOCAL, ENGINE):
+        stage, single = build(teacher, impl), build(teacher, impl, is_single=True)
+        layers = [layer for _, layer in layers_of(stage.student)]
+        found[impl] = {
+            "trained": [_describe(trained) for trained in stage.trained()],
+            "trained alone": [_describe(trained) for trained in single.trained()],
+            "pairs": [
+                (weight.projection, weight.site.name, list(weight.teacher.shape), list(weight.student.shape))
+                for weight in stage.cloned_weights
+            ],
+            "gains": {name: list(gain.shape) for name, gain in norm_gains(stage.teacher).items()},
+            "readers": len(residual_readers(stage.teacher)),
+            "input norms": [index for index, _ in layer_input_norms(stage.teacher)],
+            "hooks": [
+                len(layer.get_submodule(linear)._forward_hooks) for layer in layers for linear in CAPTURED_LINEARS
+            ],
+            "has gradients": sum(parameter.requires_grad for parameter in stage.student.parameters()),
+        }
+        found[f"{impl} modules"] = sorted({type(module).__name__ for module in engine_modules(stage.student).values()})
+    return found
+
+
+def _describe(trained: Any) -> list[Any]:
+    place = trained.layer and list(trained.layer)
+    shape = list(trained.parameter.shape)
+    return [trained.name, trained.key, shape, list(trained.groups), trained.split, place, trained.is_gated]
+
+
+@torch.no_grad()
+def values(teacher: str) -> dict[str, bool]:
+    """A teacher that is read, and a student that is composed of it, are the same with either spec, bit for bit."""
+    from megatron_lrc.mcore.models import norm_gains
+
+    both = {impl: build(teacher, impl) for impl in (LOCAL, ENGINE)}
+    generator = torch.Generator().manual_seed(3)
+    projections = {
+        name: torch.randn(48, 32, generator=generator) for name, _ in both[LOCAL].projections.named_matrices()
+    }
+    for stage in both.values():
+        for name, matrix in projections.items():
+            stage.projections.set_matrix(name, matrix.to(torch.bfloat16))
+        stage.compose()
+    local, engine = both[LOCAL], both[ENGINE]
+    pairs = list(zip(local.cloned_weights, engine.cloned_weights, strict=True))
+    gains, engine_gains = norm_gains(local.teacher), norm_gains(engine.teacher)
+    frozen = [
+        (model.state_dict(), other.state_dict())
+        for model, other in zip(local.models.values(), engine.models.values(), strict=True)
+    ]
+    kept = [
+        name
+        for name in frozen[0][0]
+        if name.endswith("bias") or "q_layernorm.weight" in name or "k_layernorm.weight" in name
+    ]
+    return {
+        "teacher": all(torch.equal(one.teacher, other.teacher) for one, other in pairs),
+        "student": all(torch.equal(one.student, other.student) and one.student.any() for one, other in pairs),
+        "gains": all(torch.equal(gain, engine_gains[name]) for name, gain in gains.items()),
+        "frozen": all(torch.equal(one[name], other[name]) for one, other in frozen for name in kept),
+    }
+
+
+def construction(teacher: str) -> dict[str, Any]:
+    """How modules are set up by the flags."""
+    from megatron_lrc.mcore.kernels import engine_modules
+    from megatron_lrc.mcore.models import layers_of
+
+    def fused(stage: Any) -> dict[str, list[bool]]:
+        return {
+            name: sorted({module.fuse_wgrad_accumulation for module in engine_modules(model).values()})  # type: ignore[misc]
+            for name, model in stage.models.items()
+        }
+
+    def attention(**settings: Any) -> str:
+        (_, layer), *_ = layers_of(build(teacher, ENGINE, **settings).student)
+        return type(layer.self_attention.core_attention).__name__
+
+    stage = build(teacher, ENGINE)
+    layer = next(layer for _, layer in layers_of(stage.student))
+    norms = [layer.self_attention.linear_qkv, layer.mlp.linear_fc1, stage.student.decoder.final_layernorm]
+    if stage.shapes.student.has_qk_norm:
+        norms += [layer.self_attention.q_layernorm, layer.self_attention.k_layernorm]
+    return {
+        "epsilons": sorted({norm.eps for norm in norms}),
+        "fused": fused(stage),
+        "fused when told not to": fused(build(teacher, ENGINE, gradient_accumulation_fusion=False)),
+        "fused in fp32": fused(build(teacher, ENGINE, dtype="float32")),
+        "attention": attention(),
+        "attention in fp32": attention(dtype="float32"),
+        "attention, documents apart": attention(reset_attention_mask=True),
+        "attention, local": attention(attention_backend="local"),
+    }
+
+
+def train(settings: dict[str, Any]) -> dict[str, int]:
+    return engine_on_cpu.train(settings)
