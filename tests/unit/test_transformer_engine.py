@@ -175,6 +175,15 @@ def test_a_run_in_fp8_goes_on_from_its_checkpoint_bit_for_bit(config, tmp_path, 
     assert measured(parts) == measured(whole)
 
 
+def test_a_validation_leaves_the_scales_of_delayed_scaling_as_they_were(config, tmp_path) -> None:
+    config = with_compute(config, fp8_format="e4m3", fp8_recipe="delayed", fp8_amax_history_len=4)
+    config.compute.fp8_amax_compute_algo = "max"
+    validated, _ = train(config, tmp_path / "validated")
+    config.logging.eval_iters = 0
+    alone, _ = train(config, tmp_path / "alone")
+    assert measured([record for record in validated if "grad_norm" in record]) == measured(alone)
+
+
 def test_a_run_goes_from_one_layer_spec_to_the_other_and_back(config, tmp_path) -> None:
     """Checkpoints have the same keys: the loss goes on as it would have."""
     whole, _ = train(with_compute(config, transformer_impl=LOCAL), tmp_path / "whole")
