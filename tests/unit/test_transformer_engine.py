@@ -29,9 +29,10 @@ LINEARS = ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 
 def run_case(name: str, **arguments: Any) -> Any:
     """A function of engine_cases.py in a process of its own: what it returns."""
+    path = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.run(
         [sys.executable, "-W", "ignore", str(TESTS / "engine_on_cpu.py"), name, json.dumps(arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,0 +1,39 @@
+"""Tests that need one CUDA GPU: skipped without, and a short table of what they measured at the end."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+#: (what was compared, its value, what it had to be below).
+_MEASURED: list[tuple[str, float, float]] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.path.parts:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def measured() -> Callable[[str, float, float], None]:
+    """`measured(name, value, limit)` asserts that the value is below the limit and puts it into the table."""
+
+    def measured(name: str, value: float, limit: float) -> None:
+        _MEASURED.append((name, value, limit))
+        assert value <= limit, f"{name}: {value:.3g}, allowed {limit:.3g}"
+
+    return measured
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _MEASURED:
+        return
+    name = torch.cuda.get_device_name()
+    terminalreporter.section(f"measured on {name}")
+    width = max(len(what) for what, _, _ in _MEASURED)
+    for what, value, limit in _MEASURED:
+        terminalreporter.write_line(f"{what:<{width}}  {value:>10.3g}  allowed {limit:.3g}")
