@@ -162,7 +162,7 @@ class ComputeConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = setting(
         "auto",
         "Layers of NVIDIA's Transformer Engine, or of megatron-core alone. auto: transformer_engine where it is "
-        "installed and there is a GPU, else local.",
+        "installed, on a GPU with --bf16 or --fp16 (its products of fp32 are TF32); else local.",
     )
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = setting(
         "auto",
@@ -174,6 +174,11 @@ class ComputeConfig:
         True,
         "With Transformer Engine and --bf16 or --fp16, its weight-gradient products add to the fp32 gradients "
         "themselves.",
+    )
+    deterministic_mode: bool = setting(
+        False,
+        "On a GPU choose kernels that give the same result to the last digit each time, so that a continued run equals "
+        "one that was not stopped. Slower. With several GPUs set NCCL_ALGO too. (On CPU results repeat anyway.)",
     )
     fp8_format: Literal["e4m3", "hybrid"] | None = setting(
         None,

@@ -18,6 +18,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.utils import get_te_version
 from torch import nn
 
 from megatron_lrc.config import Config, ConfigError
@@ -35,8 +36,9 @@ _BLOCKWISE_CUDA = (12, 9)
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    wanted = config.compute.transformer_impl
-    return wanted == "transformer_engine" or (wanted == "auto" and HAVE_TE and torch.cuda.is_available())
+    """By --transformer-impl auto not in fp32, which its GEMMs round to TF32 (`cublaslt_gemm.cu`)."""
+    wanted, is_half = config.compute.transformer_impl, config.training.bf16 or config.training.fp16
+    return wanted == "transformer_engine" or (wanted == "auto" and is_half and HAVE_TE and torch.cuda.is_available())
 
 
 def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
@@ -78,6 +80,27 @@ def own_precision(model: GPTModel, layer: int, inside: GPTModel) -> AbstractCont
 def engine_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> each of Transformer Engine's linear layers of a model: what FP8 applies to."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "is_first_microbatch")}
+
+
+def describe_kernels(config: Config, dtype: torch.dtype) -> str | None:
+    """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU."""
+    if not uses_transformer_engine(config):
+        return None
+    compute, attention = config.compute, "its own" if uses_engine_attention(config, dtype) else "torch's"
+    line = f"layers by Transformer Engine {get_te_version()}, {attention} attention"
+    if compute.fp8_format is None:
+        return line
+    models = "teacher and student" if compute.teacher_fp8 else "student" if config.has_teacher else "model"
+    return f"{line}; {models} in FP8, {compute.fp8_format}, {compute.fp8_recipe}"
+
+
+def choose_determinism(config: Config) -> None:
+    """--deterministic-mode, for torch, cuBLAS and Transformer Engine. To be called before CUDA is used."""
+    if not config.compute.deterministic_mode:
+        return
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # megatron-core asks for it by this name too
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs one of two, by torch's documentation
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def check_machine(config: Config) -> None:

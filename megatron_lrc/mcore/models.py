@@ -153,6 +153,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # of megatron-core's own linear layers; `fuse_weight_gradients` sets TE's
         attention_backend=AttnBackend[backend],
+        deterministic_mode=compute.deterministic_mode,
         fp8=compute.fp8_format if is_fp8 else None,
         fp8_recipe=compute.fp8_recipe,
         fp8_amax_history_len=compute.fp8_amax_history_len,

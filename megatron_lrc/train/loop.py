@@ -13,7 +13,7 @@ from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.kernels import check_machine
+from megatron_lrc.mcore.kernels import check_machine, choose_determinism, describe_kernels
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
@@ -33,6 +33,7 @@ from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 def train(config: Config) -> None:
     """Run the whole training on this process, one of the world that torchrun's environment describes."""
+    choose_determinism(config)
     check_machine(config)
     checked = check(config, distributed.world_size())
     groups = distributed.start(config)
@@ -272,6 +273,8 @@ class Trainer:
             f"{self.groups.device.type}; {self.run.num_microbatches} micro-batches of "
             f"{self.config.training.micro_batch_size} x {self.config.training.seq_length} tokens per step"
         )
+        if kernels := describe_kernels(self.config, parameter_dtype(self.config)):
+            self._say(kernels)
         for warning in checked.warnings:
             self._say(f"warning: {warning}")
         if checked.weights_from:

@@ -77,3 +77,13 @@ def test_bf16_gradients_are_those_in_fp32_and_small_updates_add_up(config, tmp_p
     for name, matrix in before.items():
         is_coarse = matrix.abs() > 0.13  # where 1e-4 is less than half a step
         assert (after[name] != matrix)[is_coarse].float().mean() > 0.1, name
+
+
+@pytest.mark.distributed
+def test_deterministic_mode_changes_no_result_on_a_cpu(config, tmp_path):
+    train(config)
+    run = replace(config.checkpoint, save=str(tmp_path / "deterministic"))
+    train(replace(config, compute=replace(config.compute, deterministic_mode=True), checkpoint=run))
+    plain, deterministic = records(tmp_path / "fp32"), records(tmp_path / "deterministic")
+    for line, reference in zip(deterministic, plain, strict=True):
+        assert line["loss"] == reference["loss"] and line["grad_norm"] == reference["grad_norm"]

@@ -1,7 +1,8 @@
 """What only a GPU can show: its results are the CPU's, Transformer Engine's are the local ones, bf16 and every FP8
 recipe stay near, and a run goes on from its checkpoint bit for bit.
 
-Limits are those of the arithmetic: fp32 sums in another order; bf16 rounds to 1/256, FP8 (e4m3) to 1/16.
+Limits are those of the arithmetic: fp32 sums in another order; TF32, which Transformer Engine takes for fp32, rounds to
+1/2048, bf16 to 1/256, FP8 (e4m3) to 1/16.
 """
 
 import math
@@ -59,7 +60,7 @@ def test_fp32_losses_and_gradients_are_the_cpus(trained, measured):
 
 
 def test_transformer_engine_gives_what_the_local_layers_give(trained, measured, needs_engine):
-    measured("fp32, Transformer Engine against local", difference(trained(ENGINE, 3), trained(LOCAL, 3)), 1e-3)
+    measured("fp32 (TF32), Transformer Engine against local", difference(trained(ENGINE, 3), trained(LOCAL, 3)), 1e-2)
     bf16 = difference(trained(f"{ENGINE} --bf16", 3), trained(f"{LOCAL} --bf16", 3))
     measured("bf16, Transformer Engine against local", bf16, 3e-2)
 
@@ -95,7 +96,7 @@ def test_recomputation_changes_nothing(trained, measured, needs_engine, recomput
 
 
 def test_bf16_learns_as_fp32_does(trained, measured, needs_engine):
-    bf16, fp32 = last_loss(trained(f"{ENGINE} --bf16", LONG)), last_loss(trained(ENGINE, LONG))
+    bf16, fp32 = last_loss(trained(f"{ENGINE} --bf16", LONG)), last_loss(trained(LOCAL, LONG))
     measured(f"bf16 against fp32: loss after {LONG} steps", abs(bf16 / fp32 - 1), 2e-2)
 
 
@@ -118,6 +119,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(place, measured, request,
     if "fp8" in flags:
         skip_without_kernels(flags.split()[-1])
         flags += " --fp8-format hybrid"
+    flags += " --deterministic-mode"
     teacher, data, folder = place
     name = request.node.name.replace("/", "-")
     whole = train(folder / f"{name} whole".replace(" ", "-"), teacher, data, 6, flags)
@@ -132,4 +134,4 @@ def test_a_checkpoint_goes_from_the_local_layers_to_transformer_engine(place, me
     run = folder / "both-impls"
     train(run, teacher, data, 3, LOCAL)
     found = train(run, teacher, data, 6, f"{ENGINE} --load auto")
-    measured("local, then Transformer Engine, against local", difference(found, trained(LOCAL, 6)), 5e-3)
+    measured("local, then Transformer Engine, against local", difference(found, trained(LOCAL, 6)), 1e-2)
