@@ -13,6 +13,7 @@ Run as a program it calls one of the functions below: `python engine_on_cpu.py F
 """
 
 import json
+import os
 import sys
 import types
 from collections import Counter
@@ -46,6 +47,11 @@ base.torch, quantization.torch = _Torch(), _Torch()
 quantization.torch.device = lambda name: torch.device("cpu" if name == "cuda" else name)  # of delayed scaling's state
 quantization.get_device_compute_capability = lambda: (9, 0)
 sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]  # megatron-core uses torch's
+
+from megatron.core.tensor_parallel import (  # noqa: E402
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 
 
 def rounded(tensor: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -106,12 +112,18 @@ def _multiply(module: Any, inputs: Tensor, is_first: bool | None) -> Tensor:
 
 
 def _linear(module: Any, inputs: Tensor, is_first_microbatch: bool | None = None, **_: Any) -> Tensor:
-    return _multiply(module, inputs, is_first_microbatch)
+    """Row parallel: each rank's product is a partial sum."""
+    output = _multiply(module, inputs, is_first_microbatch)
+    return reduce_scatter_to_sequence_parallel_region(output) if module.sequence_parallel else output
 
 
 def _norm_and_linear(module: Any, inputs: Tensor, is_first_microbatch: bool | None = None, **_: Any) -> Tensor:
+    """Column parallel: each rank's part of the sequence is normed, then the whole is multiplied."""
     gain = module.layer_norm_weight
-    return _multiply(module, F.rms_norm(inputs, gain.shape, gain, module.eps), is_first_microbatch)
+    normed = F.rms_norm(inputs, gain.shape, gain, module.eps)
+    if module.sequence_parallel:
+        normed = gather_from_sequence_parallel_region(normed)
+    return _multiply(module, normed, is_first_microbatch)
 
 
 def _norm(module: Any, inputs: Tensor) -> Tensor:
@@ -174,14 +186,15 @@ def build(teacher: str, impl: str, **settings: Any) -> Any:
 def train(settings: dict[str, Any]) -> dict[str, int]:
     """A training run by the real loop; how often each thing was done."""
     from megatron_lrc.config import Config
+    from megatron_lrc.mcore.distributed import world_size
     from megatron_lrc.train import loop
     from megatron_lrc.validation import validate
 
     stand_in()
     loop.check_machine = lambda config: None
     config = Config.from_dict(settings)
-    validate(config)
-    loop.train(config.resolved(1))
+    validate(config, world_size=world_size())
+    loop.train(config.resolved(world_size()))
     return dict(COUNTS)
 
 
@@ -189,7 +202,9 @@ def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
     import engine_cases
 
-    print("result:", json.dumps(getattr(engine_cases, name)(**arguments)))
+    result = getattr(engine_cases, name)(**arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print("result:", json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests that need one CUDA GPU: skipped without, and a short table of what they measured at the end."""
+"""A short table of what the tests on a GPU measured, at their end."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,6 @@ import torch
 
 #: (what was compared, its value, what it had to be below).
 _MEASURED: list[tuple[str, float, float]] = []
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
-    for item in items:
-        if "gpu" in item.path.parts:
-            item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
-                item.add_marker(skip)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from gpu_runs import difference, last_loss, train, write_teacher
 from megatron_lrc.config import ConfigError
 from tiny_data import write_counting
 
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
 LOCAL, ENGINE = "--transformer-impl local", "--transformer-impl transformer_engine"
 RECIPES = ("tensorwise", "blockwise", "mxfp8", "delayed")
 LONG = 200

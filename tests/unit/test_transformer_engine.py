@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_teachers import WRITERS
+from hf_teachers import WRITERS, _sizes, _write
 from megatron_lrc.config import Config
 
 pytestmark = pytest.mark.skipif(
@@ -27,11 +29,12 @@ LOCAL, ENGINE = "local", "transformer_engine"
 LINEARS = ["TELayerNormColumnParallelLinear", "TERowParallelLinear"]
 
 
-def run_case(name: str, **arguments: Any) -> Any:
-    """A function of engine_cases.py in a process of its own: what it returns."""
+def run_case(name: str, ranks: int = 1, **arguments: Any) -> Any:
+    """A function of engine_cases.py in processes of its own: what it returns on the first rank."""
     path = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "engine_on_cpu.py"), name, json.dumps(arguments)],
+        [sys.executable, "-W", "ignore", *launcher, str(TESTS / "engine_on_cpu.py"), name, json.dumps(arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -89,11 +92,11 @@ def config(tiny_llama, tiny_text, tmp_path) -> Config:
     return config
 
 
-def train(config: Config, run: Path | None = None) -> tuple[list[dict], dict[str, int]]:
-    """The records of all steps, and how often each product and each quantisation was done."""
+def train(config: Config, run: Path | None = None, ranks: int = 1) -> tuple[list[dict], dict[str, int]]:
+    """The records of all steps, and how often the first rank did each product and each quantisation."""
     if run:
         config = replace(config, checkpoint=replace(config.checkpoint, save=str(run)))
-    counts = run_case("train", settings=config.to_dict())
+    counts = run_case("train", ranks, settings=config.to_dict())
     lines = (Path(str(config.checkpoint.save)) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], counts
 
@@ -128,6 +131,33 @@ def test_gradients_that_products_add_to_main_grad_are_those_that_autograd_adds(c
     plain, _ = train(with_compute(config, gradient_accumulation_fusion=False), tmp_path / "plain")
     assert_close(fused, local, rel=2e-2)
     assert_close(plain, local, rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2, "recompute_granularity": "full"},
+    ],
+    ids=["TP2+SP", "PP2x2-recompute"],
+)
+def test_every_layout_gives_what_one_process_gives(config, tmp_path, layout) -> None:
+    sizes = _sizes(num_layers=4, is_tied=False) | {"intermediate_size": 96}  # halves are multiples of 16
+    _write(tmp_path / "teacher", LlamaForCausalLM, LlamaConfig(**sizes), dtype=torch.float32)
+    config.model.teacher, config.training.global_batch_size = str(tmp_path / "teacher"), 8
+    local, _ = train(with_compute(config, transformer_impl=LOCAL), tmp_path / "local")
+    for compute in ({}, {"fp8_format": "hybrid", "teacher_fp8": True}):
+        one, _ = train(with_compute(config, **compute), tmp_path / f"one{len(compute)}")
+        split = replace(with_compute(config, **compute), parallel=replace(config.parallel, **layout))
+        many, counts = train(split, tmp_path / f"many{len(compute)}", ranks=2)
+        assert_close(many, one, rel=5e-2 if compute else 2e-2)
+        assert_close(one, local, rel=0.2 if compute else 2e-2)
+        rows = 128 // layout.get("tensor_model_parallel_size", 1)
+        layers = 4 // layout.get("pipeline_model_parallel_size", 1)
+        assert counts.get(f"quantised ({rows}, 32)", 0) == layers * (4 + 3) * bool(compute)
+        assert counts.get(f"quantised ({rows}, 48)", 0) == layers * bool(compute)
 
 
 @pytest.mark.parametrize("recompute", [None, "full", "mlp"])
