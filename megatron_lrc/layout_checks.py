@@ -31,6 +31,11 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
             "process takes two pieces, one from either half of the sequence, so that causal attention is shared "
             f"equally. Use --seq-length {round_up(config.training.seq_length, 2 * cp)}."
         )
+    if parallel.overlap_grad_reduce and config.has_teacher:
+        yield (
+            "--overlap-grad-reduce is for --method ordinary: a projection's gradient is made after the backward pass, "
+            "so there is nothing to sum during it. Leave it out."
+        )
     each = config.model_parallel_size
     if world_size % each:
         by_cp = f" times --context-parallel-size {cp}" * (cp > 1)
@@ -129,6 +134,19 @@ def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
         f"{others} other pipeline stage{'s' * (others != 1)}, which need equal shares of at least one."
         f"{suggest_last_stage(pp, layers)}"
     )
+
+
+def check_overlap(config: Config, base: ModelShape) -> Iterator[str]:
+    """With the distributed optimizer the sum leaves each process its own part only, and the two ends' parts differ."""
+    parallel = config.parallel
+    is_tied = config.student_shape(base).is_tied
+    if not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer and is_tied):
+        return
+    if parallel.pipeline_model_parallel_size > 1:
+        yield (
+            "--overlap-grad-reduce with --use-distributed-optimizer and several pipeline stages cannot train a tied "
+            "embedding, whose gradients on the first and the last stage are to be added. Leave one of the flags out."
+        )
 
 
 def check_chunks(config: Config, counted: int, layers: int) -> Iterator[str]:

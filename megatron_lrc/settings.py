@@ -147,6 +147,11 @@ class ParallelConfig:
     recompute_num_layers: int = setting(1, "See --recompute-method.", at_least=1)
     recompute_modules: list[str] = setting(["core_attn"], "With selective: core_attn, mlp or both.", metavar="MODULE")
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
+    overlap_grad_reduce: bool = setting(
+        False,
+        "With --method ordinary: sum gradients over the data-parallel processes while the last backward pass goes on. "
+        "(A projection's gradient is made after it.)",
+    )
     distributed_timeout_minutes: float = setting(
         10.0,
         "Minutes (0.5 is half a minute) a collective may wait for a rank that does not come before the run ends. It "

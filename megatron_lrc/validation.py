@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
-from .layout_checks import check_batches, check_layout, check_pipeline, check_tensor_parallel
+from .layout_checks import check_batches, check_layout, check_overlap, check_pipeline, check_tensor_parallel
 from .precision_checks import check_fp8_sizes, check_precision
 from .settings import CLONE_TERMS, LossConfig
 
@@ -43,6 +43,7 @@ def validate_against_teacher(config: Config, teacher: ModelShape) -> list[str]:
         [
             *check_tensor_parallel(config, teacher),
             *check_pipeline(config, teacher),
+            *check_overlap(config, teacher),
             *check_student(config, teacher),
             *check_clone_layers(config, teacher),
             *check_fp8_sizes(config, teacher),

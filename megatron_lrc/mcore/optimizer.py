@@ -38,6 +38,11 @@ class StageOptimizer:
         for stage in stages:
             _mark_for_grad_norm(stage)
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
+        self._is_reduced_in_backward = config.parallel.overlap_grad_reduce
+        if self._is_reduced_in_backward:  # in the last micro-batch's; the schedules look at the first stage
+            stages[0].config.no_sync_func = [replica.no_sync for replica in self.replicas]
+            if len(stages) == 1:
+                (stages[0].config.no_sync_func,) = stages[0].config.no_sync_func
         optimizer_config = _optimizer_config(config)
         self.optimizer = get_megatron_optimizer(
             optimizer_config,
@@ -57,6 +62,7 @@ class StageOptimizer:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         )
         return DistributedDataParallel(stage.config, ddp_config, stage.trained_module)
 
@@ -105,7 +111,13 @@ class StageOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self, num_tokens: Tensor) -> None:
-        """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation)."""
+        """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation).
+
+        The sums may come in either order; sums begun in backward are waited for before anything else is added.
+        """
+        if self._is_reduced_in_backward:
+            for replica in self.replicas:
+                replica.finish_grad_sync()
         if self.groups.tp.size() > 1 and self._replicated:
             # Under sequence parallel each rank saw its own tokens; the gains of q and k meet its own heads only.
             _sum_together([parameter.main_grad for parameter in self._replicated], self.groups.tp)
@@ -114,7 +126,8 @@ class StageOptimizer:
                 dist.all_reduce(matrix.main_grad, group=self.groups.embedding)
         scale = num_tokens.clamp_min(1).reciprocal()
         for replica in self.replicas:
-            replica.finish_grad_sync()
+            if not self._is_reduced_in_backward:
+                replica.finish_grad_sync()
             replica.scale_gradients(scale)
 
     @torch.no_grad()

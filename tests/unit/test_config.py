@@ -87,6 +87,7 @@ def test_the_fixture_is_valid(config):
             2,
             "two ways to divide the layers",
         ),
+        ({"overlap_grad_reduce": True}, 1, "--overlap-grad-reduce is for --method ordinary"),
         ({"bf16": True, "fp16": True}, 1, "--bf16 and --fp16 are both given"),
         ({"loss_scale": 2.0}, 1, "--loss-scale 2.0 means nothing without --fp16"),
         ({"fp16": True, "min_loss_scale": 4.0, "initial_loss_scale": 2.0}, 1, "--min-loss-scale 4.0 is above"),
@@ -121,6 +122,16 @@ def test_validate_refuses_with_one_line(config, values, world_size, expected):
     errors = errors_of(validate, config, world_size=world_size)
     assert len(errors) == 1, errors
     assert expected in errors[0]
+
+
+def test_sums_during_backward_are_refused_where_a_tied_embedding_is_on_two_stages(config):
+    change(config, method="ordinary", teacher=None, student_hidden_size=None, overlap_grad_reduce=True)
+    change(config, student="model", use_distributed_optimizer=True)
+    assert validate_against_teacher(config, SMOLLM2) == []
+    change(config, pipeline_model_parallel_size=2)
+    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+    assert "--overlap-grad-reduce with --use-distributed-optimizer and several pipeline stages cannot" in error
+    assert validate_against_teacher(config, replace(SMOLLM2, is_tied=False)) == []
 
 
 def test_validate_lists_every_error_at_once(config):
