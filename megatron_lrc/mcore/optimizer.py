@@ -40,9 +40,8 @@ class StageOptimizer:
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
         self._is_reduced_in_backward = config.parallel.overlap_grad_reduce
         if self._is_reduced_in_backward:  # in the last micro-batch's; the schedules look at the first stage
-            stages[0].config.no_sync_func = [replica.no_sync for replica in self.replicas]
-            if len(stages) == 1:
-                (stages[0].config.no_sync_func,) = stages[0].config.no_sync_func
+            no_sync = [replica.no_sync for replica in self.replicas]
+            stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         optimizer_config = _optimizer_config(config)
         self.optimizer = get_megatron_optimizer(
             optimizer_config,
