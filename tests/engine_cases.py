@@ -13,7 +13,6 @@ ENGINE, LOCAL = "transformer_engine", "local"
 def names(teacher: str) -> dict[str, Any]:
     """What the two layer specs call their parts: everything that the package finds by name."""
     from megatron_lrc.clone.sites import CAPTURED_LINEARS
-    from megatron_lrc.mcore.kernels import engine_modules
     from megatron_lrc.mcore.models import layer_input_norms, layers_of, norm_gains, residual_readers
 
     found: dict[str, Any] = {}
@@ -35,8 +34,13 @@ def names(teacher: str) -> dict[str, Any]:
             ],
             "has gradients": sum(parameter.requires_grad for parameter in stage.student.parameters()),
         }
-        found[f"{impl} modules"] = sorted({type(module).__name__ for module in engine_modules(stage.student).values()})
+        found[f"{impl} modules"] = sorted({type(module).__name__ for module in engine_modules(stage.student)})
     return found
+
+
+def engine_modules(model: torch.nn.Module) -> list[Any]:
+    """Transformer Engine's linear layers."""
+    return [module for module in model.modules() if hasattr(module, "is_first_microbatch")]
 
 
 def _describe(trained: Any) -> list[Any]:
@@ -81,12 +85,11 @@ def values(teacher: str) -> dict[str, bool]:
 
 def construction(teacher: str) -> dict[str, Any]:
     """How modules are set up by the flags."""
-    from megatron_lrc.mcore.kernels import engine_modules
     from megatron_lrc.mcore.models import layers_of
 
     def fused(stage: Any) -> dict[str, list[bool]]:
         return {
-            name: sorted({module.fuse_wgrad_accumulation for module in engine_modules(model).values()})  # type: ignore[misc]
+            name: sorted({module.fuse_wgrad_accumulation for module in engine_modules(model)})
             for name, model in stage.models.items()
         }
 

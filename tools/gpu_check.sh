@@ -3,6 +3,7 @@
 #
 #     bash tools/gpu_check.sh              everything, in the Python that $PYTHON names (default python3)
 #     INSTALL=1 bash tools/gpu_check.sh    first makes .venv-gpu and installs this package with Transformer Engine there
+#                                          (compiled on the spot, some ten minutes; needs a CUDA toolkit: CUDA_HOME)
 #
 # Ends with a table of what was measured beside what is allowed, and the time of a step in bf16 and in FP8 at the sizes
 # of LRC-1.5B, with random weights: no model or data set is needed. Exit code 0 if everything passed.

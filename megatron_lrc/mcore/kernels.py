@@ -19,7 +19,6 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import get_te_version
-from torch import nn
 
 from megatron_lrc.config import Config, ConfigError
 
@@ -75,11 +74,6 @@ def own_precision(model: GPTModel, layer: int, inside: GPTModel) -> AbstractCont
     from megatron.core.extensions.transformer_engine import fp8_autocast  # it has that name only where there is TE
 
     return fp8_autocast(enabled=False)
-
-
-def engine_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> each of Transformer Engine's linear layers of a model: what FP8 applies to."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "is_first_microbatch")}
 
 
 def describe_kernels(config: Config, dtype: torch.dtype) -> str | None:

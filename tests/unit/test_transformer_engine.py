@@ -1,6 +1,8 @@
 """Models of Transformer Engine's modules: names and shapes, and whole runs in which a stand-in computes for them.
 
-Needs the package transformer-engine (which no CPU machine needs otherwise), but no GPU: `engine_on_cpu.py`.
+Needs the package transformer-engine (which no CPU machine needs otherwise), but no GPU: `engine_on_cpu.py`. It has to
+be importable: where it does not find libnccl.so.2, LD_LIBRARY_PATH has to name the lib folders of the pip packages
+nvidia/cu13, cudnn, nccl and nvshmem. Takes seven minutes.
 """
 
 import importlib.util
