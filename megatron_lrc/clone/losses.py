@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lrc.clone.fusion import fused_on_cuda
 from megatron_lrc.clone.sites import HeadLayout, Site, select
 
 
@@ -28,44 +29,65 @@ def inverse_widths(sites: list[Site], heads: HeadLayout, num_features: int, tp_s
 class CloneLoss(torch.autograd.Function):
     """Masked squared error of one captured output, summed over tokens, each site's features averaged.
 
-    Gives (loss, the same for each feature [f], for reporting and not differentiable), in fp32 or better.
+    Gives (student unchanged, the loss of each feature [f], for reporting and not differentiable, in fp32 or better).
+    Backward adds the gradient of `scale` times the loss to the student's, and gives it to the target. The loss need not
+    be carried to the last pipeline stage: it acts where its layer lives.
 
     student, target: [s, b, f]; either may need a gradient (the target of o and down is the teacher's output times P).
     token_weight: [s, b], 0 for masked tokens. inverse_width: [f], 0 for features whose site is off.
+    scale: what the main loss is multiplied by before backward, times alpha.
+
+    Nothing of the pair's size is made in forward: both are kept, and subtracted again in backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, target: Tensor, token_weight: Tensor, inverse_width: Tensor
+        ctx: Any, student: Tensor, target: Tensor, token_weight: Tensor, inverse_width: Tensor, scale: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        difference = student - target
-        wide = difference.to(torch.promote_types(difference.dtype, torch.float32)).flatten(0, 1)  # [s*b, f]
-        weight = token_weight.to(wide.dtype)
-        per_feature = (weight.flatten() @ wide.square()) * inverse_width  # [f]
-        ctx.save_for_backward(difference, weight, inverse_width)
+        weight = token_weight.to(inverse_width.dtype)
+        per_feature = _squared_error(student, target, weight, inverse_width)
+        ctx.save_for_backward(student, target, weight, inverse_width)
+        ctx.scale = scale
         ctx.mark_non_differentiable(per_feature)
-        return per_feature.sum(), per_feature
+        return student.view_as(student), per_feature
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        difference, weight, inverse_width = ctx.saved_tensors
-        factor = weight.unsqueeze(-1) * (2.0 * grads[0] * inverse_width)  # [s, b, f]
-        grad = (difference * factor).to(difference.dtype)
-        return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        student, target, weight, inverse_width = ctx.saved_tensors
+        factor = inverse_width * (2.0 * ctx.scale)
+        if not ctx.needs_input_grad[1]:
+            return _add_error(grads[0], student, target, weight, factor), None, None, None, None
+        error = _error(student, target, weight, factor)
+        return grads[0] + error if ctx.needs_input_grad[0] else None, error.neg_(), None, None, None
 
 
-class AttachLoss(torch.autograd.Function):
-    """Returns an activation unchanged, and in backward starts the gradient of `scale` times a scalar loss.
+@fused_on_cuda
+def _squared_error(student: Tensor, target: Tensor, weight: Tensor, inverse_width: Tensor) -> Tensor:
+    """[f]: sum over tokens of weight * (student - target)^2, times inverse_width."""
+    difference = (student - target).to(inverse_width.dtype).flatten(0, 1)  # [s*b, f]
+    return (weight.flatten() @ difference.square_()) * inverse_width
 
-    The loss need not be carried to the last pipeline stage: it acts where its layer lives. scale: what the main loss is
-    multiplied by before backward, times alpha.
-    """
+
+@fused_on_cuda
+def _error(student: Tensor, target: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """(student - target) * weight * factor, [s, b, f], in the student's dtype."""
+    return (student - target).mul(weight.unsqueeze(-1)).mul_(factor).to(student.dtype)
+
+
+@fused_on_cuda
+def _add_error(grad: Tensor, student: Tensor, target: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """grad + `_error`."""
+    return (grad + (student - target).mul(weight.unsqueeze(-1)).mul_(factor)).to(student.dtype)
+
+
+class CarryLoss(torch.autograd.Function):
+    """Returns an activation unchanged; in backward starts that of a `branch` beside it, whose losses are in it."""
 
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, loss: Tensor, scale: Tensor | float) -> Tensor:
-        ctx.loss_grad = loss.new_ones(()) * scale
+    def forward(ctx: Any, activation: Tensor, branch: Tensor) -> Tensor:
+        ctx.branch = branch.new_zeros(()).expand_as(branch)
         return activation.view_as(activation)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grads[0], ctx.loss_grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.branch

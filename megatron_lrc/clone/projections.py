@@ -107,6 +107,7 @@ class Projections(nn.Module):
         )
         self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
         self._targets: dict[str, Tensor] = {}
+        self._are_detached: dict[str, bool] = {}  # of the names in use as targets
 
     def named_matrices(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(global name, this rank's shard [D/tp, d]) of each projection."""
@@ -132,6 +133,10 @@ class Projections(nn.Module):
         dist.all_gather_into_tensor(gathered, shard.contiguous(), group=self.tp_group)
         return gathered
 
+    def add_target(self, name: str, *, is_detached: bool) -> None:
+        """Have `compose` make a target of a projection; is_detached: one that passes no gradient to it."""
+        self._are_detached[name] = is_detached
+
     def target(self, name: str) -> Tensor:
         """The leaf [D, d] through which the clone loss projects the teacher's outputs; renewed by `compose`."""
         return self._targets[name]
@@ -144,9 +149,10 @@ class Projections(nn.Module):
             projection = self.full(weight.projection)
             student = select(weight.site, weight.student, weight.heads)
             student.copy_(compose(weight.site, select(weight.site, weight.teacher, weight.heads), projection))
-            if weight.site.projected == "output":
-                self._targets[weight.projection] = leaf = projection.detach().requires_grad_()
-                accumulate_in_fp32(leaf)
+            if weight.projection in self._are_detached:
+                self._targets[weight.projection] = leaf = projection.detach()
+                if not self._are_detached[weight.projection]:
+                    accumulate_in_fp32(leaf.requires_grad_())
 
     @torch.no_grad()
     def pull_back(self, weights: Iterable[ClonedWeight]) -> None:
@@ -160,9 +166,8 @@ class Projections(nn.Module):
             if grad is None:
                 continue
             student_grad = select(weight.site, grad, weight.heads)
-            teacher = select(weight.site, weight.teacher, weight.heads).to(student_grad.dtype)
-            partial = pull_back(weight.site, teacher, student_grad)  # [D, d]
-            if weight.site.projected == "output":
+            partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)  # [D, d]
+            if weight.projection in self._targets:
                 target_grad = gradient_of(self._targets[weight.projection])
                 if target_grad is not None:
                     partial += target_grad

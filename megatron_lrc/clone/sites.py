@@ -18,6 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from megatron_lrc.clone.products import product_with_gradient
 from megatron_lrc.config import ModelShape
 
 
@@ -100,10 +101,10 @@ def compose(site: Site, teacher: Tensor, projection: Tensor) -> Tensor:
 
 
 def pull_back(site: Site, teacher: Tensor, student_grad: Tensor) -> Tensor:
-    """dP [D, d] from dW_S, the transpose of `compose`. Given shards, a partial sum over tensor parallel ranks."""
+    """dP [D, d] from dW_S, the transpose of `compose`, in its dtype. Given shards, a partial sum over TP ranks."""
     if site.projected == "input":
-        return teacher.flatten(0, -2).t() @ student_grad.flatten(0, -2)
-    return teacher @ student_grad.t()
+        return product_with_gradient(teacher.flatten(0, -2).t(), student_grad.flatten(0, -2))
+    return product_with_gradient(teacher, student_grad.t())
 
 
 def projection_names(layers: Iterable[int], has_embedding: bool, has_lm_head: bool) -> list[str]:

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.torch_version import TorchVersion
+
+from megatron_lrc.clone.fusion import fused_on_cuda
+from megatron_lrc.clone.products import add_product, wide_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +119,25 @@ class _LmAndKl(torch.autograd.Function):
         needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
         head_grad = torch.zeros_like(student_head, dtype=wide) if needs_grad else None
+        is_teacher_wanted = settings.kl or not needs_grad
         sums = weight.new_zeros(3)
         for start in range(0, len(labels), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             student_logits = wide_product(student_hidden[chunk], student_rows)  # [n', v]
             teacher_logits = None
-            if teacher_hidden is not None and teacher_head is not None and (settings.kl or not needs_grad):
+            if teacher_hidden is not None and teacher_head is not None and is_teacher_wanted:
                 teacher_logits = wide_product(teacher_hidden[chunk], teacher_head[: shard.num_valid])
-            chunk_sums, logits_grad = _chunk_losses(
-                student_logits, teacher_logits, labels[chunk], weight[chunk], shard, settings, needs_grad
+            _replace_by_gradient(
+                student_logits, teacher_logits, labels[chunk], weight[chunk], shard, settings, sums, needs_grad
             )
-            sums += chunk_sums
-            if hidden_grad is not None and head_grad is not None and logits_grad is not None:
+            del teacher_logits  # before the next chunk's is made
+            if hidden_grad is not None and head_grad is not None:
                 # Scaled before it is narrowed: most of a softmax is below what fp16 can hold.
-                narrow = logits_grad.mul_(settings.loss_scale).to(student_hidden.dtype)
+                narrow = student_logits.mul_(settings.loss_scale).to(student_hidden.dtype)
+                del student_logits
                 hidden_grad[chunk] = narrow @ student_rows
-                _add_product(head_grad[: shard.num_valid], narrow.t(), student_hidden[chunk])
+                add_product(head_grad[: shard.num_valid], narrow.t(), student_hidden[chunk])
+                del narrow
         ctx.gradients = (hidden_grad, head_grad)  # made here and used once: no need of save_for_backward's checks
         ctx.loss_scale = settings.loss_scale
         ctx.mark_non_differentiable(sums)
@@ -146,36 +151,37 @@ class _LmAndKl(torch.autograd.Function):
         return hidden_grad.mul_(factor), head_grad.mul_(factor).to(hidden_grad.dtype), *[None] * 7
 
 
-#: torch.mm can give fp32 for narrower operands on CUDA.
-HAS_WIDE_GEMM = TorchVersion(torch.__version__) >= "2.8"
-
-#: Rows of a head that are widened at once, where no GEMM gives fp32 for narrower operands.
-_ROWS_AT_ONCE = 8192
+#: Logits of one model that are worked on at once on CPU: some temporaries of 1 MiB stay in the processor's cache.
+_LOGITS_IN_CACHE = 1 << 18
 
 
-def wide_product(hidden: Tensor, rows: Tensor) -> Tensor:
-    """hidden [n, d] @ rows [v, d]^T -> [n, v] in fp32 (fp64 for fp64), never rounded to the operands' dtype."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.dtype == wide:
-        return hidden @ rows.t()
-    if hidden.is_cuda and HAS_WIDE_GEMM:
-        return torch.mm(hidden, rows.t(), out_dtype=wide)  # type: ignore[call-overload]
-    product, wide_hidden = hidden.new_empty(len(hidden), len(rows), dtype=wide), hidden.to(wide)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        torch.mm(wide_hidden, rows[part].to(wide).t(), out=product[:, part])
-    return product
+def _replace_by_gradient(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    weight: Tensor,
+    shard: VocabularyShard,
+    settings: HeadLossSettings,
+    sums: Tensor,
+    needs_grad: bool,
+) -> None:
+    """Add a chunk's [LM, tau^2 KL, the teacher's LM] to `sums` [3], and overwrite student_logits [n', v] by the
+    gradient of the weighted losses. teacher_logits are overwritten too.
+
+    On CPU a few tokens at a time, but under tensor parallelism all together, for each part costs two reductions.
+    """
+    at_once = len(labels)
+    if shard.group is None and not student_logits.is_cuda:
+        at_once = max(1, _LOGITS_IN_CACHE // max(1, student_logits.shape[1]))
+    for start in range(0, len(labels), at_once):
+        part = slice(start, start + at_once)
+        teacher_part = None if teacher_logits is None else teacher_logits[part]
+        sums += _losses_of_part(
+            student_logits[part], teacher_part, labels[part], weight[part], shard, settings, needs_grad
+        )
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; without a temporary of the head's size where the dtypes allow it."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
-def _chunk_losses(
+def _losses_of_part(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor,
@@ -183,8 +189,8 @@ def _chunk_losses(
     shard: VocabularyShard,
     settings: HeadLossSettings,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums [LM, tau^2 KL, the teacher's LM], and the gradient of the weighted losses by student_logits [n', v]."""
+) -> Tensor:
+    """The sums [3]; the rest as in `_replace_by_gradient`."""
     temperature = settings.temperature
     both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
     if shard.num_valid:
@@ -192,56 +198,96 @@ def _chunk_losses(
     else:
         largest = student_logits.new_full((len(both), len(labels)), -torch.inf)
     shard.reduce(largest, dist.ReduceOp.MAX)
-    for logits, top in zip(both, largest, strict=True):
-        logits -= top.unsqueeze(1)
 
     local = labels - shard.start
     is_here = (local >= 0) & (local < shard.num_valid)
-    rows, columns = is_here.nonzero().squeeze(1), local[is_here]
+    own_label = local.clamp(0, max(shard.num_valid - 1, 0)).unsqueeze(1)
 
-    def logit_of_label(logits: Tensor) -> Tensor:
-        return torch.zeros_like(weight).index_put_((rows,), logits[rows, columns])
+    def logit_of_label(logits: Tensor, top: Tensor) -> Tensor:
+        if not shard.num_valid:
+            return torch.zeros_like(top)
+        return torch.where(is_here, logits.gather(1, own_label).squeeze(1) - top, 0.0)
 
-    student_exp = student_logits.exp()
-    sums = [student_exp.sum(1), logit_of_label(student_logits)]
-    if teacher_logits is not None:
-        sums += [teacher_logits.exp().sum(1), logit_of_label(teacher_logits)]
-        teacher_warm, excess, gap = _warm_terms(student_logits, teacher_logits, temperature)
-        sums += [teacher_warm.sum(1), excess.sum(1), gap.mul_(teacher_warm).sum(1)]
-    total = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
-
-    lm = weight @ (total[0].log() - total[1])
-    kl = teacher_lm = torch.zeros_like(lm)
-    if teacher_logits is not None:
-        teacher_lm = weight @ (total[2].log() - total[3])
-        teacher_sum, excess_sum, gap_sum = total[4:]
-        kl = temperature**2 * (weight @ (torch.log1p(excess_sum / teacher_sum) + gap_sum / teacher_sum))
-    chunk_sums = torch.stack([lm, kl, teacher_lm])
-    if not needs_grad:
-        return chunk_sums, None
-    grad = student_exp.mul_((settings.lm * weight / total[0]).unsqueeze(1))
-    grad[rows, columns] -= settings.lm * weight[rows]
-    if teacher_logits is not None:
-        # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
-        teacher_sum, excess_sum = total[4], total[5]
-        scale = settings.kl * temperature * weight / (teacher_sum + excess_sum)
-        grad.addcmul_(excess, scale.unsqueeze(1))
-        grad.addcmul_(teacher_warm, (scale * excess_sum / teacher_sum).unsqueeze(1), value=-1.0)
-    return chunk_sums, grad
+    sums = [logit_of_label(logits, top) for logits, top in zip(both, largest, strict=True)]
+    if teacher_logits is None:
+        sums.append(_student_sum(student_logits, largest[0]))
+        student_label, student_sum = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
+        kl = teacher_lm = student_sum.new_zeros(())
+        if needs_grad:
+            _student_gradient(student_logits, largest[0], settings.lm * weight / student_sum)
+    else:
+        sums += _sums_of_both(student_logits, teacher_logits, largest[0], largest[1], temperature)
+        total = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
+        student_label, teacher_label, student_sum, teacher_sum, warm_sum, excess_sum, gap_sum = total
+        kl = temperature**2 * (weight @ (torch.log1p(excess_sum / warm_sum) + gap_sum / warm_sum))
+        teacher_lm = weight @ (teacher_sum.log() - teacher_label)
+        if needs_grad:
+            # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
+            kl_scale = settings.kl * temperature * weight / (warm_sum + excess_sum)
+            scales = torch.stack([settings.lm * weight / student_sum, kl_scale, kl_scale * excess_sum / warm_sum])
+            _gradient_of_both(student_logits, teacher_logits, largest[0], largest[1], scales, temperature)
+    if needs_grad and shard.num_valid:
+        student_logits.scatter_add_(1, own_label, (-settings.lm * weight * is_here).unsqueeze(1))
+    return torch.stack([weight @ (student_sum.log() - student_label), kl, teacher_lm])
 
 
-def _warm_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v]; overwrites teacher_logits.
+# Each a pass over both models' logits [n', v] with their largest [n']; what a pass needs it computes, nothing is kept.
+
+
+@fused_on_cuda
+def _student_sum(logits: Tensor, top: Tensor) -> Tensor:
+    """Sum of exp(z - top), [n']."""
+    return (logits - top.unsqueeze(1)).exp_().sum(1)
+
+
+@fused_on_cuda
+def _student_gradient(logits: Tensor, top: Tensor, scale: Tensor) -> None:
+    """logits <- scale * exp(z - top)."""
+    logits.sub_(top.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
+
+
+@fused_on_cuda
+def _sums_of_both(
+    student_logits: Tensor, teacher_logits: Tensor, student_top: Tensor, teacher_top: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums of exp(z_S), exp(z_T), exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau), (z_T - z_S)/tau * exp(z_T/tau): [n']."""
+    student, teacher = student_logits - student_top.unsqueeze(1), teacher_logits - teacher_top.unsqueeze(1)
+    teacher_sum = teacher.exp().sum(1)
+    warm, excess, gap = _warm_terms(student, teacher, temperature)
+    return student.exp_().sum(1), teacher_sum, warm.sum(1), excess.sum(1), gap.mul_(warm).sum(1)
+
+
+@fused_on_cuda
+def _gradient_of_both(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_top: Tensor,
+    teacher_top: Tensor,
+    scales: Tensor,
+    temperature: float,
+) -> None:
+    """student_logits <- scales[0] exp(z_S) + scales[1] (exp(z_S/tau) - exp(z_T/tau)) - scales[2] exp(z_T/tau).
+
+    scales: [3, n']. Overwrites the teacher's logits.
+    """
+    lm_scale, excess_scale, warm_scale = scales.unsqueeze(2)
+    student, teacher = student_logits.sub_(student_top.unsqueeze(1)), teacher_logits.sub_(teacher_top.unsqueeze(1))
+    warm, excess, _ = _warm_terms(student, teacher, temperature)
+    student.exp_().mul_(lm_scale).addcmul_(excess, excess_scale).addcmul_(warm, warm_scale, value=-1.0)
+
+
+#: Of z_T / tau: exp of it is nothing beside 1, and expm1 of (z_S - z_T) / tau, with z_S at most 0, stays finite.
+_COLDEST = -80.0
+
+
+def _warm_terms(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v], of logits at most 0; overwrites the
+    teacher's.
 
     At a high temperature the distributions nearly agree, and KL is a small difference of large numbers (at tau = 40,
-    1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits; where the student's exponential is
-    much the larger, so that expm1 could overflow, the plain difference is exact enough.
+    1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits.
     """
-    teacher_warm = (teacher_logits / temperature).exp_()
-    gap = teacher_logits.sub_(student_logits).div_(temperature)
-    excess = torch.where(
-        gap > -1.0,
-        torch.expm1(-gap).mul_(teacher_warm),
-        (student_logits / temperature).exp_().sub_(teacher_warm),
-    )
-    return teacher_warm, excess, gap
+    teacher.mul_(1.0 / temperature).clamp_min_(_COLDEST)
+    gap = torch.sub(teacher, student, alpha=1.0 / temperature)
+    warm = teacher.exp_()
+    return warm, gap.neg().expm1_().mul_(warm), gap

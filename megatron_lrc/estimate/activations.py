@@ -25,7 +25,8 @@ class BlockBytes:
     """Of the attention or the MLP block of one layer.
 
     captured: the teacher's outputs, from its forward pass until the student has met them.
-    saved: what the student's backward needs: norm, block, and the clone loss's differences and targets.
+    saved: what the student's backward needs: norm, block, and the clone loss's pairs (of which the student's part is
+        there anyway, but for o and down).
     teacher_input: kept for recomputation, which runs the teacher's block again.
     backward: made on the way back where a clone loss's gradient meets the activation's, less what is free by then.
     """
@@ -43,7 +44,7 @@ def attention_bytes(config: Config, teacher: ModelShape, terms: set[str], *, on_
     compared = (queries + 2 * keys) * e if terms & {"q", "k", "v"} else 0
     saved = (queries + 2 * keys) * e + (queries + keys) * e + queries * e  # q, k, v; after RoPE; output
     if cp > 1:  # keys and values of all ranks; either piece's output, and both together
-        saved = queries * e + cp * 2 * keys * e + 2 * queries * e
+        saved = queries * e + cp * 2 * keys * e + 2 * queries * e + compared
     if teacher.has_qk_norm:
         saved += (queries + keys) * (e if on_cuda else 2 * FP32 if e < FP32 else FP32)
     saved += FP32 * teacher.num_attention_heads  # logarithms of the softmax's sums
@@ -53,7 +54,7 @@ def attention_bytes(config: Config, teacher: ModelShape, terms: set[str], *, on_
         captured=compared + captured,
         saved=_norm_bytes(config, on_cuda) + saved + compared + at_output,
         teacher_input=teacher.hidden_size * e if terms & {"q", "k", "v", "o"} else 0,
-        backward=_gradient_bytes(compared, e),
+        backward=_gradient_bytes(compared, e, on_cuda),
     )
 
 
@@ -68,7 +69,7 @@ def mlp_bytes(config: Config, teacher: ModelShape, terms: set[str], *, on_cuda: 
         captured=compared + captured,
         saved=_norm_bytes(config, on_cuda) + 2 * ffn * e + beyond + compared + at_output,
         teacher_input=teacher.hidden_size * e if terms & {"gate", "up", "down"} else 0,
-        backward=max(_gradient_bytes(compared, e), 4 * ffn * e) - beyond,
+        backward=max(_gradient_bytes(compared, e, on_cuda), 4 * ffn * e) - beyond,
     )
 
 
@@ -93,13 +94,14 @@ def _output_bytes(config: Config, teacher: ModelShape, term: str | None) -> tupl
     if term is None:
         return 0, 0
     if term == "o" and loss.clone_attention_output == "teacher":
-        return wide, wide
-    return wide, narrow + (0 if loss.detach_clone_targets else wide)  # the gradient of P needs the teacher's
+        return wide, 2 * wide
+    return wide, 2 * narrow + (0 if loss.detach_clone_targets else wide)  # the gradient of P needs the teacher's
 
 
-def _gradient_bytes(compared: float, e: int) -> float:
-    """Of a clone loss: the gradient that comes along, the factor and the product in fp32, the product narrowed."""
-    return compared / e * (e + 2 * FP32 + (e if e < FP32 else 0))
+def _gradient_bytes(compared: float, e: int, on_cuda: bool) -> float:
+    """Of a clone loss: the gradient that comes along and the one that goes on; without fusion two steps between, which
+    are in fp32."""
+    return compared / e * (2 * e if on_cuda else e + 2 * FP32)
 
 
 @dataclass(frozen=True, slots=True)

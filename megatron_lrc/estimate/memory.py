@@ -22,13 +22,13 @@ CUDA_RUNTIME = 3 * 2**30
 #: Part of the memory that comes and goes which the caching allocator holds and cannot use. Assumed, not measured.
 CUDA_FRAGMENTATION = 0.08
 
-#: What glibc keeps of freed memory on a CPU: blocks below 32 MiB come from its heap, of which it gives back only what
-#: is free at the top beyond twice that (mallopt(3), M_TRIM_THRESHOLD). Holes below are not counted.
-CPU_ALLOCATOR = 64 * 2**20
+#: What a CPU's malloc, which keeps all that is freed (`mcore/cpu.py`), cannot use of it: holes between what is in use.
+#: Measured with models of 0.1 billion parameters.
+CPU_ALLOCATOR = 128 * 2**20
 
-#: Tensors of the size of a chunk's logits, fp32, at the fullest point of the KL loss: both models' logits, three
-#: exponentials, both arms of a choice and its result, and the choice itself, of one byte.
-_LOGITS_AT_ONCE = 7.25
+#: Tensors of the size of a chunk's logits, fp32, that a CPU has in the KL loss beside both models' logits where it works
+#: on all of a chunk's tokens at once, under tensor parallelism: exponentials, and differences of them and of logits.
+_LOGITS_BESIDE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +91,17 @@ def _moments(stage: Stage, world_size: int, runtime: float | None) -> Iterator[M
 
     # In fp32 autograd makes the student's gradients in the first backward pass.
     is_first_and_only = num_microbatches == 1 and bytes_per_element(config) == FP32
-    logits = _logits(stage, tokens) if stage.is_last else 0.0
+    logits = _logits(stage, tokens, on_cuda=on_cuda) if stage.is_last else 0.0
     yield moment(others + per_token.forward, head + logits, student_gradients=not is_first_and_only)
     yield moment(others + per_token.kept, head + tokens * per_token.backward, student_gradients=not is_first_and_only)
-    yield moment(0.0, _pull_back(stage))
+    yield moment(0.0, _pull_back(stage, on_cuda=on_cuda))
     yield moment(0.0, _optimizer_step(stage, at_rest, on_cuda))
 
 
 def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     config, e = stage.config, bytes_per_element(stage.config)
     trained = stage.projection_elements + stage.gain_elements(stage.student)
-    targets = 2 * stage.num_layers * stage.projection_size  # o's and down's
-    is_reached = config.loss.alpha > 0 and not config.loss.detach_clone_targets
+    targets = _num_targets(stage) * stage.projection_size
     state = trained * FP32 * (2 if e == FP32 else 3)
     if config.parallel.use_distributed_optimizer:
         state /= config.data_parallel_size(world_size) * config.parallel.context_parallel_size
@@ -113,12 +112,19 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
         student_gradients=stage.matrix_elements(stage.student) * FP32,
         # With tensor parallelism the gathered P of the targets are kept.
         projections=trained * e + (targets * e if stage.tp > 1 else 0),
-        projection_gradients=trained * FP32 + (targets * FP32 if is_reached or e < FP32 else 0),
+        projection_gradients=trained * FP32 + (0 if config.loss.detach_clone_targets else targets * FP32),
         optimizer=state,
         activations=0.0,
         temporaries=0.0,
         runtime=runtime,
     )
+
+
+def _num_targets(stage: Stage) -> int:
+    """Projections through which the clone loss takes the teacher's o and down outputs."""
+    config = stage.config
+    through = {"down"} if config.loss.clone_attention_output == "teacher" else {"o", "down"}
+    return sum(len(config.clone_terms_of(layer) & through) for chunk in stage.layers for layer in chunk)
 
 
 def _fp8_weights(stage: Stage, shape: ModelShape) -> int:
@@ -137,22 +143,28 @@ def _head_gradient(stage: Stage, tokens: int) -> float:
     return stage.vocab_rows * stage.student.hidden_size * FP32 + hidden
 
 
-def _logits(stage: Stage, tokens: int) -> float:
+def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
     loss = stage.config.loss
     one = min(loss.loss_chunk_tokens, tokens) * stage.vocab_rows * FP32
-    at_once = _LOGITS_AT_ONCE if stage.config.total_kl_weight else 2.0
-    is_narrow = bytes_per_element(stage.config) < FP32
-    before = (1.5 if is_narrow else 1.0) if tokens > loss.loss_chunk_tokens else 0.0  # the previous chunk's gradient
-    return (at_once + before) * one
+    models = 2 if stage.config.total_kl_weight else 1
+    return (models + (0 if on_cuda or stage.tp == 1 else _LOGITS_BESIDE * models / 2)) * one
 
 
-def _pull_back(stage: Stage) -> float:
-    """Of the largest matrix: W_T in fp32 (q, k and v are copied in any case) and dP, whole and this rank's rows."""
+def _pull_back(stage: Stage, *, on_cuda: bool) -> float:
+    """Of the largest matrix: W_T, copied where its layout or its dtype needs it, dW_S in W_T's dtype on CUDA, and dP,
+    whole and this rank's rows."""
     sites: list[Site] = list(LAYER_SITES) if stage.num_layers else []
     sites += [EMBED] if stage.is_first or stage.is_last else []
-    is_narrow = bytes_per_element(stage.config) < FP32
-    copies = [stage.site_elements(site, stage.teacher) * (is_narrow + (site.name in "qkv")) for site in sites]
-    return FP32 * max(copies, default=0) + FP32 * stage.projection_size * (1 + (1 / stage.tp if stage.tp > 1 else 0))
+    e = bytes_per_element(stage.config)
+    is_narrowed = on_cuda and stage.config.training.bf16
+
+    def copies(site: Site) -> float:
+        teacher, student = (stage.site_elements(site, shape) for shape in (stage.teacher, stage.student))
+        of_layout = (site.name in "qkv") * e * teacher
+        return of_layout + (e * student if is_narrowed else FP32 * teacher * (e < FP32))
+
+    largest = max(map(copies, sites), default=0)
+    return largest + FP32 * stage.projection_size * (1 + (1 / stage.tp if stage.tp > 1 else 0))
 
 
 def _optimizer_step(stage: Stage, at_rest: MemoryParts, on_cuda: bool) -> float:

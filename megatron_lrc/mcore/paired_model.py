@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_lrc.clone.losses import AttachLoss, CloneLoss, inverse_widths
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
 from megatron_lrc.clone.projections import (
     ClonedWeight,
     Projections,
@@ -165,6 +165,7 @@ class PairedModel(PipelineStage):
 
     def _capture_activations(self) -> None:
         teacher_layers = dict(layers_of(self.teacher))
+        is_detached = self.settings.loss.detach_clone_targets
         kept: set[tuple[int, str]] = set()  # blocks whose inputs are kept: one hook for both of their linears
         for index, student_layer in layers_of(self.student):
             terms = self.settings.clone_terms_of(index)
@@ -173,6 +174,8 @@ class PairedModel(PipelineStage):
                 if not sites:
                     continue
                 place = Place(index, linear, teacher_layers[index], sites)
+                if sites[0].projected == "output" and not self._compares_at_teacher_width(place):
+                    self.projections.add_target(f"layers.{index}.{sites[0].name}", is_detached=is_detached)
                 teacher_linear, student_linear = (
                     layer.get_submodule(linear) for layer in (place.teacher_layer, student_layer)
                 )
@@ -328,22 +331,28 @@ class PairedModel(PipelineStage):
             compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d] or [s/tp, b, D]
             if self.student.config.sequence_parallel:
                 token_weight = token_weight.chunk(self.groups.tp.size())[self.groups.tp.rank()]  # [s/tp, b]
-        loss, per_feature = CloneLoss.apply(compared, target, token_weight, self._inverse_width(place, compared))
+        scale = self.settings.loss.alpha * self.main_loss_scale()
+        compared, per_feature = CloneLoss.apply(
+            compared, target, token_weight, self._inverse_width(place, compared), scale
+        )
         if not micro_batch.is_recomputing:
             for site in place.sites:
                 self.sums.clone[place.layer, LAYER_SITES.index(site)] += select(site, per_feature, self.heads).sum()
-        return AttachLoss.apply(output[0], loss, self.settings.loss.alpha * self.main_loss_scale()), output[1]
+        is_beside = self._compares_at_teacher_width(place)
+        return CarryLoss.apply(output[0], compared) if is_beside else compared, output[1]
+
+    def _compares_at_teacher_width(self, place: Place) -> bool:
+        return place.sites[0].name == "o" and self.settings.loss.clone_attention_output == "teacher"
 
     def _output_pair(self, place: Place, attention: Tensor, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """What is compared at o and down: at student width, or for o at the teacher's, as the flags say."""
-        (site,), loss = place.sites, self.settings.loss
-        if site.name == "o" and loss.clone_attention_output == "teacher":
+        (site,) = place.sites
+        if self._compares_at_teacher_width(place):
             # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
             with own_precision(self.teacher, place.layer, inside=self.student):
                 through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
             return through_teacher, target
-        target = target @ self.projections.target(f"layers.{place.layer}.{site.name}")
-        return student, target.detach() if loss.detach_clone_targets else target
+        return student, target @ self.projections.target(f"layers.{place.layer}.{site.name}")
 
     def _inverse_width(self, place: Place, compared: Tensor) -> Tensor:
         key = (place.linear, tuple(site.name for site in place.sites), compared.shape[-1])

@@ -6,6 +6,7 @@ a model is measured too, by a run of a model of no size.
 
 import ctypes
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def config_of(case: Case, folder: Path) -> Config:
 def measure_peak(config: Config, gives_back: bool) -> int:
     """On a rank: a whole run; bytes. gives_back: the allocator keeps nothing of what is freed."""
     if gives_back:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for this process read already; megatron_lrc heeds it
         ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
     trainer.train()

@@ -80,10 +80,12 @@ def test_bf16_gradients_are_those_in_fp32_and_small_updates_add_up(config, tmp_p
 
 
 @pytest.mark.distributed
-def test_deterministic_mode_changes_no_result_on_a_cpu(config, tmp_path):
+def test_deterministic_mode_changes_rounding_only_on_a_cpu(config, tmp_path):
+    """megatron-core's embedding then adds up the gradients of equal tokens in another order."""
     train(config)
     run = replace(config.checkpoint, save=str(tmp_path / "deterministic"))
     train(replace(config, compute=replace(config.compute, deterministic_mode=True), checkpoint=run))
     plain, deterministic = records(tmp_path / "fp32"), records(tmp_path / "deterministic")
     for line, reference in zip(deterministic, plain, strict=True):
-        assert line["loss"] == reference["loss"] and line["grad_norm"] == reference["grad_norm"]
+        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+        assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lrc.clone import vocab_parallel
-from megatron_lrc.clone.losses import AttachLoss, CloneLoss, inverse_widths
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
+from megatron_lrc.clone.products import wide_product
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss, wide_product
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
 
 TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 13, 6, 9, 21, 32
 
@@ -74,7 +75,7 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0])
 def test_a_validation_makes_no_gradients_and_has_the_teachers_loss_too(monkeypatch, kl_weight):
     """A parameter says that it needs a gradient also where autograd is off."""
-    monkeypatch.setattr(vocab_parallel, "_add_product", lambda *_: pytest.fail("a gradient was made"))
+    monkeypatch.setattr(vocab_parallel, "add_product", lambda *_: pytest.fail("a gradient was made"))
     tokens, vocab = 7, 11
     student, teacher = torch.randn(tokens, 3), torch.randn(tokens, 4)
     heads = torch.nn.Parameter(torch.randn(vocab, 3)), torch.randn(vocab, 4)
@@ -116,8 +117,8 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
     target = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
     mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
 
-    loss, per_feature = CloneLoss.apply(student, target, mask, inverse_widths(sites, heads, 40, 1).to(dtype))
-    attached = AttachLoss.apply(student, loss, 0.2)
+    widths = inverse_widths(sites, heads, 40, 1).to(dtype)
+    attached, per_feature = CloneLoss.apply(student, target, mask, widths, 0.2)
     assert torch.equal(attached, student)
     grads = torch.autograd.grad(attached.sin().sum(), (student, target))
 
@@ -133,6 +134,14 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
         )
     for grad, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_a_branch_beside_an_activation_gets_its_losses_gradient():
+    activation, branch = (torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    with_loss, _ = CloneLoss.apply(branch, torch.zeros(3, 2, 4), torch.ones(3, 2), torch.full((4,), 0.25), 0.5)
+    grads = torch.autograd.grad(CarryLoss.apply(activation, with_loss).sin().sum(), (activation, branch))
+    torch.testing.assert_close(grads[0], activation.cos())
+    torch.testing.assert_close(grads[1], 0.5 * 2 * branch.detach() / 4)
 
 
 def kl_gradient(hidden, dtype, *, loss_scale=1.0):

@@ -1,0 +1,56 @@
+"""Matrix products of half-precision operands whose results are fp32 and were never narrower.
+
+CUDA has GEMMs for that (torch >= 2.8). Elsewhere operands are widened, a block of rows at a time where they are large.
+fp32 and fp64 operands take the plain way.
+"""
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+_HAS_WIDE_GEMM = TorchVersion(torch.__version__) >= "2.8"
+
+#: Rows of a head that are widened at once.
+_ROWS_AT_ONCE = 8192
+
+
+def _wide_gemm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mm(left, right, out_dtype=dtype)  # type: ignore[call-overload]
+
+
+def wide_product(hidden: Tensor, rows: Tensor) -> Tensor:
+    """hidden [n, d] @ rows [v, d]^T -> [n, v] in fp32 (fp64 for fp64), never rounded to the operands' dtype."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.dtype == wide:
+        return hidden @ rows.t()
+    if hidden.is_cuda and _HAS_WIDE_GEMM:
+        return _wide_gemm(hidden, rows.t(), wide)
+    product, wide_hidden = hidden.new_empty(len(hidden), len(rows), dtype=wide), hidden.to(wide)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        torch.mm(wide_hidden, rows[part].to(wide).t(), out=product[:, part])
+    return product
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; without a temporary of the total's size where the dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda and _HAS_WIDE_GEMM:
+        total += _wide_gemm(left, right, total.dtype)
+    else:
+        total += left @ right
+
+
+def product_with_gradient(matrix: Tensor, gradient: Tensor) -> Tensor:
+    """matrix [m, k] @ gradient [k, n] in the gradient's dtype, which may be the wider one.
+
+    On CUDA a bf16 matrix meets the gradient rounded to bf16, once, after all micro-batches have been added up: its
+    products are added up in fp32, and fp32 operands would take ten times as long (half of a step, where it has few
+    micro-batches). fp16 could not hold a scaled gradient.
+    """
+    if matrix.dtype == gradient.dtype:
+        return matrix @ gradient
+    if matrix.is_cuda and matrix.dtype == torch.bfloat16 and _HAS_WIDE_GEMM:
+        return _wide_gemm(matrix, gradient.to(matrix.dtype), gradient.dtype)
+    return matrix.to(gradient.dtype) @ gradient

@@ -1,0 +1,51 @@
+"""What is compiled on a GPU gives, compiled here for the CPU, what it gives as it stands; for every size in one go."""
+
+import shutil
+
+import pytest
+import torch
+
+from megatron_lrc.clone import losses, vocab_parallel
+
+HALF = torch.bfloat16
+
+
+def logits(tokens, vocab):
+    return torch.randn(tokens, vocab) * 5
+
+
+def arguments(name, n, v):
+    student, teacher = logits(n, v), logits(n, v)
+    tops = student.amax(1), teacher.amax(1)
+    pair = torch.randn(n, 2, v).to(HALF), torch.randn(n, 2, v).to(HALF)
+    weights = torch.rand(n, 2), torch.rand(v)
+    return {
+        "_student_sum": (student, tops[0]),
+        "_student_gradient": (student, tops[0], torch.rand(n)),
+        "_sums_of_both": (student, teacher, *tops, 40.0),
+        "_gradient_of_both": (student, teacher, *tops, torch.rand(3, n), 40.0),
+        "_squared_error": (*pair, *weights),
+        "_error": (*pair, *weights),
+        "_add_error": (torch.randn(n, 2, v).to(HALF), *pair, *weights),
+    }[name]
+
+
+@pytest.mark.slow  # compiling takes 20 s
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("module, names", [
+    (vocab_parallel, ("_student_sum", "_student_gradient", "_sums_of_both", "_gradient_of_both")),
+    (losses, ("_squared_error", "_error", "_add_error")),
+])  # fmt: skip
+def test_compiled_functions_equal_themselves(module, names):
+    for name in names:
+        plain = getattr(module, name).__wrapped__
+        compiled = torch.compile(plain, dynamic=True, fullgraph=True)
+        for tokens, vocab in ((64, 500), (33, 301)):
+            given = arguments(name, tokens, vocab)
+            copies = [[x.clone() if isinstance(x, torch.Tensor) else x for x in given] for _ in range(2)]
+            results = []
+            for function, own in zip((plain, compiled), copies, strict=True):
+                result = function(*own)
+                results.append(own[0] if result is None else result)  # in place where it gives nothing
+            tolerance = 2e-2 if given[0].dtype == HALF else 1e-5
+            torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance, msg=name)
