@@ -333,7 +333,7 @@ class CheckpointConfig:
     save_interval: int | None = setting(None, "Steps between checkpoints. Default: only at the end.", at_least=1)
     async_save: bool = setting(
         False,
-        "Write checkpoints in the background, from a copy-on-write image of each process; training goes on.",
+        "Write checkpoints in the background, from a copy in memory beside each process; training goes on.",
     )
     keep_last: int | None = setting(
         None, "Remove checkpoints older than the newest this many. Default: keep all.", at_least=1

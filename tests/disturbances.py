@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from run_comparison import complete, last_step
 from worlds import LaunchedWorld, World
@@ -43,8 +44,9 @@ def full_disk(site: "Site") -> Iterator[None]:
     """Fill the run's disk but for some bytes. Where it has none of its own, its processes can write no large files."""
     disk, file = site.run.parent, site.run.parent / "ballast"
     if not disk.is_mount():
-        for pid in site.world.living():
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
+        for rank in map(psutil.Process, site.world.living()):
+            for process in (rank, *rank.children()):  # which write in the background
+                process.rlimit(psutil.RLIMIT_FSIZE, (40_000, 40_000))
         yield
         return
     free = site.random.choice([0, 4096, 300_000, 1_100_000, 1_300_000, 1_500_000])

@@ -33,7 +33,7 @@ status=0
 "$python" -m pytest -q -m gpu tests/gpu || status=$?
 
 # The step of LRC-1.5B (Llama-3.2-3B to a hidden size of 1536), twice.
-shape=(--shape Llama-3.2-3B-Instruct --student-hidden-size 1536 --seq-length 2048 --num-microbatches 8 --bf16)
+shape=(--shape Llama-3.2-3B-Instruct --student-hidden-size 1536 --seq-length 2048 --num-microbatches 8 --bf16 --contestants lrc,ordinary)
 "$python" tools/benchmark.py step "${shape[@]}" || status=$?
 "$python" tools/benchmark.py step "${shape[@]}" --fp8-format hybrid --teacher-fp8 || status=$?
 exit "$status"

@@ -3,7 +3,7 @@
 One process, real models and optimizer, random tokens. Both ways save once before, since the plan is made then. A round
 is: steps without a save; a save at once; a save in the background, with steps until it is written. The cost of the
 second is the time that the loop waits; of the third, that and what the steps took longer than those of the same round
-without a save: writing takes processor and disk from them, and on CPU every page that they write to is copied first.
+without a save: writing takes processor and disk from them.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
         newest = newest_checkpoint(folder)
         assert newest is not None
         size = total_bytes(newest.iterdir())
+        savers.background.close()
     distributed.stop()
     for line in summary(rounds, size, trained.groups.device):
         report(line)

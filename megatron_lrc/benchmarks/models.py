@@ -2,11 +2,13 @@
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, Qwen2Config
 
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
@@ -49,3 +51,23 @@ def build(config: Config) -> tuple[Run, Iterator[dict[str, Tensor]]]:
 
     initialize(config, stages, batches, groups)
     return Run(config, groups, stages, StageOptimizer(config, stages, groups), 1), batches()
+
+
+def write_config(shape: ModelShape, folder: Path) -> str:
+    """A teacher directory without weights: config.json of a model of this shape, its RoPE without scaling."""
+    kind = Qwen2Config if shape.has_qkv_bias else LlamaConfig
+    config = kind(
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        intermediate_size=shape.ffn_hidden_size,
+        vocab_size=shape.vocab_size,
+        rms_norm_eps=shape.norm_epsilon,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=shape.is_tied,
+        architectures=[kind.__name__.replace("Config", "ForCausalLM")],
+    )
+    config.head_dim = shape.head_dim
+    config.save_pretrained(folder)
+    return str(folder)

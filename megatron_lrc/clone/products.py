@@ -11,7 +11,7 @@ from torch.torch_version import TorchVersion
 _HAS_WIDE_GEMM = TorchVersion(torch.__version__) >= "2.8"
 
 #: Rows of a head that are widened at once.
-_ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192
 
 
 def _wide_gemm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,8 +26,8 @@ def wide_product(hidden: Tensor, rows: Tensor) -> Tensor:
     if hidden.is_cuda and _HAS_WIDE_GEMM:
         return _wide_gemm(hidden, rows.t(), wide)
     product, wide_hidden = hidden.new_empty(len(hidden), len(rows), dtype=wide), hidden.to(wide)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
         torch.mm(wide_hidden, rows[part].to(wide).t(), out=product[:, part])
     return product
 

@@ -11,6 +11,7 @@ Notation: D teacher hidden, d student hidden, v this rank's part of the vocabula
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+from megatron_lrc.clone.products import ROWS_AT_ONCE
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.activations import FP32, bytes_per_element, micro_batches_in_flight, stage_bytes
@@ -26,8 +27,8 @@ CUDA_FRAGMENTATION = 0.08
 #: Measured with models of 0.1 billion parameters.
 CPU_ALLOCATOR = 128 * 2**20
 
-#: Tensors of the size of a chunk's logits, fp32, that a CPU has in the KL loss beside both models' logits where it works
-#: on all of a chunk's tokens at once, under tensor parallelism: exponentials, and differences of them and of logits.
+#: Tensors of the size of a chunk's logits, fp32, that a CPU has beside both models' logits where it works on all of a
+#: chunk's tokens at once, under tensor parallelism: exponentials, and differences of them and of logits.
 _LOGITS_BESIDE = 4
 
 
@@ -147,7 +148,14 @@ def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
     loss = stage.config.loss
     one = min(loss.loss_chunk_tokens, tokens) * stage.vocab_rows * FP32
     models = 2 if stage.config.total_kl_weight else 1
-    return (models + (0 if on_cuda or stage.tp == 1 else _LOGITS_BESIDE * models / 2)) * one
+    if on_cuda:
+        return models * one
+    # Half-precision hidden states and rows of the head are widened.
+    widened = FP32 * (min(loss.loss_chunk_tokens, tokens) + min(stage.vocab_rows, ROWS_AT_ONCE))
+    is_narrow = bytes_per_element(stage.config) < FP32
+    hidden_size = stage.teacher.hidden_size if models == 2 else stage.student.hidden_size
+    beside = 0 if stage.tp == 1 else _LOGITS_BESIDE * models / 2
+    return (models + beside) * one + is_narrow * widened * hidden_size
 
 
 def _pull_back(stage: Stage, *, on_cuda: bool) -> float:

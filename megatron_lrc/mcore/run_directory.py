@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc import __version__
+from megatron_lrc.checkpoint_files import FileSum
 from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
 
 STATE_FILE = "run.json"
@@ -29,7 +30,6 @@ STATE_FILE = "run.json"
 AUTO = "auto"
 _CHECKPOINT = re.compile(r"iter_(\d{7,})")
 _LEFTOVER = re.compile(r"(iter_\d{7,})\.(partial-\w+|replaced|removed)")
-_READ_BYTES = 1 << 22
 
 
 @dataclass(slots=True)
@@ -46,22 +46,6 @@ class RunState:
     teacher_fingerprint: str = ""
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class FileSum:
-    """size in bytes; crc32 of the contents: enough against damage, which is what it is for."""
-
-    size: int
-    crc32: int
-
-    @classmethod
-    def of(cls, path: Path) -> "FileSum":
-        size = crc32 = 0
-        with open(path, "rb") as file:
-            while piece := file.read(_READ_BYTES):
-                size, crc32 = size + len(piece), zlib.crc32(piece, crc32)
-        return cls(size, crc32)
 
 
 # ------------------------------------------------------------------------------------------------ what there is

@@ -105,6 +105,7 @@ class Trainer:
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
                 self._train_steps(log)
             self.saving.save_last()
+            self.saving.close()
             self.heartbeat.stop()
             if last_words := self.stopping.finish():
                 self._say(last_words)

@@ -78,6 +78,11 @@ class Saving:
                 f"{self._failure}. Earlier checkpoints are untouched; go on from them when that is mended."
             )
 
+    def close(self) -> None:
+        """Nothing more will be saved."""
+        if self._writer is not None:
+            self._writer.close()
+
     def _note(self, failure: str) -> None:
         self._step, self._failure = None, failure
         self._say(f"warning: {failure}; earlier checkpoints are untouched")

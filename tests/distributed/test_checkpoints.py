@@ -1,6 +1,8 @@
 """Checkpoints of real runs: in the background as at once, past damage, onto other layouts, and never as code to run."""
 
+import errno
 import io
+import multiprocessing
 import os
 import pickle
 import resource
@@ -10,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+import slow_writers
+from megatron_lrc import background_writer
 from megatron_lrc.checkpoint_index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.mcore import checkpoint_writer
@@ -47,14 +52,7 @@ def steps_on_disk(run: Path) -> list[int]:
 
 
 def train_with_slow_writers(config: Config) -> None:
-    """Each rank's writer begins to write only after the next steps have changed what it is to write."""
-    write = checkpoint_writer._write
-
-    def wait_and_write(*args: object) -> None:
-        time.sleep(1.5)
-        write(*args)  # type: ignore[arg-type]
-
-    checkpoint_writer._write = wait_and_write  # type: ignore[assignment]
+    slow_writers.use("slow_writers:serve_slowly")
     loop.train(config)
 
 
@@ -95,13 +93,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_llama, tiny_text, t
 
 def watch_the_second_step(config: Config) -> list[tuple[int, list[int], bool]]:
     """(step, checkpoints on disk, whether one is being written), after the last step and at the end."""
-    seen, write = [], checkpoint_writer._write
-
-    def wait_and_write(*args: object) -> None:
-        time.sleep(1.0)
-        write(*args)  # type: ignore[arg-type]
-
-    checkpoint_writer._write = wait_and_write  # type: ignore[assignment]
+    seen: list[tuple[int, list[int], bool]] = []
+    slow_writers.use("slow_writers:serve_slowly")
     trainer = make_trainer(config)
     look = trainer._look_at
 
@@ -135,18 +128,93 @@ def test_a_writer_that_dies_fails_its_save_and_not_the_run(tiny_llama, tiny_text
 
 
 def train_with_a_dying_writer(config: Config) -> list[str]:
-    trainer, write = make_trainer(config), checkpoint_writer._write
-
-    def die_at_first(*args: object) -> None:
-        if trainer.state.step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(*args)  # type: ignore[arg-type]
-
-    checkpoint_writer._write = die_at_first  # type: ignore[assignment]
+    slow_writers.use("slow_writers:serve_and_die_at_step_2")
+    trainer = make_trainer(config)
     lines: list[str] = []
     trainer.saving._say = lines.append
     trainer.train()
     return lines
+
+
+def writers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "background_writer" in " ".join(child.cmdline())]
+
+
+def train_and_kill_idle_writers(config: Config) -> list[int]:
+    """PIDs of the writer at each step; it is killed at step 2, when it has nothing to do."""
+    slow_writers.use(background_writer.ENTRY)
+    trainer, pids = make_trainer(config), []
+    look = trainer._look_at
+
+    def look_and_kill(report: object) -> None:
+        look(report)
+        trainer.saving.finish()
+        pids.extend(writer.pid for writer in writers())
+        if trainer.state.step == 2:
+            process = trainer.saving._writer._background._process
+            process.kill()
+            process.wait()
+
+    trainer._look_at = look_and_kill
+    trainer.train()
+    assert not writers(), "it has been ended with the run"
+    return pids
+
+
+def test_a_writer_that_died_between_saves_is_started_again(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path / "killed", steps=4)
+    config.checkpoint.save_interval, config.checkpoint.async_save = 1, True
+    first, second, *others = run_ranks(1, train_and_kill_idle_writers, config.resolved(1))[0]
+    assert first == second and second not in others and len(set(others)) == 1
+    assert steps_on_disk(tmp_path / "killed") == [1, 2, 3, 4]
+    train(saving(config, save=str(tmp_path / "sync"), async_save=False))
+    for step in (1, 2, 3, 4):
+        files, others = (
+            {path.name: path.read_bytes() for path in checkpoint_path(tmp_path / name, step).glob("*.distcp")}
+            for name in ("killed", "sync")
+        )
+        assert files and files == others, "the same bytes as those of a save at once"
+
+
+def train_without_shared_memory(config: Config) -> list[str]:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    slow_writers.use(background_writer.ENTRY)
+    background_writer.BackgroundWriter._memory_of = refuse
+    trainer, lines = make_trainer(config), []
+    trainer.saving._say = lines.append
+    trainer.train()
+    return lines
+
+
+def test_without_memory_for_a_copy_it_is_written_at_once(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, tmp_path, steps=2)
+    config.checkpoint.save_interval, config.checkpoint.async_save = 1, True
+    lines = run_ranks(1, train_without_shared_memory, config.resolved(1))[0]
+    assert steps_on_disk(tmp_path) == [1, 2]
+    assert not [line for line in lines if "warning" in line]
+
+
+def start_a_writer_and_be_killed(pid_file: str) -> None:
+    slow_writers.use("slow_writers:serve_slowly")
+    writer = background_writer.BackgroundWriter()
+    assert writer.start([(pid_file + ".written", "name", ([], [(None, torch.zeros(3))]))])
+    Path(pid_file).write_text(str(writer._process.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_writer_ends_with_its_rank_however_that_ends(tmp_path):
+    pid_file = tmp_path / "pid"
+    process = multiprocessing.get_context("spawn").Process(target=start_a_writer_and_be_killed, args=(str(pid_file),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(pid_file.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not Path(f"{pid_file}.written").exists()
 
 
 def test_ranks_that_hold_the_same_share_the_writing(tiny_llama, tiny_text, tmp_path):
@@ -177,6 +245,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_the_older_ones(
 
 def train_with_a_full_disk_from_step_three(config: Config) -> str:
     """On the last rank: no file may grow beyond 4 KB any more. What the run has to say in the end."""
+    slow_writers.use(background_writer.ENTRY)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     checked = loop.check(config, 2)
     trainer = loop.Trainer(checked.config, checked, loop.distributed.start(config))
@@ -184,8 +253,10 @@ def train_with_a_full_disk_from_step_three(config: Config) -> str:
 
     def look_and_fill(report: object) -> None:
         look(report)
+        trainer.saving.finish()
         if trainer.state.step == 3 and trainer.groups.is_last_rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+            for pid in (os.getpid(), *(writer.pid for writer in writers())):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
     trainer._look_at = look_and_fill
     try:
