@@ -88,10 +88,11 @@ def test_only_mcore_and_data_import_megatron_core():
             assert is_within(importer, "megatron_lrc.mcore") or through_data, (importer, imported)
 
 
-def test_only_hf_and_data_import_transformers():
+def test_only_hf_data_and_benchmarks_import_transformers():
     for importer, imported in imports_of():
         if is_within(imported, "transformers"):
-            assert is_within(importer, "megatron_lrc.hf", "megatron_lrc.data"), (importer, imported)
+            within = is_within(importer, *(f"megatron_lrc.{folder}" for folder in ("hf", "data", "benchmarks")))
+            assert within, (importer, imported)
 
 
 @pytest.mark.parametrize(
