@@ -95,6 +95,8 @@ class BackgroundWriter:
         """End the process, which finishes first what it is writing."""
         if self._process is None:
             return
+        with contextlib.suppress(OSError):  # it may have died
+            self._connection.send(None)  # its end stays open while a forked data loader holds a copy of ours
         self._connection.close()
         self._process.wait()
         os.close(self._file)
@@ -149,7 +151,7 @@ def _tensors(buckets: list[Bucket]) -> Iterator[Tensor]:
 
 
 def serve(connection_file: int, memory_file: int, parent: int) -> None:
-    """Write what comes until the rank has closed its end, or is no more."""
+    """Write what comes until the rank says that it was the last, or is no more."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -157,7 +159,9 @@ def serve(connection_file: int, memory_file: int, parent: int) -> None:
     with Connection(connection_file) as connection, contextlib.suppress(EOFError, BrokenPipeError):
         connection.send("ready")
         while True:
-            size, buckets = connection.recv()
+            if (message := connection.recv()) is None:
+                return
+            size, buckets = message
             if memory is None or len(memory) != size:
                 memory = mmap.mmap(memory_file, size)
             connection.send(write_files([_with_tensors(bucket, memory) for bucket in buckets]))
