@@ -70,11 +70,18 @@ def train_and_ask(config: Config, moment: str, at: int, rank: int, ask: Callable
 
 def signal_this_process(number: int) -> None:
     os.kill(os.getpid(), number)
+    until_noted(number)
+
+
+def until_noted(number: int) -> None:
+    """A thread notes signals; a step of a tiny model may be over before it runs."""
+    wait_until(lambda: all(number in watch.received for watch in stopping._watching))
 
 
 def signal_its_group(number: int) -> None:
     """As torchrun does: what the process has started gets it too."""
     os.killpg(os.getpgid(0), number)
+    until_noted(number)
 
 
 def checkpoints(run: Path) -> list[str]:

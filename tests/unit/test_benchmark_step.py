@@ -60,7 +60,7 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     for extra, message in (
         (["--contestants", "lrc,other"], "--contestants other: expected are some of lrc,ordinary,naive."),
         (["--num-microbatches", "0"], "--num-microbatches 0: expected is a number from 1."),
-        (["--student-hidden-size", "4096"], "--student-hidden-size 4096"),
+        (["--seq-length", "0"], "--seq-length is 0; it must be at least 1."),
     ):
         assert benchmark([*flags(teacher), *extra]) == 2
         assert message in capsys.readouterr().err
