@@ -9,10 +9,10 @@ subcommand.
 import argparse
 import sys
 
-from megatron_lrc.benchmarks import checkpoint, compose, data, head
+from megatron_lrc.benchmarks import checkpoint, compose, data, head, step
 from megatron_lrc.config import ConfigError
 
-COMMANDS = {"data": data, "checkpoint": checkpoint, "head": head, "compose": compose}
+COMMANDS = {"data": data, "checkpoint": checkpoint, "head": head, "compose": compose, "step": step}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
