@@ -55,8 +55,10 @@ LRC, ORDINARY, NAIVE = CONTESTANTS = ("lrc", "ordinary", "naive")
 NAMES = {LRC: "LRC", ORDINARY: "ordinary", NAIVE: "naive LRC"}
 #: Passed on to the configuration, as flags of a training.
 COMPUTE_FLAGS = ("transformer_impl", "attention_backend", "fp8_format", "fp8_recipe", "teacher_fp8")
-#: What rounding may make of losses and gradient norm, relatively.
-TOLERANCE = {"fp32": 5e-4, "bf16": 2e-2, "fp8": 0.2}
+#: What rounding may make of losses and gradient norm, relatively; of the KL at least the last: at tau = 40 both
+#: distributions are nearly uniform, and it is a small sum of large summands.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 0.2}
+KL_TOLERANCE = 1e-3
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -215,22 +217,19 @@ class Bench:
             lambda: naive.step(self.batches, self.num_microbatches), self.flops.total + composing
         )
 
-    @property
-    def difference(self) -> float | None:
-        """Between LRC and naive LRC, the largest relative one."""
-        return max(self.differences.values()) if self.differences else None
-
     def agrees(self) -> bool:
-        """Whether naive LRC computes what LRC does; says so."""
-        if self.difference is None:
+        """Whether naive LRC computes what LRC does; says so. True without it."""
+        if not self.differences:
             return True
         precision = "fp8" if self.config.compute.fp8_format else "bf16" if self.config.training.bf16 else "fp32"
-        is_rounding = self.difference <= TOLERANCE[precision]
-        each = ", ".join(f"{name} {value:.1e}" for name, value in self.differences.items())
+        allowed = dict.fromkeys(self.differences, TOLERANCE[precision])
+        allowed["KL"] = max(allowed["KL"], KL_TOLERANCE)
+        is_rounding = all(self.differences[name] <= allowed[name] for name in allowed)
+        each = ", ".join(f"{name} {value:.1e} ({allowed[name]:.0e})" for name, value in self.differences.items())
         verdict = "they are the same method" if is_rounding else "they are NOT the same method, so nothing is timed"
         self.report(
-            f"first step of LRC and naive LRC: relative differences {each}; {TOLERANCE[precision]:.0e} is taken for "
-            f"rounding in {precision}: {verdict}"
+            f"first step of LRC and of naive LRC: largest relative differences (and what is taken for rounding in "
+            f"{precision}): {each}: {verdict}"
         )
         return is_rounding
 
@@ -364,9 +363,9 @@ def _explain_bound(flops: StepFlops, ordinary: StepFlops, tokens: int) -> list[s
     per_token = 1e-9 / tokens
     return [
         "FLOPs per token, in GFLOP, by matrix products: LRC "
-        f"{flops.teacher_forward * per_token:.3f} teacher, {flops.student_forward * per_token:.3f} student forward, "
-        f"{flops.student_backward * per_token:.3f} backward (both with o_T P_o and o_ffn_T P_down), "
-        f"{flops.projections * per_token:.3f} compose and pull back; ordinary {ordinary.total * per_token:.3f}.",
+        f"{flops.teacher_forward * per_token:.3g} teacher, {flops.student_forward * per_token:.3g} student forward, "
+        f"{flops.student_backward * per_token:.3g} backward (both with o_T P_o and o_ffn_T P_down), "
+        f"{flops.projections * per_token:.3g} compose and pull back; ordinary {ordinary.total * per_token:.3g}.",
         "The bound leaves compose and pull back out; shares of the GEMM peak count them, for naive LRC in every "
         "micro-batch.",
     ]
