@@ -5,7 +5,7 @@ them; the process writes (`checkpoint_files.py`) and answers with what it has wr
 torch and nothing else, and ends with the rank. Its memory is as large as this rank's part of a checkpoint.
 
 Rejected: a fork for each save. It shares all of the rank's memory, so every page that the next step writes to is
-copied first, and on CPU a step next to a fork that does nothing at all takes twice its time.
+copied first, as long as the fork lives, whatever it does.
 """
 
 import contextlib

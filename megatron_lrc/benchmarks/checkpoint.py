@@ -25,6 +25,7 @@ from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter
 from megatron_lrc.mcore.run_directory import RunState, newest_checkpoint, total_bytes
+from megatron_lrc.train.garbage import what_is_there_stays
 from megatron_lrc.train.step import Run, train_step
 
 HELP = "saving in the background against saving at once: what each costs the training loop"
@@ -57,10 +58,11 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     trained, tokens = build(config)
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         rounds, savers = [], Savers.of(config, trained, folder)
-        measure_round(savers, trained, tokens)
-        for number in range(arguments.repeats):
-            rounds.append(measure_round(savers, trained, tokens))
-            report(f"round {number + 1} of {arguments.repeats}")
+        with what_is_there_stays():  # as in a training
+            measure_round(savers, trained, tokens)
+            for number in range(arguments.repeats):
+                rounds.append(measure_round(savers, trained, tokens))
+                report(f"round {number + 1} of {arguments.repeats}")
         newest = newest_checkpoint(folder)
         assert newest is not None
         size = total_bytes(newest.iterdir())

@@ -1,131 +1,184 @@
-"""Low-Rank Clone as one writes it first: transformers' modules and autograd, nothing else. A contestant, no product.
+"""A naive Low-Rank Clone: what one would write first, with transformers' models and plain autograd.
 
-The student's weights are composed inside the graph of every micro-batch, all logits of both models exist, and the
-teacher's activations are kept until the loss is added up. The losses are the method's (arXiv 2505.12781), so they have
-to agree with the product's.
+Student weights are composed from the projections inside the graph of every micro-batch, so that autograd pulls the
+gradients back; hooks keep both models' activations; the logits of both exist whole, in fp32. It shares no code of the
+method with the package and has to give the same losses and gradient norm: `benchmark.py step` measures against it.
+
+Notation: D teacher hidden, d student hidden; shapes of activations are transformers', [batch, sequence, features].
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_lrc.clone.checkpoint_layout import SITES
-from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
-from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, expected_weights
 from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.student_config import student_config, student_family
+
+MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+PROJECTS_OUTPUT = ("o", "down")
+
+
+@dataclass(frozen=True)
+class NaiveReport:
+    """Means over the tokens of one step; clone [layers, 7] in the order of MODULES; the gradient norm before clipping.
+
+    All are still on the device.
+    """
+
+    lm: Tensor
+    kl: Tensor
+    clone: Tensor
+    grad_norm: Tensor
 
 
 class NaiveClone:
-    """A training of one process. projections, norms: first values, by the names that the product has for them."""
+    """Teacher and student of one process, and AdamW on fp32 projections and norm gains.
+
+    projections, norms: the values to begin with, by the names of `clone/projections.py`; copied.
+    """
 
     def __init__(
         self,
         config: Config,
-        description: TeacherDescription,
+        teacher: TeacherDescription,
         reader: Reader,
-        projections: dict[str, Tensor],
-        norms: dict[str, Tensor],
         *,
-        num_microbatches: int,
+        projections: Mapping[str, Tensor],
+        norms: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
     ):
-        device, dtype = projections["embed"].device, projections["embed"].dtype
-        self.config, self.num_microbatches = config, num_microbatches
-        self.weights = expected_weights(description.family, description.shape)
-        values = {weight.name: read(reader, weight).to(device, dtype) for weight in self.weights}
-        self.values = {weight.key: values[weight.name] for weight in self.weights}
-        self.teacher = _model(description.hf_config).to(device, dtype)
-        self.teacher.load_state_dict(values, strict=False)  # a tied head is named once only
-        self.teacher.tie_weights()
-        student = copy.deepcopy(description.hf_config)
-        student.hidden_size, student.head_dim = config.model.student_hidden_size, description.shape.head_dim
-        self.student = _model(student).to(device, dtype)
-        for model in (self.teacher, self.student):
-            model.requires_grad_(False)
-        self.projections = {name: nn.Parameter(value.clone().float()) for name, value in projections.items()}
-        self.norms = {name: nn.Parameter(value.clone().float()) for name, value in norms.items()}
-        self.trained = [*self.projections.values(), *self.norms.values()]
+        self.config, self.dtype, self.num_layers = config, dtype, teacher.shape.num_layers
+        self.projections, self.norms = (
+            {name: nn.Parameter(value.detach().to(device, torch.float32, copy=True)) for name, value in values.items()}
+            for values in (projections, norms)
+        )
+        self.parameters = [*self.projections.values(), *self.norms.values()]
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.trained, settings.lr, (settings.adam_beta1, settings.adam_beta2), settings.adam_eps, weight_decay=0.0
+            self.parameters,
+            lr=settings.lr,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
         )
-        self.outputs: dict[tuple[str, str], Tensor] = {}
-        names = {weight.key: weight.name for weight in self.weights}
-        self.captured = [f"layers.{i}.{site.name}" for i in range(description.shape.num_layers) for site in LAYER_SITES]
-        for key in self.captured:
-            for of, model in (("T", self.teacher), ("S", self.student)):
-                model.get_submodule(names[key].removesuffix(".weight")).register_forward_hook(self._keep(of, key))
+        shape = config.student_shape(teacher.shape)
+        family = student_family(teacher, shape.hidden_size)
+        values = dict(student_config(teacher, shape, family, dtype=dtype))
+        self.student = _empty_model(AutoConfig.for_model(values.pop("model_type"), **values), dtype, device)
+        self.student_weights = expected_weights(family, shape)
+        self.teacher = _empty_model(teacher.hf_config, dtype, device)
+        self.old = {key: value.to(device, dtype) for key, value in _read(teacher, reader)}
+        names = {weight.key: weight.name for weight in expected_weights(teacher.family, teacher.shape)}
+        state = {names[key]: value for key, value in self.old.items()}
+        state.setdefault("lm_head.weight", self.old["embed"])
+        self.teacher.load_state_dict(state, assign=True)
+        self.teacher.requires_grad_(False)
+        self.outputs: dict[tuple[str, int, str], Tensor] = {}
+        self._keep_outputs("teacher", self.teacher)
+        self._keep_outputs("student", self.student)
 
-    def _keep(self, of: str, key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.outputs[of, key] = output
+    def _keep_outputs(self, which: str, model: Any) -> None:
+        def keep(key: tuple[str, int, str], output: Tensor) -> None:
+            self.outputs[key] = output
 
-        return hook
+        for index, layer in enumerate(model.model.layers):
+            for site, path in MODULES.items():
+                layer.get_submodule(path).register_forward_hook(
+                    lambda module, inputs, output, key=(which, index, site): keep(key, output)
+                )
 
-    def step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimizer step; its losses, as means over tokens."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        for _ in range(self.num_microbatches):
-            lm, kl, clone = self._losses(next(batches))
-            loss = self.config.loss
-            total = loss.lm_weight * lm + self.config.total_kl_weight * kl + loss.alpha * clone
-            (total / self.num_microbatches).backward()
-            sums += torch.stack([lm, kl, clone]).detach().double().cpu() / self.num_microbatches
-        nn.utils.clip_grad_norm_(self.trained, self.config.optimizer.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return dict(zip(("lm_loss", "kl_loss", "clone_loss"), sums.tolist(), strict=True))
-
-    def _student_weights(self) -> dict[str, Tensor]:
-        """transformers' name -> W_S, inside the graph."""
+    def compose(self) -> dict[str, Tensor]:
+        """transformers' name -> the student's weight, inside the graph."""
         weights = {}
-        for weight in self.weights:
-            old = self.values[weight.key]
-            if weight.key in self.norms:
-                weights[weight.name] = self.norms[weight.key].to(old.dtype)
-            elif weight.site is not None:
-                projection = self.projections[weight.key].to(old.dtype)
-                is_output = weight.site.projected == "output"
-                weights[weight.name] = projection.t() @ old if is_output else old @ projection
+        for weight in self.student_weights:
+            if weight.is_zero:
+                weights[weight.name] = torch.zeros(weight.shape, dtype=self.dtype, device=self.old["embed"].device)
+            elif weight.is_frozen:
+                weights[weight.name] = self.old[weight.key]
+            elif weight.site is None:
+                weights[weight.name] = self.norms[weight.key].to(self.dtype)
             else:
-                weights[weight.name] = old
-        if "lm_head.weight" not in weights:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+                old, projection = self.old[weight.key], self.projections[weight.key].to(self.dtype)
+                is_output = weight.site.name in PROJECTS_OUTPUT
+                weights[weight.name] = projection.t() @ old if is_output else old @ projection
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
         return weights
 
-    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        tau, inputs = self.config.loss.kl_temperature, {"input_ids": batch["tokens"], "use_cache": False}
+    def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """LM, KL (with tau^2) and the clone terms [layers, 7], means over the tokens of a batch without masked ones."""
+        inputs, tau = {"input_ids": batch["tokens"], "use_cache": False}, self.config.loss.kl_temperature
         with torch.no_grad():
-            teacher = self.teacher(**inputs).logits.float()
-        weights = self._student_weights()
-        student = torch.func.functional_call(self.student, weights, (), inputs, tie_weights=False).logits.float()
-        lm = F.cross_entropy(student.flatten(0, 1), batch["labels"].flatten())
-        log_student, log_teacher = (F.log_softmax(z.flatten(0, 1) / tau, -1) for z in (student, teacher))
-        kl = tau**2 * F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-        clone = torch.zeros_like(lm)
-        for key in self.captured:
-            target = self.outputs["T", key]
-            if SITES[key.rpartition(".")[2]].projected == "output":
-                target = target @ self.projections[key].to(target.dtype)
-            clone = clone + F.mse_loss(self.outputs["S", key].float(), target.float())
+            teacher_logits = self.teacher(**inputs).logits.float()
+        student_logits = torch.func.functional_call(
+            self.student, self.compose(), (), inputs, tie_weights=False
+        ).logits.float()
+        lm = F.cross_entropy(student_logits.flatten(0, 1), batch["labels"].flatten())
+        kl = F.kl_div(
+            F.log_softmax(student_logits / tau, dim=-1).flatten(0, 1),
+            F.log_softmax(teacher_logits / tau, dim=-1).flatten(0, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        clone = [self._clone_loss(layer, site) for layer in range(self.num_layers) for site in MODULES]
         self.outputs.clear()
-        return lm, kl, clone
+        return lm, tau**2 * kl, torch.stack(clone).view(self.num_layers, len(MODULES))
+
+    def _clone_loss(self, layer: int, site: str) -> Tensor:
+        target = self.outputs["teacher", layer, site]
+        if site in PROJECTS_OUTPUT:
+            target = target @ self.projections[f"layers.{layer}.{site}"].to(self.dtype)
+        return F.mse_loss(self.outputs["student", layer, site].float(), target.float())
+
+    def step(self, batches: Iterator[Mapping[str, Tensor]], num_microbatches: int) -> NaiveReport:
+        """One optimizer step."""
+        settings = self.config.loss
+        self.optimizer.zero_grad()
+        sums = []
+        for _ in range(num_microbatches):
+            lm, kl, clone = self.losses(next(batches))
+            loss = settings.lm_weight * lm + self.config.total_kl_weight * kl + settings.alpha * clone.sum()
+            (loss / num_microbatches).backward()
+            sums.append((lm.detach(), kl.detach(), clone.detach()))
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_grad)
+        self.optimizer.step()
+        lm, kl, clone = (torch.stack(values).mean(0) for values in zip(*sums, strict=True))
+        return NaiveReport(lm, kl, clone, grad_norm)
 
 
-def _model(config: Any) -> Any:
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+def _empty_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A transformers model whose parameters are still to be set; only its RoPE frequencies have values."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.eval()
 
 
-def read(reader: Reader, weight: Weight) -> Tensor:
-    """A whole tensor of the teacher."""
-    name = weight.key.rpartition(".")[2]
-    if weight.site is not None:
-        return reader.site(weight.site, weight.layer)
-    if weight.is_zero:
-        return torch.zeros(weight.shape)
-    return reader.frozen(name, weight.layer or 0) if weight.is_frozen else reader.norm(name, weight.layer)
+def _read(teacher: TeacherDescription, reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of every weight of the teacher."""
+    for weight in expected_weights(teacher.family, teacher.shape):
+        name = weight.key.rpartition(".")[2]
+        if weight.site is not None:
+            yield weight.key, reader.site(weight.site, weight.layer)
+        elif weight.is_zero:
+            yield weight.key, torch.zeros(weight.shape)
+        elif weight.is_frozen:
+            assert weight.layer is not None
+            yield weight.key, reader.frozen(name, weight.layer)
+        else:
+            yield weight.key, reader.norm(name, weight.layer)

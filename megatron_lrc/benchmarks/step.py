@@ -1,244 +1,380 @@
-"""`benchmark.py step`: tokens per second of whole optimizer steps, beside what arithmetic allows.
+"""`benchmark.py step`: tokens per second of whole optimizer steps: LRC, ordinary training, and a naive LRC.
 
-Contestants take turns on the same shapes, dtype and batch: LRC; ordinary training of the same student in the same
-engine; LRC as one writes it first (`naive.py`). The bound on LRC / ordinary is the ratio of the FLOPs that they need
-(`estimate/flops.py`): the student's forward and backward in both, the teacher's forward and the clone targets in LRC;
-compose and pull back are not in it, since their share goes to nothing with the batch. Fractions of the machine's peak
-are those FLOPs, compose and pull back included, over the time, over what a large matrix product reaches in the same
-round.
+Contestants have the same sizes, precision and batch, and take turns in one process:
+
+    LRC        the product's own step, with all clone losses, LM and KL
+    ordinary   the same step of the same engine with --method ordinary: the student alone, on the LM loss
+    naive LRC  the same method in transformers' models and plain autograd (`naive.py`)
+
+Before anything is timed, the first steps of LRC and of naive LRC, from the same projections and on the same batch, have
+to agree in every loss and in the gradient norm.
+
+The bound on LRC / ordinary is the ratio of what both have to compute: FLOPs of an ordinary step over those of an LRC
+step without composing and pulling back, which are no part of the method's loss ("6 P_S against 6 P_S + 2 P_T").
 """
 
 import argparse
-import copy
-import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_lrc.benchmarks.breakdown import breakdown
 from megatron_lrc.benchmarks.measure import Spread, table
-from megatron_lrc.benchmarks.models import write_config
-from megatron_lrc.benchmarks.naive import NaiveClone
+from megatron_lrc.benchmarks.models import (
+    add_size_flags,
+    add_teacher_flags,
+    build_run,
+    check_positive,
+    open_base,
+    same_batch,
+)
+from megatron_lrc.benchmarks.naive import NaiveClone, NaiveReport
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.estimate.flops import step_flops
-from megatron_lrc.estimate.published import TEACHER_SHAPES
-from megatron_lrc.hf.checkpoint_reader import open_teacher
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from megatron_lrc.estimate.flops import StepFlops, step_flops
+from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore import distributed, kernels
-from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.kernels import check_machine, describe_kernels
+from megatron_lrc.mcore.optimizer import parameter_dtype
 from megatron_lrc.mcore.paired_model import PairedModel
-from megatron_lrc.train.build import build_stages_of_method
+from megatron_lrc.precision_checks import check_precision
+from megatron_lrc.schema import SETTINGS, convert
 from megatron_lrc.train.initial_weights import InitialWeights
-from megatron_lrc.train.step import Run, train_step
-from megatron_lrc.validation import validate, validate_against_teacher
+from megatron_lrc.train.step import Run, StepReport, train_step
+from megatron_lrc.validation import raise_all, validate_against_teacher
 
-HELP = "tokens/s of a step: LRC, ordinary training of the same student, naive LRC, and the FLOP bound"
-LRC, ORDINARY, NAIVE, PEAK = "lrc", "ordinary", "naive", "peak"
-#: Of a square matrix product that shows the machine's peak.
-_SIDE = {"cpu": 2048, "cuda": 8192}
-#: Largest relative difference of the two ways' first losses, by dtype: rounding.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+HELP = "tokens/s of whole optimizer steps: LRC, ordinary training of the student, a naive LRC"
+LRC, ORDINARY, NAIVE = CONTESTANTS = ("lrc", "ordinary", "naive")
+NAMES = {LRC: "LRC", ORDINARY: "ordinary", NAIVE: "naive LRC"}
+#: Passed on to the configuration, as flags of a training.
+COMPUTE_FLAGS = ("transformer_impl", "attention_backend", "fp8_format", "fp8_recipe", "teacher_fp8")
+#: What rounding may make of losses and gradient norm, relatively; of the KL at least the last: at tau = 40 both
+#: distributions are nearly uniform, and it is a small sum of large summands.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 0.2}
+KL_TOLERANCE = 1e-3
+
+Batches = Iterator[dict[str, Tensor]]
 
 
 @dataclass
 class Contestant:
-    """step: one optimizer step. flops: that it needs. seconds: of each round."""
+    """step: one whole optimizer step. flops: of it, everything that it has to compute."""
 
-    name: str
     step: Callable[[], object]
     flops: float
     seconds: list[float] = field(default_factory=list)
 
-    def measure(self, device: torch.device) -> None:
-        start = time.perf_counter()
-        self.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.seconds.append(time.perf_counter() - start)
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--teacher", metavar="DIR", help="teacher, as in a training")
-    source.add_argument("--shape", choices=TEACHER_SHAPES, help="a teacher of this shape with random weights")
-    parser.add_argument("--student-hidden-size", required=True, type=int, metavar="N", help="as in a training")
-    parser.add_argument("--seq-length", type=int, default=512, metavar="N", help="default: 512")
-    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="default: 1")
+    add_teacher_flags(parser)
+    add_size_flags(parser, seq_length=2048)
+    parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="as in a training (default: 1)")
     parser.add_argument("--num-microbatches", type=int, default=8, metavar="N", help="of a step (default: 8)")
-    parser.add_argument("--bf16", action="store_true", help="as in a training (default: fp32)")
-    for name, choices in (("transformer-impl", ("auto", "local", "transformer_engine")), ("fp8-format", None)):
-        parser.add_argument(f"--{name}", choices=choices, help="as in a training")
-    parser.add_argument("--fp8-recipe", help="as in a training")
-    parser.add_argument("--teacher-fp8", action="store_true", help="as in a training")
     parser.add_argument(
-        "--contestants", default="lrc,ordinary,naive", metavar="LIST", help="which of lrc,ordinary,naive (default: all)"
+        "--contestants",
+        default=",".join(CONTESTANTS),
+        metavar="LIST",
+        help="which of them; all are in memory at once (default: lrc,ordinary,naive)",
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure here")
-
-
-def config_of(arguments: argparse.Namespace, teacher: str) -> Config:
-    """The configuration of LRC with these flags. ConfigError if they cannot be meant."""
-    for name in ("repeats", "num_microbatches"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected is a number from 1.")
-    if unknown := set(arguments.contestants.split(",")) - {LRC, ORDINARY, NAIVE}:
-        raise ConfigError(f"--contestants {','.join(sorted(unknown))}: expected are some of lrc,ordinary,naive.")
-    config = Config()
-    config.model.teacher, config.model.student_hidden_size = teacher, arguments.student_hidden_size
-    training = config.training
-    training.seq_length, training.train_iters, training.bf16 = arguments.seq_length, 1, arguments.bf16
-    training.micro_batch_size = arguments.micro_batch_size
-    training.global_batch_size = arguments.micro_batch_size * arguments.num_microbatches
-    for name in ("transformer_impl", "fp8_format", "fp8_recipe", "teacher_fp8"):
-        if getattr(arguments, name):
-            setattr(config.compute, name, getattr(arguments, name))
-    config.data.data_path = ["none"]  # tokens are random
-    validate(config)
-    kernels.check_machine(config)
-    return config.resolved(1)
+    for name in COMPUTE_FLAGS:
+        flag = "--" + name.replace("_", "-")
+        if SETTINGS[name].kind is bool:
+            parser.add_argument(flag, action="store_true", help="as in a training (default: off)")
+        else:
+            choices = "{" + ",".join(SETTINGS[name].choices) + "}"
+            text = f"as in a training (default: {SETTINGS[name].default or 'none'})"
+            parser.add_argument(flag, default=SETTINGS[name].default, metavar=choices, help=text)
+    parser.add_argument("--profile", action="store_true", help="also where the time of an LRC step goes (default: off)")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure here (default: not)")
 
 
 def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
-    """0, or 1 where LRC and naive LRC do not agree. ConfigError for what a training would refuse too."""
-    with tempfile.TemporaryDirectory() as folder:
-        teacher = arguments.teacher or write_config(TEACHER_SHAPES[arguments.shape], Path(folder))
-        config = config_of(arguments, teacher)
-        base = describe_teacher(teacher, needs_weights=arguments.teacher is not None)
-    validate_against_teacher(config, base.shape)
-    reader = open_teacher(base) if arguments.teacher else InitialWeights(base, base.shape, std=0.02, seed=0)
+    """0, or 1 where the naive LRC computes something else. ConfigError for what a training would refuse too."""
+    names = _contestants(arguments)
+    base, reader = open_base(arguments)
+    config = _config_of(arguments, base)
     groups = distributed.start(config)
-    entrants, difference = make_contestants(config, base, reader, groups, arguments.contestants.split(","))
-    rounds = measure(entrants, arguments.repeats, groups.device, parameter_dtype(config), report)
-    distributed.stop()
-    tokens = config.training.seq_length * (config.training.global_batch_size or 0)
-    for line in summary(rounds, tokens, bound(config, base), difference, groups.device):
+    try:
+        bench = Bench(config, base, reader, groups, names, report)
+        if not bench.agrees():
+            return 1
+        for number in range(arguments.repeats):
+            bench.measure_round()
+            report(f"round {number + 1} of {arguments.repeats}")
+        parts = breakdown(bench.runs[LRC], bench.batches, arguments.repeats) if arguments.profile else {}
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The contestants do not fit into the device's memory together ({str(error).split('. ')[0]}). Give fewer "
+            "--contestants (lrc,ordinary, then lrc,naive), a smaller --micro-batch-size or --seq-length."
+        ) from error
+    finally:
+        distributed.stop()
+    for line in bench.summary(parts):
         report(line)
     if arguments.json:
-        figures = {each.name: {"seconds": each.seconds, "flops": each.flops} for each in rounds}
-        content = {"arguments": vars(arguments), "cores": os.cpu_count(), "difference": difference, "rounds": figures}
+        content = {"arguments": vars(arguments), "cores": os.cpu_count(), **bench.figures(parts)}
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return 0 if difference is None or difference < _TOLERANCE[parameter_dtype(config)] else 1
+    return 0
 
 
-def make_contestants(
-    config: Config, base: TeacherDescription, reader: Reader, groups: Groups, names: list[str]
-) -> tuple[list[Contestant], float | None]:
-    """Each has taken its first step. And the largest relative difference of LRC's and naive LRC's losses in it."""
-    shapes = base.shape, config.student_shape(base.shape)
-    flops = step_flops(config, *shapes).total
-    engine, num_microbatches = _engine(config, base, reader, groups), config.num_microbatches(1)
-    entrants, losses = [], []
-    if NAIVE in names:
-        (stage,) = engine.stages
-        assert isinstance(stage, PairedModel)
-        projections = {name: matrix.detach() for name, matrix in stage.projections.named_matrices()}
-        gains = {name: gain.detach() for name, gain in stage.projections.named_norms()}
-        naive = NaiveClone(config, base, reader, projections, gains, num_microbatches=num_microbatches)
-        tokens = _batches(config, base, groups)
-        losses.append(naive.step(tokens))
-        entrants.append(Contestant(NAIVE, lambda: naive.step(tokens), flops))
-    if LRC in names or NAIVE in names:
-        tokens_of_ours = _batches(config, base, groups)
-        losses.append(train_step(engine, tokens_of_ours).losses.means(config))
+def _contestants(arguments: argparse.Namespace) -> list[str]:
+    check_positive(arguments, "repeats", "seq_length", "student_hidden_size", "micro_batch_size", "num_microbatches")
+    names = arguments.contestants.split(",")
+    if unknown := set(names) - set(CONTESTANTS):
+        raise ConfigError(f"--contestants {','.join(sorted(unknown))}: expected are any of {','.join(CONTESTANTS)}.")
+    if LRC not in names and (NAIVE in names or arguments.profile):
+        asking = "--profile" if arguments.profile else "--contestants naive"
+        raise ConfigError(f"{asking} needs the contestant lrc. Add it to --contestants.")
+    return [name for name in CONTESTANTS if name in names]
+
+
+def _config_of(arguments: argparse.Namespace, base: TeacherDescription) -> Config:
+    """The configuration of the LRC run. ConfigError where sizes, precision and machine do not go together."""
+    config = Config()
+    config.model.teacher, config.model.student_hidden_size = str(base.directory), arguments.student_hidden_size
+    training = config.training
+    training.seq_length, training.micro_batch_size = arguments.seq_length, arguments.micro_batch_size
+    training.global_batch_size = arguments.micro_batch_size * arguments.num_microbatches
+    training.bf16, training.train_iters = arguments.bf16, 1
+    for name in COMPUTE_FLAGS:
+        try:
+            setattr(config.compute, name, convert(SETTINGS[name], getattr(arguments, name)))
+        except ValueError as error:
+            raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
+    raise_all(list(check_precision(config)))
+    validate_against_teacher(config, base.shape)
+    check_machine(config)
+    return config.resolved(1)
+
+
+class Bench:
+    """The contestants, and what has been measured. Making it builds them all and takes a first step of each."""
+
+    def __init__(
+        self,
+        config: Config,
+        base: TeacherDescription,
+        reader: Reader,
+        groups: distributed.Groups,
+        names: list[str],
+        report: Callable[[str], None],
+    ):
+        self.config, self.base, self.device, self.report = config, base, groups.device, report
+        self.dtype, self.num_microbatches = parameter_dtype(config), config.num_microbatches(1)
+        self.batches = same_batch(config, base.shape.vocab_size, groups.device)
+        self.student_shape = config.student_shape(base.shape)
+        self.flops = step_flops(config, base.shape, self.student_shape)
+        self.ordinary_flops = step_flops(_ordinary(config), base.shape, self.student_shape)
+        self.runs: dict[str, Run] = {}
+        self.contestants: dict[str, Contestant] = {}
+        self.gemm: list[float] = []  # FLOP/s
+        self.differences: dict[str, float] = {}
         if LRC in names:
-            entrants.insert(0, Contestant(LRC, lambda: train_step(engine, tokens_of_ours), flops))
-    if ORDINARY in names:
-        alone = copy.deepcopy(config)
-        alone.model.method = "ordinary"
-        student = config.student_shape(base.shape)
-        ordinary = _engine(alone, base, InitialWeights(base, student, std=0.02, seed=0), groups)
-        tokens_of_ordinary = _batches(config, base, groups)
-        train_step(ordinary, tokens_of_ordinary)
-        needed = step_flops(alone, student, student).total
-        entrants.append(Contestant(ORDINARY, lambda: train_step(ordinary, tokens_of_ordinary), needed))
-    return entrants, _difference(*losses) if NAIVE in names else None
+            self._add_run(LRC, config, base, reader, groups, self.flops.total)
+        if NAIVE in names:  # before a step changes the projections
+            self._add_naive(reader)
+        if ORDINARY in names:
+            new = InitialWeights(base, self.student_shape, std=config.projection.init_method_std, seed=1)
+            self._add_run(ORDINARY, _ordinary(config), base, new, groups, self.ordinary_flops.total)
+        first_steps = {name: contestant.step() for name, contestant in self.contestants.items()}
+        if NAIVE in names:
+            self.differences = differences(first_steps[LRC], first_steps[NAIVE], config)
+
+    def _add_run(
+        self,
+        name: str,
+        config: Config,
+        base: TeacherDescription,
+        reader: Reader,
+        groups: distributed.Groups,
+        flops: float,
+    ) -> None:
+        trained = build_run(config, base, reader, groups, self.batches)
+        self.runs[name] = trained
+        self.contestants[name] = Contestant(lambda: train_step(trained, self.batches), flops)
+
+    def _add_naive(self, reader: Reader) -> None:
+        (stage,) = self.runs[LRC].stages
+        assert isinstance(stage, PairedModel)
+        naive = NaiveClone(
+            self.config,
+            self.base,
+            reader,
+            projections=dict(stage.projections.named_matrices()),
+            norms=dict(stage.projections.named_norms()),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        composing = (self.num_microbatches - 1) * self.flops.projections
+        self.contestants[NAIVE] = Contestant(
+            lambda: naive.step(self.batches, self.num_microbatches), self.flops.total + composing
+        )
+
+    def agrees(self) -> bool:
+        """Whether naive LRC computes what LRC does; says so. True without it."""
+        if not self.differences:
+            return True
+        precision = "fp8" if self.config.compute.fp8_format else "bf16" if self.config.training.bf16 else "fp32"
+        allowed = dict.fromkeys(self.differences, TOLERANCE[precision])
+        allowed["KL"] = max(allowed["KL"], KL_TOLERANCE)
+        is_rounding = all(self.differences[name] <= allowed[name] for name in allowed)
+        each = ", ".join(f"{name} {value:.1e} ({allowed[name]:.0e})" for name, value in self.differences.items())
+        verdict = "they are the same method" if is_rounding else "they are NOT the same method, so nothing is timed"
+        self.report(
+            f"first step of LRC and of naive LRC: largest relative differences (and what is taken for rounding in "
+            f"{precision}): {each}: {verdict}"
+        )
+        return is_rounding
+
+    def measure_round(self) -> None:
+        self.gemm.append(gemm_rate(self.dtype, self.device))
+        for contestant in self.contestants.values():
+            _synchronize(self.device)
+            start = time.perf_counter()
+            contestant.step()
+            _synchronize(self.device)
+            contestant.seconds.append(time.perf_counter() - start)
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        training = self.config.training
+        return training.micro_batch_size * self.num_microbatches * training.seq_length
+
+    @property
+    def bound(self) -> float:
+        """On tokens/s of LRC over those of ordinary training."""
+        return self.ordinary_flops.total / (self.flops.total - self.flops.projections)
+
+    def ratios(self, over: str) -> list[float]:
+        """Round by round, tokens/s of LRC over those of another contestant."""
+        pairs = zip(self.contestants[LRC].seconds, self.contestants[over].seconds, strict=True)
+        return [other / own for own, other in pairs]
+
+    def figures(self, parts: dict[str, list[float]]) -> dict:
+        return {
+            "device": _device_name(self.device),
+            "tokens": self.tokens,
+            "differences": self.differences,
+            "bound": self.bound,
+            "gemm_flops_per_second": self.gemm,
+            "contestants": {
+                name: {"flops": each.flops, "seconds": each.seconds} for name, each in self.contestants.items()
+            },
+            "profile": parts,
+        }
+
+    def summary(self, parts: dict[str, list[float]]) -> list[str]:
+        kernels = describe_kernels(self.config, self.dtype)
+        training, student = self.config.training, self.student_shape.hidden_size
+        lines = [
+            "",
+            f"{self.base.directory.name}, hidden size {self.base.shape.hidden_size} to {student}; a step of "
+            f"{self.num_microbatches} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, "
+            f"{str(self.dtype).removeprefix('torch.')}; one process on {_device_name(self.device)}"
+            + (f"; {kernels}" if kernels else ""),
+            *table(self._rows()),
+        ]
+        if LRC in self.contestants and ORDINARY in self.contestants:
+            lines += ["", *_explain_bound(self.flops, self.ordinary_flops, self.tokens)]
+        return [*lines, *(_profile_lines(parts) if parts else [])]
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["median (min-max)", "tokens/s", "seconds", "of the GEMM peak"]]
+        for name, each in sorted(self.contestants.items(), key=lambda item: CONTESTANTS.index(item[0])):
+            rates = Spread.of([self.tokens / seconds for seconds in each.seconds])
+            shares = [each.flops / seconds / peak for seconds, peak in zip(each.seconds, self.gemm, strict=True)]
+            rows.append([NAMES[name], rates.text(0), Spread.of(each.seconds).text(3), Spread.of(shares).text(3)])
+        peak = Spread.of([rate / 1e12 for rate in self.gemm])
+        rows.append([f"GEMM peak, TFLOP/s: {_gemm_size(self.device)}^3", "", "", peak.text(3)])
+        rows.append(["", "ratio", "", ""])
+        if LRC in self.contestants and ORDINARY in self.contestants:
+            ratios = self.ratios(ORDINARY)
+            rows.append(["LRC / ordinary", Spread.of(ratios).text(3), "", ""])
+            rows.append(["its bound by FLOPs", f"{self.bound:.3f}", "", ""])
+            shares = Spread.of([ratio / self.bound for ratio in ratios])
+            rows.append(["measured / bound (target: 0.90 or more)", shares.text(3), "", ""])
+        if NAIVE in self.contestants:
+            rows.append(["LRC / naive LRC (target: 1.5 or more)", Spread.of(self.ratios(NAIVE)).text(2), "", ""])
+        return rows
 
 
-def _engine(config: Config, base: TeacherDescription, reader: Reader, groups: Groups) -> Run:
-    """A run as a training builds it."""
-
-    def no_calibration() -> Iterator[dict[str, Tensor]]:
-        raise AssertionError("--init random needs none")
-
-    dtype = parameter_dtype(config)
-    stages = build_stages_of_method(config, base, reader, groups, dtype, no_calibration, is_new=True)
-    return Run(config, groups, stages, StageOptimizer(config, stages, groups), config.num_microbatches(1))
+def _ordinary(config: Config) -> Config:
+    """The same sizes and precision, with the student alone."""
+    ordinary = deepcopy(config)
+    ordinary.model.method = "ordinary"
+    ordinary.compute = replace(ordinary.compute, teacher_fp8=False)
+    return ordinary
 
 
-def _batches(config: Config, base: TeacherDescription, groups: Groups) -> Iterator[dict[str, Tensor]]:
-    """The same random tokens for everybody, one step's over and over."""
-    training, generator = config.training, torch.Generator().manual_seed(0)
-    size = (config.num_microbatches(1), training.micro_batch_size, training.seq_length)
-    positions = torch.arange(training.seq_length, device=groups.device).expand(size[1:])
-    for ids in itertools.cycle(torch.randint(base.shape.vocab_size, size, generator=generator).to(groups.device)):
-        yield {"tokens": ids, "labels": ids, "position_ids": positions, "loss_mask": torch.ones_like(ids).float()}
+def differences(lrc: object, naive: object, config: Config) -> dict[str, float]:
+    """Relative differences of two first steps; of the clone terms, one for each layer and matrix, the largest."""
+    assert isinstance(lrc, StepReport) and isinstance(naive, NaiveReport)
+    losses, means = lrc.losses, lrc.losses.means(config)
+    pairs = {
+        "LM": (means["lm_loss"], naive.lm),
+        "KL": (means["kl_loss"], naive.kl),
+        "clone terms": ((losses.clone / losses.tokens).cpu(), naive.clone),
+        "gradient norm": (lrc.grad_norm, naive.grad_norm),
+    }
+    found = {}
+    for name, (first, second) in pairs.items():
+        expected = torch.as_tensor(first, dtype=torch.float64)
+        found[name] = (second.detach().double().cpu() / expected - 1).abs().max().item()
+    return found
 
 
-def _difference(naive: dict[str, float], ours: dict[str, float | None]) -> float:
-    return max(abs(value / (ours[name] or 0.0) - 1) for name, value in naive.items())
+def _gemm_size(device: torch.device) -> int:
+    return 8192 if device.type == "cuda" else 2048
 
 
-def bound(config: Config, base: TeacherDescription) -> float:
-    """FLOPs of ordinary training over those of LRC, compose and pull back left out."""
-    needed = step_flops(config, base.shape, config.student_shape(base.shape))
-    student = needed.total - needed.projections - needed.teacher_forward
-    alone = copy.deepcopy(config)
-    alone.model.method = "ordinary"
-    shape = config.student_shape(base.shape)
-    return step_flops(alone, shape, shape).total / (student + needed.teacher_forward)
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of one large square matrix product: the best of some. What the machine gives a step at most."""
+    size = _gemm_size(device)
+    a, b, c = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    best = float("inf")
+    for _ in range(20 if device.type == "cuda" else 3):
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=c)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
 
 
-def measure(
-    entrants: list[Contestant], repeats: int, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]
-) -> list[Contestant]:
-    """Rounds in which they take turns, the peak among them; it comes last in the result."""
-    side = _SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    peak = Contestant(PEAK, lambda: torch.mm(left, right), 2.0 * side**3)
-    for number in range(repeats):
-        for entrant in entrants:
-            entrant.measure(device)
-        tries = Contestant(PEAK, peak.step, peak.flops)
-        for _ in range(8):
-            tries.measure(device)
-        peak.seconds.append(min(tries.seconds))
-        report(f"round {number + 1} of {repeats}")
-    return [*entrants, peak]
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def summary(
-    rounds: list[Contestant], tokens: int, bound_ratio: float, difference: float | None, device: torch.device
-) -> list[str]:
-    by_name = {each.name: each for each in rounds}
-    peak = by_name.pop(PEAK)
-    rows = [["median (min-max)", "seconds", "tokens/s", "of the peak"]]
-    for each in by_name.values():
-        rates = [each.flops / own / (peak.flops / best) for own, best in zip(each.seconds, peak.seconds, strict=True)]
-        speeds = [tokens / own for own in each.seconds]
-        rows.append([each.name, Spread.of(each.seconds).text(2), Spread.of(speeds).text(0), Spread.of(rates).text(3)])
-    lines = ["", f"one process on {device.type}; a step of {tokens} tokens", *table(rows), ""]
-    gflops = Spread.of([peak.flops / best / 1e9 for best in peak.seconds])
-    lines.append(f"peak: {gflops.text(0)} GFLOP/s, of a matrix product of {_SIDE[device.type]} x {_SIDE[device.type]}")
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
-    def ratio(of: str, to: str) -> list[float]:
-        return [b / a for a, b in zip(by_name[of].seconds, by_name[to].seconds, strict=True)]
 
-    lines.append(f"bound on LRC / ordinary by FLOPs, without compose and pull back: {bound_ratio:.3f}")
-    if {LRC, ORDINARY} <= by_name.keys():
-        reached = ratio(LRC, ORDINARY)
-        of_bound = Spread.of([each / bound_ratio for each in reached]).text(3)
-        lines.append(f"tokens/s of LRC / ordinary: {Spread.of(reached).text(3)}, of the bound {of_bound}")
-    if {LRC, NAIVE} <= by_name.keys():
-        lines.append(f"tokens/s of LRC / naive: {Spread.of(ratio(LRC, NAIVE)).text(2)}")
-    if difference is not None:
-        lines.append(f"largest relative difference of LRC's and naive LRC's losses in the same step: {difference:.1e}")
-    return lines
+def _explain_bound(flops: StepFlops, ordinary: StepFlops, tokens: int) -> list[str]:
+    """What is counted, in GFLOPs per token."""
+    per_token = 1e-9 / tokens
+    return [
+        "FLOPs per token, in GFLOP, by matrix products: LRC "
+        f"{flops.teacher_forward * per_token:.3g} teacher, {flops.student_forward * per_token:.3g} student forward, "
+        f"{flops.student_backward * per_token:.3g} backward (both with o_T P_o and o_ffn_T P_down), "
+        f"{flops.projections * per_token:.3g} compose and pull back; ordinary {ordinary.total * per_token:.3g}.",
+        "The bound leaves compose and pull back out; shares of the GEMM peak count them, for naive LRC in every "
+        "micro-batch.",
+    ]
+
+
+def _profile_lines(parts: dict[str, list[float]]) -> list[str]:
+    totals = [sum(values) for values in zip(*parts.values(), strict=True)]
+    rows = [["an LRC step, median (min-max)", "seconds", "share"]]
+    for name, values in parts.items():
+        shares = Spread.of([value / total for value, total in zip(values, totals, strict=True)])
+        rows.append([name, Spread.of(values).text(3), shares.text(3)])
+    return ["", *table([*rows, ["all of it", Spread.of(totals).text(3), ""]])]

@@ -14,6 +14,7 @@ Rejected: gathering logits. It costs the full matrix, and its gradient comes out
 Notation: n tokens, d and D hidden sizes, v this rank's part of the vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,9 +128,16 @@ class _LmAndKl(torch.autograd.Function):
             teacher_logits = None
             if teacher_hidden is not None and teacher_head is not None and is_teacher_wanted:
                 teacher_logits = wide_product(teacher_hidden[chunk], teacher_head[: shard.num_valid])
-            _replace_by_gradient(
-                student_logits, teacher_logits, labels[chunk], weight[chunk], shard, settings, sums, needs_grad
-            )
+            for part in _parts(student_logits, shard):
+                sums += _replace_by_gradient(
+                    student_logits[part],
+                    None if teacher_logits is None else teacher_logits[part],
+                    labels[chunk][part],
+                    weight[chunk][part],
+                    shard,
+                    settings,
+                    needs_grad,
+                )
             del teacher_logits  # before the next chunk's is made
             if hidden_grad is not None and head_grad is not None:
                 # Scaled before it is narrowed: most of a softmax is below what fp16 can hold.
@@ -155,33 +163,16 @@ class _LmAndKl(torch.autograd.Function):
 _LOGITS_IN_CACHE = 1 << 18
 
 
+def _parts(logits: Tensor, shard: VocabularyShard) -> Iterator[slice]:
+    """Tokens of a chunk that are worked on together: on CPU a few, but under tensor parallelism all of them, since each
+    part costs two reductions there; on CUDA all, in few kernels."""
+    at_once = len(logits)
+    if shard.group is None and not logits.is_cuda:
+        at_once = max(1, _LOGITS_IN_CACHE // max(1, logits.shape[1]))
+    return (slice(start, start + at_once) for start in range(0, len(logits), at_once))
+
+
 def _replace_by_gradient(
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor,
-    weight: Tensor,
-    shard: VocabularyShard,
-    settings: HeadLossSettings,
-    sums: Tensor,
-    needs_grad: bool,
-) -> None:
-    """Add a chunk's [LM, tau^2 KL, the teacher's LM] to `sums` [3], and overwrite student_logits [n', v] by the
-    gradient of the weighted losses. teacher_logits are overwritten too.
-
-    On CPU a few tokens at a time, but under tensor parallelism all together, for each part costs two reductions.
-    """
-    at_once = len(labels)
-    if shard.group is None and not student_logits.is_cuda:
-        at_once = max(1, _LOGITS_IN_CACHE // max(1, student_logits.shape[1]))
-    for start in range(0, len(labels), at_once):
-        part = slice(start, start + at_once)
-        teacher_part = None if teacher_logits is None else teacher_logits[part]
-        sums += _losses_of_part(
-            student_logits[part], teacher_part, labels[part], weight[part], shard, settings, needs_grad
-        )
-
-
-def _losses_of_part(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     labels: Tensor,
@@ -190,7 +181,8 @@ def _losses_of_part(
     settings: HeadLossSettings,
     needs_grad: bool,
 ) -> Tensor:
-    """The sums [3]; the rest as in `_replace_by_gradient`."""
+    """Some tokens' [LM, tau^2 KL, the teacher's LM], summed. Overwrites student_logits [n', v] by the gradient of the
+    weighted losses, and teacher_logits."""
     temperature = settings.temperature
     both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
     if shard.num_valid:

@@ -19,6 +19,7 @@ from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
 from megatron_lrc.train.effective_rank import measure_effective_rank
+from megatron_lrc.train.garbage import what_is_there_stays
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.memory import largest_memory_gib
@@ -99,7 +100,7 @@ class Trainer:
     def train(self) -> None:
         """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
-        with self.stopping:
+        with what_is_there_stays(), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import train_with_slow_writers
 from test_guard import train_spoiled
 from test_ordinary_gradients import ordinary
+from test_saving import train_with_slow_writers
 from test_training import continued, make_config, on_layout, records, train, without_times
 from transformers import AutoModelForCausalLM
 

@@ -1,66 +1,133 @@
-"""`benchmark.py step`: table and JSON agree; contestants that compute something else are reported."""
+"""tools/benchmark.py step: its ratios follow from what was measured, and contestants that differ are told apart."""
 
 import json
 import re
+from argparse import ArgumentParser
+from copy import deepcopy
+from statistics import median
 
 import pytest
 
-from hf_teachers import write_llama
-from megatron_lrc.benchmarks import naive
+from hf_teachers import WRITERS
+from megatron_lrc.benchmarks import step
+from megatron_lrc.benchmarks.breakdown import PARTS
+from megatron_lrc.benchmarks.models import add_teacher_flags, open_base
+from megatron_lrc.benchmarks.naive import NaiveClone
+from megatron_lrc.estimate.published import TEACHER_SHAPES
 from tools_path import load_tool
 
 benchmark = load_tool("benchmark").main
+SIZES = ["--student-hidden-size", "24", "--seq-length", "16", "--num-microbatches", "2", "--repeats", "1"]
 
 
-def flags(teacher: str) -> list[str]:
-    return [
-        "step",
-        "--teacher",
-        teacher,
-        "--student-hidden-size",
-        "16",
-        "--seq-length",
-        "32",
-        "--num-microbatches",
-        "2",
+@pytest.fixture(autouse=True)
+def small_gemm(monkeypatch):
+    monkeypatch.setattr(step, "_gemm_size", lambda device: 64)
+
+
+def row_of(out: str, name: str) -> str:
+    (row,) = re.findall(rf"^{re.escape(name)}  .*$", out, re.M)
+    return row
+
+
+def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys):
+    """Ratios are medians over rounds of the seconds in the file; a profile's parts are there and add up."""
+    file = tmp_path / "figures.json"
+    flags = ["--teacher", tiny_llama(is_tied=True), *SIZES, "--repeats", "3", "--profile", "--json", str(file)]
+    assert benchmark(["step", *flags]) == 0
+    out, figures = capsys.readouterr().out, json.loads(file.read_text())
+    seconds = {name: each["seconds"] for name, each in figures["contestants"].items()}
+    assert figures["tokens"] == 32 and all(len(each) == 3 for each in seconds.values())
+
+    over = {
+        name: [other / own for own, other in zip(seconds["lrc"], seconds[name], strict=True)]
+        for name in ("ordinary", "naive")
+    }
+    assert f" {median(over['ordinary']):,.3f} (" in row_of(out, "LRC / ordinary")
+    assert f" {median(over['naive']):,.2f} (" in row_of(out, "LRC / naive LRC (target: 1.5 or more)")
+    shares = [ratio / figures["bound"] for ratio in over["ordinary"]]
+    assert f" {median(shares):,.3f} (" in row_of(out, "measured / bound (target: 0.90 or more)")
+    for name, own in seconds.items():
+        row = row_of(out, step.NAMES[name])
+        rates = zip(own, figures["gemm_flops_per_second"], strict=True)
+        of_peak = median(figures["contestants"][name]["flops"] / each / peak for each, peak in rates)
+        assert f" {median(32 / each for each in own):,.0f} (" in row and f" {of_peak:,.3f} (" in row
+
+    assert list(figures["profile"]) == list(PARTS)
+    for name, values in figures["profile"].items():
+        assert f" {median(values):,.3f} (" in row_of(out, name) and len(values) == 3
+        assert name == "other" or min(values) > 0
+    assert "they are the same method" in out and list(figures["differences"]) == [
+        "LM",
+        "KL",
+        "clone terms",
+        "gradient norm",
     ]
 
 
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
-def test_the_table_the_json_and_equal_losses(tmp_path, capsys, is_tied):
-    write_llama(tmp_path / "teacher", is_tied=is_tied)
-    teacher = str(tmp_path / "teacher")
-    assert benchmark([*flags(teacher), "--repeats", "2", "--json", str(tmp_path / "s.json")]) == 0
+@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
+def test_the_naive_form_is_the_same_method_for_every_family(writer, tmp_path, capsys):
+    """A hidden size that is no multiple of the heads, too."""
+    writer(tmp_path)
+    flags = ["--teacher", str(tmp_path), *SIZES, "--student-hidden-size", "22", "--contestants", "lrc,naive"]
+    assert benchmark(["step", *flags]) == 0
+    assert "they are the same method" in capsys.readouterr().out
+
+
+class OtherAlpha(NaiveClone):
+    def __init__(self, config, *rest, **more):
+        other = deepcopy(config)
+        other.loss.alpha *= 1.1
+        super().__init__(other, *rest, **more)
+
+
+class NoValueTerm(NaiveClone):
+    def _clone_loss(self, layer, site):
+        return super()._clone_loss(layer, site) * (0.0 if (layer, site) == (1, "v") else 1.0)
+
+
+@pytest.mark.parametrize("naive", [OtherAlpha, NoValueTerm])
+def test_a_naive_form_of_something_else_is_not_timed(naive, tiny_llama, monkeypatch, capsys):
+    monkeypatch.setattr(step, "NaiveClone", naive)
+    assert benchmark(["step", "--teacher", tiny_llama(), *SIZES]) == 1
     out = capsys.readouterr().out
-    figures = json.loads((tmp_path / "s.json").read_text())
-    assert list(figures["rounds"]) == ["lrc", "naive", "ordinary", "peak"] and figures["difference"] < 1e-4
-    for name in ("lrc", "naive", "ordinary"):
-        (middle,) = re.findall(rf"^{name} +([0-9.]+) \(", out, re.M)
-        seconds = figures["rounds"][name]["seconds"]
-        assert float(middle) == pytest.approx(sum(seconds) / 2, abs=0.006)
-    lrc, ordinary = (figures["rounds"][name]["seconds"] for name in ("lrc", "ordinary"))
-    ratios = sorted(b / a for a, b in zip(lrc, ordinary, strict=True))
-    assert f"LRC / ordinary: {sum(ratios) / 2:.3f} ({ratios[0]:.3f}-{ratios[1]:.3f})" in out
+    assert "they are NOT the same method, so nothing is timed" in out and "tokens/s" not in out
 
 
-def test_a_naive_form_that_computes_something_else_is_reported(tmp_path, capsys, monkeypatch):
-    losses = naive.NaiveClone._losses
-    monkeypatch.setattr(
-        naive.NaiveClone, "_losses", lambda self, batch: (*losses(self, batch)[:2], 2 * losses(self, batch)[2])
-    )
-    write_llama(tmp_path / "teacher", is_tied=True)
-    teacher = str(tmp_path / "teacher")
-    assert benchmark([*flags(teacher), "--repeats", "1", "--contestants", "naive"]) == 1
-    assert "losses in the same step: 1.0e+00" in capsys.readouterr().out
+def test_a_shape_without_weights_and_a_part_of_the_contestants(tiny_llama, capsys):
+    """In bf16, and from config.json alone."""
+    config = tiny_llama() + "/config.json"
+    flags = ["--teacher-config", config, *SIZES, "--bf16", "--contestants", "ordinary,lrc", "--micro-batch-size", "2"]
+    assert benchmark(["step", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "hidden size 48 to 24; a step of 2 micro-batches of 2 x 16 tokens, bfloat16" in out
+    assert "LRC / ordinary" in out and "naive" not in out.partition("FLOPs per token")[0]
 
 
-def test_errors_are_one_sentence(tmp_path, capsys):
-    write_llama(tmp_path / "teacher", is_tied=True)
-    teacher = str(tmp_path / "teacher")
-    for extra, message in (
-        (["--contestants", "lrc,other"], "--contestants other: expected are some of lrc,ordinary,naive."),
+def test_shapes_of_the_published_runs_are_described():
+    """Every name that --shape takes gives the shape in its table."""
+    parser = ArgumentParser()
+    add_teacher_flags(parser)
+    for name, shape in TEACHER_SHAPES.items():
+        base, reader = open_base(parser.parse_args(["--shape", name]))
+        assert base.shape == shape == reader.description.shape and base.directory.name == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--contestants", "lrc,other"], "--contestants other: expected are any of lrc,ordinary,naive."),
+        (["--contestants", "ordinary,naive"], "--contestants naive needs the contestant lrc."),
+        (["--contestants", "ordinary", "--profile"], "--profile needs the contestant lrc."),
+        (["--student-hidden-size", "0"], "--student-hidden-size 0: expected is a number from 1."),
         (["--num-microbatches", "0"], "--num-microbatches 0: expected is a number from 1."),
-        (["--seq-length", "0"], "--seq-length is 0; it must be at least 1."),
-    ):
-        assert benchmark([*flags(teacher), *extra]) == 2
-        assert message in capsys.readouterr().err
+        (["--fp8-format", "e4m3"], "--fp8-format e4m3 needs --bf16"),
+        (["--fp8-format", "e5m2", "--bf16"], "--fp8-format: "),
+    ],
+)
+def test_errors_are_one_line(flags, message, tiny_llama, capsys):
+    teacher = tiny_llama()
+    capsys.readouterr()  # transformers shows how far writing it has come
+    assert benchmark(["step", "--teacher", teacher, *SIZES, *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

@@ -1,0 +1,112 @@
+"""Where the time of an LRC step goes: hooks on the product's own modules note when each part begins and ends.
+
+Parts are exclusive: the clone losses, which are computed in the middle of the student's forward pass, are not counted
+in it. On a GPU the notes are CUDA events, so that the device never waits for them; time that it spends waiting for the
+host is the part's that is under way.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lrc.clone.sites import CAPTURED_LINEARS
+from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.train.step import Run
+
+COMPOSE, TEACHER, STUDENT, CLONE = "compose", "teacher forward", "student forward", "clone losses, forward"
+HEAD, BACKWARD = "LM and KL losses and their gradients", "backward, clone losses' included"
+PULL_BACK, OPTIMIZER, OTHER = "pull back", "zero, reduce, clip, Adam", "other"
+PARTS: tuple[str, ...] = (COMPOSE, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, PULL_BACK, OPTIMIZER, OTHER)
+
+
+class Timeline:
+    """Notes of one step: which part begins when. Parts nest; the outer one does not count the inner one's time."""
+
+    def __init__(self, device: torch.device):
+        self.is_cuda = device.type == "cuda"
+        self._open: list[str] = []
+        self._notes: list[tuple[Any, str]] = []
+
+    def enter(self, part: str) -> None:
+        self._open.append(part)
+        self._note()
+
+    def leave(self) -> None:
+        self._open.pop()
+        self._note()
+
+    def _note(self) -> None:
+        now: Any = time.perf_counter()
+        if self.is_cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self._notes.append((now, self._open[-1] if self._open else OTHER))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part, from the first note to the last. Forgets the notes."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        sums = dict.fromkeys(PARTS, 0.0)
+        for (start, part), (end, _) in zip(self._notes, self._notes[1:], strict=False):
+            sums[part] += start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
+        self._notes.clear()
+        return sums
+
+
+def breakdown(run: Run, batches: Iterator[dict[str, Tensor]], repeats: int) -> dict[str, list[float]]:
+    """Part -> seconds in each of some steps. The run's hooks stay: what is measured afterwards would be slower."""
+    (stage,) = run.stages
+    assert isinstance(stage, PairedModel)
+    timeline = Timeline(run.groups.device)
+    _watch(stage, timeline)
+    steps = []
+    for _ in range(repeats):
+        _step(run, batches, timeline)
+        steps.append(timeline.seconds())
+    return {part: [step[part] for step in steps] for part in PARTS}
+
+
+def _watch(stage: PairedModel, timeline: Timeline) -> None:
+    def around(module: torch.nn.Module, part: str) -> None:
+        module.register_forward_pre_hook(lambda *_: timeline.enter(part), prepend=True)
+        module.register_forward_hook(lambda *_: timeline.leave())
+
+    around(stage, HEAD)  # what is in neither model
+    around(stage.teacher, TEACHER)
+    around(stage.student, STUDENT)
+    for _, layer in layers_of(stage.student):
+        for name in CAPTURED_LINEARS:
+            linear = layer.get_submodule(name)  # its own hook, between these two, computes the clone loss
+            linear.register_forward_hook(lambda *_: timeline.enter(CLONE), prepend=True)
+            linear.register_forward_hook(lambda *_: timeline.leave())
+
+
+def _step(run: Run, batches: Iterator[dict[str, Tensor]], timeline: Timeline) -> None:
+    """What `train_step` does."""
+
+    def part(name: str, *functions: Any) -> None:
+        timeline.enter(name)
+        for function in functions:
+            function()
+        timeline.leave()
+
+    def backward() -> None:  # and forward, whose parts are inside
+        forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
+
+    def update() -> None:
+        run.optimizer.reduce_gradients(tokens)
+        run.optimizer.clip_and_step()
+
+    for stage in run.stages:
+        stage.sums.reset()
+    part(OPTIMIZER, run.optimizer.zero_grad, run.zero_student_grads)
+    part(COMPOSE, run.compose)
+    part(BACKWARD, backward)
+    part(PULL_BACK, run.pull_back)
+    tokens = run.stages[0].sums.main[3]
+    part(OPTIMIZER, update)

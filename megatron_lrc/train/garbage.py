@@ -1,0 +1,20 @@
+"""Python's garbage collection while steps run."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def what_is_there_stays() -> Iterator[None]:
+    """Collections look only at what has been made since.
+
+    A collection of everything holds up the loop longer than a background save does, and comes when one has made many
+    objects. What it would go through, torch's and megatron-core's modules and a run's, is no garbage.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
