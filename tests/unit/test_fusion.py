@@ -1,11 +1,13 @@
 """What is compiled on a GPU gives, compiled here for the CPU, what it gives as it stands; for every size in one go."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
 
 from megatron_lrc.clone import losses, vocab_parallel
+from megatron_lrc.clone.fusion import fused_on_cuda
 
 HALF = torch.bfloat16
 
@@ -28,6 +30,24 @@ def arguments(name, n, v):
         "_error": (*pair, *weights),
         "_add_error": (torch.randn(n, 2, v).to(HALF), *pair, *weights),
     }[name]
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_what_cannot_be_compiled_says_so_once_and_runs_as_it_is():
+    @fused_on_cuda
+    def doubled(x):
+        torch._dynamo.graph_break()  # which no whole graph can hold
+        return 2 * x
+
+    x = torch.ones(3).as_subclass(OnGpu)
+    with pytest.warns(UserWarning, match=r"^doubled is not compiled and runs slower: .*needs Triton and a C compiler"):
+        assert torch.equal(doubled(x), 2 * x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(doubled(x), 2 * x)
 
 
 @pytest.mark.slow  # compiling takes 20 s
