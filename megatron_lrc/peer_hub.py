@@ -158,7 +158,8 @@ class Hub(threading.Thread):
             self._tell(ask=True)
 
     def _tell(self, **message: Any) -> None:
-        for connection in self._ranks:
+        """Rank 0 last: it may end as soon as it hears, and this thread with it."""
+        for connection, _ in sorted(self._ranks.items(), key=lambda item: item[1].number == 0):
             connection.send(**message)
 
     def _is_time_to_judge(self) -> bool:

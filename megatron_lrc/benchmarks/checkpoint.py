@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     trained, tokens = build(config)
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         rounds, savers = [], Savers.of(config, trained, folder)
-        with what_is_there_stays():  # as in a training
+        with what_is_there_stays(is_on=True):  # as in a training
             measure_round(savers, trained, tokens)
             for number in range(arguments.repeats):
                 rounds.append(measure_round(savers, trained, tokens))

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def what_is_there_stays() -> Iterator[None]:
-    """Collections look only at what has been made since.
+def what_is_there_stays(*, is_on: bool) -> Iterator[None]:
+    """Collections look only at what has been made since; for background saves.
 
     A collection of everything holds up the loop longer than a background save does, and comes when one has made many
     objects. What it would go through, torch's and megatron-core's modules and a run's, is no garbage.
     """
+    if not is_on:
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

@@ -100,7 +100,7 @@ class Trainer:
     def train(self) -> None:
         """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
-        with what_is_there_stays(), self.stopping:
+        with what_is_there_stays(is_on=self.config.checkpoint.async_save), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:

@@ -13,7 +13,7 @@ import pytest
 from test_stopping import steps_of, wait_until
 
 from megatron_lrc import peers
-from megatron_lrc.peer_hub import ANSWER_WITHIN, Hub
+from megatron_lrc.peer_hub import ANSWER_WITHIN, Hub, _Rank
 from worlds import World, training_flags
 
 HOST = socket.gethostname()
@@ -213,3 +213,22 @@ def test_a_rank_takes_no_other_service_for_rank_0(monkeypatch):
         address = {"host": HOST, "port": other.getsockname()[1], "token": "x"}
         with pytest.raises(OSError, match="no answer from rank 0 at 127.0.0.1 or"):
             peers.Peers(1, address)
+
+
+class NotedConnection:
+    """In place of a socket: notes who is told."""
+
+    def __init__(self, told: list[int], number: int):
+        self.told, self.number = told, number
+
+    def send(self, **message: object) -> None:
+        self.told.append(self.number)
+
+
+def test_rank_0_is_told_last_since_it_may_end_at_once_and_the_telling_with_it():
+    told: list[int] = []
+    hub = Hub(is_one_machine=True)
+    hub._ranks = {NotedConnection(told, number): _Rank(number) for number in (0, 2, 1)}  # type: ignore[dict-item]
+    hub._tell(verdict="rank 2 died", ranks=(2,))
+    hub._listener.close()
+    assert told == [2, 1, 0]
