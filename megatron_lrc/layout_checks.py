@@ -31,10 +31,10 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
             "process takes two pieces, one from either half of the sequence, so that causal attention is shared "
             f"equally. Use --seq-length {round_up(config.training.seq_length, 2 * cp)}."
         )
-    if parallel.overlap_grad_reduce and config.has_teacher:
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
         yield (
-            "--overlap-grad-reduce is for --method ordinary: a projection's gradient is made after the backward pass, "
-            "so there is nothing to sum during it. Leave it out."
+            "--ddp-bucket-size is for --overlap-grad-reduce: without it all gradients are summed at once. "
+            "Set that too, or leave it out."
         )
     each = config.model_parallel_size
     if world_size % each:

@@ -149,8 +149,14 @@ class ParallelConfig:
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
     overlap_grad_reduce: bool = setting(
         False,
-        "With --method ordinary: sum gradients over the data-parallel processes while the last backward pass goes on. "
-        "(A projection's gradient is made after it.)",
+        "Sum gradients over the data-parallel processes, a bucket at a time, while others are still being computed: "
+        "those of projections during their pull back, those of --method ordinary during the last backward pass.",
+    )
+    ddp_bucket_size: int | None = setting(
+        None,
+        "Elements of a bucket that --overlap-grad-reduce sums at once, about. Default: megatron-core's, 40 million or "
+        "a million per data-parallel process, whichever is more.",
+        at_least=1,
     )
     distributed_timeout_minutes: float = setting(
         10.0,

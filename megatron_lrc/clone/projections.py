@@ -13,7 +13,7 @@ is a leaf that shares P's values, and what reaches it is added to dP by `pull_ba
 Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,23 +155,29 @@ class Projections(nn.Module):
                     accumulate_in_fp32(leaf.requires_grad_())
 
     @torch.no_grad()
-    def pull_back(self, weights: Iterable[ClonedWeight]) -> None:
+    def pull_back(self, weights: Sequence[ClonedWeight], when_complete: Callable[[nn.Parameter], None]) -> None:
         """Add to each P's gradient what the student's weights and the clone targets have gathered.
 
         Per rank a partial sum over tensor parallel ranks (each has a shard of W_T, and its own tokens' targets);
         summed here, so that a shard's gradient is complete but for the data-parallel sum.
+
+        when_complete: told of each parameter once its gradient is that; the gains first, then from the last matrix to
+        the first, the order in which megatron-core's DDP fills its buckets. Each P has one weight on a stage.
         """
-        for weight in weights:
+        for gain in reversed(list(self.norms.values())):
+            when_complete(gain)
+        for weight in reversed(weights):
+            matrix = self.matrices[_key(weight.projection)]
             grad = gradient_of(weight.student)
-            if grad is None:
-                continue
-            student_grad = select(weight.site, grad, weight.heads)
-            partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)  # [D, d]
-            if weight.projection in self._targets:
-                target_grad = gradient_of(self._targets[weight.projection])
-                if target_grad is not None:
-                    partial += target_grad
-            self._add_gradient(self.matrices[_key(weight.projection)], partial)
+            if grad is not None:
+                student_grad = select(weight.site, grad, weight.heads)
+                partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
+                if weight.projection in self._targets:
+                    target_grad = gradient_of(self._targets[weight.projection])
+                    if target_grad is not None:
+                        partial += target_grad
+                self._add_gradient(matrix, partial)
+            when_complete(matrix)
 
     def _add_gradient(self, shard: nn.Parameter, partial: Tensor) -> None:
         """Sum `partial` [D, d] over tensor parallel ranks and add this rank's rows to its gradient."""

@@ -2,10 +2,13 @@
 
 Gradients come in as sums over tokens and are divided once, by the global token count. The order: pull back (done) ->
 sum what is replicated over TP, what is tied over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
+With --overlap-grad-reduce the data-parallel sum comes first, a bucket at a time as gradients are complete: during the
+last backward pass, or during pull back where that completes them.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +21,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import compat
@@ -38,10 +41,11 @@ class StageOptimizer:
         for stage in stages:
             _mark_for_grad_norm(stage)
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
-        self._is_reduced_in_backward = config.parallel.overlap_grad_reduce
-        if self._is_reduced_in_backward:  # in the last micro-batch's; the schedules look at the first stage
-            no_sync = [replica.no_sync for replica in self.replicas]
-            stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._is_overlapped = config.parallel.overlap_grad_reduce
+        self._is_complete_in_backward = not stages[0].pulls_back
+        if self._is_overlapped and self._is_complete_in_backward:
+            no_sync = [replica.no_sync for replica in self.replicas]  # until the last micro-batch
+            stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # the schedules look there
         optimizer_config = _optimizer_config(config)
         self.optimizer = get_megatron_optimizer(
             optimizer_config,
@@ -62,6 +66,7 @@ class StageOptimizer:
             grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            bucket_size=config.parallel.ddp_bucket_size,
         )
         return DistributedDataParallel(stage.config, ddp_config, stage.trained_module)
 
@@ -108,13 +113,28 @@ class StageOptimizer:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @contextlib.contextmanager
+    def sums_held_back(self) -> Iterator[None]:
+        """Round all forward and backward passes of a step: no sum begins with what pull back is yet to complete."""
+        with contextlib.ExitStack() as replicas:
+            if not self._is_complete_in_backward:
+                for replica in self.replicas:
+                    replicas.enter_context(replica.no_sync())
+            yield
+
+    def gradient_is_complete(self, parameter: nn.Parameter) -> None:
+        """Pull back has completed this gradient: with --overlap-grad-reduce, sum its bucket if that was the last."""
+        if self._is_overlapped:
+            replica = next(one for one in self.replicas if parameter in one.param_to_bucket_group)
+            replica.param_to_bucket_group[parameter].register_grad_ready(parameter)
+
     @torch.no_grad()
     def reduce_gradients(self, num_tokens: Tensor) -> None:
         """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation).
 
-        The sums may come in either order; sums begun in backward are waited for before anything else is added.
+        The sums may come in either order; those begun already are waited for before anything else is added.
         """
-        if self._is_reduced_in_backward:
+        if self._is_overlapped:
             for replica in self.replicas:
                 replica.finish_grad_sync()
         if self.groups.tp.size() > 1 and self._replicated:
@@ -125,7 +145,7 @@ class StageOptimizer:
                 dist.all_reduce(matrix.main_grad, group=self.groups.embedding)
         scale = num_tokens.clamp_min(1).reciprocal()
         for replica in self.replicas:
-            if not self._is_reduced_in_backward:
+            if not self._is_overlapped:
                 replica.finish_grad_sync()
             replica.scale_gradients(scale)
 

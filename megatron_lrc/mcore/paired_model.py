@@ -9,7 +9,7 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a lin
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,6 +81,8 @@ class PairedModel(PipelineStage):
 
     chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     """
+
+    pulls_back = True
 
     def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0):
         super().__init__()
@@ -228,9 +230,9 @@ class PairedModel(PipelineStage):
         """W_S <- f(W_T, P)."""
         self.projections.compose(self.cloned_weights)
 
-    def pull_back(self) -> None:
+    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
         """dP += f^T(W_T, dW_S)."""
-        self.projections.pull_back(self.cloned_weights)
+        self.projections.pull_back(self.cloned_weights, when_complete)
 
     # --- forward ------------------------------------------------------------------------------------------------
 

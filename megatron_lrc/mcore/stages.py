@@ -8,7 +8,7 @@ step goes, on every stage:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,8 @@ class PipelineStage(nn.Module, ABC):
     student: GPTModel
     pre_process: bool
     post_process: bool
+    #: Whether gradients of what is trained are complete after `pull_back` only, not when backward has left them.
+    pulls_back: bool = False
 
     @property
     @abstractmethod
@@ -129,8 +131,11 @@ class PipelineStage(nn.Module, ABC):
     def compose(self) -> None:
         """Make the student's weights from what is trained, if they are not that."""
 
-    def pull_back(self) -> None:
-        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it."""
+    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
+        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it.
+
+        when_complete: told of each trained parameter whose gradient is complete but for the data-parallel sum.
+        """
 
     def set_is_first_microbatch(self) -> None:
         """The schedules call it before the first micro-batch. The student's weights may have changed since the last

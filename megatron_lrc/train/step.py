@@ -42,7 +42,7 @@ class Run:
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S) on every stage."""
         for stage in self.stages:
-            stage.pull_back()
+            stage.pull_back(self.optimizer.gradient_is_complete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,8 @@ def train_step(
     _reset_losses(run.stages)
 
     run.compose()  # W_S <- f(W_T, P) in place, no autograd
-    forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
+    with run.optimizer.sums_held_back():
+        forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
     run.pull_back()  # dP: complete but for the data-parallel sum
 
     losses, summed_votes = _reduce_losses(run.stages, votes() if votes else None)

@@ -72,36 +72,6 @@ def qwen(tmp_path_factory):
 @pytest.mark.parametrize("version, is_tied", [(2, True), (3, False)])
 @pytest.mark.parametrize(
     "ranks, layout",
-    [
-        (2, {}),
-        (2, {"dist_opt": True}),
-        pytest.param(4, {"pp": 2, "chunks": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2}, marks=pytest.mark.slow),
-    ],
-    ids=["DP2", "DP2-distributed-optimizer", "DP2xPP2x2", "DP2xTP2"],
-)
-def test_sums_of_gradients_during_backward_are_those_after_it(
-    qwen, tiny_text, tmp_path, version, is_tied, ranks, layout
-):
-    """With two micro-batches a step: only the last one's backward may begin them."""
-    config = on_layout(
-        ordinary_config(qwen(version, is_tied=is_tied, num_layers=4), tiny_text, tmp_path / "after", steps=3), **layout
-    )
-    config.training.global_batch_size = 4 * config.training.micro_batch_size
-    train(config, ranks)
-    during = saved_in(config, tmp_path / "during")
-    train(replace(during, parallel=replace(config.parallel, overlap_grad_reduce=True)), ranks)
-    for line, reference in zip(records(tmp_path / "during"), records(tmp_path / "after"), strict=True):
-        norms, expected = ({"all": one["grad_norm"], **one.get("grad_norm_by_group", {})} for one in (line, reference))
-        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-6)
-        assert norms.keys() == expected.keys()
-        for name, norm in expected.items():
-            assert norms[name] == (norm and pytest.approx(norm, rel=1e-6)), name
-
-
-@pytest.mark.parametrize("version, is_tied", [(2, True), (3, False)])
-@pytest.mark.parametrize(
-    "ranks, layout",
     [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"cp": 2}), (2, {"dist_opt": True}), (4, {"tp": 2, "pp": 2, "chunks": 2})],
     ids=["TP2+SP", "PP2", "CP2", "DP2-distributed-optimizer", "TP2+SPxPP2x2"],
 )

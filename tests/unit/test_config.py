@@ -87,7 +87,7 @@ def test_the_fixture_is_valid(config):
             2,
             "two ways to divide the layers",
         ),
-        ({"overlap_grad_reduce": True}, 1, "--overlap-grad-reduce is for --method ordinary"),
+        ({"ddp_bucket_size": 1000}, 1, "--ddp-bucket-size is for --overlap-grad-reduce"),
         ({"bf16": True, "fp16": True}, 1, "--bf16 and --fp16 are both given"),
         ({"loss_scale": 2.0}, 1, "--loss-scale 2.0 means nothing without --fp16"),
         ({"fp16": True, "min_loss_scale": 4.0, "initial_loss_scale": 2.0}, 1, "--min-loss-scale 4.0 is above"),
