@@ -131,7 +131,7 @@ class BackgroundWriter:
             place.tensor(memory).copy_(tensor)
         left = iter(places)
         return len(memory), [
-            (path, name, (objects, [(item, next(left)) for item, _ in tensors]))
+            (path, name, (objects, [(index, next(left)) for index, _ in tensors]))
             for path, name, (objects, tensors) in buckets
         ]
 
@@ -154,6 +154,7 @@ def serve(connection_file: int, memory_file: int, parent: int) -> None:
     """Write what comes until the rank says that it was the last, or is no more."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(10)  # where training needs every core, it goes first
     torch.set_num_threads(1)
     memory: mmap.mmap | None = None
     with Connection(connection_file) as connection, contextlib.suppress(EOFError, BrokenPipeError):
@@ -169,7 +170,7 @@ def serve(connection_file: int, memory_file: int, parent: int) -> None:
 
 def _with_tensors(bucket: Any, memory: mmap.mmap) -> Bucket:
     path, name, (objects, staged) = bucket
-    return path, name, (objects, [(item, place.tensor(memory)) for item, place in staged])
+    return path, name, (objects, [(index, place.tensor(memory)) for index, place in staged])
 
 
 def _die_with(parent: int) -> None:

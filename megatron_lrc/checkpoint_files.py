@@ -34,7 +34,8 @@ class FileSum:
         return cls(size, crc32)
 
 
-#: Of one file: path, name in the checkpoint, and what goes into it: (item, BytesIO) of objects, (item, tensor).
+#: Of one file: path, name in the checkpoint, and what goes into it: (index, BytesIO) of objects, (index, tensor); the
+#: indices are torch's (MetadataIndex).
 Bucket = tuple[str, str, tuple[list[tuple], list[tuple]]]
 
 #: What megatron-core wants to know of the files, by their place; or what failed. And the sums of the files, by name.
@@ -72,14 +73,14 @@ def _write_file(path: Path, name: str, items: list[tuple]) -> tuple[list[WriteRe
     results = []
     with open(path, "wb", buffering=0) as raw, io.BufferedWriter(raw) as file:
         stream = _Summing(file)
-        for item, content in items:
+        for index, content in items:
             start = stream.size
             if isinstance(content, io.BytesIO):
                 stream.write(content.getbuffer())
             else:
                 torch.save(content, stream)  # type: ignore[arg-type] (it only writes)
             place = _StorageInfo(name, start, stream.size - start)
-            results.append(WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place))
+            results.append(WriteResult(index=index, size_in_bytes=place.length, storage_data=place))
         file.flush()
         os.fsync(raw.fileno())
         with contextlib.suppress(OSError):  # so that the disk is read, not the cache; where the file system can

@@ -5,10 +5,11 @@ Communication counts as not overlapped with computation, which is what this pack
 more forward pass of the student's and the teacher's recomputed blocks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_lrc.config import Config, ModelShape
-from megatron_lrc.estimate.activations import FP32, bytes_per_element
+from megatron_lrc.estimate.communication import Traffic, traffic
 from megatron_lrc.estimate.devices import GPUS_PER_NODE, Gpu
 from megatron_lrc.estimate.flops import head_flops, layer_flops, step_flops
 from megatron_lrc.estimate.stage import Stage, stages_of
@@ -63,7 +64,7 @@ def step_time(
     return StepTime(
         compute=per_gpu + flops.projections / world_size / speed,
         bubble=bubble + slowest - per_gpu,
-        communication=_communication(config, teacher, student, world_size, gpu),
+        communication=_communication(stages_of(config, teacher, student), world_size, gpu),
         tokens=training.global_batch_size * training.seq_length,
     )
 
@@ -91,37 +92,26 @@ def _imbalance(config: Config, teacher: ModelShape, student: ModelShape) -> floa
     return max(work) / (sum(work) / len(work))
 
 
-def _communication(config: Config, teacher: ModelShape, student: ModelShape, world_size: int, gpu: Gpu) -> float:
-    """Seconds of a rank's collectives and sends, by volume over the speed of the link that the group crosses."""
-    parallel, e = config.parallel, bytes_per_element(config)
-    tp, cp, pp = (
-        parallel.tensor_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
-    micro_batches = config.num_microbatches(world_size)
-    tokens = config.training.micro_batch_size * config.training.seq_length / cp * micro_batches  # of a rank's step
-    layers = teacher.num_layers / pp
+def _communication(stages: Iterable[Stage], world_size: int, gpu: Gpu) -> float:
+    """Seconds of the collectives and sends of the rank that has most of them: volume over the speed of the link that
+    the group crosses."""
+    return max(_seconds(stage, traffic(stage, world_size=world_size), world_size, gpu) for stage in stages)
 
-    def seconds(volume: float, reach: int) -> float:
+
+def _seconds(stage: Stage, sent: Traffic, world_size: int, gpu: Gpu) -> float:
+    parallel = stage.config.parallel
+    tp = parallel.tensor_model_parallel_size
+    with_cp = tp * parallel.context_parallel_size
+    with_dp = with_cp * stage.config.data_parallel_size(world_size)
+
+    def over(volume: float, reach: int) -> float:
         """reach: over how many neighbouring ranks the group extends."""
         link = gpu.nvlink if reach <= GPUS_PER_NODE else NODE_LINK
         return volume / (link * LINK_EFFICIENCY)
 
-    # Sequence parallel: two gathers and two scatters a layer in forward, as many in backward, and the inputs again.
-    width = 4 * teacher.hidden_size + 10 * student.hidden_size
-    total = seconds(tokens * layers * width * e * (tp - 1) / tp, tp)
-    # Keys and values of both models, the student's gradients too.
-    features = 2 * teacher.num_query_groups * teacher.head_dim / tp
-    total += seconds(3 * tokens * layers * features * e * (cp - 1), tp * cp)
-    # Both hidden states forward, and back their gradient.
-    if pp > 1:
-        both = (teacher.hidden_size + student.hidden_size) / tp
-        total += seconds(2 * tokens * both * e * config.num_chunks, world_size)
-    stage: Stage = next(iter(stages_of(config, teacher, student)))
-    replicas = config.data_parallel_size(world_size) * cp
-    per_rank = stage.projection_elements * (2 * FP32 if not parallel.use_distributed_optimizer else FP32 + e)
-    total += seconds(per_rank * (replicas - 1) / replicas, tp * cp * config.data_parallel_size(world_size))
-    # P gathered for the composition, its gradient scattered.
-    whole = stage.projection_elements * tp
-    return total + seconds(whole * (e + FP32) * (tp - 1) / tp, tp)
+    return (
+        over(sent.over_tp, tp)
+        + over(sent.context, with_cp)
+        + over(sent.data, with_dp)
+        + over(sent.pipeline + sent.ends, world_size)
+    )

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lrc.background_writer import BackgroundWriter
-from megatron_lrc.checkpoint_files import FileSum, Written, reason, write_files
+from megatron_lrc.checkpoint_files import Bucket, FileSum, Written, reason, write_files
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.checkpoint import sharded_bytes, sharded_state
@@ -97,7 +97,7 @@ class CheckpointWriter:
         with _without_collecting():
             request, index_results = compat.request_save(values, partial, self._strategy, is_checked=self._is_checked)
         self._is_checked = True
-        buckets = request.preload_fn() if request.preload_fn else []
+        buckets = [_with_indices(bucket) for bucket in request.preload_fn()] if request.preload_fn else []
         shape = stages[0].shapes.student
         pending = _Pending(final, partial, replace(state), shape, request.finalize_fns, index_results, written=None)
         if self._background is None or not self._background.start(buckets):
@@ -178,6 +178,13 @@ class CheckpointWriter:
         if failure is not None:
             raise SaveFailed(failure)
         return value
+
+
+def _with_indices(bucket: Any) -> Bucket:
+    """megatron-core's description of a file, with no more of each planned item than the file's index will need."""
+    path, name, (objects, tensors) = bucket
+    first, second = ([(item.index, content) for item, content in items] for items in (objects, tensors))
+    return path, name, (first, second)
 
 
 @contextlib.contextmanager

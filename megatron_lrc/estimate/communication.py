@@ -1,0 +1,121 @@
+"""What one rank sends in an optimizer step, counted from shapes.
+
+Collectives count as rings send them: of a tensor that n ranks hold in parts, or sum into parts, each sends (n - 1) / n;
+an all-reduce is both. Left out is what does not grow with the model or the batch: loss sums, gradient norms.
+
+Notation: D teacher hidden, d student hidden; `whole(h)` are the bytes of a micro-batch's activations of width h, over
+all tensor parallel ranks, of this context parallel rank's tokens.
+"""
+
+from dataclasses import dataclass
+
+from megatron_lrc.estimate.activations import FP32, bytes_per_element
+from megatron_lrc.estimate.stage import Stage
+
+#: fp32 numbers per token that the tensor parallel ranks exchange for LM and KL: two maxima, seven sums.
+_HEAD_SUMS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a rank sends in a step, by the ranks that it exchanges them with.
+
+    tensor: activations, and what LM and KL need of the vocabulary's parts. projections: P gathered by compose, its
+    gradient scattered by pull back, gains' gradients. Both go over TP. ends: a tied P's gradient and value, between the
+    first and the last stage.
+    """
+
+    tensor: float
+    projections: float
+    context: float
+    pipeline: float
+    data: float
+    ends: float
+
+    @property
+    def over_tp(self) -> float:
+        return self.tensor + self.projections
+
+
+def traffic(stage: Stage, *, world_size: int) -> Traffic:
+    """Of a rank of this stage. The stage's configuration is resolved for the world."""
+    config, parallel = stage.config, stage.config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    e, num_microbatches = bytes_per_element(config), config.num_microbatches(world_size)
+    tokens = config.training.micro_batch_size * config.training.seq_length / cp
+
+    return Traffic(
+        tensor=num_microbatches * _activations(stage, tokens) * (tp - 1) / tp,
+        projections=_projections(stage) * (tp - 1) / tp,
+        context=num_microbatches * _keys_and_values(stage, tokens) * (cp - 1),
+        pipeline=num_microbatches * _neighbours(stage) * tokens * _widths(stage) * e / tp,
+        data=_gradients(stage, config.data_parallel_size(world_size) * cp),
+        ends=_tied(stage),
+    )
+
+
+def _widths(stage: Stage) -> int:
+    return stage.teacher.hidden_size + stage.student.hidden_size
+
+
+def _activations(stage: Stage, tokens: float) -> float:
+    """Gathered or scattered over TP in one micro-batch.
+
+    Attention and MLP each gather their input and scatter their output. In backward the student's do the reverse, and
+    gather the input once more for the weights' gradients. At the ends: embeddings scattered, the head's inputs
+    gathered, and the student's gradients of these.
+    """
+    teacher, student = stage.teacher.hidden_size, stage.student.hidden_size
+    e = bytes_per_element(stage.config)
+    again = _blocks_run_again(stage)
+    blocks = 2 * stage.num_layers
+    width = blocks * (2 * teacher + 5 * student) + again * 2 * (teacher + student)
+    width += (stage.is_first + stage.is_last) * (teacher + 2 * student)
+    head = 2 * _HEAD_SUMS * FP32 * tokens * stage.is_last  # an all-reduce
+    return tokens * width * e + head
+
+
+def _blocks_run_again(stage: Stage) -> float:
+    """Attention and MLP blocks of this stage that recomputation runs a second time, in both models."""
+    parallel = stage.config.parallel
+    if parallel.recompute_granularity == "full":
+        layers = stage.num_layers
+        if parallel.recompute_method == "block":
+            layers = sum(min(parallel.recompute_num_layers, len(chunk)) for chunk in stage.layers)
+        return 2.0 * layers
+    if parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
+        return 1.0 * stage.num_layers
+    return 0.0
+
+
+def _projections(stage: Stage) -> float:
+    """P in its own precision, dP in fp32; the gains' gradients are summed."""
+    whole = stage.projection_elements * stage.tp
+    gains = stage.gain_elements(stage.student)
+    return whole * (bytes_per_element(stage.config) + FP32) + 2 * gains * FP32
+
+
+def _keys_and_values(stage: Stage, tokens: float) -> float:
+    """A rank's own keys and values in one micro-batch: the teacher's once, the student's forward and backward."""
+    features = 2 * stage.teacher.num_query_groups * stage.teacher.head_dim / stage.tp
+    return 3 * tokens * features * bytes_per_element(stage.config) * stage.num_layers
+
+
+def _neighbours(stage: Stage) -> int:
+    """Sends of a micro-batch: each chunk's result forward, but the last one's; its gradient back, but the first's."""
+    return 2 * len(stage.layers) - stage.is_first - stage.is_last
+
+
+def _gradients(stage: Stage, replicas: int) -> float:
+    elements = stage.projection_elements + stage.gain_elements(stage.student)
+    back = bytes_per_element(stage.config) if stage.config.parallel.use_distributed_optimizer else FP32
+    return elements * (FP32 + back) * (replicas - 1) / replicas
+
+
+def _tied(stage: Stage) -> float:
+    """The gradient summed over both ends, and the first one's value sent to the last."""
+    is_shared = stage.student.is_tied and stage.config.parallel.pipeline_model_parallel_size > 1
+    if not is_shared or not (stage.is_first or stage.is_last):
+        return 0.0
+    rows = stage.projection_size / stage.tp
+    return rows * (FP32 + bytes_per_element(stage.config) * stage.is_first)
