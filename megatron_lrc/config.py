@@ -26,6 +26,9 @@ from .settings import (
 
 DEFAULT_WARMUP_FRACTION = 0.005
 
+#: Every cloned matrix: those of a layer, and the two ends.
+MATRICES = (*CLONE_TERMS, "embed", "lm_head")
+
 
 class ConfigError(ValueError):
     """What the user asked for cannot be done. The message says what was wrong, what was expected and what to do."""
@@ -109,8 +112,32 @@ class Config:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher runs beside the student, and projections of its weights are what is trained."""
+        """Whether a teacher runs beside the student."""
+        return self.model.method != "ordinary"
+
+    @property
+    def is_clone(self) -> bool:
+        """Whether the student's weights are made of the teacher's, at least to begin with."""
         return self.model.method == "lrc"
+
+    @property
+    def open_step(self) -> int | None:
+        """After which step --open-after opens the student; None: never."""
+        after = self.projection.open_after
+        if after is None or after >= 1:
+            return after if after is None else int(after)
+        return int(after * self.training.train_iters + 0.5)
+
+    def own_matrices(self, *, is_open: bool) -> frozenset[str]:
+        """Matrices, of MATRICES, that the student beside a teacher has as its own; the others are composed.
+
+        is_open: whether --open-after has come.
+        """
+        if not self.is_clone:
+            return frozenset(MATRICES)
+        if not is_open:
+            return frozenset()
+        return frozenset(("gate", "up", "down") if self.projection.open_matrices == "mlp" else MATRICES)
 
     @property
     def base_model(self) -> str | None:
@@ -129,7 +156,7 @@ class Config:
 
     def clone_terms_of(self, layer: int) -> set[str]:
         """Names of the clone terms that are on in a layer (from 0); none if alpha is 0."""
-        terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha and self.has_teacher else [])
+        terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha and self.is_clone else [])
         return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -165,7 +192,7 @@ class Config:
         """Whether one projection serves embedding and LM head: the rule of --untie-embeddings-and-output-weights."""
         if self.model.untie_embeddings_and_output_weights is not None:
             return not self.model.untie_embeddings_and_output_weights
-        return teacher.is_tied and self.projection.init != "pca"
+        return teacher.is_tied and not (self.is_clone and self.projection.init == "pca")
 
     def student_shape(self, teacher: ModelShape) -> ModelShape:
         """The student's shape: the teacher's but for the hidden size, and maybe the tying; with --student that model's,

@@ -95,7 +95,7 @@ def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
         "KV heads": teacher.num_query_groups,
         "FFN features": teacher.ffn_hidden_size,
     }
-    if config.has_teacher:
+    if config.is_clone:
         sizes["hidden features"] = teacher.hidden_size
     undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
     if undivided:

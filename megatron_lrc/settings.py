@@ -24,11 +24,11 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 class ModelConfig:
     """Teacher and student."""
 
-    method: Literal["lrc", "ordinary"] = setting(
+    method: Literal["lrc", "ordinary", "logits"] = setting(
         "lrc",
         "lrc: the student is a low-rank clone of --teacher. ordinary: the student alone is trained, all of it, on the "
         "LM loss; from --student on, or anew (--init-method-std), shaped by --teacher's config.json and "
-        "--student-hidden-size.",
+        "--student-hidden-size. logits: such a new student, all of it, on the LM and KL losses beside --teacher.",
     )
     student: str | None = setting(
         None,
@@ -64,11 +64,23 @@ class ProjectionConfig:
     )
     init_method_std: float = setting(
         0.02,
-        "Standard deviation of --init random; and of a new model's matrices with --method ordinary, for o and down "
-        "divided by the square root of twice the number of layers.",
+        "Standard deviation of --init random; and of a new model's matrices with --method ordinary and logits, for o "
+        "and down divided by the square root of twice the number of layers.",
         above=0,
     )
     calibration_tokens: int = setting(65536, "Training tokens that --init pca runs through the teacher.", at_least=1)
+    open_after: float | None = setting(
+        None,
+        "After so many steps (below 1: that fraction of --train-iters), drop the projections of --open-matrices: the "
+        "student's own matrices, which they have made, are trained from there on, on the same losses. Default: never.",
+        above=0,
+    )
+    open_matrices: Literal["mlp", "all"] = setting(
+        "mlp", "What --open-after opens. mlp: gate, up and down; all: every matrix, q, k and v biases, q and k norms."
+    )
+    open_lr: float | None = setting(
+        None, "Peak learning rate from --open-after on, in the same schedule. Default: --lr.", above=0
+    )
 
 
 @dataclass(kw_only=True, slots=True)

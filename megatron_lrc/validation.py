@@ -7,14 +7,14 @@ answer. What the data holds (files, tokenizer, vocabulary) is checked where it i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
 from .layout_checks import check_batches, check_layout, check_overlap, check_pipeline, check_tensor_parallel
 from .precision_checks import check_fp8_sizes, check_precision
-from .settings import CLONE_TERMS, LossConfig
+from .settings import CLONE_TERMS, LossConfig, ProjectionConfig
 
 
 def raise_all(errors: list[str]) -> None:
@@ -89,6 +89,11 @@ def check_model(config: Config) -> Iterator[str]:
         yield from check_directory("--teacher", teacher)
     if config.model.student_hidden_size is None:
         yield "--student-hidden-size is missing: the student's hidden size, below the teacher's."
+    if not config.is_clone:
+        if given := flags_set(config, CLONE_ONLY):
+            yield f"{given} cannot go with --method {config.model.method}, which has no projections. Leave it out."
+        return
+    yield from check_opening(config)
     if config.projection.init == "pca" and config.model.untie_embeddings_and_output_weights is False:
         yield (
             "--no-untie-embeddings-and-output-weights cannot go with --init pca, whose closed form needs a projection "
@@ -96,8 +101,31 @@ def check_model(config: Config) -> Iterator[str]:
         )
 
 
+#: What means something only for projections and the clone loss.
+CLONE_ONLY = {*(field.name for field in fields(ProjectionConfig))} - {"init_method_std"} | {
+    *("alpha", "clone_terms", "clone_attention_output", "detach_clone_targets")
+}
 #: What means something only where there is a teacher, but its model flags.
-TEACHER_ONLY = {"init", "calibration_tokens", *(field.name for field in fields(LossConfig))} - {"loss_chunk_tokens"}
+TEACHER_ONLY = CLONE_ONLY | {field.name for field in fields(LossConfig)} - {"loss_chunk_tokens"}
+
+
+def flags_set(config: Config, names: Collection[str]) -> str:
+    """Flags among these fields of projection and loss that differ from their defaults, joined by `and`."""
+    return " and ".join(
+        flag_of(field.name)
+        for section in (config.projection, config.loss)
+        for field in fields(section)
+        if field.name in names and getattr(section, field.name) != getattr(type(section)(), field.name)
+    )
+
+
+def check_opening(config: Config) -> Iterator[str]:
+    after = config.projection.open_after
+    if after is None:
+        if given := flags_set(config, {"open_matrices", "open_lr"}):
+            yield f"{given} needs --open-after, which says when. Set that too, or leave it out."
+    elif after >= 1 and after != int(after):
+        yield f"--open-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
 
 
 def check_ordinary(config: Config) -> Iterator[str]:
@@ -119,15 +147,8 @@ def check_ordinary(config: Config) -> Iterator[str]:
         )
     else:
         yield from check_directory("--teacher", model.teacher)
-    sections = (config.projection, config.loss)
-    given = [
-        flag_of(field.name)
-        for section in sections
-        for field in fields(section)
-        if field.name in TEACHER_ONLY and getattr(section, field.name) != getattr(type(section)(), field.name)
-    ]
-    if given:
-        yield f"{' and '.join(given)} cannot go with --method ordinary, which has no teacher. Leave it out."
+    if given := flags_set(config, TEACHER_ONLY):
+        yield f"{given} cannot go with --method ordinary, which has no teacher. Leave it out."
 
 
 def check_directory(flag: str, path: str) -> Iterator[str]:
@@ -143,7 +164,7 @@ RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 def check_losses(config: Config) -> Iterator[str]:
     loss = config.loss
-    if not (loss.lm_weight or loss.kl_weight or loss.alpha):
+    if not (loss.lm_weight or loss.kl_weight or (loss.alpha and config.is_clone)):
         yield "--lm-weight, --kl-weight and --alpha are all 0: nothing is left to train on. Give one a weight."
     for text in loss.clone_terms:
         try:
@@ -250,7 +271,7 @@ def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
             f"--student-hidden-size {student_hidden_size} is above the teacher's {teacher.hidden_size}: --init pca "
             f"takes that many orthogonal directions out of {teacher.hidden_size}. Use at most {teacher.hidden_size}."
         )
-    if config.is_student_tied(teacher) and not teacher.is_tied:
+    if config.is_clone and config.is_student_tied(teacher) and not teacher.is_tied:
         yield (
             "--no-untie-embeddings-and-output-weights cannot tie the student: the teacher's embedding and LM head are "
             "two matrices, so what one projection makes of them differs. Leave it out."
@@ -270,7 +291,7 @@ def check_clone_layers(config: Config, teacher: ModelShape) -> Iterator[str]:
 def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
     student_hidden_size, seq_length = config.model.student_hidden_size, config.training.seq_length
     is_wide = student_hidden_size is not None and student_hidden_size >= teacher.hidden_size
-    if config.has_teacher and config.projection.init == "random" and is_wide:
+    if config.is_clone and config.projection.init == "random" and is_wide:
         yield (
             f"--student-hidden-size {student_hidden_size} is not below the teacher's {teacher.hidden_size}: "
             "the student will not be smaller."

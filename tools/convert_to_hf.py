@@ -61,15 +61,18 @@ def convert(flags: argparse.Namespace) -> None:
     from megatron_lrc.hf.families import rope_inverse_frequencies
     from megatron_lrc.hf.forward import fixed_tokens
     from megatron_lrc.hf.safetensors_writer import parse_size
-    from megatron_lrc.hf.student_config import model_card, ordinary_model_card, student_family
+    from megatron_lrc.hf.student_config import model_card, own_model_card, student_family
     from megatron_lrc.mcore.layer_by_layer import layer_by_layer
     from megatron_lrc.train.metrics import last_validation
-    from megatron_lrc.verify.sources import open_student, trained_weight
+    from megatron_lrc.verify.sources import open_student, student_weight
 
     max_shard_size = parse_size(flags.max_shard_size)
     student, teacher = open_student(flags.load, flags.teacher)
-    if flags.save_projections and student.weights is not None:
-        raise ConfigError(f"--save-projections: {student.path} is of ordinary training and has none. Leave it out.")
+    if flags.save_projections and not student.is_composed:
+        raise ConfigError(
+            f"--save-projections: the student of {student.path} has matrices of its own, which no projection makes. "
+            "Leave it out."
+        )
     family = student_family(teacher, student.shape.hidden_size, flags.arch)
     described = {
         "family": family,
@@ -90,7 +93,7 @@ def convert(flags: argparse.Namespace) -> None:
             "verify": not flags.no_verify,
             "source": source,
         }
-        if student.weights is None:
+        if student.is_composed:
             export_student(
                 teacher=teacher,
                 projections=student.projections,
@@ -106,12 +109,17 @@ def convert(flags: argparse.Namespace) -> None:
                 **common,
             )
         else:
-            is_new = student.config.model.student is None
             export_model(
                 base=teacher,
                 shape=student.shape,
-                weight_of=trained_weight(student),
-                model_card=ordinary_model_card(base=teacher, shape=student.shape, is_new=is_new, **described),
+                weight_of=student_weight(student, teacher),
+                model_card=own_model_card(
+                    base=teacher,
+                    shape=student.shape,
+                    config=student.config,
+                    opened_at=student.opened_at,
+                    **described,
+                ),
                 **common,
             )
     print(f"{flags.output}: {family.architecture} of hidden size {student.shape.hidden_size}, step {student.step}")

@@ -13,7 +13,7 @@ is a leaf that shares P's values, and what reaches it is added to dP by `pull_ba
 Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class ClonedWeight:
     """A student weight and where it comes from. Fused weights have one entry for each of their sites.
 
     projection: global name of the P that generates it (`embed` also for the LM head of a tied student).
+    is_own: no longer, or never, generated: the student has it as its own.
     teacher, student: this rank's shards of the whole, possibly fused, matrices; equal but for the projected width.
     """
 
@@ -38,6 +39,7 @@ class ClonedWeight:
     teacher: Tensor
     student: nn.Parameter
     heads: HeadLayout
+    is_own: bool = False
 
 
 def accumulate_in_fp32(parameter: Tensor) -> None:
@@ -81,6 +83,7 @@ class Projections(nn.Module):
     """The trainable part of one stage.
 
     names: global names of this stage's projections (`sites.projection_names`).
+    fixed: those of them that are no longer trained and generate no weight, but project the clone loss's targets.
     norms: global name -> the student's gain, held by reference.
     tp_group: shards every P on its first dimension; None is a group of one.
     """
@@ -90,6 +93,7 @@ class Projections(nn.Module):
         names: Sequence[str],
         norms: dict[str, nn.Parameter],
         *,
+        fixed: Collection[str] = (),
         teacher_size: int,
         student_size: int,
         tp_group: ProcessGroup | None,
@@ -105,6 +109,8 @@ class Projections(nn.Module):
         self.matrices = nn.ParameterDict(
             {_key(name): nn.Parameter(torch.zeros(rows, student_size, dtype=dtype, device=device)) for name in names}
         )
+        for name in fixed:
+            self.matrices[_key(name)].requires_grad_(False)
         self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
         self._targets: dict[str, Tensor] = {}
         self._are_detached: dict[str, bool] = {}  # of the names in use as targets
@@ -135,7 +141,7 @@ class Projections(nn.Module):
 
     def add_target(self, name: str, *, is_detached: bool) -> None:
         """Have `compose` make a target of a projection; is_detached: one that passes no gradient to it."""
-        self._are_detached[name] = is_detached
+        self._are_detached[name] = is_detached or not self.matrices[_key(name)].requires_grad
 
     def target(self, name: str) -> Tensor:
         """The leaf [D, d] through which the clone loss projects the teacher's outputs; renewed by `compose`."""
@@ -143,12 +149,15 @@ class Projections(nn.Module):
 
     @torch.no_grad()
     def compose(self, weights: Iterable[ClonedWeight]) -> None:
-        """Set every student weight from the teacher's. Forgets the gradients of the targets."""
+        """Set every student weight that is not its own from the teacher's. Forgets the gradients of the targets."""
         self._targets.clear()
         for weight in weights:
+            if weight.is_own and weight.projection not in self._are_detached:
+                continue
             projection = self.full(weight.projection)
-            student = select(weight.site, weight.student, weight.heads)
-            student.copy_(compose(weight.site, select(weight.site, weight.teacher, weight.heads), projection))
+            if not weight.is_own:
+                student = select(weight.site, weight.student, weight.heads)
+                student.copy_(compose(weight.site, select(weight.site, weight.teacher, weight.heads), projection))
             if weight.projection in self._are_detached:
                 self._targets[weight.projection] = leaf = projection.detach()
                 if not self._are_detached[weight.projection]:
@@ -167,6 +176,8 @@ class Projections(nn.Module):
         for gain in reversed(list(self.norms.values())):
             when_complete(gain)
         for weight in reversed(weights):
+            if weight.is_own:
+                continue
             matrix = self.matrices[_key(weight.projection)]
             grad = gradient_of(weight.student)
             if grad is not None:

@@ -57,7 +57,7 @@ def step_flops(config: Config, teacher: ModelShape, student: ModelShape, *, repl
         teacher_forward=tokens * (teacher_layers + teacher_head),
         student_forward=tokens * (student_layers + student_head + clone_forward),
         student_backward=tokens * (2 * (student_layers + student_head) + clone_backward),
-        projections=replicas * projection_flops(config, teacher, student) if config.has_teacher else 0.0,
+        projections=replicas * projection_flops(config, teacher, student) if config.is_clone else 0.0,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 import transformers
 
-from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
 
@@ -120,35 +120,53 @@ nothing but the projections and the norm gains was trained. Everything else is t
 {_listed(settings)}"""
 
 
-def ordinary_model_card(
+def own_model_card(
     *,
     base: TeacherDescription,
     family: Family,
     shape: ModelShape,
     tokens: int,
     steps: int,
-    is_new: bool,
+    config: Config,
+    opened_at: int | None = None,
     losses: Mapping[str, float] | None = None,
     settings: Iterable[str] = (),
 ) -> str:
-    """README.md of a model that was trained by itself. base: the model that it started from, or if it is_new the one
-    whose config.json and tokenizer it has. Other arguments: as of `model_card`."""
+    """README.md of a model that has matrices of its own. base: its teacher, or the model that it started from or has
+    the config.json of. opened_at: the step after which a clone was opened. Other arguments: as of `model_card`."""
     name, hidden = base.directory.resolve().name, shape.hidden_size
     table = _table(family, shape, is_tied=shape.is_tied, tokens=tokens, steps=steps, losses=losses or {})
-    start = f"anew, in the shape of `{name}` but for its hidden size" if is_new else f"from the weights of `{name}`"
+    suffix, how = _origin(config, name, opened_at)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {name}-{"new" if is_new else "trained"}-{hidden}
+# {name}-{suffix}-{hidden}
 
-A language model of hidden size {hidden}, trained with megatron_lrc by the method `ordinary`: all of its weights, on the
-language-modelling loss alone. It started {start}.
+A language model of hidden size {hidden}, trained with megatron_lrc by the method `{config.model.method}`: {how}
 
 {table}
 `AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The licence of `{name}` may apply.
 {_listed(settings)}"""
+
+
+def _origin(config: Config, name: str, opened_at: int | None) -> tuple[str, str]:
+    """A word for the model's name, and the rest of a sentence."""
+    anew = f"It started anew, in the shape of `{name}` but for its hidden size."
+    if opened_at is not None:
+        opened = "those of the MLPs" if config.projection.open_matrices == "mlp" else "all of them"
+        return "LRC-opened", (
+            f"for\n{opened_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
+            f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
+        )
+    if config.has_teacher:
+        return config.model.method, f"all of its weights, beside\nits teacher `{name}`. {anew}"
+    if config.model.student is None:
+        return "new", f"all of its weights, on the\nlanguage-modelling loss alone. {anew}"
+    return "trained", (
+        f"all of its weights, on the\nlanguage-modelling loss alone. It started from the weights of `{name}`."
+    )
 
 
 def _table(

@@ -125,8 +125,8 @@ def _fill_in(loaded: Any, present: Any) -> None:
 
 def _copy_parameters(loaded: dict[str, Tensor], stages: Sequence[PipelineStage]) -> None:
     for stage in stages:
-        for trained in stage.trained():
-            trained.parameter.copy_(loaded[trained.name])
+        for saved in (*stage.trained(), *stage.fixed()):
+            saved.parameter.copy_(loaded[saved.name])
 
 
 def sharded_state(stages: Sequence[PipelineStage], optimizer: StageOptimizer, *, is_loading: bool) -> dict:
@@ -162,7 +162,9 @@ def sharded_bytes(state: dict) -> int:
 
 
 def _sharded_model(stages: Sequence[PipelineStage]) -> dict[str, ShardedBase]:
-    return {trained.name: _sharded(trained, stage.groups) for stage in stages for trained in stage.trained()}
+    return {
+        saved.name: _sharded(saved, stage.groups) for stage in stages for saved in (*stage.trained(), *stage.fixed())
+    }
 
 
 def _sharded(trained: Trained, groups: Groups) -> ShardedBase:
@@ -220,7 +222,7 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The weights in a checkpoint of ordinary training, by our names (`Weight.key`), rows in Hugging Face's order."""
+    """The student's own weights in a checkpoint, by our names (`Weight.key`), rows in Hugging Face's order."""
 
     def __init__(self, reader: _Reader, index: Metadata, shape: ModelShape):
         self._reader, self._stored, self._shape = reader, index.state_dict_metadata, shape
@@ -228,9 +230,10 @@ class _Weights(Mapping[str, Tensor]):
         names = [
             name if box.layer is None else f"layers.{box.layer}.{name}"
             for box in all_boxes(shape)
+            if box.key in self._stored
             for name in box.names
         ]
-        self._names = list(dict.fromkeys(names))  # boxes are parts of tensors
+        self._names = dict.fromkeys(names)  # boxes are parts of tensors
 
     def __getitem__(self, name: str) -> Tensor:
         scope, _, kind = name.rpartition(".")
@@ -245,6 +248,9 @@ class _Weights(Mapping[str, Tensor]):
             return tensor
         return select(SITES[kind.removesuffix("_bias")], tensor, HeadLayout.of(self._shape)).flatten(0, 1)
 
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -256,7 +262,8 @@ class _Weights(Mapping[str, Tensor]):
 class SavedStudent:
     """A checkpoint, open for reading in one process, on CPU.
 
-    weights: the student's own, where it was trained by itself; projections and norms are empty then.
+    weights: those that are its own and not composed: all of them of ordinary training, whose projections and norms are
+    empty. Projections of what is its own may be there too; they have made targets of the clone loss.
     """
 
     path: Path
@@ -267,12 +274,18 @@ class SavedStudent:
     tokens: int
     projections: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor]
+    opened_at: int | None = None  # the step after which --open-after made some of them its own
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether all of its matrices are made of projections."""
+        return not self.weights
 
     @property
     def dtype(self) -> torch.dtype:
         """Of what was trained."""
-        return self.projections[EMBED.name].dtype if self.weights is None else self.weights["final"].dtype
+        return (self.norms or self.weights)["final"].dtype
 
 
 def open_checkpoint(run: str) -> SavedStudent:
@@ -300,5 +313,6 @@ def open_checkpoint(run: str) -> SavedStudent:
         tokens=state.tokens,
         projections=_Tensors(reader, tensors, PROJECTIONS),
         norms=_Tensors(reader, tensors, NORMS),
-        weights=None if config.has_teacher else _Weights(_Reader(path, index), index, shape),
+        weights=_Weights(_Reader(path, index), index, shape),
+        opened_at=state.opened_at,
     )

@@ -77,6 +77,12 @@ class CheckpointWriter:
         if groups.is_main_rank:
             remove_leftovers(config.checkpoint.save)
 
+    def expect_other_tensors(self) -> None:
+        """What is saved from now on is no longer what was saved before: it has to be planned anew."""
+        assert self._pending is None
+        self._strategy = compat.save_strategy(self._groups.dp_cp)
+        self._is_checked = False
+
     @property
     def is_pending(self) -> bool:
         """Whether a save was started and not finished."""

@@ -50,6 +50,35 @@ def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> 
     return slice(None) if is_first and not sharded else None
 
 
+def is_sharded(optimizer: MegatronOptimizer) -> bool:
+    """Whether it is a DistributedOptimizer, whose ranks hold a part of the state each."""
+    return any(hasattr(single, "model_param_gbuf_map") for single in chained_optimizers(optimizer))
+
+
+def state_of(
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter
+) -> tuple[slice, dict[str, torch.Tensor]] | None:
+    """The range of a parameter, flattened, whose state this rank has, and that state as flat views: `param` (what is
+    stepped), `exp_avg`, `exp_avg_sq` and, while there is one, `grad`. None where other ranks have all of it."""
+    for single in chained_optimizers(optimizer):
+        if parameter in getattr(single, "model_param_group_index_map", {}):
+            group, order = single.model_param_group_index_map[parameter]
+            main_param = single.optimizer.param_groups[group]["params"][order]
+            owned = single._get_model_param_range_map(parameter)["param"]
+            return slice(owned.start, owned.end), _flat_state(single.optimizer, main_param)
+        if not hasattr(single, "model_param_gbuf_map") and single.optimizer is not None:
+            main_param = getattr(parameter, "main_param", parameter)
+            if main_param in single.optimizer.state:
+                return slice(None), _flat_state(single.optimizer, main_param)
+    return None
+
+
+def _flat_state(inner: torch.optim.Optimizer, main_param: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = inner.state[main_param]
+    flat = {"param": main_param.view(-1), **{name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}}
+    return flat if main_param.grad is None else {**flat, "grad": main_param.grad.view(-1)}
+
+
 def save_strategy(replicas: ProcessGroup) -> Any:
     """megatron-core's way to save, with the work shared by the ranks of a group that hold the same tensors.
 

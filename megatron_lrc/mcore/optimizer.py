@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.moments import copy_state, start_second_moments
 from megatron_lrc.mcore.stages import PipelineStage
 
 
@@ -35,7 +36,7 @@ class StageOptimizer:
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
         self.groups = groups
         self.clip_grad = config.optimizer.clip_grad
-        everything = [trained for stage in stages for trained in stage.trained()]
+        everything = self._trained = [trained for stage in stages for trained in stage.trained()]
         self._tied = [trained.parameter for trained in everything if trained.is_at_both_ends]
         self._replicated = [trained.parameter for trained in everything if trained.split is None]
         for stage in stages:
@@ -57,6 +58,7 @@ class StageOptimizer:
                 stage.config.grad_scale_func = self.optimizer.scale_loss  # the schedules and the clone losses read it
         self._is_scaled = config.training.fp16
         self._min_loss_scale = _smallest_loss_scale(config)
+        self._may_have_no_moments = True
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
 
@@ -92,6 +94,20 @@ class StageOptimizer:
         compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=num_updates)
         self.lr_schedule.num_steps = num_updates
         self.lr_schedule.step(0)
+
+    def take_over(self, before: "StageOptimizer") -> None:
+        """Go on from an optimizer of the same stages as they were before some of their matrices became their own: its
+        count of steps and loss scale, and the moments of what is still trained. Collective over data parallel ranks."""
+        old = {(trained.name, trained.key): trained for trained in before._trained}
+        for trained in self._trained:
+            if (same := old.get((trained.name, trained.key))) is not None:
+                copy_state(before.optimizer, same.parameter, self.optimizer, trained.parameter, self.groups.dp_cp)
+        for inner in compat.inner_optimizers(self.optimizer):
+            compat.set_step(inner, before.lr_schedule.num_steps)
+        self.lr_schedule.num_steps = before.lr_schedule.num_steps
+        self.lr_schedule.step(0)
+        if (scaler := getattr(before.optimizer, "grad_scaler", None)) is not None:
+            self.optimizer.grad_scaler.load_state_dict(scaler.state_dict())
 
     @property
     def lr(self) -> float:
@@ -162,6 +178,9 @@ class StageOptimizer:
             return False, grad_norm
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
+        if self._may_have_no_moments and self.lr_schedule.num_steps:
+            start_second_moments(self.optimizer, self._trained, self.groups)
+        self._may_have_no_moments = False
         is_updated = self.optimizer.step_with_ready_grads()
         self._equalize_tied()
         return is_updated, grad_norm

@@ -112,6 +112,10 @@ class PipelineStage(nn.Module, ABC):
     def trained(self) -> Iterable[Trained]:
         """Every trained parameter, once, in an order that does not change."""
 
+    def fixed(self) -> Iterable[Trained]:
+        """What is saved beside the trained parameters, since it cannot be had otherwise."""
+        return ()
+
     @property
     @abstractmethod
     def models(self) -> Mapping[str, GPTModel]:

@@ -16,6 +16,7 @@ from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_teacher
 from megatron_lrc.mcore.single_model import SingleModel
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
+from megatron_lrc.train.initial_weights import InitialWeights
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -29,16 +30,21 @@ def build_stages_of_method(
     calibration: Callable[[], Batches],
     *,
     is_new: bool,
+    is_open: bool = False,
 ) -> Sequence[PipelineStage]:
     """This rank's stages of what --method says. base, reader: of the teacher, or of the model to train.
 
     is_new: with the values that training begins with; otherwise what is trained is still to be loaded.
+    is_open: as --open-after leaves it.
     """
     if not config.has_teacher:
         return build_single_model(config, base, reader if is_new else None, groups, dtype)
-    stages = build_stages(config, base, reader, groups, dtype)
-    if is_new:
+    own = config.own_matrices(is_open=is_open)
+    stages = build_stages(config, base, reader, groups, dtype, own)
+    if is_new and config.is_clone:
         initialize(config, stages, calibration, groups)
+    elif is_new:
+        initialize_own_matrices(config, stages, base)
     return stages
 
 
@@ -57,16 +63,33 @@ def build_single_model(
 
 
 def build_stages(
-    config: Config, teacher: TeacherDescription, reader: Reader, groups: Groups, dtype: torch.dtype
+    config: Config,
+    teacher: TeacherDescription,
+    reader: Reader,
+    groups: Groups,
+    dtype: torch.dtype,
+    own: frozenset[str] = frozenset(),
 ) -> list[PairedModel]:
-    """This rank's stages (one, without interleaving), the teacher read into its shards; projections are still zero."""
+    """This rank's stages (one, without interleaving), the teacher read into its shards; projections are still zero.
+
+    own: the student's own matrices (`Config.own_matrices`), which have no values yet either.
+    """
     shapes = Shapes(teacher.shape, config.student_shape(teacher.shape), rope_inverse_frequencies(teacher))
-    stages = [PairedModel(config, shapes, groups, dtype, chunk) for chunk in range(config.num_chunks)]
+    stages = [PairedModel(config, shapes, groups, dtype, chunk, own) for chunk in range(config.num_chunks)]
     for stage in stages:
         load_weights(stage, stage.teacher, reader)
         load_frozen(stage, stage.teacher, reader)
         load_frozen(stage, stage.student, reader)
     return stages
+
+
+def initialize_own_matrices(config: Config, stages: list[PairedModel], base: TeacherDescription) -> None:
+    """Give a student that is no clone its first values: those that ordinary training of a new model begins with."""
+    shape = stages[0].shapes.student
+    initial = InitialWeights(base, shape, std=config.projection.init_method_std, seed=config.training.seed)
+    for stage in stages:
+        load_weights(stage, stage.student, initial)
+        load_frozen(stage, stage.student, initial)
 
 
 @torch.no_grad()

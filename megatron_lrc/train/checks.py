@@ -187,6 +187,13 @@ def _check_fits(path: Path, config: Config, teacher: TeacherDescription, reader:
             f"{wanted.hidden_size}, {describe_tying(wanted)}. Repeat --student-hidden-size, --init and "
             f"--untie-embeddings-and-output-weights as they were, or give --config {path.parent / CONFIG_FILE}."
         )
+    if state.opened_at is not None:
+        before, now = config_before.projection, config.projection
+        if now.open_after is None or now.open_matrices != before.open_matrices:
+            raise ConfigError(
+                f"{path} holds a student that was opened after step {state.opened_at}, and stays so. Repeat "
+                f"--open-after {before.open_after:g} and --open-matrices {before.open_matrices}."
+            )
     return state
 
 

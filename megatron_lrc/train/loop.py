@@ -15,6 +15,7 @@ from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, l
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.kernels import check_machine, choose_determinism, describe_kernels
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
@@ -75,8 +76,9 @@ class Trainer:
                 parameter_dtype(config),
                 lambda: self._batches(self.train_data, 0),
                 is_new=not checked.resume_from and not checked.weights_from,
+                is_open=self.state.opened_at is not None,
             )
-        optimizer = StageOptimizer(config, stages, groups)
+        optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
         elif checked.weights_from:
@@ -119,6 +121,8 @@ class Trainer:
         stopwatch = Stopwatch()
         interval = Interval(len(self.run.stages[0].sums.clone), self.groups.device)
         while state.step < config.training.train_iters:
+            if self._is_to_open():
+                self._open()
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
@@ -155,6 +159,39 @@ class Trainer:
             if self.stopping.is_asked:
                 return
             stopwatch.resume()
+
+    def _config_of_phase(self) -> Config:
+        """With the learning rate of now."""
+        open_lr = self.config.projection.open_lr
+        if self.state.opened_at is None or open_lr is None:
+            return self.config
+        return replace(self.config, optimizer=replace(self.config.optimizer, lr=open_lr))
+
+    def _is_to_open(self) -> bool:
+        step = self.config.open_step
+        return step is not None and self.state.opened_at is None and self.state.step >= step
+
+    def _open(self) -> None:
+        """--open-after: from here on the student's own matrices are trained, from the values that they have."""
+        self.saving.expect_other_tensors()
+        self.state.opened_at = self.state.step
+        self.state.grad_norm_mean, self.state.grad_norm_count = 0.0, 0  # of other gradients
+        stages, before = self.run.stages, self.run.optimizer
+        for stage in stages:
+            assert isinstance(stage, PairedModel), "validate() has passed"
+            stage.open(self.config.own_matrices(is_open=True))
+        self.run.optimizer = StageOptimizer(self._config_of_phase(), stages, self.groups)
+        self.run.optimizer.take_over(before)
+        what = {"mlp": "the MLPs", "all": "all layers and both ends"}[self.config.projection.open_matrices]
+        self._say(
+            f"step {self.state.step}: projections of {what} dropped, the student's own matrices are trained from here "
+            f"on; trained: {self._count_trained() / 1e6:.1f}M parameters"
+        )
+
+    def _count_trained(self) -> float:
+        """Over all ranks, each parameter once. Collective."""
+        count = torch.tensor(count_trained(self.run.stages), dtype=torch.float64, device=self.groups.device)
+        return distributed.sum_over_world(count).item() / self.groups.dp_cp.size()
 
     def _look_at(self, report: StepReport) -> None:
         """Say why a step was skipped; after too many in a row save what there is and stop."""
@@ -257,14 +294,13 @@ class Trainer:
         for line in describe_changes(self.config):
             self._say(line)
         shapes = self.run.stages[0].shapes
-        trained = (
-            distributed.sum_over_world(
-                torch.tensor(count_trained(self.run.stages), dtype=torch.float64, device=self.groups.device)
-            ).item()
-            / self.groups.dp_cp.size()
-        )
+        trained = self._count_trained()
         student = f"{shapes.student.hidden_size} ({describe_tying(shapes.student)}), {shapes.student.num_layers} layers"
-        if self.config.has_teacher:
+        if self.config.is_clone and self.state.opened_at is not None:
+            models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", opened"
+        elif self.config.has_teacher and not self.config.is_clone:
+            models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", all of the student's"
+        elif self.config.has_teacher:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", " in projections and norm gains"
         else:
             models, where = "ordinary training of a model of hidden size", ", all that there are"

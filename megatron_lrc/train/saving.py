@@ -69,6 +69,12 @@ class Saving:
         except SaveFailed as error:
             self._note(str(error))
 
+    def expect_other_tensors(self) -> None:
+        """What is trained, and so saved, has changed."""
+        self.finish()
+        if self._writer is not None:
+            self._writer.expect_other_tensors()
+
     def save_last(self) -> None:
         """Save and wait. RunStopped if the state is not on disk then."""
         self.save()

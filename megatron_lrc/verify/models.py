@@ -111,7 +111,7 @@ def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
     return OpenModel(
         path=student.path,
         kind=f"student of a {description.family.name}, step {student.step}, composed for megatron-core"
-        if student.weights is None
+        if student.is_composed
         else f"{description.family.name} trained for {student.step} steps, for megatron-core",
         num_layers=student.shape.num_layers,
         hidden_size=student.shape.hidden_size,

@@ -5,6 +5,7 @@ has. Another kind of model needs one such generator.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,31 +47,33 @@ def teacher_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
             yield weight.key, _teacher_weight(reader, weight)
 
 
-def trained_weight(student: SavedStudent) -> Callable[[Weight], Tensor]:
-    """What gives the weights of a student that was trained by itself."""
-    weights = student.weights
-    assert weights is not None
-    return lambda weight: torch.zeros(weight.shape) if weight.is_zero else weights[weight.key]
+def student_weight(student: SavedStudent, base: TeacherDescription) -> Callable[[Weight], Tensor]:
+    """What gives the weights of a checkpoint's student: its own, as training composes them, or frozen as the teacher's.
+
+    Composed ones have the dtype of the projections. base: its teacher, or the model that it was trained from; weights
+    of that are read only where they are needed.
+    """
+    reader: Callable[[], Reader] = cache(lambda: open_teacher(base))
+
+    def weight_of(weight: Weight) -> Tensor:
+        if weight.is_zero:
+            return torch.zeros(weight.shape)
+        if weight.key in student.weights:
+            return student.weights[weight.key]
+        if weight.site is not None:
+            projection = student.projections[weight.key]
+            return compose(weight.site, _teacher_weight(reader(), weight).to(projection.dtype), projection)
+        return student.norms[weight.key] if weight.is_norm_gain else _teacher_weight(reader(), weight)
+
+    return weight_of
 
 
 def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's student: as training composes it, in the dtype of the projections, or as it was trained by itself.
-
-    base: its teacher, or the model that it was trained from.
-    """
-    expected = expected_weights(base.family, student.shape)
-    if student.weights is not None:
-        yield from ((weight.key, student.weights[weight.key]) for weight in expected if not weight.is_zero)
-        return
-    reader = open_teacher(base)
-    for weight in expected:
-        if weight.site is not None:
-            projection = student.projections[weight.key]
-            yield weight.key, compose(weight.site, _teacher_weight(reader, weight).to(projection.dtype), projection)
-        elif weight.is_norm_gain:
-            yield weight.key, student.norms[weight.key]
-        elif weight.is_frozen:
-            yield weight.key, _teacher_weight(reader, weight)
+    """A checkpoint's student, by `student_weight`."""
+    weight_of = student_weight(student, base)
+    return (
+        (weight.key, weight_of(weight)) for weight in expected_weights(base.family, student.shape) if not weight.is_zero
+    )
 
 
 def _teacher_weight(reader: Reader, weight: Weight) -> Tensor:
@@ -91,7 +94,7 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     """
     student = open_checkpoint(load)
     base = teacher or str(student.config.base_model)
-    if student.weights is not None:
+    if not student.config.has_teacher:
         description = describe_teacher(base, needs_weights=False)
         if description.config_fingerprint != student.teacher_fingerprint:
             raise ConfigError(

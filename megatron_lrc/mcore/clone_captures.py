@@ -1,0 +1,208 @@
+"""The captures between teacher and student, and where the clone losses attach.
+
+Forward hooks on the teacher's linear layers keep their outputs until the student's same layer has produced its own;
+there the loss is computed and hung on the student's activation. Where the student recomputes a layer in backward, the
+teacher's part is computed again too.
+
+Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
+from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
+from megatron_lrc.mcore.kernels import own_precision
+from megatron_lrc.mcore.models import layers_of
+
+if TYPE_CHECKING:
+    from megatron_lrc.mcore.paired_model import PairedModel
+
+SITES_OF: dict[str, list[Site]] = {
+    linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS
+}
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What belongs to one micro-batch while it is under way.
+
+    token_weight: [s, b], 0 for masked tokens. activations: the teacher's outputs that the student has yet to meet, by
+    (layer, linear). inputs: arguments of the teacher's attention and MLP blocks, by (layer, block), for recomputation.
+    """
+
+    token_weight: Tensor
+    activations: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    inputs: dict[tuple[int, str], tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
+    is_recomputing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A linear layer whose outputs are compared, and the sites in it whose terms are on. layer: global, from 0."""
+
+    layer: int
+    linear: str
+    teacher_layer: nn.Module
+    sites: list[Site]
+
+    @property
+    def block(self) -> str:
+        """The part of a transformer layer that holds it: self_attention or mlp."""
+        return self.linear.partition(".")[0]
+
+    @property
+    def teacher_block(self) -> nn.Module:
+        return self.teacher_layer.get_submodule(self.block)
+
+
+class CloneLosses:
+    """The clone losses of one stage. Micro-batches pass one after the other: `begin`, both models, `end`."""
+
+    def __init__(self, stage: "PairedModel"):
+        self._stage, self._settings = stage, stage.settings
+        self._micro_batch: MicroBatch | None = None  # the one in progress
+        self._inverse_widths: dict[tuple, Tensor] = {}
+        self._capture_activations()
+
+    def begin(self, token_weight: Tensor) -> None:
+        """token_weight: [s, b]."""
+        self._micro_batch = MicroBatch(token_weight)
+
+    def end(self, student_hidden: Tensor) -> Tensor:
+        """The student's output, through which backward will enter this micro-batch."""
+        micro_batch = self._micro_batch
+        assert micro_batch is not None
+        assert not micro_batch.activations, "a student layer did not meet its teacher's activation"
+        if micro_batch.inputs:
+            return _EnterBackward.apply(student_hidden, self, micro_batch)
+        return student_hidden
+
+    def forget(self) -> None:
+        """The teacher alone has passed."""
+        self._micro_batch = None
+
+    def enter_backward(self, micro_batch: MicroBatch) -> None:
+        micro_batch.is_recomputing = True
+        self._micro_batch = micro_batch
+
+    @property
+    def target_names(self) -> list[str]:
+        """Projections through which the teacher's outputs are compared."""
+        return [
+            f"layers.{place.layer}.{place.sites[0].name}"
+            for place in self._places()
+            if place.sites[0].projected == "output" and not self._compares_at_teacher_width(place)
+        ]
+
+    def _places(self) -> Iterator[Place]:
+        """Where clone losses are."""
+        teacher_layers = dict(layers_of(self._stage.teacher))
+        for index, _ in layers_of(self._stage.student):
+            terms = self._settings.clone_terms_of(index)
+            for linear in CAPTURED_LINEARS:
+                if sites := [site for site in SITES_OF[linear] if site.name in terms]:
+                    yield Place(index, linear, teacher_layers[index], sites)
+
+    def _capture_activations(self) -> None:
+        student_layers = dict(layers_of(self._stage.student))
+        kept: set[tuple[int, str]] = set()  # blocks whose inputs are kept: one hook for both of their linears
+        for place in self._places():
+            layers = (place.teacher_layer, student_layers[place.layer])
+            teacher_linear, student_linear = (layer.get_submodule(place.linear) for layer in layers)
+            teacher_linear.register_forward_hook(partial(self._keep_teacher_output, place))
+            student_linear.register_forward_hook(partial(self._attach_clone_loss, place))
+            if self._is_recomputed(place) and (place.layer, place.block) not in kept:
+                kept.add((place.layer, place.block))
+                place.teacher_block.register_forward_pre_hook(
+                    partial(self._keep_teacher_input, place), with_kwargs=True
+                )
+
+    def _is_recomputed(self, place: Place) -> bool:
+        """Whether the student may run this linear again in backward. (Attention's core has no linear in it.)"""
+        parallel = self._settings.parallel
+        if parallel.recompute_granularity == "selective":
+            return place.block in parallel.recompute_modules
+        return parallel.recompute_granularity == "full"
+
+    def _keep_teacher_output(self, place: Place, module: nn.Module, inputs: tuple, output: tuple[Tensor, Any]) -> None:
+        assert self._micro_batch is not None
+        self._micro_batch.activations[place.layer, place.linear] = output[0]
+
+    def _keep_teacher_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert self._micro_batch is not None
+        self._micro_batch.inputs[place.layer, place.block] = (args, kwargs)
+
+    def _teacher_output(self, place: Place) -> Tensor:
+        """The teacher's activation of a place. Where the student recomputes its own, the teacher's is recomputed too:
+        kept, they would take most of the memory that recomputation frees."""
+        assert self._micro_batch is not None
+        key, activations = (place.layer, place.linear), self._micro_batch.activations
+        if key not in activations:
+            args, kwargs = self._micro_batch.inputs[place.layer, place.block]
+            with torch.no_grad(), own_precision(self._stage.teacher, place.layer, inside=self._stage.student):
+                place.teacher_block(*args, **kwargs)  # its hooks fill `activations`
+        return activations.pop(key)
+
+    def _attach_clone_loss(
+        self, place: Place, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any]:
+        """Compare a student's linear output with the teacher's of the same place, and hang the loss on it."""
+        assert self._micro_batch is not None
+        micro_batch, target = self._micro_batch, self._teacher_output(place)
+        compared, token_weight = output[0], micro_batch.token_weight
+        if place.sites[0].projected == "output":
+            compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d] or [s/tp, b, D]
+            if self._stage.student.config.sequence_parallel:
+                tp = self._stage.groups.tp
+                token_weight = token_weight.chunk(tp.size())[tp.rank()]  # [s/tp, b]
+        scale = self._settings.loss.alpha * self._stage.main_loss_scale()
+        compared, per_feature = CloneLoss.apply(
+            compared, target, token_weight, self._inverse_width(place, compared), scale
+        )
+        if not micro_batch.is_recomputing:
+            sums = self._stage.sums.clone[place.layer]
+            for site in place.sites:
+                sums[LAYER_SITES.index(site)] += select(site, per_feature, self._stage.heads).sum()
+        is_beside = self._compares_at_teacher_width(place)
+        return CarryLoss.apply(output[0], compared) if is_beside else compared, output[1]
+
+    def _compares_at_teacher_width(self, place: Place) -> bool:
+        return place.sites[0].name == "o" and self._settings.loss.clone_attention_output == "teacher"
+
+    def _output_pair(self, place: Place, attention: Tensor, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What is compared at o and down: at student width, or for o at the teacher's, as the flags say."""
+        (site,) = place.sites
+        if self._compares_at_teacher_width(place):
+            # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
+            with own_precision(self._stage.teacher, place.layer, inside=self._stage.student):
+                through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
+            return through_teacher, target
+        return student, target @ self._stage.projections.target(f"layers.{place.layer}.{site.name}")
+
+    def _inverse_width(self, place: Place, compared: Tensor) -> Tensor:
+        key = (place.linear, tuple(site.name for site in place.sites), compared.shape[-1])
+        if key not in self._inverse_widths:
+            widths = inverse_widths(place.sites, self._stage.heads, compared.shape[-1], self._stage.groups.tp.size())
+            wide = torch.promote_types(compared.dtype, torch.float32)
+            self._inverse_widths[key] = widths.to(compared.device, wide)
+        return self._inverse_widths[key]
+
+
+class _EnterBackward(torch.autograd.Function):
+    """The identity; its backward says which micro-batch the layers that are about to recompute belong to."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, losses: CloneLosses, micro_batch: MicroBatch) -> Tensor:
+        ctx.losses, ctx.micro_batch = losses, micro_batch
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.losses.enter_backward(ctx.micro_batch)
+        return grads[0], None, None

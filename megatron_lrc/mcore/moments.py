@@ -1,0 +1,66 @@
+"""Adam's moments where what is trained changes in the middle of a run (`--open-after`)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_lrc.mcore import compat
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.stages import Trained
+
+_STATE = ("param", "exp_avg", "exp_avg_sq")
+
+
+@torch.no_grad()
+def copy_state(
+    before: MegatronOptimizer, old: nn.Parameter, now: MegatronOptimizer, new: nn.Parameter, replicas: ProcessGroup
+) -> None:
+    """A parameter's fp32 value and moments, from one optimizer to another. Collective over the replicas, since a
+    DistributedOptimizer's ranks may hold other parts of it now: each puts in what it had."""
+    held, wanted = compat.state_of(before, old), compat.state_of(now, new)
+    if compat.is_sharded(before):
+        whole = torch.zeros(len(_STATE), old.numel(), dtype=torch.float32, device=old.device)
+        if held is not None:
+            owned, state = held
+            for row, name in zip(whole, _STATE, strict=True):
+                row[owned] = state[name]
+        dist.all_reduce(whole, group=replicas)
+        held = slice(None), dict(zip(_STATE, whole, strict=True))
+    if wanted is not None:
+        assert held is not None
+        owned, state = wanted
+        for name in _STATE:
+            state[name].copy_(held[1][name][owned])
+
+
+@torch.no_grad()
+def start_second_moments(optimizer: MegatronOptimizer, everything: Sequence[Trained], groups: Groups) -> None:
+    """Give what has no moments yet, though steps have been counted, a second moment: the mean square of its gradient.
+
+    Adam corrects young moments by its count of steps, which is the run's. So a parameter that is trained from its
+    middle on would be stepped too far, up to six times at betas of 0.9 and 0.999, until its second moment has grown.
+    With one value for each parameter its first steps are those of gradient descent with momentum, of Adam's usual
+    length. To be called with gradients ready to be stepped with. Collective over TP and data parallel ranks.
+    """
+    sums = torch.zeros(len(everything), 3, dtype=torch.float64, device=groups.device)  # of v, of g^2, elements
+    states = [compat.state_of(optimizer, trained.parameter) for trained in everything]
+    for row, held in zip(sums, states, strict=True):
+        if held is not None and "grad" in held[1]:
+            state = held[1]
+            row += _sums(state["exp_avg_sq"], state["grad"])
+    if compat.is_sharded(optimizer):
+        dist.all_reduce(sums, group=groups.dp_cp)
+    if groups.tp.size() > 1:
+        dist.all_reduce(sums, group=groups.tp)
+    for held, (present, squares, count) in zip(states, sums.tolist(), strict=True):
+        if held is not None and present == 0 and count:
+            held[1]["exp_avg_sq"].fill_(squares / count)
+
+
+def _sums(second_moment: Tensor, gradient: Tensor) -> Tensor:
+    count = second_moment.new_tensor(float(second_moment.numel()), dtype=torch.float64)
+    return torch.stack([second_moment.double().sum(), gradient.double().square().sum(), count])

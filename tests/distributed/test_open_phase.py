@@ -1,0 +1,218 @@
+"""--open-after and --method logits: a student that has matrices of its own beside the teacher."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
+
+from hf_teachers import write_qwen2
+from megatron_lrc.config import MATRICES, Config, ConfigError
+from megatron_lrc.mcore import distributed
+from megatron_lrc.mcore.checkpoint import open_checkpoint
+from megatron_lrc.train import loop
+from megatron_lrc.train.step import train_step
+from ranks import run_ranks
+from tools_path import convert_to_hf, load_tool
+
+pytestmark = pytest.mark.distributed
+
+OPENED = 2  # steps, of 4
+verify_model = load_tool("verify_model").main
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> str:
+    """A tied Qwen2, with q, k and v biases."""
+    folder = tmp_path_factory.mktemp("qwen")
+    write_qwen2(folder, is_tied=True, num_layers=4)
+    return str(folder)
+
+
+def opened_config(teacher: str, data: str, run: Path, matrices: str, *, steps: int = 4) -> Config:
+    config = make_config(teacher, data, run, steps=steps)
+    config.projection.open_after, config.projection.open_matrices = OPENED, matrices
+    config.optimizer.adam_eps = 1e-5  # gradients of rounding alone move nothing
+    return config
+
+
+def logits_config(teacher: str, data: str, run: Path, *, steps: int = 3) -> Config:
+    config = make_config(teacher, data, run, steps=steps)
+    config.model.method, config.projection.init_method_std, config.optimizer.adam_eps = "logits", 0.05, 1e-5
+    return config
+
+
+def saved_in(config: Config, run: Path, **flags: object) -> Config:
+    return replace(config, checkpoint=replace(config.checkpoint, save=str(run), **flags))
+
+
+def assert_close(first: Path, second: Path) -> None:
+    """Everything that two runs have saved."""
+    one, two = open_checkpoint(str(first)), open_checkpoint(str(second))
+    for tensors, others in (
+        (one.projections, two.projections),
+        (one.norms, two.norms),
+        (one.weights, two.weights),
+    ):
+        assert set(tensors) == set(others)
+        for name in tensors:
+            difference = torch.linalg.norm(others[name] - tensors[name])
+            assert difference <= 1e-4 * torch.linalg.norm(tensors[name]), name
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    assert_same_parameters(first, second)
+    one, two = open_checkpoint(str(first)), open_checkpoint(str(second))
+    assert set(one.weights) == set(two.weights)
+    for name in one.weights:
+        assert torch.equal(one.weights[name], two.weights[name]), name
+
+
+LAYOUTS = {
+    "TP2+SP": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "DP2-distributed-optimizer": (2, {"dist_opt": True}),
+    "TP2+SPxPP2x2": (4, {"tp": 2, "pp": 2, "chunks": 2}),
+}
+QUICK = {("mlp", "TP2+SP"), ("mlp", "DP2-distributed-optimizer"), ("all", "PP2"), ("logits", "TP2+SP")}
+
+
+@pytest.mark.parametrize(
+    "how, ranks, layout",
+    [
+        pytest.param(how, *place, id=f"{how}-{name}", marks=[] if (how, name) in QUICK else pytest.mark.slow)
+        for how in ("mlp", "all", "logits")
+        for name, place in LAYOUTS.items()
+    ],
+)
+def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, how, ranks, layout):
+    def config(run: str) -> Config:
+        if how == "logits":
+            return logits_config(qwen, tiny_text, tmp_path / run)
+        return opened_config(qwen, tiny_text, tmp_path / run, how)
+
+    train(config("one"))
+    train(on_layout(config("other"), **layout), ranks)
+    for line, reference in zip(records(tmp_path / "other"), records(tmp_path / "one"), strict=True):
+        for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
+            assert line[key] == pytest.approx(reference[key], rel=1e-5), key
+        assert line["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+        for group, norm in reference["grad_norm_by_group"].items():
+            assert line["grad_norm_by_group"][group] == (norm and pytest.approx(norm, rel=1e-4)), group
+    assert_close(tmp_path / "one", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "ranks, layout, precision",
+    [
+        pytest.param(1, {}, "fp32", id="one"),
+        pytest.param(1, {}, "bf16", id="one-bf16", marks=pytest.mark.slow),
+        pytest.param(2, {"pp": 2}, "fp16", id="PP2-fp16", marks=pytest.mark.slow),
+        pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16"),
+    ],
+)
+@pytest.mark.parametrize("stop", [OPENED - 1, OPENED, OPENED + 1])
+def test_a_stop_before_at_or_after_the_opening_changes_nothing(
+    qwen, tiny_text, tmp_path, stop, ranks, layout, precision
+):
+    config = on_layout(opened_config(qwen, tiny_text, tmp_path / "whole", "mlp"), **layout)
+    if precision != "fp32":
+        config.training = replace(config.training, **{precision: True})
+    train(config, ranks)
+    stopped = saved_in(config, tmp_path / "stopped")
+    train(replace(stopped, training=replace(config.training, train_iters=stop)), ranks)
+    assert (open_checkpoint(str(tmp_path / "stopped")).opened_at is None) == (stop <= OPENED)
+    train(continued(stopped, steps=4), ranks)
+    assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
+    assert_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["mlp", "all"])
+def test_a_checkpoint_loads_on_another_layout_and_in_the_background(qwen, tiny_text, tmp_path, how):
+    """Saved every step, so that what is planned changes between two saves."""
+    config = opened_config(qwen, tiny_text, tmp_path / "whole", how)
+    train(config)
+    first = saved_in(config, tmp_path / "moved", async_save=True, save_interval=1)
+    train(replace(on_layout(first, dist_opt=True), training=replace(config.training, train_iters=3)), 2)
+    train(on_layout(continued(first, steps=4), tp=2), 2)
+    assert_close(tmp_path / "whole", tmp_path / "moved")
+
+
+def look_at_opening(config: Config) -> dict[str, float]:
+    """On a rank: a step with projections, then the same batches with the student opened at that point."""
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    run = trainer.run
+    before = train_step(run, trainer._batches(trainer.train_data, 0), max_grad_norm=0.0)  # which is not taken
+    (stage,) = run.stages
+    gradients = {(site.name, layer): grad.clone() for site, layer, grad in stage.matrix_gradients()}
+    tokens = float(before.losses.tokens)
+    trainer._open()
+    own = {trained.name: trained.parameter for trained in stage.trained() if trained.layer is not None}
+    values = {name: parameter.detach().clone() for name, parameter in own.items()}
+    run.optimizer.lr_schedule.num_steps = 1000  # as late in a run
+    for inner in run.optimizer.optimizer.optimizer.state.values():
+        inner["step"] = torch.tensor(1000.0)
+    after = train_step(run, trainer._batches(trainer.train_data, 0))
+    difference = 0.0
+    for site, layer, grad in stage.matrix_gradients():
+        expected = gradients[site.name, layer] / tokens
+        if site.name in ("gate", "up", "down"):  # reduced and divided already
+            difference = max(difference, float((grad - expected).abs().max() / expected.abs().max()))
+    lr = config.optimizer.lr
+    moves = [float((own[name] - value).square().mean().sqrt()) / lr for name, value in values.items()]
+    return {
+        "loss before": float(before.losses.lm + before.losses.clone.sum()),
+        "loss after": float(after.losses.lm + after.losses.clone.sum()),
+        "difference": difference,
+        "largest move": max(moves),
+        "smallest move": min(moves),
+    }
+
+
+def test_opening_changes_nothing_but_what_is_trained(qwen, tiny_text, tmp_path):
+    """Losses and gradients of the student's matrices are those of before; and the first step has Adam's usual length
+    at a momentum of one gradient, 0.1 learning rates, though the run counts its thousandth step."""
+    config = opened_config(qwen, tiny_text, tmp_path / "run", "mlp")
+    config.optimizer.clip_grad, config.optimizer.lr_decay_style, config.optimizer.lr_warmup_iters = 0.0, "constant", 0
+    config.optimizer.adam_eps = 1e-12
+    (found,) = run_ranks(1, look_at_opening, config.resolved(1))
+    assert found["loss after"] == pytest.approx(found["loss before"], rel=1e-6)
+    assert found["difference"] < 1e-5
+    assert 0.05 < found["smallest move"] < found["largest move"] < 0.2
+
+
+@pytest.mark.parametrize("how", ["mlp", "all", "logits"])
+def test_the_student_is_exported_and_verified(qwen, tiny_text, tmp_path, capsys, how):
+    """The export's own check compares it with the checkpoint in megatron-core, and verify_model.py once more."""
+    run, output = str(tmp_path / "run"), str(tmp_path / "exported")
+    config = logits_config(qwen, tiny_text, tmp_path / "run") if how == "logits" else None
+    train(config or opened_config(qwen, tiny_text, tmp_path / "run", how))
+    saved = open_checkpoint(run)
+    own = {name.rpartition(".")[2] for name in saved.weights}
+    assert (
+        own
+        == {
+            "mlp": {"gate", "up", "down"},
+            "all": {*MATRICES, "q_bias", "k_bias", "v_bias"} - {"lm_head"},
+            "logits": {*MATRICES, "q_bias", "k_bias", "v_bias"} - {"lm_head"},
+        }[how]
+    )
+    kept = {name.rpartition(".")[2] for name in saved.projections}
+    assert kept == {"mlp": set(MATRICES) - {"lm_head", "gate", "up"}, "all": {"o", "down"}, "logits": set()}[how]
+    assert convert_to_hf(["--load", run, "--output", output]) == 0
+    assert verify_model([run, output]) == 0
+    card = (Path(output) / "README.md").read_text()
+    said = {"mlp": "those of the MLPs were trained themselves", "all": "all of them were", "logits": "beside"}
+    assert said[how] in card
+    assert convert_to_hf(["--load", run, "--output", output + "2", "--save-projections"]) == 2
+    assert "has matrices of its own" in capsys.readouterr().err
+
+
+def test_an_opened_run_cannot_go_on_closed(qwen, tiny_text, tmp_path):
+    config = opened_config(qwen, tiny_text, tmp_path / "run", "mlp", steps=3)
+    train(config)
+    again = continued(config, steps=4)
+    for changes in ({"open_after": None}, {"open_matrices": "all"}):
+        with pytest.raises(ConfigError, match="Repeat --open-after .* and --open-matrices mlp"):
+            loop.check(replace(again, projection=replace(again.projection, **changes)).resolved(1), 1)
