@@ -9,6 +9,7 @@ all tensor parallel ranks, of this context parallel rank's tokens.
 
 from dataclasses import dataclass
 
+from megatron_lrc.clone.sites import EMBED
 from megatron_lrc.estimate.activations import FP32, bytes_per_element
 from megatron_lrc.estimate.stage import Stage
 
@@ -90,9 +91,10 @@ def _blocks_run_again(stage: Stage) -> float:
 
 def _projections(stage: Stage) -> float:
     """P in its own precision, dP in fp32; the gains' gradients are summed."""
-    whole = stage.projection_elements * stage.tp
+    gathered = (stage.projection_elements + stage.fixed_elements) * stage.tp * bytes_per_element(stage.config)
+    scattered = stage.projection_elements * stage.tp * FP32
     gains = stage.gain_elements(stage.student)
-    return whole * (bytes_per_element(stage.config) + FP32) + 2 * gains * FP32
+    return gathered + scattered + 2 * gains * FP32
 
 
 def _keys_and_values(stage: Stage, tokens: float) -> float:
@@ -107,15 +109,15 @@ def _neighbours(stage: Stage) -> int:
 
 
 def _gradients(stage: Stage, replicas: int) -> float:
-    elements = stage.projection_elements + stage.gain_elements(stage.student)
     back = bytes_per_element(stage.config) if stage.config.parallel.use_distributed_optimizer else FP32
-    return elements * (FP32 + back) * (replicas - 1) / replicas
+    return stage.trained_elements * (FP32 + back) * (replicas - 1) / replicas
 
 
 def _tied(stage: Stage) -> float:
-    """The gradient summed over both ends, and the first one's value sent to the last."""
+    """The gradient of P, or of the embedding itself, summed over both ends; the first one's value sent to the last."""
     is_shared = stage.student.is_tied and stage.config.parallel.pipeline_model_parallel_size > 1
     if not is_shared or not (stage.is_first or stage.is_last):
         return 0.0
-    rows = stage.projection_size / stage.tp
+    is_own = EMBED.name in stage.own
+    rows = stage.site_elements(EMBED, stage.student) if is_own else stage.projection_size / stage.tp
     return rows * (FP32 + bytes_per_element(stage.config) * stage.is_first)

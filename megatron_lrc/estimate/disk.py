@@ -1,18 +1,23 @@
 """Disk space of a run's checkpoints."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_lrc.clone.sites import LAYER_NORMS, LAYER_SITES
-from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.config import MATRICES, Config, ModelShape
 from megatron_lrc.estimate.activations import FP32, bytes_per_element
 from megatron_lrc.estimate.stage import parameter_count
+from megatron_lrc.hf.families import site_shape
 
 
-def trained_elements(teacher: ModelShape, student: ModelShape) -> int:
-    """Of every P and the student's norm gains, in the whole job; a tied P counts once."""
-    matrices = len(LAYER_SITES) * student.num_layers + (1 if student.is_tied else 2)
+def trained_elements(teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()) -> int:
+    """In the whole job: of every P and the student's norm gains, and of its own matrices; a tied one counts once."""
+    if own.issuperset(MATRICES):
+        return parameter_count(student)
+    matrices = sum(site.name not in own for site in LAYER_SITES) * student.num_layers + (1 if student.is_tied else 2)
     gains = (len(LAYER_NORMS) * student.num_layers + 1) * student.hidden_size
-    return matrices * teacher.hidden_size * student.hidden_size + gains
+    owned = sum(math.prod(site_shape(site, student)) for site in LAYER_SITES if site.name in own) * student.num_layers
+    return matrices * teacher.hidden_size * student.hidden_size + gains + owned
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,9 @@ class DiskNeed:
 
 def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskNeed:
     """A checkpoint holds what is trained and the optimizer's state, whatever the layout; nothing of W_T, and of W_S
-    only where that is what is trained."""
-    trained = trained_elements(teacher, student) if config.has_teacher else parameter_count(student)
+    only where that is what is trained. With --open-after it is of the student's end that this speaks."""
+    own = config.own_matrices(is_open=config.open_step is not None)
+    trained = trained_elements(teacher, student, own)
     e = bytes_per_element(config)
     state = (2 if e == FP32 else 3) * FP32
     return DiskNeed(trained * (e + state), _num_kept(config))

@@ -101,8 +101,10 @@ def _moments(stage: Stage, world_size: int, runtime: float | None) -> Iterator[M
 
 def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     config, e = stage.config, bytes_per_element(stage.config)
-    trained = stage.projection_elements + stage.gain_elements(stage.student)
-    targets = _num_targets(stage) * stage.projection_size
+    trained = stage.trained_elements
+    through = stage.projection_elements + stage.fixed_elements + stage.gain_elements(stage.student)
+    targets = len(stage.targets) * stage.projection_size
+    with_gradient = sum(name not in stage.own for name in stage.targets) * stage.projection_size
     state = trained * FP32 * (2 if e == FP32 else 3)
     if config.parallel.use_distributed_optimizer:
         state /= config.data_parallel_size(world_size) * config.parallel.context_parallel_size
@@ -110,10 +112,10 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     return MemoryParts(
         teacher=stage.weight_elements(stage.teacher) * e + config.compute.teacher_fp8 * fp8_of_teacher,
         student=stage.weight_elements(stage.student) * e + 2 * fp8_of_student,
-        student_gradients=stage.matrix_elements(stage.student) * FP32,
+        student_gradients=_gathered_elements(stage) * FP32,
         # With tensor parallelism the gathered P of the targets are kept.
-        projections=trained * e + (targets * e if stage.tp > 1 else 0),
-        projection_gradients=trained * FP32 + (0 if config.loss.detach_clone_targets else targets * FP32),
+        projections=through * e + (targets * e if stage.tp > 1 else 0),
+        projection_gradients=trained * FP32 + (0 if config.loss.detach_clone_targets else with_gradient * FP32),
         optimizer=state,
         activations=0.0,
         temporaries=0.0,
@@ -121,11 +123,10 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     )
 
 
-def _num_targets(stage: Stage) -> int:
-    """Projections through which the clone loss takes the teacher's o and down outputs."""
-    config = stage.config
-    through = {"down"} if config.loss.clone_attention_output == "teacher" else {"o", "down"}
-    return sum(len(config.clone_terms_of(layer) & through) for chunk in stage.layers for layer in chunk)
+def _gathered_elements(stage: Stage) -> int:
+    """Of the student's composed matrices, whose gradients gather outside the optimizer's buffers."""
+    own = stage.own_elements - (EMBED.name in stage.own) * stage.frozen_elements(stage.student)
+    return stage.matrix_elements(stage.student) - own
 
 
 def _fp8_weights(stage: Stage, shape: ModelShape) -> int:

@@ -66,18 +66,54 @@ class Stage:
 
     def weight_elements(self, shape: ModelShape) -> int:
         """Of a whole model: matrices, norm gains, and what is frozen."""
+        return self.matrix_elements(shape) + self.gain_elements(shape) + self.frozen_elements(shape)
+
+    def frozen_elements(self, shape: ModelShape) -> int:
+        """Of q, k and v biases, and of q and k norms: frozen in a clone."""
         heads = shape.num_attention_heads + 2 * shape.num_query_groups
         biases = shape.has_qkv_bias * heads * shape.head_dim // self.tp + shape.has_qk_norm * 2 * shape.head_dim
-        return self.matrix_elements(shape) + self.gain_elements(shape) + biases * self.num_layers
+        return biases * self.num_layers
 
     def gain_elements(self, shape: ModelShape) -> int:
         return (len(LAYER_NORMS) * self.num_layers + self.is_last) * shape.hidden_size
 
     @property
+    def own(self) -> frozenset[str]:
+        """The student's own matrices; of a run with --open-after those at its end."""
+        return self.config.own_matrices(is_open=self.config.open_step is not None)
+
+    @property
+    def own_elements(self) -> int:
+        """Of what of the student is its own, norm gains left out."""
+        layer = sum(self.site_elements(site, self.student) for site in LAYER_SITES if site.name in self.own)
+        total = layer * self.num_layers
+        if EMBED.name in self.own:
+            total += self.num_ends(self.student) * self.site_elements(EMBED, self.student)
+            total += self.frozen_elements(self.student)
+        return total
+
+    @property
     def projection_elements(self) -> int:
-        """Of this rank's rows of every P."""
-        matrices = len(LAYER_SITES) * self.num_layers + self.num_ends(self.student)
+        """Of this rank's rows of every P that makes a weight."""
+        matrices = sum(site.name not in self.own for site in LAYER_SITES) * self.num_layers
+        matrices += (EMBED.name not in self.own) * self.num_ends(self.student)
         return matrices * self.projection_size // self.tp
+
+    @property
+    def fixed_elements(self) -> int:
+        """Of this rank's rows of every P that makes only targets of the clone loss any more."""
+        return sum(name in self.own for name in self.targets) * self.projection_size // self.tp
+
+    @property
+    def targets(self) -> list[str]:
+        """Sites, layer by layer, whose outputs the clone loss takes from the teacher through a P."""
+        through = {"down"} if self.config.loss.clone_attention_output == "teacher" else {"o", "down"}
+        layers = (layer for chunk in self.layers for layer in chunk)
+        return [name for layer in layers for name in self.config.clone_terms_of(layer) & through]
+
+    @property
+    def trained_elements(self) -> int:
+        return self.projection_elements + self.gain_elements(self.student) + self.own_elements
 
     @property
     def projection_size(self) -> int:

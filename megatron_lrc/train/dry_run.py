@@ -42,7 +42,7 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
         return
     peaks = peak_memory(config, shape, student, world_size=world_size)
     for lines in (
-        describe_models(shape, student),
+        describe_models(config, shape, student),
         describe_layout(config, world_size),
         describe_flops(config, shape, student),
         describe_memory(peaks, gpu),
@@ -92,14 +92,18 @@ def gpu_here() -> Gpu:
     )
 
 
-def describe_models(teacher: ModelShape, student: ModelShape) -> Iterator[str]:
-    trained = trained_elements(teacher, student)
+def describe_models(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
     for name, shape in (("teacher", teacher), ("student", student)):
         yield (
             f"{name}: {parameter_count(shape) / 1e9:.2f}B parameters, hidden size {shape.hidden_size}, "
             f"{shape.num_layers} layers, {describe_tying(shape)}"
         )
-    yield f"trained: {trained / 1e6:.1f}M parameters in projections and norm gains"
+    if config.is_clone:
+        yield f"trained: {trained_elements(teacher, student) / 1e6:.1f}M parameters in projections and norm gains"
+    if own := config.own_matrices(is_open=config.open_step is not None):
+        count = f"{trained_elements(teacher, student, own) / 1e6:.1f}M parameters"
+        later = f"trained from step {config.open_step} on: {count}, of which memory and disk space below are"
+        yield later if config.is_clone else f"trained: {count}, all of the student"
 
 
 def describe_layout(config: Config, world_size: int) -> Iterator[str]:

@@ -109,6 +109,10 @@ def bf16(config: Config) -> None:
     config.training.bf16 = True
 
 
+def logits(config: Config) -> None:
+    config.model.method = "logits"
+
+
 def recompute_all(config: Config) -> None:
     config.parallel.recompute_granularity = "full"
 
@@ -124,6 +128,9 @@ def recompute_mlp(config: Config) -> None:
         ({"tp": 2}, bf16),
         ({"tp": 2}, recompute_all),
         ({"tp": 2}, recompute_mlp),
+        ({"tp": 2}, logits),
+        ({"pp": 2}, logits),
+        ({"dp": 2, "dist_opt": True}, logits),
         ({"pp": 2}, no_change),
         ({"pp": 2, "chunks": 2}, bf16),
         ({"cp": 2}, no_change),

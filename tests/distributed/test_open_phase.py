@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def qwen(tmp_path_factory) -> str:
     return str(folder)
 
 
-def opened_config(teacher: str, data: str, run: Path, matrices: str, *, steps: int = 4) -> Config:
+def opened_config(teacher: str, data: str, run: Path, matrices: Any, *, steps: int = 4) -> Config:
     config = make_config(teacher, data, run, steps=steps)
     config.projection.open_after, config.projection.open_matrices = OPENED, matrices
     config.optimizer.adam_eps = 1e-5  # gradients of rounding alone move nothing
