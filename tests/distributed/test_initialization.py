@@ -1,0 +1,99 @@
+"""How the projections start: each --init is the same on every layout, and does what its closed form or fit says."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same_parameters, make_config, on_layout, records, train
+from torch import Tensor
+
+from hf_teachers import write_llama
+from megatron_lrc.config import Config
+from megatron_lrc.mcore.checkpoint import open_checkpoint
+
+WIDTH = 48  # the tiny teacher's
+INITS = ["orthogonal", "channel", "pca"]
+LAYOUTS = {
+    "TP2+SP": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "PP2 x 2": (2, {"pp": 2, "chunks": 2}),
+    "CP2": (2, {"cp": 2}),
+    "DP2": (2, {}),
+}
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    write_llama(tmp_path / "teacher", num_layers=4)
+    return str(tmp_path / "teacher")
+
+
+def start_of(config: Config, init: str) -> Config:
+    """A run without steps."""
+    projection = replace(config.projection, init=init)
+    if projection.is_calibrated:
+        projection.calibration_tokens = 512
+    return replace(config, projection=projection)
+
+
+def projections_of(run: Path) -> dict[str, Tensor]:
+    return {name.removeprefix("projections."): matrix for name, matrix in open_checkpoint(str(run)).projections.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("init", INITS)
+def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_text, tmp_path, init):
+    make = partial(make_config, teacher, tiny_text, steps=0)
+    train(start_of(make(tmp_path / "one"), init))
+    train(start_of(make(tmp_path / "again"), init))
+    assert_same_parameters(tmp_path / "again", tmp_path / "one")
+    expected = projections_of(tmp_path / "one")
+    (losses,) = records(tmp_path / "one", "validation.jsonl")
+    for name, (ranks, layout) in LAYOUTS.items():
+        train(on_layout(start_of(make(tmp_path / name), init), **layout), ranks)
+        found = projections_of(tmp_path / name)
+        assert set(found) == set(expected)
+        for key, matrix in expected.items():
+            # A principal direction may turn round, and mix with one of about its eigenvalue: not so what they span.
+            wanted, got = (matrix @ matrix.t(), found[key] @ found[key].t()) if init == "pca" else (matrix, found[key])
+            assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max(), (name, key)
+        (others,) = records(tmp_path / name, "validation.jsonl")
+        for key in ("lm_loss", "kl_loss", "clone_loss"):
+            assert others[key] == pytest.approx(losses[key], rel=1e-4), (name, key)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("init", INITS)
+def test_at_full_width_each_start_is_the_teacher(teacher, tiny_text, tmp_path, init):
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), init)
+    config.model.student_hidden_size = WIDTH
+    train(config)
+    (validation,) = records(tmp_path / "run", "validation.jsonl")
+    assert validation["kl_loss"] < 1e-5 and validation["clone_loss"] < 1e-5 * abs(validation["lm_loss"])
+
+
+@pytest.mark.distributed
+def test_channels_are_those_with_the_largest_activations(teacher, tiny_text, tmp_path):
+    """A teacher whose layers give nothing has its embedding as the residual stream; two channels of it are loud."""
+    loud = {7: 100.0, 30: 50.0}
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for channel, factor in loud.items():
+            model.model.embed_tokens.weight[:, channel] *= factor
+    model.save_pretrained(teacher)
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "channel")
+    config.model.student_hidden_size = 2
+    train(config)
+    chosen = torch.zeros(WIDTH, 2)
+    chosen[list(loud), [0, 1]] = 1.0
+    found = projections_of(tmp_path / "run")
+    assert torch.equal(found["embed"], chosen)
+    gain = model.model.layers[1].input_layernorm.weight.detach()
+    assert torch.allclose(found["layers.1.q"], (WIDTH / 2) ** 0.5 * gain[:, None] * chosen)
