@@ -8,13 +8,17 @@ import pytest
 import torch
 from test_training import assert_same_parameters, make_config, on_layout, records, train
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from hf_teachers import write_llama
+from megatron_lrc.clone.ridge import RIDGE
 from megatron_lrc.config import Config
+from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.mcore.checkpoint import open_checkpoint
+from ranks import run_ranks
 
 WIDTH = 48  # the tiny teacher's
-INITS = ["orthogonal", "channel", "pca"]
+INITS = ["orthogonal", "channel", "pca", "ridge"]
 LAYOUTS = {
     "TP2+SP": (2, {"tp": 2}),
     "PP2": (2, {"pp": 2}),
@@ -57,7 +61,9 @@ def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_
         assert set(found) == set(expected)
         for key, matrix in expected.items():
             # A principal direction may turn round, and mix with one of about its eigenvalue: not so what they span.
-            wanted, got = (matrix @ matrix.t(), found[key] @ found[key].t()) if init == "pca" else (matrix, found[key])
+            got, wanted = found[key], matrix
+            if init in ("pca", "ridge"):
+                got, wanted = got @ got.t(), wanted @ wanted.t()
             assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max(), (name, key)
         (others,) = records(tmp_path / name, "validation.jsonl")
         for key in ("lm_loss", "kl_loss", "clone_loss"):
@@ -78,8 +84,6 @@ def test_at_full_width_each_start_is_the_teacher(teacher, tiny_text, tmp_path, i
 def test_channels_are_those_with_the_largest_activations(teacher, tiny_text, tmp_path):
     """A teacher whose layers give nothing has its embedding as the residual stream; two channels of it are loud."""
     loud = {7: 100.0, 30: 50.0}
-    from transformers import LlamaForCausalLM
-
     model = LlamaForCausalLM.from_pretrained(teacher)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -97,3 +101,62 @@ def test_channels_are_those_with_the_largest_activations(teacher, tiny_text, tmp
     assert torch.equal(found["embed"], chosen)
     gain = model.model.layers[1].input_layernorm.weight.detach()
     assert torch.allclose(found["layers.1.q"], (WIDTH / 2) ** 0.5 * gain[:, None] * chosen)
+
+
+def inputs_of_norms(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """By transformers, over the calibration tokens: norm -> [n, D] that it is given; norm -> its gain [D]; epsilon."""
+    data, _ = build_datasets(config)
+    count = config.projection.calibration_tokens // config.training.seq_length
+    tokens = torch.stack([data[index]["tokens"] for index in range(count)])
+    model = LlamaForCausalLM.from_pretrained(config.model.teacher).eval()
+    norms = {"final": model.model.norm}
+    for index, layer in enumerate(model.model.layers):
+        norms |= {
+            f"layers.{index}.input": layer.input_layernorm,
+            f"layers.{index}.post": layer.post_attention_layernorm,
+        }
+    found = {}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].flatten(0, 1).double()}))
+    with torch.no_grad():
+        model(tokens)
+    gains = {name: norm.weight.detach().double() for name, norm in norms.items()}
+    return found, gains, model.config.rms_norm_eps
+
+
+@pytest.mark.distributed
+def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path):
+    """Against torch's solver, on rows for the tokens and rows for the ridge."""
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "ridge")
+    train(config)
+    found = projections_of(tmp_path / "run")
+    basis = found["embed"].double()
+    assert torch.equal(found["embed"], found["layers.1.o"]) and torch.equal(found["embed"], found["layers.3.down"])
+    ((streams, gains, epsilon),) = run_ranks(1, inputs_of_norms, config.resolved(1))
+    width = basis.shape[1]
+    for norm, sites in {"layers.1.input": "qkv", "layers.2.post": ["gate", "up"], "final": ["lm_head"]}.items():
+        teacher_reads = torch.nn.functional.rms_norm(streams[norm], (WIDTH,), gains[norm], epsilon)
+        student_reads = torch.nn.functional.rms_norm(streams[norm] @ basis, (width,), eps=epsilon)
+        prior = (WIDTH / width) ** 0.5 * gains[norm][:, None] * basis
+        weight = (RIDGE * student_reads.square().sum(0).mean()).sqrt()
+        inputs = torch.cat([student_reads, weight * torch.eye(width)])
+        targets = torch.cat([teacher_reads, weight * prior.t()])
+        expected = torch.linalg.lstsq(inputs, targets).solution.t()
+        assert (expected - prior).abs().max() > 0.1 * prior.abs().max(), "nothing was fitted"
+        for site in sites:
+            got = found[site if norm == "final" else f"{norm.rpartition('.')[0]}.{site}"]
+            assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), (norm, site)
+
+
+@pytest.mark.distributed
+def test_ridge_starts_nearer_to_the_teacher_than_pca(teacher, tiny_text, tmp_path):
+    """On text it has not seen."""
+    losses = {}
+    for init in ("pca", "ridge"):
+        config = start_of(make_config(teacher, tiny_text, tmp_path / init, steps=0), init)
+        config.projection.calibration_tokens = 2048
+        train(config)
+        (losses[init],) = records(tmp_path / init, "validation.jsonl")
+    print({init: (line["lm_loss"], line["kl_loss"], line["clone_loss"]) for init, line in losses.items()})
+    assert losses["ridge"]["kl_loss"] < 0.9 * losses["pca"]["kl_loss"]
+    assert losses["ridge"]["clone_loss"] < 0.9 * losses["pca"]["clone_loss"]
