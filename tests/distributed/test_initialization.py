@@ -71,6 +71,19 @@ def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_
 
 
 @pytest.mark.distributed
+def test_in_bf16_ridge_is_alike_on_every_layout(teacher, tiny_text, tmp_path):
+    losses = {}
+    for name, (ranks, layout) in {"one": (1, {}), "TP2+SP": (2, {"tp": 2}), "PP2": (2, {"pp": 2})}.items():
+        config = on_layout(start_of(make_config(teacher, tiny_text, tmp_path / name, steps=0), "ridge"), **layout)
+        config.training.bf16 = True
+        train(config, ranks)
+        (losses[name],) = records(tmp_path / name, "validation.jsonl")
+    for name in ("TP2+SP", "PP2"):
+        for key in ("lm_loss", "kl_loss", "clone_loss"):
+            assert losses[name][key] == pytest.approx(losses["one"][key], rel=2e-2), (name, key)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("init", INITS)
 def test_at_full_width_each_start_is_the_teacher(teacher, tiny_text, tmp_path, init):
     config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), init)
@@ -157,6 +170,5 @@ def test_ridge_starts_nearer_to_the_teacher_than_pca(teacher, tiny_text, tmp_pat
         config.projection.calibration_tokens = 2048
         train(config)
         (losses[init],) = records(tmp_path / init, "validation.jsonl")
-    print({init: (line["lm_loss"], line["kl_loss"], line["clone_loss"]) for init, line in losses.items()})
     assert losses["ridge"]["kl_loss"] < 0.9 * losses["pca"]["kl_loss"]
     assert losses["ridge"]["clone_loss"] < 0.9 * losses["pca"]["clone_loss"]
