@@ -192,7 +192,7 @@ class Config:
         """Whether one projection serves embedding and LM head: the rule of --untie-embeddings-and-output-weights."""
         if self.model.untie_embeddings_and_output_weights is not None:
             return not self.model.untie_embeddings_and_output_weights
-        return teacher.is_tied and not (self.is_clone and self.projection.init == "pca")
+        return teacher.is_tied and not (self.is_clone and self.projection.is_closed_form)
 
     def student_shape(self, teacher: ModelShape) -> ModelShape:
         """The student's shape: the teacher's but for the hidden size, and maybe the tying; with --student that model's,

@@ -57,10 +57,11 @@ class ModelConfig:
 class ProjectionConfig:
     """How the projections P start."""
 
-    init: Literal["random", "pca"] = setting(
+    init: Literal["random", "orthogonal", "channel", "pca", "ridge"] = setting(
         "random",
-        "random: every P ~ N(0, --init-method-std) (the released code); pca: closed form from the teacher's residual "
-        "stream.",
+        "random: every P ~ N(0, --init-method-std) (the released code). The others start from one basis of the "
+        "teacher's residual stream in closed form. orthogonal: a random one; channel: the most active channels; pca: "
+        "the principal directions; ridge: those, then each P in front of a matrix fitted to the teacher's activations.",
     )
     init_method_std: float = setting(
         0.02,
@@ -68,7 +69,9 @@ class ProjectionConfig:
         "and down divided by the square root of twice the number of layers.",
         above=0,
     )
-    calibration_tokens: int = setting(65536, "Training tokens that --init pca runs through the teacher.", at_least=1)
+    calibration_tokens: int = setting(
+        65536, "Training tokens that --init channel, pca and ridge run through the teacher.", at_least=1
+    )
     open_after: float | None = setting(
         None,
         "After so many steps (below 1: that fraction of --train-iters), drop the projections of --open-matrices: the "
@@ -81,6 +84,16 @@ class ProjectionConfig:
     open_lr: float | None = setting(
         None, "Peak learning rate from --open-after on, in the same schedule. Default: --lr.", above=0
     )
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether P follows from a basis: then embedding and LM head have a P each, and d <= D."""
+        return self.init != "random"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it takes training tokens."""
+        return self.init in ("channel", "pca", "ridge")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -94,10 +94,16 @@ def check_model(config: Config) -> Iterator[str]:
             yield f"{given} cannot go with --method {config.model.method}, which has no projections. Leave it out."
         return
     yield from check_opening(config)
-    if config.projection.init == "pca" and config.model.untie_embeddings_and_output_weights is False:
+    projection = config.projection
+    if projection.is_closed_form and config.model.untie_embeddings_and_output_weights is False:
         yield (
-            "--no-untie-embeddings-and-output-weights cannot go with --init pca, whose closed form needs a projection "
-            "for the embedding and another for the LM head. Leave it out, or use --init random."
+            f"--no-untie-embeddings-and-output-weights cannot go with --init {projection.init}, whose closed form "
+            "needs a projection for the embedding and another for the LM head. Leave it out, or use --init random."
+        )
+    if not projection.is_calibrated and projection.calibration_tokens != type(projection)().calibration_tokens:
+        yield (
+            f"--calibration-tokens {projection.calibration_tokens} means nothing with --init {projection.init}, which "
+            "reads no tokens. Leave it out, or use --init channel, pca or ridge."
         )
 
 
@@ -212,8 +218,11 @@ def check_data(config: Config) -> Iterator[str]:
     if is_trained and not has_data:
         given = f"--train-iters {train_iters}" if train_iters > 0 else f"--train-epochs {train_epochs}"
         yield f"{given} needs training data. Give --data-path or --train-data-path."
-    elif config.projection.init == "pca" and not has_data and config.checkpoint.load is None:
-        yield "--init pca runs the teacher over training tokens. Give --data-path or --train-data-path."
+    elif config.projection.is_calibrated and not has_data and config.checkpoint.load is None:
+        yield (
+            f"--init {config.projection.init} runs the teacher over training tokens. Give --data-path or "
+            "--train-data-path."
+        )
     if data.data_path and split is not None and is_trained:
         if split[0] == 0:
             yield f"--split {data.split} leaves no training data. Give its first part a share."
@@ -266,10 +275,11 @@ def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
     if not config.has_teacher:
         return
     assert student_hidden_size is not None, "validate() comes first"
-    if config.projection.init == "pca" and student_hidden_size > teacher.hidden_size:
+    if config.projection.is_closed_form and student_hidden_size > teacher.hidden_size:
         yield (
-            f"--student-hidden-size {student_hidden_size} is above the teacher's {teacher.hidden_size}: --init pca "
-            f"takes that many orthogonal directions out of {teacher.hidden_size}. Use at most {teacher.hidden_size}."
+            f"--student-hidden-size {student_hidden_size} is above the teacher's {teacher.hidden_size}: --init "
+            f"{config.projection.init} takes that many orthogonal directions out of {teacher.hidden_size}. Use at most "
+            f"{teacher.hidden_size}."
         )
     if config.is_clone and config.is_student_tied(teacher) and not teacher.is_tied:
         yield (

@@ -1,12 +1,14 @@
-"""How the projections start: from a normal, or in closed form from the teacher's residual stream.
+"""How the projections start: from a normal, or in closed form from one basis of the teacher's residual stream.
 
-PCA: Q (D, d) holds the leading eigenvectors of the second moment of the residual stream, over calibration tokens and
-all the places where it is read, each token scaled to unit RMS. With g the teacher's norm gain in front of a matrix and
-c = sqrt(D / d), which keeps the student's RMS the teacher's:
+With a basis Q (D, d), orthonormal columns, g the teacher's norm gain in front of a matrix, and c = sqrt(D / d), which
+keeps the student's RMS the teacher's:
 
     P = Q for embed, o, down;   P = c diag(g) Q for q, k, v (input norm), gate, up (post norm), lm_head (final norm)
 
-and the student's gains are 1. At d = D this is the teacher exactly, up to the norm's epsilon.
+and the student's gains are 1. At d = D this is the teacher exactly, up to the norm's epsilon, whatever Q is. Q is
+random, or comes from the second moment of the residual stream over calibration tokens and all the places where it is
+read, each token scaled to unit RMS: its leading eigenvectors (PCA), or the channels where it is largest (the
+activation-ranked channel selection of "RED", arXiv 2605.29327).
 """
 
 import hashlib
@@ -35,24 +37,39 @@ def norm_before(projection: str) -> str | None:
 def initialize_random(projections: Projections, *, std: float, seed: int) -> None:
     """Every P ~ N(0, std), gains 1. Each P is drawn whole, from a seed of its own name: any layout starts the same."""
     for name, _ in projections.named_matrices():
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         size = (projections.teacher_size, projections.student_size)
-        projections.set_matrix(name, std * torch.randn(size, generator=generator, dtype=torch.float32))
+        projections.set_matrix(name, std * torch.randn(size, generator=_generator(seed, name), dtype=torch.float32))
     for _, gain in projections.named_norms():
         gain.fill_(1.0)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """On the CPU: the same numbers on every rank and machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def random_basis(teacher_size: int, student_size: int, *, seed: int) -> Tensor:
+    """Q [D, d], fp64: orthonormal columns that span a subspace drawn without preference; the same on any layout."""
+    generator = _generator(seed, "orthogonal")
+    drawn = torch.randn(teacher_size, student_size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q.contiguous()
 
 
 @torch.no_grad()
 def initialize_from_basis(projections: Projections, basis: Tensor, teacher_gains: Mapping[str, Tensor]) -> None:
     """The closed form. basis: Q [D, d], fp64, the same on every rank; teacher_gains: this stage's, by global name."""
-    scale = math.sqrt(basis.shape[0] / basis.shape[1])
     for name, _ in projections.named_matrices():
         norm = norm_before(name)
-        full = basis if norm is None else scale * teacher_gains[norm].to(basis).unsqueeze(1) * basis
-        projections.set_matrix(name, full)
+        projections.set_matrix(name, basis if norm is None else behind_norm(basis, teacher_gains[norm]))
     for _, gain in projections.named_norms():
         gain.fill_(1.0)
+
+
+def behind_norm(basis: Tensor, teacher_gain: Tensor) -> Tensor:
+    """c diag(g) Q [D, d], of a matrix that reads a norm's output. teacher_gain: g [D]."""
+    scale = math.sqrt(basis.shape[0] / basis.shape[1])
+    return scale * teacher_gain.to(basis).unsqueeze(1) * basis
 
 
 class SecondMoment:
@@ -72,3 +89,8 @@ class SecondMoment:
         """Q [D, count], fp64, by falling eigenvalue. eigh works on the CPU: D is a few thousand, once per run."""
         _, vectors = torch.linalg.eigh(self.total.cpu())
         return vectors.flip(1)[:, :count].contiguous()
+
+    def largest_channels(self, count: int) -> Tensor:
+        """Q [D, count], fp64: columns of the identity, by falling mean square of the channel; equal ones in order."""
+        order = self.total.diagonal().argsort(descending=True, stable=True)[:count]
+        return torch.eye(len(self.total), dtype=self.total.dtype, device=self.total.device)[:, order].contiguous()

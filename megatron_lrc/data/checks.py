@@ -85,7 +85,10 @@ def check_sizes(config: Config) -> list[IndexedFile]:
         for purpose, is_asked in (
             ("--train-iters above 0", training.train_iters > 0),
             ("--train-epochs above 0", training.train_epochs > 0),
-            ("--init pca (for its calibration)", config.projection.init == "pca" and config.checkpoint.load is None),
+            (
+                f"--init {config.projection.init} (for its calibration)",
+                config.projection.is_calibrated and config.checkpoint.load is None,
+            ),
         ):
             if is_asked:
                 raise ConfigError(f"{purpose} needs training data. Give --data-path or --train-data-path, as a prefix.")

@@ -83,8 +83,8 @@ def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int 
 
 
 def num_calibration_batches(config: Config) -> int:
-    """Global batches that --init pca reads: the first ones of the training data."""
-    if config.projection.init != "pca":
+    """Global batches that the calibration of --init reads: the first ones of the training data."""
+    if not config.projection.is_calibrated:
         return 0
     assert config.training.global_batch_size is not None
     return math.ceil(

@@ -130,10 +130,22 @@ def sum_over_world(partial: torch.Tensor) -> torch.Tensor:
 def reduce_over_stage(partial: torch.Tensor, turn: int) -> bool:
     """Sum, in place, over the ranks that hold the same pipeline stage. The sum is complete on one of them only, chosen
     by `turn`; whether it is this one. With tensor parallelism for what each rank has of its own tokens."""
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    owner = dist.get_process_group_ranks(group)[turn % group.size()]
+    group, owner = _stage_group(turn)
     dist.reduce(partial, dst=owner, group=group)
     return dist.get_rank() == owner
+
+
+def broadcast_over_stage(value: torch.Tensor, turn: int) -> torch.Tensor:
+    """Make `value` that of the rank which `reduce_over_stage` chose by `turn`, in place, on the stage's ranks."""
+    group, owner = _stage_group(turn)
+    dist.broadcast(value, src=owner, group=group)
+    return value
+
+
+def _stage_group(turn: int) -> tuple[ProcessGroup, int]:
+    """The ranks that hold the same pipeline stage as this one, and the one (of the world) whose turn it is."""
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    return group, dist.get_process_group_ranks(group)[turn % group.size()]
 
 
 def broadcast_from_first(value: torch.Tensor) -> torch.Tensor:

@@ -1,24 +1,21 @@
 """From a Config to the objects of a run: the stages of its method, weights in place, projections initialised."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from megatron_lrc.clone.initialization import SecondMoment, initialize_from_basis, initialize_random
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, select
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore.distributed import Groups, broadcast_from_first, sum_over_world
-from megatron_lrc.mcore.models import GPTModel, layers_of, norm_gains, padded_vocab_size, residual_readers
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.models import GPTModel, layers_of, norm_gains, padded_vocab_size
 from megatron_lrc.mcore.paired_model import PairedModel
-from megatron_lrc.mcore.schedules import forward_teacher
 from megatron_lrc.mcore.single_model import SingleModel
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
+from megatron_lrc.train.calibration import Batches, initialize
 from megatron_lrc.train.initial_weights import InitialWeights
-
-Batches = Iterator[dict[str, Tensor]]
 
 
 def build_stages_of_method(
@@ -132,38 +129,3 @@ def _load_frozen(stage: PipelineStage, layer: nn.Module, index: int, reader: Rea
             place.copy_(reader.frozen(name, index, tp_rank=tp.rank(), tp_size=tp.size()).view(place.shape))
         if (name := f"{site.name}_norm") in frozen:
             layer.get_parameter(f"self_attention.{site.name}_layernorm.weight").copy_(reader.frozen(name, index))
-
-
-def initialize(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches], groups: Groups) -> None:
-    """Give every projection its first value, as --init says. `calibration` opens the training data from its start."""
-    if config.projection.init == "random":
-        for stage in stages:
-            initialize_random(stage.projections, std=config.projection.init_method_std, seed=config.training.seed)
-        return
-    basis = residual_basis(config, stages, calibration(), groups)
-    for stage in stages:
-        initialize_from_basis(stage.projections, basis, norm_gains(stage.teacher))
-
-
-def residual_basis(config: Config, stages: list[PairedModel], batches: Batches, groups: Groups) -> Tensor:
-    """Q [D, d], fp64: leading directions of the teacher's residual stream; computed once, the same on every rank."""
-    shapes = stages[0].shapes
-    moment = SecondMoment(shapes.teacher.hidden_size, groups.device)
-    norms = [norm for stage in stages for norm in residual_readers(stage.teacher)]
-    hooks = [norm.register_forward_pre_hook(lambda module, inputs: moment.add(inputs[0])) for norm in norms]
-    tokens_at_once = config.training.micro_batch_size * config.training.seq_length * groups.dp.size()
-    try:
-        forward_teacher(
-            stages, batches, config, num_microbatches=-(-config.projection.calibration_tokens // tokens_at_once)
-        )
-    except StopIteration:
-        raise ConfigError(
-            f"--calibration-tokens {config.projection.calibration_tokens} is more than the training data holds. "
-            "Use fewer."
-        ) from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    sum_over_world(moment.total)
-    basis = moment.leading_eigenvectors(shapes.student.hidden_size).to(groups.device)
-    return broadcast_from_first(basis)  # eigenvectors of near-equal eigenvalues may differ between machines

@@ -90,7 +90,9 @@ def test_good_data_passes(prepared, tokenizer_folder):
 def test_training_without_data_is_refused():
     assert "--train-iters above 0 needs training data" in refusal(make_config())
     assert "--init pca (for its calibration) needs" in refusal(make_config(train_iters=0, init="pca"))
+    assert "--init ridge (for its calibration) needs" in refusal(make_config(train_iters=0, init="ridge"))
     check_data(make_config(train_iters=0), VOCABULARY)
+    check_data(make_config(train_iters=0, init="orthogonal"), VOCABULARY)
     check_data(make_config(train_iters=0, init="pca", load="run"), VOCABULARY)
 
 

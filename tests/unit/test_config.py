@@ -104,6 +104,9 @@ def test_the_fixture_is_valid(config):
         ({"split": "0,1,0"}, 1, "leaves no training data"),
         ({"data_path": []}, 1, "--train-iters 100 needs training data"),
         ({"data_path": [], "train_iters": 0, "save": "run", "init": "pca"}, 1, "--init pca runs the teacher"),
+        ({"data_path": [], "train_iters": 0, "save": "run", "init": "channel"}, 1, "--init channel runs the teacher"),
+        ({"calibration_tokens": 512}, 1, "--calibration-tokens 512 means nothing with --init random"),
+        ({"calibration_tokens": 512, "init": "orthogonal"}, 1, "Leave it out, or use --init channel, pca or ridge."),
         ({"train_data_path": ["more"]}, 1, "--data-path goes with --split and cannot be combined"),
         ({"data_path": [], "train_data_path": ["a"]}, 1, "--train-data-path without --valid-data-path"),
         ({"load": "/no/such"}, 1, "--load /no/such is not a directory"),
@@ -114,6 +117,11 @@ def test_the_fixture_is_valid(config):
             {"init": "pca", "untie_embeddings_and_output_weights": False},
             1,
             "--no-untie-embeddings-and-output-weights cannot go with --init pca",
+        ),
+        (
+            {"init": "orthogonal", "untie_embeddings_and_output_weights": False},
+            1,
+            "--no-untie-embeddings-and-output-weights cannot go with --init orthogonal",
         ),
     ],
 )
@@ -175,6 +183,7 @@ def test_writing_the_untrained_student_needs_no_data(config):
             "leave 1 of the teacher's 30 layers to 0 other pipeline stages",
         ),
         ({"student_hidden_size": 600, "init": "pca"}, "Use at most 576."),
+        ({"student_hidden_size": 600, "init": "orthogonal"}, "--init orthogonal takes that many"),
     ],
 )
 def test_validate_against_teacher_refuses(config, values, expected):
@@ -231,6 +240,8 @@ def test_an_untied_teacher_cannot_have_a_tied_student(config):
         (True, "random", None, True),
         (True, "random", True, False),
         (True, "pca", None, False),
+        (True, "orthogonal", None, False),
+        (True, "ridge", None, False),
         (False, "random", None, False),
         (False, "pca", None, False),
     ],

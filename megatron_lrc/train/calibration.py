@@ -1,0 +1,113 @@
+"""The first values of the projections, as --init says; calibration: the first training tokens through the models.
+
+Activations are never kept: each micro-batch adds to moments as it goes by. Every rank sees its own tokens and layers,
+so moments are partial sums, over the world or over the ranks of a pipeline stage.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lrc.clone.initialization import (
+    SecondMoment,
+    initialize_from_basis,
+    initialize_random,
+    norm_before,
+    random_basis,
+)
+from megatron_lrc.clone.ridge import ReadingMoments
+from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.mcore.distributed import (
+    Groups,
+    broadcast_from_first,
+    broadcast_over_stage,
+    reduce_over_stage,
+    sum_over_world,
+)
+from megatron_lrc.mcore.models import norm_gains, residual_readers
+from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.schedules import forward_teacher
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+def initialize(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches], groups: Groups) -> None:
+    """Give every projection its first value. `calibration` opens the training data from its start."""
+    projection, seed = config.projection, config.training.seed
+    if projection.init == "random":
+        for stage in stages:
+            initialize_random(stage.projections, std=projection.init_method_std, seed=seed)
+        return
+    if projection.init == "orthogonal":
+        shapes = stages[0].shapes
+        basis = random_basis(shapes.teacher.hidden_size, shapes.student.hidden_size, seed=seed)
+    else:
+        basis = residual_basis(config, stages, calibration(), groups)
+    # From one rank: a decomposition may differ between machines.
+    basis = broadcast_from_first(basis.to(groups.device))
+    for stage in stages:
+        initialize_from_basis(stage.projections, basis, norm_gains(stage.teacher))
+    if projection.init == "ridge":
+        fit_to_readings(config, stages, basis, calibration(), groups)
+
+
+def residual_basis(config: Config, stages: list[PairedModel], batches: Batches, groups: Groups) -> Tensor:
+    """Q [D, d], fp64: directions, or channels, of the teacher's residual stream, computed from all ranks' tokens."""
+    shapes = stages[0].shapes
+    moment = SecondMoment(shapes.teacher.hidden_size, groups.device)
+    readers = [(reader, moment.add) for stage in stages for reader in residual_readers(stage.teacher)]
+    run_teacher(config, stages, batches, groups, readers)
+    sum_over_world(moment.total)
+    if config.projection.init == "channel":
+        return moment.largest_channels(shapes.student.hidden_size)
+    return moment.leading_eigenvectors(shapes.student.hidden_size)
+
+
+def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, batches: Batches, groups: Groups) -> None:
+    """Fit each P behind a norm to what the teacher reads there. basis: Q [D, d], fp64, the same on every rank."""
+    epsilon = stages[0].shapes.teacher.norm_epsilon
+    readers, moments = [], []
+    for stage in stages:
+        gains = norm_gains(stage.teacher)
+        for (norm, gain), reader in zip(gains.items(), residual_readers(stage.teacher), strict=True):
+            moment = ReadingMoments(basis, gain, epsilon)
+            readers.append((reader, moment.add))
+            moments.append((stage.projections, norm, moment))
+    run_teacher(config, stages, batches, groups, readers)
+    for turn, (projections, norm, moment) in enumerate(moments):
+        is_owner = reduce_over_stage(moment.total, turn)
+        fitted = moment.fit() if is_owner else torch.empty_like(basis)
+        broadcast_over_stage(fitted, turn)
+        for name, _ in projections.named_matrices():
+            if norm_before(name) == norm:
+                projections.set_matrix(name, fitted)
+
+
+def run_teacher(
+    config: Config,
+    stages: list[PairedModel],
+    batches: Batches,
+    groups: Groups,
+    readers: list[tuple[nn.Module, Callable[[Tensor], None]]],
+) -> None:
+    """Run the calibration's tokens through the teacher, and give each reader's input [s/tp, b, D] to its function."""
+    hooks = [reader.register_forward_pre_hook(partial(_look_at_input, look)) for reader, look in readers]
+    tokens_at_once = config.training.micro_batch_size * config.training.seq_length * groups.dp.size()
+    try:
+        forward_teacher(
+            stages, batches, config, num_microbatches=-(-config.projection.calibration_tokens // tokens_at_once)
+        )
+    except StopIteration:
+        raise ConfigError(
+            f"--calibration-tokens {config.projection.calibration_tokens} is more than the training data holds. "
+            "Use fewer."
+        ) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _look_at_input(look: Callable[[Tensor], None], module: nn.Module, inputs: tuple) -> None:
+    look(inputs[0])

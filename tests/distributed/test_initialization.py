@@ -1,0 +1,174 @@
+"""How the projections start: each --init is the same on every layout, and does what its closed form or fit says."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import assert_same_parameters, make_config, on_layout, records, train
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from hf_teachers import write_llama
+from megatron_lrc.clone.ridge import RIDGE
+from megatron_lrc.config import Config
+from megatron_lrc.data.batches import build_datasets
+from megatron_lrc.mcore.checkpoint import open_checkpoint
+from ranks import run_ranks
+
+WIDTH = 48  # the tiny teacher's
+INITS = ["orthogonal", "channel", "pca", "ridge"]
+LAYOUTS = {
+    "TP2+SP": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "PP2 x 2": (2, {"pp": 2, "chunks": 2}),
+    "CP2": (2, {"cp": 2}),
+    "DP2": (2, {}),
+}
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    write_llama(tmp_path / "teacher", num_layers=4)
+    return str(tmp_path / "teacher")
+
+
+def start_of(config: Config, init: str) -> Config:
+    """A run without steps."""
+    projection = replace(config.projection, init=init)
+    if projection.is_calibrated:
+        projection.calibration_tokens = 512
+    return replace(config, projection=projection)
+
+
+def projections_of(run: Path) -> dict[str, Tensor]:
+    return {name.removeprefix("projections."): matrix for name, matrix in open_checkpoint(str(run)).projections.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("init", INITS)
+def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_text, tmp_path, init):
+    make = partial(make_config, teacher, tiny_text, steps=0)
+    train(start_of(make(tmp_path / "one"), init))
+    train(start_of(make(tmp_path / "again"), init))
+    assert_same_parameters(tmp_path / "again", tmp_path / "one")
+    expected = projections_of(tmp_path / "one")
+    (losses,) = records(tmp_path / "one", "validation.jsonl")
+    for name, (ranks, layout) in LAYOUTS.items():
+        train(on_layout(start_of(make(tmp_path / name), init), **layout), ranks)
+        found = projections_of(tmp_path / name)
+        assert set(found) == set(expected)
+        for key, matrix in expected.items():
+            # A principal direction may turn round, and mix with one of about its eigenvalue: not so what they span.
+            got, wanted = found[key], matrix
+            if init in ("pca", "ridge"):
+                got, wanted = got @ got.t(), wanted @ wanted.t()
+            assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max(), (name, key)
+        (others,) = records(tmp_path / name, "validation.jsonl")
+        for key in ("lm_loss", "kl_loss", "clone_loss"):
+            assert others[key] == pytest.approx(losses[key], rel=1e-4), (name, key)
+
+
+@pytest.mark.distributed
+def test_in_bf16_ridge_is_alike_on_every_layout(teacher, tiny_text, tmp_path):
+    losses = {}
+    for name, (ranks, layout) in {"one": (1, {}), "TP2+SP": (2, {"tp": 2}), "PP2": (2, {"pp": 2})}.items():
+        config = on_layout(start_of(make_config(teacher, tiny_text, tmp_path / name, steps=0), "ridge"), **layout)
+        config.training.bf16 = True
+        train(config, ranks)
+        (losses[name],) = records(tmp_path / name, "validation.jsonl")
+    for name in ("TP2+SP", "PP2"):
+        for key in ("lm_loss", "kl_loss", "clone_loss"):
+            assert losses[name][key] == pytest.approx(losses["one"][key], rel=2e-2), (name, key)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("init", INITS)
+def test_at_full_width_each_start_is_the_teacher(teacher, tiny_text, tmp_path, init):
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), init)
+    config.model.student_hidden_size = WIDTH
+    train(config)
+    (validation,) = records(tmp_path / "run", "validation.jsonl")
+    assert validation["kl_loss"] < 1e-5 and validation["clone_loss"] < 1e-5 * abs(validation["lm_loss"])
+
+
+@pytest.mark.distributed
+def test_channels_are_those_with_the_largest_activations(teacher, tiny_text, tmp_path):
+    """A teacher whose layers give nothing has its embedding as the residual stream; two channels of it are loud."""
+    loud = {7: 100.0, 30: 50.0}
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for channel, factor in loud.items():
+            model.model.embed_tokens.weight[:, channel] *= factor
+    model.save_pretrained(teacher)
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "channel")
+    config.model.student_hidden_size = 2
+    train(config)
+    chosen = torch.zeros(WIDTH, 2)
+    chosen[list(loud), [0, 1]] = 1.0
+    found = projections_of(tmp_path / "run")
+    assert torch.equal(found["embed"], chosen)
+    gain = model.model.layers[1].input_layernorm.weight.detach()
+    assert torch.allclose(found["layers.1.q"], (WIDTH / 2) ** 0.5 * gain[:, None] * chosen)
+
+
+def inputs_of_norms(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """By transformers, over the calibration tokens: norm -> [n, D] that it is given; norm -> its gain [D]; epsilon."""
+    data, _ = build_datasets(config)
+    count = config.projection.calibration_tokens // config.training.seq_length
+    tokens = torch.stack([data[index]["tokens"] for index in range(count)])
+    model = LlamaForCausalLM.from_pretrained(config.model.teacher).eval()
+    norms = {"final": model.model.norm}
+    for index, layer in enumerate(model.model.layers):
+        norms |= {
+            f"layers.{index}.input": layer.input_layernorm,
+            f"layers.{index}.post": layer.post_attention_layernorm,
+        }
+    found = {}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].flatten(0, 1).double()}))
+    with torch.no_grad():
+        model(tokens)
+    gains = {name: norm.weight.detach().double() for name, norm in norms.items()}
+    return found, gains, model.config.rms_norm_eps
+
+
+@pytest.mark.distributed
+def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path):
+    """Against torch's solver, on rows for the tokens and rows for the ridge."""
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "ridge")
+    train(config)
+    found = projections_of(tmp_path / "run")
+    basis = found["embed"].double()
+    assert torch.equal(found["embed"], found["layers.1.o"]) and torch.equal(found["embed"], found["layers.3.down"])
+    ((streams, gains, epsilon),) = run_ranks(1, inputs_of_norms, config.resolved(1))
+    width = basis.shape[1]
+    for norm, sites in {"layers.1.input": "qkv", "layers.2.post": ["gate", "up"], "final": ["lm_head"]}.items():
+        teacher_reads = torch.nn.functional.rms_norm(streams[norm], (WIDTH,), gains[norm], epsilon)
+        student_reads = torch.nn.functional.rms_norm(streams[norm] @ basis, (width,), eps=epsilon)
+        prior = (WIDTH / width) ** 0.5 * gains[norm][:, None] * basis
+        weight = (RIDGE * student_reads.square().sum(0).mean()).sqrt()
+        inputs = torch.cat([student_reads, weight * torch.eye(width)])
+        targets = torch.cat([teacher_reads, weight * prior.t()])
+        expected = torch.linalg.lstsq(inputs, targets).solution.t()
+        assert (expected - prior).abs().max() > 0.1 * prior.abs().max(), "nothing was fitted"
+        for site in sites:
+            got = found[site if norm == "final" else f"{norm.rpartition('.')[0]}.{site}"]
+            assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), (norm, site)
+
+
+@pytest.mark.distributed
+def test_ridge_starts_nearer_to_the_teacher_than_pca(teacher, tiny_text, tmp_path):
+    """On text it has not seen."""
+    losses = {}
+    for init in ("pca", "ridge"):
+        config = start_of(make_config(teacher, tiny_text, tmp_path / init, steps=0), init)
+        config.projection.calibration_tokens = 2048
+        train(config)
+        (losses[init],) = records(tmp_path / init, "validation.jsonl")
+    assert losses["ridge"]["kl_loss"] < 0.9 * losses["pca"]["kl_loss"]
+    assert losses["ridge"]["clone_loss"] < 0.9 * losses["pca"]["clone_loss"]
