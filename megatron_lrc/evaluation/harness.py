@@ -26,6 +26,8 @@ from megatron_lrc.evaluation.published import NINE_TASKS
 
 #: Names of the harness's settings that hold the name of a split.
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+#: Where the harness defines the nine: to read all of its thousands of definitions takes half a minute.
+_FOLDERS = ("arc", "commonsense_qa", "logiqa", "mmlu/default", "piqa", "sciq", "super_glue/boolq", "winogrande")
 _FORMATS = {"json": ("{}.jsonl", "{}.json"), "parquet": ("{}.parquet", "{}-*.parquet")}
 
 
@@ -70,7 +72,7 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    known = _import("lm_eval.tasks").TaskManager()
+    known = _known_tasks(tasks)
     members = {task: list(_leaves(known.task_index, task)) for task in tasks}
     with tempfile.TemporaryDirectory(prefix="megatron_lrc_") as folder:
         if tasks_dir is None:
@@ -97,6 +99,14 @@ def run_tasks(
 
 def _import(name: str) -> Any:
     return importlib.import_module(name)
+
+
+def _known_tasks(tasks: list[str]) -> Any:
+    """The harness's TaskManager with its own definitions of these tasks."""
+    module = _import("lm_eval.tasks")
+    folders = [str(Path(module.__file__).parent / folder) for folder in _FOLDERS]
+    manager = module.TaskManager(include_path=folders, include_defaults=False)
+    return manager if all(task in manager.task_index for task in tasks) else module.TaskManager()
 
 
 def _leaves(index: Any, name: str) -> Iterator[str]:
