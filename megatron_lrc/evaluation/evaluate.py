@@ -77,13 +77,19 @@ def _check(options: EvaluationOptions) -> None:
         raise ConfigError("There is nothing to evaluate on. Give --data-path, --input or --tasks.")
     if options.teacher and not (options.data_path or options.input):
         raise ConfigError("--teacher is compared with on held-out text. Give --data-path or --input as well.")
-    for flag, value, least in (("seq-length", options.seq_length, 1), ("batch-size", options.batch_size, 1)):
-        if value < least:
-            raise ConfigError(f"--{flag} {value} is below {least}.")
+    check_numbers(options, {"seq_length": 1, "batch_size": 1, "max_tokens": 0, "num_fewshot": 0, "limit": 1})
     if options.tasks_dir and not options.tasks_dir.is_dir():
         raise ConfigError(f"--tasks-dir {options.tasks_dir} is no folder.")
     if options.tasks:
         check_harness()
+
+
+def check_numbers(options: Any, least: dict[str, int]) -> None:
+    """ConfigError for an option below what it can be."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is below {smallest}. Give {smallest} or more.")
 
 
 # ------------------------------------------------------------------------------------------------ held-out text

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.evaluation.evaluate import common_vocabulary
+from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
 from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
 from megatron_lrc.evaluation.models import as_hugging_face, choose_device, load_model
@@ -124,9 +124,7 @@ def _check(options: MaskingOptions) -> None:
         raise ConfigError("Give either --items (questions) or --input (held-out text): one of them is scored.")
     if not (options.teacher / "config.json").is_file():
         raise ConfigError(f"--teacher {options.teacher} has no config.json. A Hugging Face directory is expected.")
-    for name in ("num_seeds", "batch_size", "seq_length", "num_neurons"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} is below 1.")
+    check_numbers(options, {"num_seeds": 1, "batch_size": 1, "seq_length": 1, "num_neurons": 1, "max_tokens": 0})
     if options.plot:
         check_drawing()
 

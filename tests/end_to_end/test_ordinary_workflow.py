@@ -76,6 +76,13 @@ def test_an_exported_clone_is_trained_on_by_itself_and_becomes_a_teacher(tmp_pat
     assert "by the method `ordinary`" in card and "from the weights of `clone-hf`" in card
     verified = run(sys.executable, str(ROOT / "tools/verify_model.py"), str(tmp_path / "trained"), str(trained))
     assert "The models agree" in verified
+    text = ["--data-path", f"{data}_text_document", "--split", "80,20,0", "--seq-length", "32"]
+    figures = []
+    for model in (tmp_path / "trained", trained):  # compared with a teacher that is not what it was trained from
+        evaluate = [sys.executable, str(ROOT / "tools/evaluate.py"), str(model), *text, "--teacher", str(teacher)]
+        run(*evaluate, "--output", str(tmp_path / "figures.json"))
+        figures.append(json.loads((tmp_path / "figures.json").read_text())["heldout"]["figures"])
+    assert figures[0] == figures[1] and figures[0][f"{data}_text_document"]["kl"] > 0
     run(sys.executable, str(ROOT / "tools/report.py"), str(tmp_path / "trained"))
     assert (tmp_path / "trained" / "report.html").is_file()
 

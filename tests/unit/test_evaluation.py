@@ -253,6 +253,7 @@ def test_a_line_without_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
         ([], "Give --data-path, --input or --tasks"),
         (["--teacher", "there"], "Give --data-path"),
         (["--input", "x.jsonl", "--seq-length", "0"], "--seq-length 0"),
+        (["--input", "x.jsonl", "--max-tokens", "-1"], "--max-tokens -1"),
         (["--input", "x.jsonl", "--device", "tpu"], "--device tpu"),
         (["--tasks", "sciq", "--tasks-dir", "absent"], "--tasks-dir absent"),
     ],
