@@ -79,7 +79,10 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
         important = most_active(means, options.num_neurons, options.scope)
         seeds = range(options.seed, options.seed + options.num_seeds)
         drawn = {seed: random_neurons(important, options.num_neurons, options.scope, seed) for seed in seeds}
-        found = {name: _conditions(model, important, drawn, score) for name, model in models.items()}
+        found = {
+            name: _conditions(model, important, drawn, score, lambda line, name=name: report(f"{name}, {line}"))
+            for name, model in models.items()
+        }
     result = {
         "teacher": str(options.teacher),
         "student": str(options.student),
@@ -100,16 +103,21 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
 
 
 def _conditions(
-    model: Any, important: Tensor, drawn: dict[int, Tensor], score: Callable[[Any], Score]
+    model: Any, important: Tensor, drawn: dict[int, Tensor], score: Callable[[Any], Score], report: Report
 ) -> dict[str, dict[str, Any]]:
     """Condition -> score; of the random ones each seed's, their mean and their standard deviation."""
 
-    def score_with(neurons: Tensor | None) -> Score:
+    def score_with(neurons: Tensor | None, condition: str) -> Score:
         with nullcontext() if neurons is None else masked(model, neurons):
-            return score(model)
+            found = score(model)
+        report(f"{condition}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+        return found
 
-    found: dict[str, dict[str, Any]] = {"unmasked": score_with(None), "important": score_with(important)}
-    by_seed = {seed: score_with(neurons) for seed, neurons in drawn.items()}
+    found: dict[str, dict[str, Any]] = {
+        "unmasked": score_with(None, "unmasked"),
+        "important": score_with(important, "important masked"),
+    }
+    by_seed = {seed: score_with(neurons, f"random masked, seed {seed}") for seed, neurons in drawn.items()}
     means = {name: mean(scores[name] for scores in by_seed.values()) for name in found["unmasked"]}
     deviations = {f"{name}_std": pstdev([scores[name] for scores in by_seed.values()]) for name in means}
     found["random"] = {**means, **deviations, "by_seed": by_seed}

@@ -86,6 +86,15 @@ def test_windows_and_batches_change_nothing_but_the_context(tmp_path: Path) -> N
         assert figures["tokens"] == len(losses) == ids.shape[1] - 1
 
 
+def test_the_arithmetic_may_be_narrower(tmp_path: Path) -> None:
+    write_llama(tmp_path / "model")
+    flags = ("--input", write_texts(tmp_path), "--teacher", tmp_path / "model")
+    wide, narrow = (run_tool(tmp_path / "model", *flags, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
+    [exact], [rounded] = (found["heldout"]["figures"].values() for found in (wide, narrow))
+    assert narrow["dtype"] == "bfloat16" and rounded["kl"] == 0.0
+    assert rounded["lm_loss"] != exact["lm_loss"] and rounded["lm_loss"] == pytest.approx(exact["lm_loss"], rel=0.02)
+
+
 def test_a_model_agrees_with_itself_wholly(tmp_path: Path) -> None:
     model = tmp_path / "model"
     write_llama(model)
