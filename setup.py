@@ -52,6 +52,7 @@ setup(
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
         "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py
+        "eval": ["lm_eval[hf]>=0.4.13"],  # --tasks of tools/evaluate.py
         "watch": ["wandb"],  # --wandb-project
         "resiliency": ["nvidia-resiliency-ext"],  # ft_launcher, instead of torchrun
         "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib", "pyarrow", "gguf", "accelerate"],

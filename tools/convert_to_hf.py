@@ -7,13 +7,9 @@ Everything else about the student comes from the checkpoint itself.
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_lrc.arguments import describe_changes
 from megatron_lrc.config import ConfigError
-
-CARD_SECTIONS = ("projection", "loss", "optimizer", "training")  # the others hold paths of the training machine
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -57,14 +53,10 @@ def convert(flags: argparse.Namespace) -> None:
     """Open the checkpoint and its teacher, hold them against each other, export."""
     import torch  # imported here with the rest, so that --help answers at once
 
-    from megatron_lrc.hf.export import export_model, export_student
-    from megatron_lrc.hf.families import rope_inverse_frequencies
-    from megatron_lrc.hf.forward import fixed_tokens
     from megatron_lrc.hf.safetensors_writer import parse_size
-    from megatron_lrc.hf.student_config import model_card, own_model_card, student_family
-    from megatron_lrc.mcore.layer_by_layer import layer_by_layer
     from megatron_lrc.train.metrics import last_validation
-    from megatron_lrc.verify.sources import open_student, student_weight
+    from megatron_lrc.verify.exporting import export_saved
+    from megatron_lrc.verify.sources import open_student
 
     max_shard_size = parse_size(flags.max_shard_size)
     student, teacher = open_student(flags.load, flags.teacher)
@@ -73,56 +65,19 @@ def convert(flags: argparse.Namespace) -> None:
             f"--save-projections: the student of {student.path} has matrices of its own, which no projection makes. "
             "Leave it out."
         )
-    family = student_family(teacher, student.shape.hidden_size, flags.arch)
-    described = {
-        "family": family,
-        "tokens": student.tokens,
-        "steps": student.step,
-        "losses": last_validation(student.path.parent, student.step),
-        "settings": describe_changes(student.config, CARD_SECTIONS),
-    }
-    tokens = fixed_tokens(student.shape.vocab_size)
-    engine = layer_by_layer(student.shape, rope_inverse_frequencies(teacher), tokens)
-    with nullcontext() if flags.no_verify else engine as source:
-        common = {
-            "dtype": getattr(torch, flags.dtype) if flags.dtype else student.dtype,
-            "output": flags.output,
-            "arch": flags.arch,
-            "max_shard_size": max_shard_size,
-            "force": flags.force,
-            "verify": not flags.no_verify,
-            "source": source,
-        }
-        if student.is_composed:
-            export_student(
-                teacher=teacher,
-                projections=student.projections,
-                norms=student.norms,
-                student_hidden_size=student.shape.hidden_size,
-                save_projections=flags.save_projections,
-                model_card=model_card(
-                    teacher=teacher,
-                    student_hidden_size=student.shape.hidden_size,
-                    is_tied=student.shape.is_tied,
-                    **described,
-                ),
-                **common,
-            )
-        else:
-            export_model(
-                base=teacher,
-                shape=student.shape,
-                weight_of=student_weight(student, teacher),
-                model_card=own_model_card(
-                    base=teacher,
-                    shape=student.shape,
-                    config=student.config,
-                    opened_at=student.opened_at,
-                    **described,
-                ),
-                **common,
-            )
-    print(f"{flags.output}: {family.architecture} of hidden size {student.shape.hidden_size}, step {student.step}")
+    architecture = export_saved(
+        student,
+        teacher,
+        output=flags.output,
+        losses=last_validation(student.path.parent, student.step),
+        dtype=getattr(torch, flags.dtype) if flags.dtype else None,
+        arch=flags.arch,
+        save_projections=flags.save_projections,
+        max_shard_size=max_shard_size,
+        force=flags.force,
+        verify=not flags.no_verify,
+    )
+    print(f"{flags.output}: {architecture} of hidden size {student.shape.hidden_size}, step {student.step}")
 
 
 def main(argv: list[str] | None = None) -> int:

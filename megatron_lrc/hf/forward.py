@@ -38,7 +38,7 @@ class HuggingFaceModel:
     def __init__(self, directory: Path):
         self.directory = directory
         _check_format(directory)
-        self._model: Any = _from_pretrained(directory)
+        self._model: Any = load_pretrained(directory)
         self._file_of = _file_of(directory)
         self._room: dict[tuple[str, torch.Size], Tensor] = {}
         self.architecture = type(self._model).__name__
@@ -121,12 +121,15 @@ def _check_format(directory: Path) -> None:
         )
 
 
-def _from_pretrained(directory: Path) -> Any:
-    """The model as plain transformers loads it, checked to have found exactly the tensors it wants."""
+def load_pretrained(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """The model as plain transformers loads it, checked to have found exactly the tensors it wants.
+
+    dtype: of its weights; "auto" is that of the files, of which they are views then.
+    """
     try:
         with _without_progress_bars():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", local_files_only=True, output_loading_info=True
+                directory, dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # whatever transformers raises, a user cannot load the directory either
         reason = " ".join(str(error).split())

@@ -15,6 +15,9 @@ from hf_teachers import write_llama
 from megatron_lrc.arguments import parse_config
 from megatron_lrc.data.batches import build_datasets
 from tiny_data import make_texts, write_jsonl
+from tools_path import load_tool
+
+evaluate = load_tool("evaluate").main
 
 EVAL_SEQUENCES = 2 * 4
 
@@ -76,6 +79,12 @@ def test_an_exported_clone_is_trained_on_by_itself_and_becomes_a_teacher(tmp_pat
     assert "by the method `ordinary`" in card and "from the weights of `clone-hf`" in card
     verified = run(sys.executable, str(ROOT / "tools/verify_model.py"), str(tmp_path / "trained"), str(trained))
     assert "The models agree" in verified
+    text = ["--data-path", f"{data}_text_document", "--split", "80,20,0", "--seq-length", "32"]
+    output, figures = tmp_path / "figures.json", []
+    for model in (tmp_path / "trained", trained):  # compared with a teacher that is not what it was trained from
+        assert evaluate([str(model), *text, "--teacher", str(teacher), "--output", str(output)]) == 0
+        figures.append(json.loads(output.read_text())["heldout"]["figures"])
+    assert figures[0] == figures[1] and figures[0][f"{data}_text_document"]["kl"] > 0
     run(sys.executable, str(ROOT / "tools/report.py"), str(tmp_path / "trained"))
     assert (tmp_path / "trained" / "report.html").is_file()
 

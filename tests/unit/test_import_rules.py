@@ -88,29 +88,36 @@ def test_only_mcore_and_data_import_megatron_core():
             assert is_within(importer, "megatron_lrc.mcore") or through_data, (importer, imported)
 
 
-def test_only_hf_data_and_benchmarks_import_transformers():
+def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
+    folders = ("hf", "data", "benchmarks", "evaluation")
     for importer, imported in imports_of():
         if is_within(imported, "transformers"):
-            within = is_within(importer, *(f"megatron_lrc.{folder}" for folder in ("hf", "data", "benchmarks")))
+            within = is_within(importer, *(f"megatron_lrc.{folder}" for folder in folders))
             assert within, (importer, imported)
 
 
 @pytest.mark.parametrize(
     ("folder", "above"),
     [
-        ("hf", ["train", "verify"]),
-        ("data", ["train", "verify"]),
-        ("mcore", ["train", "verify", "estimate"]),
-        ("estimate", ["train", "verify", "data"]),
-        ("verify", ["train"]),
-        ("clone", ["mcore", "train", "hf", "data", "verify"]),
-        ("report", ["clone", "mcore", "hf", "data", "verify"]),  # and of train what needs no torch
-        ("train", ["report"]),
+        ("hf", ["train", "verify", "evaluation"]),
+        ("data", ["train", "verify", "evaluation"]),
+        ("mcore", ["train", "verify", "estimate", "evaluation"]),
+        ("estimate", ["train", "verify", "data", "evaluation"]),
+        ("verify", ["train", "evaluation"]),
+        ("clone", ["mcore", "train", "hf", "data", "verify", "evaluation"]),
+        ("report", ["clone", "mcore", "hf", "data", "verify", "evaluation"]),  # and of train what needs no torch
+        ("train", ["report", "evaluation"]),
+        ("evaluation", ["train", "report", "estimate", "benchmarks"]),  # nothing but tools stands above it
     ],
 )
 def test_no_folder_imports_what_stands_above_it(folder, above):
     forbidden = [f"megatron_lrc.{name}" for name in above]
     assert [pair for pair in imports_of(folder) if is_within(pair[1], *forbidden)] == []
+
+
+def test_the_harness_is_optional():
+    """lm_eval is imported by name where --tasks needs it, and nowhere else."""
+    assert [pair for pair in imports_of() if is_within(pair[1], "lm_eval")] == []
 
 
 def test_nothing_imports_the_entry_point():

@@ -1,0 +1,1 @@
+"""What a finished model is worth: held-out perplexity, agreement with its teacher, benchmark tasks, masked neurons."""

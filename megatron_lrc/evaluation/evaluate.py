@@ -1,0 +1,199 @@
+"""What tools/evaluate.py does: figures of one model, as lines and as a dict for JSON."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.tokenizers import load_tokenizer
+from megatron_lrc.evaluation.harness import check_harness, run_tasks
+from megatron_lrc.evaluation.heldout import Corpus, Part, read_indexed, read_text
+from megatron_lrc.evaluation.language_modeling import Figures, figures_of, measure
+from megatron_lrc.evaluation.models import as_hugging_face, choose_device, load_model
+from megatron_lrc.evaluation.published import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """As the flags of tools/evaluate.py, which describes them."""
+
+    model: Path
+    teacher: Path | None = None
+    data_path: list[str]
+    split: str = "969,30,1"
+    eval_split: Part = "valid"
+    input: list[str]
+    json_key: str = "text"
+    seq_length: int = 2048
+    batch_size: int = 4
+    max_tokens: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    tasks: list[str]
+    tasks_dir: Path | None = None
+    num_fewshot: int = 0
+    limit: int | None = None
+    output: Path | None = None
+
+
+def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
+    """Everything that the options ask for; said as it is found, given as what is written to --output."""
+    _check(options)
+    device, dtype = choose_device(options.device), getattr(torch, options.dtype)
+    teacher_path = str(options.teacher) if options.teacher else None
+    with ExitStack() as stack:
+        directory = stack.enter_context(as_hugging_face(options.model, teacher_path, report))
+        model = load_model(directory, device=device, dtype=dtype)
+        found: dict[str, Any] = {
+            "model": str(options.model),
+            "parameters": model.num_parameters(),
+            "hidden_size": model.config.hidden_size,
+            "dtype": options.dtype,
+            "device": device.type,
+        }
+        report(
+            f"{options.model}: {type(model).__name__}, {found['parameters'] / 1e6:.1f}M parameters, hidden size "
+            f"{found['hidden_size']}; {options.dtype} on {device}"
+        )
+        if options.data_path or options.input:
+            found["heldout"] = _heldout(options, model, directory, report)
+        if options.tasks:
+            found["tasks"] = _tasks(options, model, directory, report)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return found
+
+
+def _check(options: EvaluationOptions) -> None:
+    if not (options.data_path or options.input or options.tasks):
+        raise ConfigError("There is nothing to evaluate on. Give --data-path, --input or --tasks.")
+    if options.teacher and not (options.data_path or options.input):
+        raise ConfigError("--teacher is compared with on held-out text. Give --data-path or --input as well.")
+    check_numbers(options, {"seq_length": 1, "batch_size": 1, "max_tokens": 0, "num_fewshot": 0, "limit": 1})
+    if options.tasks_dir and not options.tasks_dir.is_dir():
+        raise ConfigError(f"--tasks-dir {options.tasks_dir} is no folder.")
+    if options.tasks:
+        check_harness()
+
+
+def check_numbers(options: Any, least: dict[str, int]) -> None:
+    """ConfigError for an option below what it can be."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is below {smallest}. Give {smallest} or more.")
+
+
+# ------------------------------------------------------------------------------------------------ held-out text
+
+
+def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Report) -> dict[str, Any]:
+    """Figures of each corpus, and of all tokens together where there are several."""
+    corpora = list(_corpora(options, directory))
+    teacher, vocab_size = None, int(model.config.vocab_size)
+    if options.teacher:
+        teacher = load_model(_hugging_face(options.teacher), device=model.device, dtype=model.dtype)
+        vocab_size = common_vocabulary(directory, model, options.teacher, teacher)
+    figures: dict[str, Figures] = {}
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for corpus in corpora:
+        batches = corpus.batches(options.seq_length, options.batch_size, vocab_size, options.max_tokens)
+        figures[corpus.name], sums = measure(model, batches, teacher=teacher, vocab_size=vocab_size)
+        total = total + sums
+    if len(corpora) > 1:
+        figures["all"] = figures_of(total, has_teacher=teacher is not None)
+    for name, found in figures.items():
+        for line in describe(name, found):
+            report(line)
+    return {
+        "seq_length": options.seq_length,
+        "teacher": str(options.teacher) if options.teacher else None,
+        "figures": {name: found.to_dict() for name, found in figures.items()},
+    }
+
+
+def _corpora(options: EvaluationOptions, directory: Path) -> Iterator[Corpus]:
+    if options.data_path:
+        yield from read_indexed(options.data_path, options.split, options.eval_split, directory)
+    if options.input:
+        yield read_text(options.input, options.json_key, directory)
+
+
+def _hugging_face(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--teacher {path} has no config.json. A Hugging Face directory is expected.")
+    return path
+
+
+def common_vocabulary(directory: Path, model: Any, other_directory: Path, other: Any) -> int:
+    """Columns of logits that both have. One may be padded beyond the other's; ConfigError for other tokens than its."""
+    sizes = int(model.config.vocab_size), int(other.config.vocab_size)
+    if sizes[0] != sizes[1]:
+        found = [load_tokenizer(str(path)) for path in (directory, other_directory)]
+        if found[0].fingerprint != found[1].fingerprint or found[0].vocab_size > min(sizes):
+            raise ConfigError(
+                f"{directory} has a vocabulary of {sizes[0]} and {other_directory} one of {sizes[1]}, and their "
+                "tokenizers are not the same, so their predictions cannot be compared. Two models of one tokenizer are "
+                "expected."
+            )
+    return min(sizes)
+
+
+def describe(name: str, figures: Figures) -> list[str]:
+    """The figures of one corpus: a line for the model, and with a teacher two more."""
+    lines = [
+        f"{name}: {figures.tokens:,} tokens",
+        f"  model    LM loss {figures.lm_loss:.4f}, perplexity {figures.perplexity:.2f}, next token right "
+        f"{100 * figures.next_token_accuracy:.2f} %",
+    ]
+    if figures.kl is not None:
+        lines += [
+            f"  teacher  LM loss {figures.teacher_lm_loss:.4f}, perplexity {figures.teacher_perplexity:.2f}, next "
+            f"token right {100 * (figures.teacher_next_token_accuracy or 0):.2f} %",
+            f"  KL(teacher || model) {figures.kl:.4f} nats per token, top-1 agreement "
+            f"{100 * (figures.top1_agreement or 0):.2f} %",
+        ]
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def _tasks(options: EvaluationOptions, model: Any, directory: Path, report: Report) -> dict[str, Any]:
+    tasks = list(NINE_TASKS) if "all" in options.tasks else list(dict.fromkeys(options.tasks))
+    found = run_tasks(
+        model,
+        directory,
+        tasks,
+        tasks_dir=options.tasks_dir,
+        batch_size=options.batch_size,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+    )
+    is_comparable = found.is_whole and options.limit is None and options.num_fewshot == 0
+    average = average_of(found.scores) if is_comparable else None
+    for line in results_table(options.model.name, found.scores, average):
+        report(line)
+    if average is None:
+        report("Published averages are over all nine tasks, whole and zero-shot: this run has none to compare.")
+    for task, (scored, known) in found.parts.items():
+        if scored < known:
+            report(f"{task}: {scored} of its {known} subjects")
+    return {
+        "average": average,
+        "scores": found.scores,
+        "metrics": {task: NINE_TASKS[task][1] for task in found.scores},
+        "num_fewshot": options.num_fewshot,
+        "limit": options.limit,
+        "subtasks": {task: {"scored": scored, "known": known} for task, (scored, known) in found.parts.items()},
+        "harness": found.details,
+        "published": {"average_percent": PUBLISHED_AVERAGES},
+    }
