@@ -45,6 +45,9 @@ class NaiveReport:
     clone: Tensor
     grad_norm: Tensor
 
+    def cpu(self) -> "NaiveReport":
+        return NaiveReport(self.lm.cpu(), self.kl.cpu(), self.clone.cpu(), self.grad_norm.cpu())
+
 
 class NaiveClone:
     """Teacher and student of one process, and AdamW on fp32 projections and norm gains.
