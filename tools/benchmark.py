@@ -9,10 +9,17 @@ subcommand.
 import argparse
 import sys
 
-from megatron_lrc.benchmarks import checkpoint, compose, data, head, step
+from megatron_lrc.benchmarks import checkpoint, compose, data, export, head, step
 from megatron_lrc.config import ConfigError
 
-COMMANDS = {"data": data, "checkpoint": checkpoint, "head": head, "compose": compose, "step": step}
+COMMANDS = {
+    "data": data,
+    "checkpoint": checkpoint,
+    "export": export,
+    "head": head,
+    "compose": compose,
+    "step": step,
+}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -1,24 +1,32 @@
-"""Measuring a program from outside: wall time, processor time, and the memory of all its processes."""
+"""Measuring a program from outside: wall time, processor time, and the memory of all its processes; and a function."""
 
 import contextlib
 import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import IO, TypeVar
 
 import psutil
+import torch
 
 from megatron_lrc.config import ConfigError
 
 SECONDS_BETWEEN_SAMPLES = 0.2  # of memory; the kernel works some milliseconds for each
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: from start to end, start-up included. cpu_seconds: of all processes. Peaks in bytes: `tree_memory`."""
+    """seconds: from start to end, start-up included. cpu_seconds: of all processes. Peaks in bytes: `tree_memory`.
+
+    The peak of a single process is the kernel's own on Linux: nothing between two samples is missed.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -58,6 +66,15 @@ def tree_memory(process: psutil.Process) -> tuple[int, int]:
     return rss, pss
 
 
+def high_water_mark(pid: int) -> int:
+    """The largest RSS in bytes that a process has had. Linux's own: 0 elsewhere, and when it has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def _cpu_seconds() -> float:
     """Of all child processes that have ended, and theirs."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -73,7 +90,7 @@ def measure(command: list[str], environment: dict[str, str]) -> Measured:
             watched, peaks = psutil.Process(process.pid), (0, 0)
             while process.poll() is None:
                 rss, pss = tree_memory(watched)
-                peaks = max(peaks[0], rss), max(peaks[1], pss)
+                peaks = max(peaks[0], rss, high_water_mark(process.pid)), max(peaks[1], pss)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(SECONDS_BETWEEN_SAMPLES)
             seconds = time.perf_counter() - start
@@ -82,10 +99,31 @@ def measure(command: list[str], environment: dict[str, str]) -> Measured:
                 process.terminate()
                 process.wait()
         if process.returncode:
-            errors.seek(0)
-            last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "no message")
-            raise ConfigError(f"{' '.join(command[1:3])} ended with exit code {process.returncode}: {last}")
+            raise ConfigError(
+                f"{' '.join(command[1:3])} ended with exit code {process.returncode}: {last_line(errors)}"
+            )
     return Measured(seconds, _cpu_seconds() - cpu_before, *peaks)
+
+
+def last_line(file: IO[str]) -> str:
+    """Of what a program wrote: the last line that is not empty."""
+    file.seek(0)
+    return next((line.strip() for line in reversed(file.readlines()) if line.strip()), "no message")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that the device has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds until the device has done what `function` gives it, and what the function returns."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - start, result
 
 
 def table(rows: list[list[str]]) -> list[str]:

@@ -83,10 +83,14 @@ def _config_values(shape: ModelShape) -> str:
 
 
 def add_size_flags(parser: argparse.ArgumentParser, *, seq_length: int) -> None:
-    parser.add_argument("--student-hidden-size", required=True, type=int, metavar="N", help="as in a training")
+    add_student_flags(parser)
     parser.add_argument(
         "--seq-length", type=int, default=seq_length, metavar="N", help=f"tokens of a sequence (default: {seq_length})"
     )
+
+
+def add_student_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--student-hidden-size", required=True, type=int, metavar="N", help="as in a training")
     parser.add_argument("--bf16", action="store_true", help="as in a training (default: fp32)")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
 

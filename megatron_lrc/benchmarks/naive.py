@@ -45,6 +45,9 @@ class NaiveReport:
     clone: Tensor
     grad_norm: Tensor
 
+    def cpu(self) -> "NaiveReport":
+        return NaiveReport(self.lm.cpu(), self.kl.cpu(), self.clone.cpu(), self.grad_norm.cpu())
+
 
 class NaiveClone:
     """Teacher and student of one process, and AdamW on fp32 projections and norm gains.
@@ -83,7 +86,7 @@ class NaiveClone:
         self.student = _empty_model(AutoConfig.for_model(values.pop("model_type"), **values), dtype, device)
         self.student_weights = expected_weights(family, shape)
         self.teacher = _empty_model(teacher.hf_config, dtype, device)
-        self.old = {key: value.to(device, dtype) for key, value in _read(teacher, reader)}
+        self.old = {key: value.to(device, dtype) for key, value in all_weights(reader)}
         names = {weight.key: weight.name for weight in expected_weights(teacher.family, teacher.shape)}
         state = {names[key]: value for key, value in self.old.items()}
         state.setdefault("lm_head.weight", self.old["embed"])
@@ -169,8 +172,9 @@ def _empty_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return model.eval()
 
 
-def _read(teacher: TeacherDescription, reader: Reader) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of every weight of the teacher."""
+def all_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of every weight of a teacher, in the order of `expected_weights`."""
+    teacher = reader.description
     for weight in expected_weights(teacher.family, teacher.shape):
         name = weight.key.rpartition(".")[2]
         if weight.site is not None:

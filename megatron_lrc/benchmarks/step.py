@@ -1,10 +1,10 @@
 """`benchmark.py step`: tokens per second of whole optimizer steps: LRC, ordinary training, and a naive LRC.
 
-Contestants have the same sizes, precision and batch, and take turns in one process:
+Contestants have the same sizes, precision, batch and number of threads, and take turns:
 
     LRC        the product's own step, with all clone losses, LM and KL
     ordinary   the same step of the same engine with --method ordinary: the student alone, on the LM loss
-    naive LRC  the same method in transformers' models and plain autograd (`naive.py`)
+    naive LRC  the same method in transformers' models and plain autograd (`naive.py`), in a process of its own
 
 Before anything is timed, the first steps of LRC and of naive LRC, from the same projections and on the same batch, have
 to agree in every loss and in the gradient norm.
@@ -16,8 +16,8 @@ step without composing and pulling back, which are no part of the method's loss 
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.benchmarks.breakdown import breakdown
-from megatron_lrc.benchmarks.measure import Spread, table
+from megatron_lrc.benchmarks.measure import Spread, table, timed
 from megatron_lrc.benchmarks.models import (
     add_size_flags,
     add_teacher_flags,
@@ -36,6 +36,7 @@ from megatron_lrc.benchmarks.models import (
     same_batch,
 )
 from megatron_lrc.benchmarks.naive import NaiveClone, NaiveReport
+from megatron_lrc.benchmarks.naive_process import NaiveProcess, Order
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.estimate.flops import StepFlops, step_flops
 from megatron_lrc.hf.families import TeacherDescription
@@ -65,9 +66,9 @@ Batches = Iterator[dict[str, Tensor]]
 
 @dataclass
 class Contestant:
-    """step: one whole optimizer step. flops: of it, everything that it has to compute."""
+    """step: one whole optimizer step, its seconds and its report. flops: everything that it has to compute."""
 
-    step: Callable[[], object]
+    step: Callable[[], tuple[float, object]]
     flops: float
     seconds: list[float] = field(default_factory=list)
 
@@ -81,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--contestants",
         default=",".join(CONTESTANTS),
         metavar="LIST",
-        help="which of them; all are in memory at once (default: lrc,ordinary,naive)",
+        help="which of them; all are in memory at once, naive in a process of its own (default: lrc,ordinary,naive)",
     )
     for name in COMPUTE_FLAGS:
         flag = "--" + name.replace("_", "-")
@@ -100,22 +101,23 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     names = _contestants(arguments)
     base, reader = open_base(arguments)
     config = _config_of(arguments, base)
-    groups = distributed.start(config)
-    try:
-        bench = Bench(config, base, reader, groups, names, report)
-        if not bench.agrees():
-            return 1
-        for number in range(arguments.repeats):
-            bench.measure_round()
-            report(f"round {number + 1} of {arguments.repeats}")
-        parts = breakdown(bench.runs[LRC], bench.batches, arguments.repeats) if arguments.profile else {}
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"The contestants do not fit into the device's memory together ({str(error).split('. ')[0]}). Give fewer "
-            "--contestants (lrc,ordinary, then lrc,naive), a smaller --micro-batch-size or --seq-length."
-        ) from error
-    finally:
-        distributed.stop()
+    with ExitStack() as at_the_end:
+        naive = at_the_end.enter_context(NaiveProcess()) if NAIVE in names else None
+        groups = distributed.start(config)
+        at_the_end.callback(distributed.stop)
+        try:
+            bench = Bench(config, base, reader, groups, names, report, naive)
+            if not bench.agrees():
+                return 1
+            for number in range(arguments.repeats):
+                bench.measure_round()
+                report(f"round {number + 1} of {arguments.repeats}")
+            parts = breakdown(bench.runs[LRC], bench.batches, arguments.repeats) if arguments.profile else {}
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"The contestants do not fit into the device's memory together ({str(error).split('. ')[0]}). Give "
+                "fewer --contestants (lrc,ordinary, then lrc,naive), a smaller --micro-batch-size or --seq-length."
+            ) from error
     for line in bench.summary(parts):
         report(line)
     if arguments.json:
@@ -165,6 +167,7 @@ class Bench:
         groups: distributed.Groups,
         names: list[str],
         report: Callable[[str], None],
+        naive: NaiveProcess | None,
     ):
         self.config, self.base, self.device, self.report = config, base, groups.device, report
         self.dtype, self.num_microbatches = parameter_dtype(config), config.num_microbatches(1)
@@ -178,13 +181,13 @@ class Bench:
         self.differences: dict[str, float] = {}
         if LRC in names:
             self._add_run(LRC, config, base, reader, groups, self.flops.total)
-        if NAIVE in names:  # before a step changes the projections
-            self._add_naive(reader)
+        if naive is not None:  # before a step changes the projections
+            self._add_naive(naive, reader)
         if ORDINARY in names:
             new = InitialWeights(base, self.student_shape, std=config.projection.init_method_std, seed=1)
             self._add_run(ORDINARY, _ordinary(config), base, new, groups, self.ordinary_flops.total)
-        first_steps = {name: contestant.step() for name, contestant in self.contestants.items()}
-        if NAIVE in names:
+        first_steps = {name: contestant.step()[1] for name, contestant in self.contestants.items()}
+        if naive is not None:
             self.differences = differences(first_steps[LRC], first_steps[NAIVE], config)
 
     def _add_run(
@@ -198,24 +201,31 @@ class Bench:
     ) -> None:
         trained = build_run(config, base, reader, groups, self.batches)
         self.runs[name] = trained
-        self.contestants[name] = Contestant(lambda: train_step(trained, self.batches), flops)
+        self.contestants[name] = Contestant(
+            lambda: timed(lambda: train_step(trained, self.batches), self.device), flops
+        )
 
-    def _add_naive(self, reader: Reader) -> None:
+    def _add_naive(self, naive: NaiveProcess, reader: Reader) -> None:
         (stage,) = self.runs[LRC].stages
         assert isinstance(stage, PairedModel)
-        naive = NaiveClone(
-            self.config,
-            self.base,
-            reader,
-            projections=dict(stage.projections.named_matrices()),
-            norms=dict(stage.projections.named_norms()),
+        order = Order(
+            form=NaiveClone,
+            config=self.config,
+            teacher=self.base,
+            weights=reader if isinstance(reader, InitialWeights) else None,
             dtype=self.dtype,
             device=self.device,
+            batch={name: tensor.cpu() for name, tensor in next(self.batches).items()},
+            num_microbatches=self.num_microbatches,
+            num_threads=torch.get_num_threads(),
+        )
+        naive.build(
+            order,
+            projections=dict(stage.projections.named_matrices()),
+            norms=dict(stage.projections.named_norms()),
         )
         composing = (self.num_microbatches - 1) * self.flops.projections
-        self.contestants[NAIVE] = Contestant(
-            lambda: naive.step(self.batches, self.num_microbatches), self.flops.total + composing
-        )
+        self.contestants[NAIVE] = Contestant(naive.step, self.flops.total + composing)
 
     def agrees(self) -> bool:
         """Whether naive LRC computes what LRC does; says so. True without it."""
@@ -236,11 +246,8 @@ class Bench:
     def measure_round(self) -> None:
         self.gemm.append(gemm_rate(self.dtype, self.device))
         for contestant in self.contestants.values():
-            _synchronize(self.device)
-            start = time.perf_counter()
-            contestant.step()
-            _synchronize(self.device)
-            contestant.seconds.append(time.perf_counter() - start)
+            seconds, _ = contestant.step()
+            contestant.seconds.append(seconds)
 
     @property
     def tokens(self) -> int:
@@ -280,6 +287,7 @@ class Bench:
             f"{self.num_microbatches} micro-batches of {training.micro_batch_size} x {training.seq_length} tokens, "
             f"{str(self.dtype).removeprefix('torch.')}; one process on {_device_name(self.device)}"
             + (f"; {kernels}" if kernels else ""),
+            *([_explain_naive(self.device)] if NAIVE in self.contestants else []),
             *table(self._rows()),
         ]
         if LRC in self.contestants and ORDINARY in self.contestants:
@@ -341,21 +349,21 @@ def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     a, b, c = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
     for _ in range(20 if device.type == "cuda" else 3):
-        _synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, b, out=c)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        seconds, _ = timed(lambda: torch.mm(a, b, out=c), device)
+        best = min(best, seconds)
     return 2.0 * size**3 / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _explain_naive(device: torch.device) -> str:
+    beside = "; its memory on the device is beside ours" if device.type == "cuda" else ""
+    return (
+        f"naive LRC has a process of its own, {torch.get_num_threads()} threads as ours, and the settings of malloc "
+        f"and torch that a program starts with; it is idle while the others are measured{beside}"
+    )
 
 
 def _explain_bound(flops: StepFlops, ordinary: StepFlops, tokens: int) -> list[str]:

@@ -112,6 +112,12 @@ def test_memory_and_processor_time_of_the_whole_tree_are_measured():
         assert 200e6 < measured.peak_pss <= measured.peak_rss
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark")
+def test_a_peak_between_two_samples_of_memory_is_not_missed():
+    program = "import time; held = b'1' * 300_000_000; del held; time.sleep(0.5)"
+    assert 300e6 < measure([sys.executable, "-S", "-c", program], {}).peak_rss < 400e6
+
+
 def test_a_program_that_fails_is_quoted():
     with pytest.raises(ConfigError, match="ended with exit code 3: second$"):
         measure([sys.executable, "-c", "import sys; sys.stderr.write('first\\nsecond\\n\\n'); sys.exit(3)"], {})

@@ -1,19 +1,30 @@
 """tools/benchmark.py step: its ratios follow from what was measured, and contestants that differ are told apart."""
 
 import json
+import platform
 import re
 from argparse import ArgumentParser
-from copy import deepcopy
 from statistics import median
 
+import psutil
 import pytest
+import torch
 
 from hf_teachers import WRITERS
 from megatron_lrc.benchmarks import step
 from megatron_lrc.benchmarks.breakdown import PARTS
 from megatron_lrc.benchmarks.models import add_teacher_flags, open_base
-from megatron_lrc.benchmarks.naive import NaiveClone
 from megatron_lrc.estimate.published import TEACHER_SHAPES
+from naive_variants import (
+    Ending,
+    Failing,
+    InAThread,
+    NoValueTerm,
+    OtherAlpha,
+    Telling,
+    WithoutMemory,
+    mapped_for_a_large_block,
+)
 from tools_path import load_tool
 
 benchmark = load_tool("benchmark").main
@@ -23,6 +34,11 @@ SIZES = ["--student-hidden-size", "24", "--seq-length", "16", "--num-microbatche
 @pytest.fixture(autouse=True)
 def small_gemm(monkeypatch):
     monkeypatch.setattr(step, "_gemm_size", lambda device: 64)
+
+
+@pytest.fixture
+def in_a_thread(monkeypatch):
+    monkeypatch.setattr(step, "NaiveProcess", InAThread)
 
 
 def row_of(out: str, name: str) -> str:
@@ -66,7 +82,7 @@ def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
-def test_the_naive_form_is_the_same_method_for_every_family(writer, tmp_path, capsys):
+def test_the_naive_form_is_the_same_method_for_every_family(writer, in_a_thread, tmp_path, capsys):
     """A hidden size that is no multiple of the heads, too."""
     writer(tmp_path)
     flags = ["--teacher", str(tmp_path), *SIZES, "--student-hidden-size", "22", "--contestants", "lrc,naive"]
@@ -74,24 +90,57 @@ def test_the_naive_form_is_the_same_method_for_every_family(writer, tmp_path, ca
     assert "they are the same method" in capsys.readouterr().out
 
 
-class OtherAlpha(NaiveClone):
-    def __init__(self, config, *rest, **more):
-        other = deepcopy(config)
-        other.loss.alpha *= 1.1
-        super().__init__(other, *rest, **more)
-
-
-class NoValueTerm(NaiveClone):
-    def _clone_loss(self, layer, site):
-        return super()._clone_loss(layer, site) * (0.0 if (layer, site) == (1, "v") else 1.0)
-
-
 @pytest.mark.parametrize("naive", [OtherAlpha, NoValueTerm])
-def test_a_naive_form_of_something_else_is_not_timed(naive, tiny_llama, monkeypatch, capsys):
+def test_a_naive_form_of_something_else_is_not_timed(naive, tiny_llama, in_a_thread, monkeypatch, capsys):
     monkeypatch.setattr(step, "NaiveClone", naive)
     assert benchmark(["step", "--teacher", tiny_llama(), *SIZES]) == 1
     out = capsys.readouterr().out
     assert "they are NOT the same method, so nothing is timed" in out and "tokens/s" not in out
+
+
+def error_of(naive, teacher, monkeypatch, capsys) -> str:
+    """What is said where the naive LRC is this form of it. One line, and nothing is timed."""
+    monkeypatch.setattr(step, "NaiveClone", naive)
+    capsys.readouterr()
+    assert benchmark(["step", "--teacher", teacher, *SIZES, "--contestants", "lrc,naive"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "tokens/s" not in captured.out
+    return captured.err
+
+
+def test_naive_lrc_runs_with_the_settings_that_a_program_starts_with(tiny_llama, monkeypatch, capsys):
+    """In a process with as many threads as ours, without megatron-core, where malloc maps large blocks one by one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(2)
+    told = error_of(Telling, tiny_llama(), monkeypatch, capsys)
+    assert "threads 2, megatron-core False" in told
+    if platform.libc_ver()[0] == "glibc":
+        assert "mapped True" in told
+        assert not mapped_for_a_large_block()  # as ours does, or the process would not be needed
+
+
+def test_what_fails_beside_us_is_one_sentence(tiny_llama, in_a_thread, monkeypatch, capsys):
+    for naive, sentence in (
+        (Failing, "benchmark.py: naive LRC failed: IndexError: list index out of range\n"),
+        (WithoutMemory, "do not fit into the device's memory together (CUDA out of memory). Give fewer --contestants"),
+    ):
+        assert sentence in error_of(naive, tiny_llama(), monkeypatch, capsys)
+
+
+def test_a_process_beside_us_that_ends_is_quoted(tiny_llama, monkeypatch, capsys):
+    assert "The process of naive LRC ended with exit code 3: the last words. " in error_of(
+        Ending, tiny_llama(), monkeypatch, capsys
+    )
+
+
+def test_random_weights_are_the_same_in_both_processes(tiny_llama, capsys):
+    """And the process ends when it is no longer needed."""
+    before = set(psutil.Process().children())
+    flags = ["--teacher-config", tiny_llama() + "/config.json", *SIZES, "--bf16", "--contestants", "lrc,naive"]
+    assert benchmark(["step", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "they are the same method" in out and "naive LRC has a process of its own, 1 threads as ours" in out
+    assert set(psutil.Process().children()) <= before
 
 
 def test_a_shape_without_weights_and_a_part_of_the_contestants(tiny_llama, capsys):
