@@ -12,6 +12,7 @@ from typing import Any
 
 from .settings import (
     CLONE_TERMS,
+    TINYBERT_TERMS,
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
@@ -121,6 +122,15 @@ class Config:
         return self.model.method == "lrc"
 
     @property
+    def is_tinybert(self) -> bool:
+        return self.model.method == "tinybert"
+
+    @property
+    def layer_terms(self) -> tuple[str, ...]:
+        """Losses between the layers of teacher and student, weighted by alpha."""
+        return TINYBERT_TERMS if self.is_tinybert else CLONE_TERMS
+
+    @property
     def open_step(self) -> int | None:
         """After which step --open-after opens the student; None: never."""
         after = self.projection.open_after
@@ -155,7 +165,9 @@ class Config:
         return loss.kl_weight
 
     def clone_terms_of(self, layer: int) -> set[str]:
-        """Names of the clone terms that are on in a layer (from 0); none if alpha is 0."""
+        """Names, of `layer_terms`, of the terms that are on in a layer (from 0); none if alpha is 0."""
+        if self.is_tinybert:
+            return set(TINYBERT_TERMS[layer > 0 :]) if self.loss.alpha else set()
         terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha and self.is_clone else [])
         return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
 

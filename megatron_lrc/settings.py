@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 #: The terms of the clone loss: the seven matrices of a layer.
 CLONE_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
+#: Those of --method tinybert: the embeddings, and of each layer its hidden states and attention scores.
+TINYBERT_TERMS = ("embedding", "hidden", "attention")
 
 
 def setting(default: Any, text: str, **extra: Any) -> Any:
@@ -24,11 +26,13 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 class ModelConfig:
     """Teacher and student."""
 
-    method: Literal["lrc", "ordinary", "logits"] = setting(
+    method: Literal["lrc", "ordinary", "logits", "tinybert"] = setting(
         "lrc",
         "lrc: the student is a low-rank clone of --teacher. ordinary: the student alone is trained, all of it, on the "
         "LM loss; from --student on, or anew (--init-method-std), shaped by --teacher's config.json and "
-        "--student-hidden-size. logits: such a new student, all of it, on the LM and KL losses beside --teacher.",
+        "--student-hidden-size. logits: such a new student, all of it, on the LM and KL losses beside --teacher. "
+        "tinybert: the same, and --alpha times the losses of TinyBERT (arXiv 1909.10351): hidden states and embeddings "
+        "through learned maps, attention scores.",
     )
     student: str | None = setting(
         None,
@@ -65,7 +69,7 @@ class ProjectionConfig:
     )
     init_method_std: float = setting(
         0.02,
-        "Standard deviation of --init random; and of a new model's matrices with --method ordinary and logits, for o "
+        "Standard deviation of --init random; and of a new model's matrices with every --method but lrc, for o "
         "and down divided by the square root of twice the number of layers.",
         above=0,
     )
@@ -100,7 +104,9 @@ class ProjectionConfig:
 class LossConfig:
     """L = lm_weight * L_LM + kl_weight * L_KL + alpha * L_clone."""
 
-    alpha: float = setting(0.2, "Weight of the activation-clone loss; 0 turns it off.", at_least=0)
+    alpha: float = setting(
+        0.2, "Weight of the activation-clone loss, or of --method tinybert's losses; 0 turns it off.", at_least=0
+    )
     lm_weight: float = setting(1.0, "Weight of the language-modelling loss; 0 turns it off.", at_least=0)
     kl_weight: float = setting(
         1.0, "Weight of tau^2 * KL(teacher || student), mean over tokens; 0 turns it off.", at_least=0

@@ -90,8 +90,10 @@ def check_model(config: Config) -> Iterator[str]:
     if config.model.student_hidden_size is None:
         yield "--student-hidden-size is missing: the student's hidden size, below the teacher's."
     if not config.is_clone:
-        if given := flags_set(config, CLONE_ONLY):
+        if given := flags_set(config, CLONE_ONLY - ({"alpha"} if config.is_tinybert else set())):
             yield f"{given} cannot go with --method {config.model.method}, which has no projections. Leave it out."
+        if config.is_tinybert:
+            yield from check_tinybert(config)
         return
     yield from check_opening(config)
     projection = config.projection
@@ -123,6 +125,25 @@ def flags_set(config: Config, names: Collection[str]) -> str:
         for field in fields(section)
         if field.name in names and getattr(section, field.name) != getattr(type(section)(), field.name)
     )
+
+
+def check_tinybert(config: Config) -> Iterator[str]:
+    """What its losses on whole layers and on attention scores cannot go with."""
+    parallel = config.parallel
+    given = [
+        flag
+        for flag, is_given in (
+            ("--context-parallel-size", parallel.context_parallel_size > 1),
+            ("--recompute-granularity", parallel.recompute_granularity is not None),
+            ("--reset-attention-mask", config.data.reset_attention_mask),
+        )
+        if is_given
+    ]
+    if given:
+        yield (
+            f"{' and '.join(given)} cannot go with --method tinybert, which compares whole layers and the attention "
+            "scores of whole sequences. Leave it out."
+        )
 
 
 def check_opening(config: Config) -> Iterator[str]:
@@ -170,7 +191,7 @@ RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 def check_losses(config: Config) -> Iterator[str]:
     loss = config.loss
-    if not (loss.lm_weight or loss.kl_weight or (loss.alpha and config.is_clone)):
+    if not (loss.lm_weight or loss.kl_weight or (loss.alpha and config.model.method in ("lrc", "tinybert"))):
         yield "--lm-weight, --kl-weight and --alpha are all 0: nothing is left to train on. Give one a weight."
     for text in loss.clone_terms:
         try:

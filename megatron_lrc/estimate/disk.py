@@ -37,6 +37,8 @@ def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskN
     only where that is what is trained. With --open-after it is of the student's end that this speaks."""
     own = config.own_matrices(is_open=config.open_step is not None)
     trained = trained_elements(teacher, student, own)
+    if config.is_tinybert:  # maps of hidden states and embeddings
+        trained += (student.num_layers + 1) * teacher.hidden_size * student.hidden_size
     e = bytes_per_element(config)
     state = (2 if e == FP32 else 3) * FP32
     return DiskNeed(trained * (e + state), _num_kept(config))

@@ -32,6 +32,7 @@ from megatron_lrc.mcore.own_matrices import TrainedWeights, own_parameters, rene
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
+    MAPS,
     NORMS,
     LossSums,
     PipelineStage,
@@ -39,6 +40,7 @@ from megatron_lrc.mcore.stages import (
     Trained,
     run_stage,
 )
+from megatron_lrc.mcore.tinybert_losses import TinyBertLosses
 
 #: What a checkpoint calls what is trained: the projections (D, d), and the student's norm gains (d,).
 PROJECTIONS, GAINS = "projections.", "norms."
@@ -81,12 +83,12 @@ class PairedModel(PipelineStage):
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
         self.heads = head_layout(shapes.teacher)
-        self.sums = LossSums(shapes.teacher.num_layers, groups.device)
+        self.sums = LossSums(shapes.teacher.num_layers, groups.device, len(config.layer_terms))
         self.vocabulary = VocabularyShard.of(
             shapes.teacher.vocab_size, padded_vocab_size(shapes.teacher.vocab_size, groups.tp.size()), groups.tp
         )
         self._input: Tensor | None = None
-        self._clone_losses = CloneLosses(self)
+        self._layer_losses = TinyBertLosses(self) if config.is_tinybert and config.loss.alpha else CloneLosses(self)
         self._choose_trained(own)
 
     # --- construction -------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ class PairedModel(PipelineStage):
         """Make the projections, and say which of the student's parameters are its own."""
         self.own = own
         self.cloned_weights = self._pair_weights()
-        targets = self._clone_losses.target_names
+        targets = self._layer_losses.target_names
         names = projection_names(
             [index for index, _ in layers_of(self.student)],
             self.pre_process or self._has_tied_head(),
@@ -115,6 +117,8 @@ class PairedModel(PipelineStage):
         for name in targets:
             self.projections.add_target(name, is_detached=self.settings.loss.detach_clone_targets)
         self._own_parameters = list(own_parameters(self.student, self.shapes.student, own))
+        if isinstance(self._layer_losses, TinyBertLosses):
+            self._own_parameters += self._layer_losses.trained()
         self._trained_weights = TrainedWeights(self.projections, self._own_parameters)
         self._set_trainable()
 
@@ -182,6 +186,11 @@ class PairedModel(PipelineStage):
             yield Trained(name, GAINS + name, gain, (NORMS,))
         yield from self._own_parameters
 
+    def initialize_maps(self, seed: int) -> None:
+        """Of --method tinybert, if that is what trains."""
+        if isinstance(self._layer_losses, TinyBertLosses):
+            self._layer_losses.initialize(seed)
+
     def fixed(self) -> Iterator[Trained]:
         """Projections that generate nothing any more but the clone loss's targets."""
         return (each for each in self._projections() if not each.parameter.requires_grad)
@@ -195,7 +204,8 @@ class PairedModel(PipelineStage):
     @property
     def gradient_groups(self) -> tuple[str, ...]:
         has_biases = self.shapes.student.has_qkv_bias and self.own.issuperset(MATRICES)
-        return (*GRADIENT_GROUPS, BIASES) if has_biases else GRADIENT_GROUPS
+        has_maps = isinstance(self._layer_losses, TinyBertLosses)
+        return (*GRADIENT_GROUPS, *[BIASES] * has_biases, *[MAPS] * has_maps)
 
     @property
     def models(self) -> Mapping[str, GPTModel]:
@@ -235,11 +245,11 @@ class PairedModel(PipelineStage):
         Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens.
         """
         token_weight = batch["loss_mask"].t().contiguous()
-        self._clone_losses.begin(token_weight)
+        self._layer_losses.begin(token_weight)
         teacher_in, student_in = self._split_input()
         with torch.no_grad():
             teacher_hidden = run_stage(self.teacher, batch, teacher_in)
-        student_hidden = self._clone_losses.end(run_stage(self.student, batch, student_in))
+        student_hidden = self._layer_losses.end(run_stage(self.student, batch, student_in))
         if not self.post_process:
             return torch.cat([teacher_hidden, student_hidden], dim=-1)
         return self._lm_and_kl(teacher_hidden, student_hidden, batch["labels"], token_weight)
@@ -247,10 +257,10 @@ class PairedModel(PipelineStage):
     def forward_teacher(self, batch: dict[str, Tensor]) -> Tensor:
         """The teacher alone, for calibration. Same outputs and inputs as `forward`, the student's part zero."""
         teacher_in, _ = self._split_input()
-        self._clone_losses.begin(batch["loss_mask"].t())
+        self._layer_losses.begin(batch["loss_mask"].t())
         with torch.no_grad():
             hidden = run_stage(self.teacher, batch, teacher_in)
-        self._clone_losses.forget()
+        self._layer_losses.forget()
         if self.post_process:
             return hidden.new_zeros(())
         return torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size)], dim=-1)

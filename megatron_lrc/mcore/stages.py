@@ -21,7 +21,7 @@ from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Si
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
 
-NORMS, BIASES = "norms", "biases"
+NORMS, BIASES, MAPS = "norms", "biases", "maps"
 
 #: What gradient norms are given of: each kind of matrix over all layers (what is tied counts as embed), norm gains.
 GRADIENT_GROUPS: tuple[str, ...] = (*(site.name for site in LAYER_SITES), EMBED.name, LM_HEAD.name, NORMS)
@@ -43,12 +43,12 @@ class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
 
     main [4]: LM, KL (with tau^2), the teacher's LM, tokens; counted on one tensor parallel rank of the last stage.
-    clone [layers, sites]: rows of this stage's layers; complete after a sum over all ranks.
+    clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks.
     """
 
-    def __init__(self, num_layers: int, device: torch.device):
+    def __init__(self, num_layers: int, device: torch.device, num_terms: int = len(LAYER_SITES)):
         self.main = torch.zeros(4, dtype=torch.float64, device=device)
-        self.clone = torch.zeros(num_layers, len(LAYER_SITES), dtype=torch.float64, device=device)
+        self.clone = torch.zeros(num_layers, num_terms, dtype=torch.float64, device=device)
 
     def reset(self) -> None:
         self.main.zero_()

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_lrc.report.charts import Chart, Series, draw, draw_heat_map
 from megatron_lrc.report.run_files import RunFiles
 from megatron_lrc.report.thinning import Point
-from megatron_lrc.settings import CLONE_TERMS
+from megatron_lrc.settings import CLONE_TERMS, TINYBERT_TERMS
 
 TRAIN, VALID, TEACHER, TEACHER_VALID = 0, 1, 2, 3  # colours of the same thing in every chart
 PARTS = ("teacher_forward", "student_forward", "student_backward", "projections")
@@ -46,7 +46,7 @@ class Curves:
 
     def heat_maps(self) -> str:
         ends = [record["tokens"] for record in self._records]
-        names = [term for term in CLONE_TERMS if term in self._run.clone_by_layer]
+        names = [term for term in (*CLONE_TERMS, *TINYBERT_TERMS) if term in self._run.clone_by_layer]
         return "".join(
             draw_heat_map(term, self._run.clone_by_layer[term], (ends[0], ends[-1])) for term in names if ends
         )

@@ -87,6 +87,7 @@ def initialize_own_matrices(config: Config, stages: list[PairedModel], base: Tea
     for stage in stages:
         load_weights(stage, stage.student, initial)
         load_frozen(stage, stage.student, initial)
+        stage.initialize_maps(config.training.seed)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
     for line in describe_changes(config):
         print(line)
-    if not config.has_teacher:
+    if not config.has_teacher or config.is_tinybert:
         dry_run_ordinary(config, shape, student, world_size, checked.warnings)
         return
     peaks = peak_memory(config, shape, student, world_size=world_size)
@@ -59,7 +59,8 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
 def dry_run_ordinary(
     config: Config, base: ModelShape, student: ModelShape, world_size: int, warnings: list[str]
 ) -> None:
-    """The same of ordinary training, for whose memory and time there is no estimate yet."""
+    """The same of a method for whose memory and time there is no estimate yet."""
+    warnings = [f"memory and time are not estimated for --method {config.model.method}", *warnings]
     size = parameter_count(student)
     print(
         f"model: {size / 1e9:.2f}B parameters, all trained, hidden size {student.hidden_size}, "
@@ -69,7 +70,7 @@ def dry_run_ordinary(
         describe_layout(config, world_size),
         describe_flops(config, base, student),
         describe_disk(config, base, student),
-        (f"warning: {warning}" for warning in ("memory and time are not estimated for --method ordinary", *warnings)),
+        (f"warning: {warning}" for warning in warnings),
     ):
         for line in lines:
             print(line)

@@ -119,7 +119,7 @@ class Trainer:
         config, state = self.config, self.state
         batches = self.stragglers.watch(self._batches(self.train_data, state.consumed_samples))
         stopwatch = Stopwatch()
-        interval = Interval(len(self.run.stages[0].sums.clone), self.groups.device)
+        interval = Interval(self.run.stages[0].sums.clone.shape, self.groups.device)
         while state.step < config.training.train_iters:
             if self._is_to_open():
                 self._open()

@@ -12,13 +12,14 @@ class Interval:
     """The steps since the last record (or since this process began): their losses, summed on the device, and how many
     there were. Steps whose losses are not finite are left out of the losses; with no other step these are NaN."""
 
-    def __init__(self, num_layers: int, device: torch.device):
-        self._num_layers, self._device = num_layers, device
+    def __init__(self, shape: tuple[int, ...], device: torch.device):
+        """shape: (layers, terms) of the losses."""
+        self._shape, self._device = shape, device
         self.reset()
 
     def reset(self) -> None:
         self.steps = self.skipped = 0
-        self._totals = LossTotals.zeros(self._num_layers, self._device)
+        self._totals = LossTotals.zeros(self._shape, self._device)
 
     def add(self, report: StepReport) -> None:
         self.steps += 1
@@ -28,5 +29,5 @@ class Interval:
 
     def record(self, config: Config) -> dict[str, Any]:
         """Losses as means over the interval's tokens, and `skipped_steps`. Waits for the device."""
-        by_layer = {"clone_by_layer": self._totals.clone_by_layer(config)} if self._num_layers else {}
+        by_layer = {"clone_by_layer": self._totals.clone_by_layer(config)} if self._shape[0] else {}
         return {**self._totals.means(config), **by_layer, "skipped_steps": self.skipped}

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.delayed_scaling import kept_scaling_state
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
@@ -53,12 +52,13 @@ class LossTotals:
     kl: Tensor
     teacher_lm: Tensor  # 0 where the teacher's logits are not computed: in training without KL
     tokens: Tensor
-    clone: Tensor  # [layers, sites]
+    clone: Tensor  # [layers, terms]
 
     @staticmethod
-    def zeros(num_layers: int, device: torch.device) -> "LossTotals":
+    def zeros(shape: tuple[int, ...], device: torch.device) -> "LossTotals":
+        """shape: (layers, terms)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return LossTotals(zero, zero, zero, zero, zero.new_zeros(num_layers, len(LAYER_SITES)))
+        return LossTotals(zero, zero, zero, zero, zero.new_zeros(shape))
 
     def __add__(self, other: "LossTotals") -> "LossTotals":
         names = [field.name for field in fields(self)]
@@ -74,8 +74,8 @@ class LossTotals:
         means = (self.clone / self.tokens).tolist()
         terms_on = [config.clone_terms_of(layer) for layer in range(len(means))]
         return {
-            site.name: [row[column] if site.name in on else None for row, on in zip(means, terms_on, strict=True)]
-            for column, site in enumerate(LAYER_SITES)
+            term: [row[column] if term in on else None for row, on in zip(means, terms_on, strict=True)]
+            for column, term in enumerate(config.layer_terms)
         }
 
     def means(self, config: Config) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
+from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_qwen2
 from megatron_lrc.config import MATRICES, Config, ConfigError
@@ -14,6 +15,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import open_checkpoint
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
+from megatron_lrc.validation import validate
 from ranks import run_ranks
 from tools_path import convert_to_hf, load_tool
 
@@ -217,3 +219,44 @@ def test_an_opened_run_cannot_go_on_closed(qwen, tiny_text, tmp_path):
     for changes in ({"open_after": None}, {"open_matrices": "all"}):
         with pytest.raises(ConfigError, match="Repeat --open-after .* and --open-matrices mlp"):
             loop.check(replace(again, projection=replace(again.projection, **changes)).resolved(1), 1)
+
+
+def first_step_of_tinybert(config: Config) -> tuple[list[torch.Tensor], dict[str, list[float | None]], dict]:
+    """On a rank: the tokens of a step, its losses by layer, and the maps that it begins with. Saves the student first."""
+    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer._save()
+    (stage,) = trainer.run.stages
+    maps = {each.name: each.parameter.detach().clone() for each in stage.trained() if each.name.startswith("maps.")}
+    batches = trainer._batches(trainer.train_data, 0)
+    tokens = [next(batches)["tokens"] for _ in range(trainer.run.num_microbatches)]
+    report = train_step(trainer.run, trainer._batches(trainer.train_data, 0))
+    return tokens, report.losses.clone_by_layer(config), maps
+
+
+def test_hidden_losses_of_tinybert_are_those_of_transformers_hidden_states(qwen, tiny_text, tmp_path):
+    """transformers gives the last layer's hidden state after the final norm only, so that one is left out."""
+    config = config_of("tinybert", qwen, tiny_text, tmp_path / "run").resolved(1)
+    ((tokens, by_layer, maps),) = run_ranks(1, first_step_of_tinybert, config)
+    assert convert_to_hf(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "student")]) == 0
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (qwen, tmp_path / "student")]
+    inputs = torch.cat(tokens)
+    with torch.no_grad():
+        teacher, student = (model(inputs, output_hidden_states=True).hidden_states for model in models)
+
+    def loss(place: int, name: str) -> float:
+        return (student[place] @ maps[f"maps.{name}"] - teacher[place]).square().mean().item()
+
+    assert by_layer["embedding"] == [pytest.approx(loss(0, "embedding"), rel=1e-4), None, None, None]
+    for layer, found in enumerate(by_layer["hidden"][:-1]):
+        assert found == pytest.approx(loss(layer + 1, f"hidden_{layer}"), rel=1e-4)
+    assert all(value > 0 for value in by_layer["attention"])
+
+
+def test_tinybert_refuses_what_it_cannot_compare(qwen, tiny_text, tmp_path):
+    config = config_of("tinybert", qwen, tiny_text, tmp_path / "run")
+    config.parallel.recompute_granularity = "full"
+    with pytest.raises(ConfigError, match="--recompute-granularity cannot go with --method tinybert"):
+        validate(config)
+    config.parallel.recompute_granularity, config.projection.init = None, "pca"
+    with pytest.raises(ConfigError, match="--init cannot go with --method tinybert, which has no projections"):
+        validate(config)

@@ -84,7 +84,7 @@ def test_a_step_with_more_tokens_weighs_more():
         losses = LossTotals(per_token * tokens, per_token * 0, per_token * 0, torch.tensor(tokens), clone)
         return StepReport(losses, is_finite, 1.0, None, is_finite)
 
-    interval, config = Interval(2, torch.device("cpu")), Config()
+    interval, config = Interval((2, 7), torch.device("cpu")), Config()
     for step in (report(10.0, 1.0), report(30.0, 2.0), report(20.0, math.nan, is_finite=False)):
         interval.add(step)
     record = interval.record(config)

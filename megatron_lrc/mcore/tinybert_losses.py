@@ -1,0 +1,121 @@
+"""TinyBERT's losses between teacher and student (`--method tinybert`), and where they attach.
+
+arXiv 1909.10351, equations 7 to 9: attention scores of each layer; hidden states after each layer and embeddings, the
+student's through a learned linear map to the teacher's width. Each layer has a map of its own, which lives on its
+pipeline stage (the paper shares one among the layers). Same depth on both sides, so layers are compared one to one.
+
+Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lrc.clone.attention_loss import AttentionLoss
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss
+from megatron_lrc.config import TINYBERT_TERMS
+from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.mcore.stages import MAPS, Trained
+
+if TYPE_CHECKING:
+    from megatron_lrc.mcore.paired_model import PairedModel
+
+EMBEDDING, HIDDEN, ATTENTION = range(len(TINYBERT_TERMS))
+
+
+class TinyBertLosses:
+    """Those of one stage. The interface is that of `CloneLosses`."""
+
+    target_names: tuple[str, ...] = ()
+
+    def __init__(self, stage: "PairedModel"):
+        self._stage = stage
+        self._token_weight: Tensor
+        self._teachers: dict[tuple[int, int], Any] = {}  # what the student has yet to meet, by (layer, term)
+        self.maps = nn.ParameterDict()
+        teachers = dict(layers_of(stage.teacher))
+        if stage.pre_process:
+            self._compare_hidden(EMBEDDING, 0, stage.teacher.embedding, stage.student.embedding)
+        for index, layer in layers_of(stage.student):
+            self._compare_attention(index, teachers[index], layer)
+            self._compare_hidden(HIDDEN, index, teachers[index], layer)
+
+    def begin(self, token_weight: Tensor) -> None:
+        """token_weight: [s, b]."""
+        self._token_weight = token_weight
+
+    def end(self, student_hidden: Tensor) -> Tensor:
+        assert not self._teachers, "a student layer did not meet its teacher's activation"
+        return student_hidden
+
+    def forget(self) -> None:
+        self._teachers.clear()
+
+    def trained(self) -> Iterator[Trained]:
+        """The maps: replicated over TP, where each rank's gradient is that of its own tokens."""
+        for name, parameter in self.maps.items():
+            yield Trained(f"maps.{name}", f"maps.{name}", parameter, (MAPS,))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Each map ~ N(0, 1 / sqrt(d)), from a seed of its name: any layout starts the same."""
+        for name, parameter in self.maps.items():
+            digest = hashlib.sha256(f"{seed}:maps.{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * parameter.shape[0] ** -0.5)
+
+    # --- hidden states ------------------------------------------------------------------------------------------
+
+    def _compare_hidden(self, term: int, layer: int, teacher: nn.Module, student: nn.Module) -> None:
+        shapes = self._stage.shapes
+        name = "embedding" if term == EMBEDDING else f"hidden_{layer}"
+        weight = next(student.parameters())
+        size = (shapes.student.hidden_size, shapes.teacher.hidden_size)
+        self.maps[name] = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device))
+        teacher.register_forward_hook(partial(self._keep_hidden, term, layer))
+        student.register_forward_hook(partial(self._attach_hidden, term, layer, name))
+
+    def _keep_hidden(self, term: int, layer: int, module: nn.Module, inputs: tuple, output: Any) -> None:
+        self._teachers[layer, term] = output[0] if isinstance(output, tuple) else output
+
+    def _attach_hidden(self, term: int, layer: int, name: str, module: nn.Module, inputs: tuple, output: Any) -> Any:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output  # [s/tp, b, d]
+        target = self._teachers.pop((layer, term))  # [s/tp, b, D]
+        tp, token_weight = self._stage.groups.tp, self._token_weight
+        if self._stage.student.config.sequence_parallel:
+            token_weight = token_weight.chunk(tp.size())[tp.rank()]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        inverse_width = torch.full((target.shape[-1],), 1 / target.shape[-1], dtype=wide, device=target.device)
+        mapped, per_feature = CloneLoss.apply(
+            hidden @ self.maps[name], target, token_weight, inverse_width, self._scale
+        )
+        self._stage.sums.clone[layer, term] += per_feature.sum()
+        attached = CarryLoss.apply(hidden, mapped)
+        return (attached, *output[1:]) if isinstance(output, tuple) else attached
+
+    @property
+    def _scale(self) -> Tensor | float:
+        return self._stage.settings.loss.alpha * self._stage.main_loss_scale()
+
+    # --- attention ----------------------------------------------------------------------------------------------
+
+    def _compare_attention(self, layer: int, teacher: nn.Module, student: nn.Module) -> None:
+        teacher.self_attention.core_attention.register_forward_pre_hook(partial(self._keep_queries_and_keys, layer))
+        student.self_attention.core_attention.register_forward_pre_hook(partial(self._attach_attention, layer))
+
+    def _keep_queries_and_keys(self, layer: int, module: nn.Module, inputs: tuple) -> None:
+        self._teachers[layer, ATTENTION] = inputs[:2]
+
+    def _attach_attention(self, layer: int, module: nn.Module, inputs: tuple) -> tuple:
+        queries, keys, *others = inputs  # [s, b, heads/tp, head_dim], after RoPE
+        heads = self._stage.shapes.student.num_attention_heads
+        queries, keys, loss = AttentionLoss.apply(
+            queries, keys, *self._teachers.pop((layer, ATTENTION)), self._token_weight, heads, self._scale
+        )
+        self._stage.sums.clone[layer, ATTENTION] += loss
+        return (queries, keys, *others)
