@@ -1,4 +1,4 @@
-"""--open-after and --method logits: a student that has matrices of its own beside the teacher."""
+"""--open-after, --method logits and tinybert: a student that has matrices of its own beside the teacher."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +40,12 @@ def opened_config(teacher: str, data: str, run: Path, matrices: Any, *, steps: i
     return config
 
 
-def logits_config(teacher: str, data: str, run: Path, *, steps: int = 3) -> Config:
-    config = make_config(teacher, data, run, steps=steps)
-    config.model.method, config.projection.init_method_std, config.optimizer.adam_eps = "logits", 0.05, 1e-5
+def config_of(how: Any, teacher: str, data: str, run: Path) -> Config:
+    """An opened clone, or a whole student of its own."""
+    if how in ("mlp", "all"):
+        return opened_config(teacher, data, run, how)
+    config = make_config(teacher, data, run, steps=3)
+    config.model.method, config.projection.init_method_std, config.optimizer.adam_eps = how, 0.05, 1e-5
     return config
 
 
@@ -78,25 +81,27 @@ LAYOUTS = {
     "DP2-distributed-optimizer": (2, {"dist_opt": True}),
     "TP2+SPxPP2x2": (4, {"tp": 2, "pp": 2, "chunks": 2}),
 }
-QUICK = {("mlp", "TP2+SP"), ("mlp", "DP2-distributed-optimizer"), ("all", "PP2"), ("logits", "TP2+SP")}
+QUICK = {
+    ("mlp", "TP2+SP"),
+    ("mlp", "DP2-distributed-optimizer"),
+    ("all", "PP2"),
+    ("logits", "TP2+SP"),
+    ("tinybert", "TP2+SP"),
+    ("tinybert", "PP2"),
+}
 
 
 @pytest.mark.parametrize(
     "how, ranks, layout",
     [
         pytest.param(how, *place, id=f"{how}-{name}", marks=[] if (how, name) in QUICK else pytest.mark.slow)
-        for how in ("mlp", "all", "logits")
+        for how in ("mlp", "all", "logits", "tinybert")
         for name, place in LAYOUTS.items()
     ],
 )
 def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, how, ranks, layout):
-    def config(run: str) -> Config:
-        if how == "logits":
-            return logits_config(qwen, tiny_text, tmp_path / run)
-        return opened_config(qwen, tiny_text, tmp_path / run, how)
-
-    train(config("one"))
-    train(on_layout(config("other"), **layout), ranks)
+    train(config_of(how, qwen, tiny_text, tmp_path / "one"))
+    train(on_layout(config_of(how, qwen, tiny_text, tmp_path / "other"), **layout), ranks)
     for line, reference in zip(records(tmp_path / "other"), records(tmp_path / "one"), strict=True):
         for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
             assert line[key] == pytest.approx(reference[key], rel=1e-5), key
@@ -185,29 +190,23 @@ def test_opening_changes_nothing_but_what_is_trained(qwen, tiny_text, tmp_path):
     assert 0.05 < found["smallest move"] < found["largest move"] < 0.2
 
 
-@pytest.mark.parametrize("how", ["mlp", "all", "logits"])
+@pytest.mark.parametrize("how", ["mlp", "all", "logits", "tinybert"])
 def test_the_student_is_exported_and_verified(qwen, tiny_text, tmp_path, capsys, how):
     """The export's own check compares it with the checkpoint in megatron-core, and verify_model.py once more."""
     run, output = str(tmp_path / "run"), str(tmp_path / "exported")
-    config = logits_config(qwen, tiny_text, tmp_path / "run") if how == "logits" else None
-    train(config or opened_config(qwen, tiny_text, tmp_path / "run", how))
+    train(config_of(how, qwen, tiny_text, tmp_path / "run"))
     saved = open_checkpoint(run)
     own = {name.rpartition(".")[2] for name in saved.weights}
-    assert (
-        own
-        == {
-            "mlp": {"gate", "up", "down"},
-            "all": {*MATRICES, "q_bias", "k_bias", "v_bias"} - {"lm_head"},
-            "logits": {*MATRICES, "q_bias", "k_bias", "v_bias"} - {"lm_head"},
-        }[how]
-    )
+    assert own == {
+        "mlp": {"gate", "up", "down"},
+    }.get(how, {*MATRICES, "q_bias", "k_bias", "v_bias"} - {"lm_head"})
     kept = {name.rpartition(".")[2] for name in saved.projections}
-    assert kept == {"mlp": set(MATRICES) - {"lm_head", "gate", "up"}, "all": {"o", "down"}, "logits": set()}[how]
+    assert kept == {"mlp": set(MATRICES) - {"lm_head", "gate", "up"}, "all": {"o", "down"}}.get(how, set())
     assert convert_to_hf(["--load", run, "--output", output]) == 0
     assert verify_model([run, output]) == 0
     card = (Path(output) / "README.md").read_text()
-    said = {"mlp": "those of the MLPs were trained themselves", "all": "all of them were", "logits": "beside"}
-    assert said[how] in card
+    said = {"mlp": "those of the MLPs were trained themselves", "all": "all of them were"}
+    assert said.get(how, "beside") in card
     assert convert_to_hf(["--load", run, "--output", output + "2", "--save-projections"]) == 2
     assert "has matrices of its own" in capsys.readouterr().err
 
@@ -222,7 +221,7 @@ def test_an_opened_run_cannot_go_on_closed(qwen, tiny_text, tmp_path):
 
 
 def first_step_of_tinybert(config: Config) -> tuple[list[torch.Tensor], dict[str, list[float | None]], dict]:
-    """On a rank: the tokens of a step, its losses by layer, and the maps that it begins with. Saves the student first."""
+    """On a rank: tokens of a step, its losses by layer, the maps it begins with. Saves the student first."""
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
     trainer._save()
     (stage,) = trainer.run.stages
