@@ -1,8 +1,8 @@
 """Student -> plain Hugging Face directory: config, weights, tokenizer, model card, and a self-check.
 
 `export_student` composes a clone, `export_model` writes what was trained by itself. Each weight of a clone is composed
-here with `sites.compose`, in the dtype of the projections, exactly as training composes it, and goes to disk while the
-next one is made: memory holds a teacher's matrix, its projection and two results, whatever the model.
+here with `sites.compose`, in the dtype of the projections, exactly as training composes it, and goes to disk before the
+next one is read: memory holds one teacher matrix, its projection and the result, whatever the model.
 
 Everything is written into a hidden directory beside the output, verified with plain transformers, and renamed at the
 end: the output is complete or absent.

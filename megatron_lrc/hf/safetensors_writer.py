@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor: one is written while the next one is made, whatever the size of the file.
+"""Writes safetensors files tensor by tensor: one tensor in memory at a time, whatever the size of the file.
 
 `safetensors.torch.save_file` wants all tensors of a file at once; projections.safetensors alone is gigabytes for a 3B
 teacher. The format allows better: 8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the
@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,15 +49,13 @@ def write_tensors(
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
-    with open(path, "wb") as stream, ThreadPoolExecutor(max_workers=1) as writer:
-        written = writer.submit(stream.write, len(encoded).to_bytes(8, "little") + encoded)
+    with open(path, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():
             tensor = tensor_of(name)
             assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} composed, {shape} expected"
             data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
-            written.result()
-            written = writer.submit(stream.write, data.numpy().data)
-        written.result()
+            stream.write(data.numpy().data)
 
 
 def write_model(
