@@ -155,7 +155,13 @@ def _find_weights(config: Config, teacher: TeacherDescription, reader: Reader) -
         raise ConfigError(f"--pretrained-checkpoint {given} holds no complete checkpoint. Give a run directory.")
     if damage := find_missing(found[0]):
         raise ConfigError(f"{found[0]} is damaged ({damage}). Give an older checkpoint of that run.")
-    _check_fits(found[0], config, teacher, reader)
+    state = _check_fits(found[0], config, teacher, reader)
+    if state.opened_at is not None:
+        raise ConfigError(
+            f"--pretrained-checkpoint {found[0]} holds a student that was opened after step {state.opened_at}: it has "
+            "matrices that no projection makes, and cannot start another clone. Continue that run with --load, or "
+            "export it with tools/convert_to_hf.py and train the result with --method ordinary --student."
+        )
     return found[0]
 
 

@@ -21,3 +21,13 @@ def what_is_there_stays(*, is_on: bool) -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def collect_what_was_replaced() -> None:
+    """Collect everything at once, also what was left out: something as large as an optimizer has been replaced, and is
+    held by nothing but itself. A GPU's memory would not wait for the next collection."""
+    was_left_out = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if was_left_out:
+        gc.freeze()

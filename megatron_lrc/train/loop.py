@@ -20,7 +20,7 @@ from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
 from megatron_lrc.train.effective_rank import measure_effective_rank
-from megatron_lrc.train.garbage import what_is_there_stays
+from megatron_lrc.train.garbage import collect_what_was_replaced, what_is_there_stays
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.memory import largest_memory_gib
@@ -182,6 +182,8 @@ class Trainer:
             stage.open(self.config.own_matrices(is_open=True))
         self.run.optimizer = StageOptimizer(self._config_of_phase(), stages, self.groups)
         self.run.optimizer.take_over(before)
+        del before
+        collect_what_was_replaced()
         what = {"mlp": "the MLPs", "all": "all layers and both ends"}[self.config.projection.open_matrices]
         self._say(
             f"step {self.state.step}: projections of {what} dropped, the student's own matrices are trained from here "

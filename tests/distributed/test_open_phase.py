@@ -1,5 +1,7 @@
 """--open-after, --method logits and tinybert: a student that has matrices of its own beside the teacher."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,10 @@ def look_at_opening(config: Config) -> dict[str, float]:
     (stage,) = run.stages
     gradients = {(site.name, layer): grad.clone() for site, layer, grad in stage.matrix_gradients()}
     tokens = float(before.losses.tokens)
+    replaced = [weakref.ref(replica) for replica in run.optimizer.replicas]
+    gc.freeze()  # as with background saves
     trainer._open()
+    gone = all(reference() is None for reference in replaced)
     own = {trained.name: trained.parameter for trained in stage.trained() if trained.layer is not None}
     values = {name: parameter.detach().clone() for name, parameter in own.items()}
     run.optimizer.lr_schedule.num_steps = 1000  # as late in a run
@@ -170,6 +175,7 @@ def look_at_opening(config: Config) -> dict[str, float]:
     lr = config.optimizer.lr
     moves = [float((own[name] - value).square().mean().sqrt()) / lr for name, value in values.items()]
     return {
+        "gone": gone,
         "loss before": float(before.losses.lm + before.losses.clone.sum()),
         "loss after": float(after.losses.lm + after.losses.clone.sum()),
         "difference": difference,
@@ -187,6 +193,7 @@ def test_opening_changes_nothing_but_what_is_trained(qwen, tiny_text, tmp_path):
     (found,) = run_ranks(1, look_at_opening, config.resolved(1))
     assert found["loss after"] == pytest.approx(found["loss before"], rel=1e-6)
     assert found["difference"] < 1e-5
+    assert found["gone"], "the gradient buffers of before are still there"
     assert 0.05 < found["smallest move"] < found["largest move"] < 0.2
 
 
@@ -218,6 +225,9 @@ def test_an_opened_run_cannot_go_on_closed(qwen, tiny_text, tmp_path):
     for changes in ({"open_after": None}, {"open_matrices": "all"}):
         with pytest.raises(ConfigError, match="Repeat --open-after .* and --open-matrices mlp"):
             loop.check(replace(again, projection=replace(again.projection, **changes)).resolved(1), 1)
+    other = saved_in(config, tmp_path / "other", pretrained_checkpoint=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="holds a student that was opened after step 2"):
+        loop.check(other.resolved(1), 1)
 
 
 def first_step_of_tinybert(config: Config) -> tuple[list[torch.Tensor], dict[str, list[float | None]], dict]:
