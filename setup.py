@@ -52,6 +52,7 @@ setup(
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
         "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py
+        "compare": ["matplotlib"],  # curves.png of tools/compare_methods.py
         "eval": ["lm_eval[hf]>=0.4.13"],  # --tasks of tools/evaluate.py
         "watch": ["wandb"],  # --wandb-project
         "resiliency": ["nvidia-resiliency-ext"],  # ft_launcher, instead of torchrun

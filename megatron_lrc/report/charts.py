@@ -4,7 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from megatron_lrc.report import png
@@ -18,12 +18,16 @@ INNER_WIDTH, INNER_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A curve: points in ascending order; color: its number in the page's palette. NaN is left out."""
+    """A curve: points in ascending order; color: its number in the page's palette. NaN is left out.
+
+    band: (x, low, high) of a spread round the curve, drawn as a light area.
+    """
 
     name: str
     points: Sequence[Point]
     color: int
     style: str = "line"  # line, dashed, or dots joined by a line
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Chart:
     unit: str
     series: Sequence[Series]
     is_log: bool = False
+    is_x_log: bool = False  # places at or below 0 are left out
     from_zero: bool = False
     is_stacked: bool = False
     x_name: str = "tokens"
@@ -42,20 +47,23 @@ class Chart:
 
 def draw(chart: Chart) -> str:
     """The chart as a <figure>; nothing if it has no finite value."""
-    given = [one for one in chart.series if any(math.isfinite(y) for _, y in one.points)]
+    given = [_on_paper(one) for one in chart.series] if chart.is_x_log else chart.series
+    given = [one for one in given if any(math.isfinite(y) for _, y in one.points)]
     if not given:
         return ""
     if chart.is_stacked:
         series, bands = _stack(given)
     else:
-        series = [Series(one.name, thin(_finite(one.points)), one.color, one.style) for one in given]
+        series = [replace(one, points=thin(_finite(one.points))) for one in given]
         bands = []
-    x_axis = _exact_axis([x for one in series for x, _ in one.points])
+    x_axis = _exact_axis([x for one in series for x, _ in one.points], is_log=chart.is_x_log)
     values = [y for one in series for _, y in one.points] + [y for band in bands for _, y in band.points]
+    values += [y for one in series for _, *both in one.band for y in both]
     y_axis = Axis.around(values, is_log=chart.is_log, from_zero=chart.from_zero or chart.is_stacked)
     parts = [_grid(chart, x_axis, y_axis)]
     parts += [_area(bands[place - 1] if place else None, band, x_axis, y_axis) for place, band in enumerate(bands)]
     if not bands:
+        parts += [_band(one, x_axis, y_axis) for one in series]
         parts += [_curve(one, x_axis, y_axis) for one in series]
     data = [
         {
@@ -67,6 +75,7 @@ def draw(chart: Chart) -> str:
         for one in series
     ]
     frame = {"x0": x_axis.low, "x1": x_axis.high, "l": LEFT / WIDTH, "r": 1 - RIGHT / WIDTH, "x": chart.x_name}
+    frame |= {"log": 1} if x_axis.is_log else {}
     return (
         f'<figure class="chart" data-frame="{_attribute(frame)}" data-series="{_attribute(data)}">'
         f"<figcaption><b>{escape(chart.title)}</b> <span>{escape(chart.unit)}</span></figcaption>"
@@ -80,8 +89,16 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return [(x, y) for x, y in points if math.isfinite(y)]
 
 
-def _exact_axis(values: list[float]) -> Axis:
+def _on_paper(series: Series) -> Series:
+    """Without what has no place on a logarithmic x axis."""
+    points, band = ([row for row in rows if row[0] > 0] for rows in (series.points, series.band))
+    return replace(series, points=points, band=band)
+
+
+def _exact_axis(values: list[float], *, is_log: bool = False) -> Axis:
     low, high = min(values), max(values)
+    if is_log:
+        return Axis(low, high, True) if high > low else Axis(low / 2, high * 2, True)
     return Axis(low, high) if high > low else Axis(low - 0.5, high + 0.5)
 
 
@@ -109,6 +126,16 @@ def _curve(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     if series.style == "dots" or len(places) == 1:
         text += "".join(f'<circle class="f{series.color}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in places)
     return text
+
+
+def _band(series: Series, x_axis: Axis, y_axis: Axis) -> str:
+    """The spread as a light area; a line up and down where it is at one place only."""
+    rows = [row for row in series.band if all(map(math.isfinite, row))]
+    ends = [(x, low) for x, low, _ in rows] + [(x, high) for x, _, high in reversed(rows)]
+    outline = [place for point in ends if (place := _at(point, x_axis, y_axis))]
+    if len(rows) == 1 and len(outline) == 2:
+        return f'<path class="curve s{series.color}" d="{_path(outline)}"/>'
+    return f'<path class="band f{series.color}" d="{_path(outline)}Z"/>' if outline else ""
 
 
 def _area(below: Series | None, above: Series, x_axis: Axis, y_axis: Axis) -> str:

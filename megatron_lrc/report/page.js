@@ -35,12 +35,14 @@ for (const figure of document.querySelectorAll(".chart")) {
   const svg = figure.querySelector("svg"), cursor = svg.querySelector(".cursor"), width = svg.viewBox.baseVal.width;
   svg.addEventListener("mousemove", event => {
     const box = svg.getBoundingClientRect(), place = (event.clientX - box.left) / box.width;
-    const share = Math.min(Math.max((place - frame.l) / (frame.r - frame.l), 0), 1), x = frame.x0 + share * (frame.x1 - frame.x0);
-    const at = series[0].x[nearest(series[0].x, x)], screen = (frame.l + (at - frame.x0) / (frame.x1 - frame.x0) * (frame.r - frame.l)) * width;
+    const share = Math.min(Math.max((place - frame.l) / (frame.r - frame.l), 0), 1),
+      scale = frame.log ? Math.log : v => v, low = scale(frame.x0), span = scale(frame.x1) - low;
+    const x = frame.log ? Math.exp(low + share * span) : low + share * span;
+    const at = series[0].x[nearest(series[0].x, x)], screen = (frame.l + (scale(at) - low) / span * (frame.r - frame.l)) * width;
     cursor.setAttribute("x1", screen); cursor.setAttribute("x2", screen); cursor.style.visibility = "visible";
     const tip = tipOf(figure);
     tip.add(frame.x === "tokens" ? short(at) + " tokens" + stepOf(at) : frame.x + " " + at);
-    for (const s of series) tip.add(s.n + " " + +s.y[nearest(s.x, at)].toPrecision(5), s.c);
+    for (const s of series) if (s.x[0] <= at && at <= s.x.at(-1)) tip.add(s.n + " " + +s.y[nearest(s.x, at)].toPrecision(5), s.c);
     put(tip, figure, event);
   });
   svg.addEventListener("mouseleave", () => { cursor.style.visibility = "hidden"; figure.querySelector(".tip")?.remove(); });

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
@@ -48,31 +49,36 @@ def render(run: RunFiles, now: datetime) -> str:
         f'<div class="tiles">{tables.tiles(run)}</div>',
         *(f'<p class="note">{escape(note)}</p>' for note in run.notes),
         "" if run.records else '<p class="note">There is no training record yet.</p>',
-        _section("Losses", _charts(curves.losses()), tables.losses(run)),
-        _section("Clone loss by layer", _div("heats", curves.heat_maps()), note=HEAT_NOTE),
-        _section("Learning rate and gradients", _charts(curves.optimization())),
-        _section("Throughput and memory", _charts(curves.machine()), note=MACHINE_NOTE),
-        _section("Effective rank", _charts(curves.effective_rank())),
-        _section(
+        section("Losses", _charts(curves.losses()), tables.losses(run)),
+        section("Clone loss by layer", _div("heats", curves.heat_maps()), note=HEAT_NOTE),
+        section("Learning rate and gradients", _charts(curves.optimization())),
+        section("Throughput and memory", _charts(curves.machine()), note=MACHINE_NOTE),
+        section("Effective rank", _charts(curves.effective_rank())),
+        section(
             "Starts", tables.starts(run), note="Dashed lines in the charts are restarts." if run.starts[1:] else ""
         ),
-        _section("Configuration", tables.configuration(run)),
+        section("Configuration", tables.configuration(run)),
         f"<footer><p>{escape(RULE)}</p><p>megatron_lrc {escape(__version__)}, {now:%Y-%m-%d %H:%M:%S} UTC, from "
         f"{escape(str(run.path.absolute()))}</p></footer>",
     ]
-    title = escape(run.path.absolute().name)
-    steps = escape(json.dumps(_tokens_and_steps(run), separators=(",", ":")))
+    return document(run.path.absolute().name, body, steps=_tokens_and_steps(run))
+
+
+def document(title: str, body: Sequence[str], *, steps: list[list[int]]) -> str:
+    """A page of these parts, with the style and the scripts in it. steps: some (tokens, step), or none."""
+    place = escape(json.dumps(steps, separators=(",", ":")))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>\n{_read('page.css')}{_color_rules()}</style></head>\n"
-        f'<body data-steps="{steps}">\n'
+        f"<title>{escape(title)}</title><style>\n{_read('page.css')}{_color_rules()}</style></head>\n"
+        f'<body data-steps="{place}">\n'
         + "\n".join(part for part in body if part)
         + f"\n<script>\n{_read('page.js')}</script></body></html>\n"
     )
 
 
-def _section(title: str, *parts: str, note: str = "") -> str:
+def section(title: str, *parts: str, note: str = "") -> str:
+    """A titled part of a page; nothing if it has no content."""
     content = "".join(parts)
     if not content:
         return ""

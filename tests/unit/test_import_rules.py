@@ -106,13 +106,20 @@ def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
         ("verify", ["train", "evaluation"]),
         ("clone", ["mcore", "train", "hf", "data", "verify", "evaluation"]),
         ("report", ["clone", "mcore", "hf", "data", "verify", "evaluation"]),  # and of train what needs no torch
-        ("train", ["report", "evaluation"]),
+        ("train", ["report", "evaluation", "comparison"]),
         ("evaluation", ["train", "report", "estimate", "benchmarks"]),  # nothing but tools stands above it
+        ("report", ["comparison"]),
+        ("comparison", ["clone", "mcore", "hf", "data", "verify", "estimate", "benchmarks", "evaluation"]),
     ],
 )
 def test_no_folder_imports_what_stands_above_it(folder, above):
     forbidden = [f"megatron_lrc.{name}" for name in above]
     assert [pair for pair in imports_of(folder) if is_within(pair[1], *forbidden)] == []
+
+
+def test_a_comparison_starts_processes_and_loads_no_torch_itself():
+    for importer, imported in imports_of("comparison"):
+        assert not is_within(imported, "torch", "megatron", "numpy"), (importer, imported)
 
 
 def test_the_harness_is_optional():

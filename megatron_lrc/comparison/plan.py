@@ -1,0 +1,112 @@
+"""Which runs a comparison needs: contestant x token budget x seed, before them a grid of learning rates if asked for.
+
+Every run ends its learning-rate schedule at its own budget. A point "loss after t tokens" is thus the end of a run that
+was planned for t tokens; the middle of a longer run, whose rate has not decayed yet, would be worse than what t tokens
+can do. So ordinary training, whose need for tokens is asked, has one run per budget.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_lrc.comparison.contestants import ORDINARY, Contestant
+from megatron_lrc.comparison.material import Material
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What all runs share. tokens: of the budget that all contestants have (times 1). lengths in tokens."""
+
+    student_hidden_size: int
+    tokens: int
+    seq_length: int
+    global_batch_size: int  # sequences
+    ordinary_times: float
+    grid_times: float
+    validations: int
+    eval_iters: int
+    flags: tuple[str, ...] = ()  # of the user's, for all
+
+    def steps(self, times: float) -> int:
+        """Exact multiples of the steps of one budget, as far as they are whole."""
+        return max(1, round(times * max(1, round(self.tokens / (self.seq_length * self.global_batch_size)))))
+
+    def tokens_of(self, times: float) -> int:
+        return self.steps(times) * self.seq_length * self.global_batch_size
+
+    def budgets(self, contestant: Contestant) -> list[float]:
+        """In multiples of `tokens`: 1; for ordinary training 1, 2, 5, 10, ... up to its own."""
+        if contestant.name != ORDINARY:
+            return [1.0]
+        usual = [factor * 10.0**power for power in range(6) for factor in (1, 2, 5)]
+        return [*(times for times in usual if times < self.ordinary_times), self.ordinary_times]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run. lr: from the grid, or None for the contestant's own."""
+
+    contestant: Contestant
+    times: float
+    seed: int
+    lr: float | None
+    tokens: int
+    steps: int
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.lr is None else f"-lr{self.lr:g}"
+        return f"{self.contestant.name}-x{self.times:g}-seed{self.seed}{rate}"
+
+
+def make_run(
+    contestant: Contestant, times: float, seed: int, lr: float | None, *, sizes: Sizes, material: Material
+) -> Run:
+    """A run with all its flags but --save. Order decides: the contestant's flags come after those of all."""
+    steps = sizes.steps(times)
+    batch = str(sizes.global_batch_size)
+    flags = [
+        *("--teacher", str(material.teacher), *material.data),
+        *("--student-hidden-size", str(sizes.student_hidden_size), "--seq-length", str(sizes.seq_length)),
+        *("--micro-batch-size", batch, "--global-batch-size", batch, "--train-iters", str(steps)),
+        *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.05", "--seed", str(seed)),
+        *("--eval-interval", str(max(1, steps // sizes.validations)), "--eval-iters", str(sizes.eval_iters)),
+        *("--log-interval", str(max(1, steps // 50)), "--save-interval", str(max(1, steps // 3)), "--keep-last", "1"),
+        *sizes.flags,
+        *contestant.words,
+        *(() if lr is None else ("--lr", repr(lr))),
+    ]
+    return Run(contestant, times, seed, lr, sizes.tokens_of(times), steps, tuple(flags))
+
+
+def grid_runs(
+    contestants: Sequence[Contestant], lrs: Sequence[float], seed: int, *, sizes: Sizes, material: Material
+) -> list[Run]:
+    """Every learning rate at one seed, for the budgets up to `grid_times`."""
+    return [
+        make_run(contestant, times, seed, lr, sizes=sizes, material=material)
+        for contestant in contestants
+        for times in sizes.budgets(contestant)
+        if times <= sizes.grid_times
+        for lr in lrs
+    ]
+
+
+def chosen_runs(
+    contestants: Sequence[Contestant],
+    seeds: Sequence[int],
+    best: dict[tuple[str, float], float],
+    *,
+    sizes: Sizes,
+    material: Material,
+) -> list[Run]:
+    """The runs that are compared. best: (contestant, times) -> learning rate; a budget that the grid left out takes
+    that of the longest one in it."""
+    runs = []
+    for contestant in contestants:
+        searched = sorted(times for name, times in best if name == contestant.name)
+        for times in sizes.budgets(contestant):
+            nearest = times if times in searched else (searched[-1] if searched else None)
+            lr = best.get((contestant.name, nearest)) if nearest is not None else None
+            runs += [make_run(contestant, times, seed, lr, sizes=sizes, material=material) for seed in seeds]
+    return runs
