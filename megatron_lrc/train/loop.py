@@ -16,6 +16,7 @@ from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.kernels import check_machine, choose_determinism, describe_kernels
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.sheared_model import ShearedModel
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
@@ -77,6 +78,7 @@ class Trainer:
                 lambda: self._batches(self.train_data, 0),
                 is_new=not checked.resume_from and not checked.weights_from,
                 is_open=self.state.opened_at is not None,
+                is_pruned=self.state.pruned_at is not None,
             )
         optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
         if checked.resume_from:
@@ -123,6 +125,10 @@ class Trainer:
         while state.step < config.training.train_iters:
             if self._is_to_open():
                 self._open()
+            if self._is_to_prune():
+                self._prune()
+                if log:
+                    log.throughput = self._throughput()
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
@@ -188,6 +194,28 @@ class Trainer:
             f"on; trained: {self._count_trained() / 1e6:.1f}M parameters"
         )
 
+    def _is_to_prune(self) -> bool:
+        step = self.config.prune_step
+        return step is not None and self.state.pruned_at is None and self.state.step >= step
+
+    def _prune(self) -> None:
+        """--method sheared: from here on what the masks leave of the model is trained, by itself."""
+        self.saving.expect_other_tensors()
+        self.state.pruned_at = self.state.step
+        self.state.grad_norm_mean, self.state.grad_norm_count = 0.0, 0  # of another model
+        stages, before = self.run.stages, self.run.optimizer
+        shapes = stages[0].shapes
+        student = self.config.student_shape(shapes.student)
+        for stage in stages:
+            assert isinstance(stage, ShearedModel), "build_stages_of_method() has made them"
+            stage.prune(replace(shapes, teacher=student, student=student))
+        self.run.optimizer = StageOptimizer(self.config, stages, self.groups)
+        self.run.optimizer.take_over(before, with_moments=False)
+        self._say(
+            f"step {self.state.step}: cut to hidden size {student.hidden_size}, {student.num_query_groups} KV groups, "
+            f"FFN width {student.ffn_hidden_size}; trained from here on: {self._count_trained() / 1e6:.1f}M parameters"
+        )
+
     def _count_trained(self) -> float:
         """Over all ranks, each parameter once. Collective."""
         count = torch.tensor(count_trained(self.run.stages), dtype=torch.float64, device=self.groups.device)
@@ -223,6 +251,7 @@ class Trainer:
                 "grad_norm": report.grad_norm,
                 "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
+                **self.run.stages[0].record(),
                 **({"loss_scale": report.loss_scale} if self.config.training.fp16 else {}),
                 "step_seconds": seconds,
                 "memory_gib": memory,
@@ -271,23 +300,21 @@ class Trainer:
         if not self.groups.is_main_rank:
             return None
         save = self.config.checkpoint.save
-        shapes, world_size = self.run.stages[0].shapes, distributed.world_size()
         log = RunLog(
             self.config,
-            Throughput(
-                self.config,
-                shapes.teacher,
-                shapes.student,
-                world_size=world_size,
-                peak=peak_tflops(self.config, self.groups.device),
-            ),
+            self._throughput(),
             resume_at=self.state.step,
             checkpoint=self._started_from,
-            world_size=world_size,
+            world_size=distributed.world_size(),
         )
         if save:
             save_yaml(self.config, Path(save) / CONFIG_FILE)
         return log
+
+    def _throughput(self) -> Throughput:
+        shapes, peak = self.run.stages[0].shapes, peak_tflops(self.config, self.groups.device)
+        world_size = distributed.world_size()
+        return Throughput(self.config, shapes.teacher, shapes.student, world_size=world_size, peak=peak)
 
     def _announce(self, checked: Checked) -> None:
         """The lines at a run's start: what differs from the defaults, both models, the layout."""
@@ -300,6 +327,8 @@ class Trainer:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", opened"
         elif self.config.has_teacher and not self.config.is_clone:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", all of the student's"
+        elif self.config.is_sheared and self.state.pruned_at is None:
+            models, where = f"pruning to d {self.config.model.student_hidden_size} a model of hidden size", ""
         elif self.config.has_teacher:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", " in projections and norm gains"
         else:
