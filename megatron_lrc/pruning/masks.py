@@ -167,7 +167,7 @@ class Masks:
 
     def _adam(self, gradient: Tensor) -> None:
         settings, state = self._settings, self.state
-        state["steps"] += 1
+        state["steps"].add_(1)
         count = self.steps
         state["exp_avg"].lerp_(gradient, 1 - settings.beta1)
         state["exp_avg_sq"].mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)

@@ -17,7 +17,13 @@ from megatron_lrc.mcore.checkpoint import SavedStudent
 from megatron_lrc.mcore.layer_by_layer import layer_by_layer
 from megatron_lrc.verify.sources import student_weight
 
-CARD_SECTIONS = ("projection", "loss", "optimizer", "training")  # the others hold paths of the training machine
+CARD_SECTIONS = (
+    "projection",
+    "pruning",
+    "loss",
+    "optimizer",
+    "training",
+)  # the others hold paths of the training machine
 
 
 def export_saved(
