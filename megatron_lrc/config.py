@@ -22,6 +22,7 @@ from .settings import (
     OptimizerConfig,
     ParallelConfig,
     ProjectionConfig,
+    PruningConfig,
     TrainingConfig,
 )
 
@@ -84,6 +85,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -114,7 +116,7 @@ class Config:
     @property
     def has_teacher(self) -> bool:
         """Whether a teacher runs beside the student."""
-        return self.model.method != "ordinary"
+        return self.model.method not in ("ordinary", "sheared")
 
     @property
     def is_clone(self) -> bool:
@@ -131,12 +133,24 @@ class Config:
         return TINYBERT_TERMS if self.is_tinybert else CLONE_TERMS
 
     @property
+    def is_sheared(self) -> bool:
+        """Whether --teacher is pruned to become the student."""
+        return self.model.method == "sheared"
+
+    @property
     def open_step(self) -> int | None:
         """After which step --open-after opens the student; None: never."""
         after = self.projection.open_after
-        if after is None or after >= 1:
-            return after if after is None else int(after)
-        return int(after * self.training.train_iters + 0.5)
+        return None if after is None else self._step_of(after)
+
+    @property
+    def prune_step(self) -> int | None:
+        """After which step --method sheared cuts the model; None: never."""
+        return self._step_of(self.pruning.prune_after) if self.is_sheared else None
+
+    def _step_of(self, after: float) -> int:
+        """A number of steps, or below 1 a fraction of all, in steps."""
+        return int(after) if after >= 1 else int(after * self.training.train_iters + 0.5)
 
     def own_matrices(self, *, is_open: bool) -> frozenset[str]:
         """Matrices, of MATRICES, that the student beside a teacher has as its own; the others are composed.
@@ -211,8 +225,27 @@ class Config:
         which is what is given then."""
         if self.model.student is not None:
             return teacher
+        if self.is_sheared:
+            return self._pruned_shape(teacher)
         assert self.model.student_hidden_size is not None, "student_shape() needs a validated config"
         return replace(teacher, hidden_size=self.model.student_hidden_size, is_tied=self.is_student_tied(teacher))
+
+    def _pruned_shape(self, full: ModelShape) -> ModelShape:
+        """What --method sheared cuts the model to. A KV group goes with its query heads."""
+        pruning = self.pruning
+        groups = pruning.pruned_num_query_groups or full.num_query_groups
+        assert self.model.student_hidden_size is not None, "student_shape() needs a validated config"
+        return replace(
+            full,
+            hidden_size=self.model.student_hidden_size,
+            num_query_groups=groups,
+            num_attention_heads=groups * (full.num_attention_heads // full.num_query_groups),
+            ffn_hidden_size=pruning.pruned_ffn_hidden_size or full.ffn_hidden_size,
+        )
+
+    def trained_shape(self, base: ModelShape, *, is_pruned: bool) -> ModelShape:
+        """The shape that the student has by now: with --method sheared the full one until the model is cut."""
+        return base if self.is_sheared and not is_pruned else self.student_shape(base)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (section -> field -> value), for YAML and JSON.

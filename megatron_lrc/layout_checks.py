@@ -109,6 +109,29 @@ def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
         )
 
 
+def check_pruned_shape(config: Config, full: ModelShape) -> Iterator[str]:
+    """What --method sheared prunes to: no more than there is, and what TP divides. full: the teacher."""
+    pruned, tp = config.student_shape(full), config.parallel.tensor_model_parallel_size
+    sizes = {
+        "student_hidden_size": (pruned.hidden_size, full.hidden_size),
+        "pruned_num_query_groups": (pruned.num_query_groups, full.num_query_groups),
+        "pruned_ffn_hidden_size": (pruned.ffn_hidden_size, full.ffn_hidden_size),
+    }
+    for name, (size, most) in sizes.items():
+        if size > most:
+            yield f"{flag_of(name)} {size} is above the teacher's {most}; pruning only takes away. Use at most {most}."
+        elif name != "student_hidden_size" and size % tp:
+            yield (
+                f"{flag_of(name)} {size} is not divisible by --tensor-model-parallel-size {tp}: each process needs an "
+                f"equal part. Use a multiple of {tp}."
+            )
+    if all(size == most for size, most in sizes.values()):
+        yield (
+            "--method sheared with the teacher's own sizes prunes nothing. Use a smaller --student-hidden-size, "
+            "--pruned-num-query-groups or --pruned-ffn-hidden-size."
+        )
+
+
 def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
     """Stages given by --decoder-first/last-pipeline-num-layers, then equal shares of what is left for the others."""
     parallel, layers = config.parallel, teacher.num_layers

@@ -86,7 +86,7 @@ def check_fp8(config: Config) -> Iterator[str]:
             "the frozen teacher has none. Use another recipe, such as tensorwise."
         )
     if compute.teacher_fp8 and not config.has_teacher:
-        yield "--teacher-fp8 cannot go with --method ordinary, which has no teacher. Leave it out."
+        yield f"--teacher-fp8 cannot go with --method {config.model.method}, which has no teacher. Leave it out."
 
 
 def check_fp8_sizes(config: Config, base: ModelShape) -> Iterator[str]:

@@ -26,13 +26,14 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 class ModelConfig:
     """Teacher and student."""
 
-    method: Literal["lrc", "ordinary", "logits", "tinybert"] = setting(
+    method: Literal["lrc", "ordinary", "logits", "tinybert", "sheared"] = setting(
         "lrc",
         "lrc: the student is a low-rank clone of --teacher. ordinary: the student alone is trained, all of it, on the "
         "LM loss; from --student on, or anew (--init-method-std), shaped by --teacher's config.json and "
         "--student-hidden-size. logits: such a new student, all of it, on the LM and KL losses beside --teacher. "
         "tinybert: the same, and --alpha times the losses of TinyBERT (arXiv 1909.10351): hidden states and embeddings "
-        "through learned maps, attention scores.",
+        "through learned maps, attention scores. sheared: --teacher itself is trained, on the LM loss, and pruned to "
+        "--student-hidden-size on the way (Sheared-LLaMA, arXiv 2310.06694).",
     )
     student: str | None = setting(
         None,
@@ -98,6 +99,24 @@ class ProjectionConfig:
     def is_calibrated(self) -> bool:
         """Whether it takes training tokens."""
         return self.init in ("channel", "pca", "ridge")
+
+
+@dataclass(kw_only=True, slots=True)
+class PruningConfig:
+    """--method sheared: masks are learnt together with the weights, then the model is cut and trained on."""
+
+    pruned_num_query_groups: int | None = setting(
+        None, "KV groups that are kept in each layer, with their query heads. Default: the teacher's.", at_least=1
+    )
+    pruned_ffn_hidden_size: int | None = setting(
+        None, "FFN neurons that are kept in each layer. Default: the teacher's.", at_least=1
+    )
+    prune_after: float = setting(
+        0.3, "Cut the model after so many steps (below 1: that fraction of --train-iters).", above=0
+    )
+    mask_lr: float = setting(
+        1.0, "Learning rate of the masks and of their Lagrange multipliers, which have an Adam of their own.", above=0
+    )
 
 
 @dataclass(kw_only=True, slots=True)

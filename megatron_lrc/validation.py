@@ -12,9 +12,16 @@ from dataclasses import fields
 from pathlib import Path
 
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
-from .layout_checks import check_batches, check_layout, check_overlap, check_pipeline, check_tensor_parallel
+from .layout_checks import (
+    check_batches,
+    check_layout,
+    check_overlap,
+    check_pipeline,
+    check_pruned_shape,
+    check_tensor_parallel,
+)
 from .precision_checks import check_fp8_sizes, check_precision
-from .settings import CLONE_TERMS, LossConfig, ProjectionConfig
+from .settings import CLONE_TERMS, LossConfig, ProjectionConfig, PruningConfig
 
 
 def raise_all(errors: list[str]) -> None:
@@ -74,6 +81,11 @@ RANGE_WORDS = {"at_least": "at least", "above": "above", "below": "below"}
 
 
 def check_model(config: Config) -> Iterator[str]:
+    if config.is_sheared:
+        yield from check_sheared(config)
+        return
+    if given := flags_set(config, {field.name for field in fields(PruningConfig)}):
+        yield f"{given} cannot go with --method {config.model.method}, which prunes nothing. Leave it out."
     if not config.has_teacher:
         yield from check_ordinary(config)
         return
@@ -118,10 +130,10 @@ TEACHER_ONLY = CLONE_ONLY | {field.name for field in fields(LossConfig)} - {"los
 
 
 def flags_set(config: Config, names: Collection[str]) -> str:
-    """Flags among these fields of projection and loss that differ from their defaults, joined by `and`."""
+    """Flags among these fields of projection, pruning and loss that differ from their defaults, joined by `and`."""
     return " and ".join(
         flag_of(field.name)
-        for section in (config.projection, config.loss)
+        for section in (config.projection, config.pruning, config.loss)
         for field in fields(section)
         if field.name in names and getattr(section, field.name) != getattr(type(section)(), field.name)
     )
@@ -176,6 +188,32 @@ def check_ordinary(config: Config) -> Iterator[str]:
         yield from check_directory("--teacher", model.teacher)
     if given := flags_set(config, TEACHER_ONLY):
         yield f"{given} cannot go with --method ordinary, which has no teacher. Leave it out."
+
+
+def check_sheared(config: Config) -> Iterator[str]:
+    """--method sheared: a model to prune, what it is pruned to, and nothing that needs a teacher beside a student."""
+    model, after = config.model, config.pruning.prune_after
+    if model.student is not None:
+        yield f"--student {model.student}: the model that --method sheared prunes is --teacher. Give it there."
+    if model.teacher is None:
+        yield "--teacher is missing: the Hugging Face directory of the model to prune."
+    else:
+        yield from check_directory("--teacher", model.teacher)
+    if model.student_hidden_size is None:
+        yield "--student-hidden-size is missing: the hidden size to prune to; the teacher's leaves it as it is."
+    if model.untie_embeddings_and_output_weights is not None:
+        yield (
+            "--untie-embeddings-and-output-weights cannot go with --method sheared: the pruned model is tied if "
+            "--teacher is. Leave it out."
+        )
+    if given := flags_set(config, TEACHER_ONLY):
+        yield f"{given} cannot go with --method sheared, which has no teacher beside it. Leave it out."
+    if after >= 1 and after != int(after):
+        yield f"--prune-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
+    if config.checkpoint.pretrained_checkpoint is not None:
+        yield "--pretrained-checkpoint cannot go with --method sheared, which starts from --teacher. Leave it out."
+    if config.compute.fp8_format is not None:
+        yield "--fp8-format cannot go with --method sheared: its scales are those of the uncut model. Leave it out."
 
 
 def check_directory(flag: str, path: str) -> Iterator[str]:
@@ -293,6 +331,8 @@ def parse_split(text: str) -> tuple[float, float, float] | None:
 
 def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
     student_hidden_size = config.model.student_hidden_size
+    if config.is_sheared:
+        yield from check_pruned_shape(config, teacher)
     if not config.has_teacher:
         return
     assert student_hidden_size is not None, "validate() comes first"
@@ -322,6 +362,9 @@ def check_clone_layers(config: Config, teacher: ModelShape) -> Iterator[str]:
 def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
     student_hidden_size, seq_length = config.model.student_hidden_size, config.training.seq_length
     is_wide = student_hidden_size is not None and student_hidden_size >= teacher.hidden_size
+    cut, steps = config.prune_step, config.training.train_iters
+    if cut is not None and 0 < steps <= cut:
+        yield f"--prune-after {cut} is not before --train-iters {steps}: this run ends before its model is cut."
     if config.is_clone and config.projection.init == "random" and is_wide:
         yield (
             f"--student-hidden-size {student_hidden_size} is not below the teacher's {teacher.hidden_size}: "

@@ -118,7 +118,7 @@ def export_model(
     of `export_student`.
     """
     with complete_or_absent(output, source=base.directory, force=force) as partial:
-        family = student_family(base, shape.hidden_size, arch)
+        family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
         weights = {weight.name: weight for weight in expected_weights(family, shape)}
 
         def tensor_of(name: str) -> Tensor:

@@ -21,13 +21,18 @@ Arch = Literal["auto", "native", "llama"]
 ARCHS: tuple[Arch, ...] = get_args(Arch)
 
 
-def student_family(teacher: TeacherDescription, student_hidden_size: int, arch: Arch = "auto") -> Family:
+def student_family(
+    teacher: TeacherDescription, student_hidden_size: int, arch: Arch = "auto", *, num_heads: int | None = None
+) -> Family:
     """The class of a student of this hidden size, by --arch. ConfigError where it cannot be written as asked.
+
+    num_heads: its attention heads, if not the teacher's.
 
     native: the teacher's own. llama: LlamaForCausalLM, with attention biases (that of o zero) for a Qwen2. auto: the
     teacher's own if both it and servers take it as it is, else the other one that can be.
     """
-    family, heads, head_dim = teacher.family, teacher.shape.num_attention_heads, teacher.shape.head_dim
+    family, head_dim = teacher.family, teacher.shape.head_dim
+    heads = num_heads or teacher.shape.num_attention_heads
     is_divisible = student_hidden_size % heads == 0
     as_llama = {QWEN2.name: LLAMA_WITH_BIASES, MISTRAL.name: LLAMA}.get(family.name, family)
     instead_of_llama = {LLAMA.name: MISTRAL, LLAMA_WITH_BIASES.name: QWEN2}.get(family.name, family)
@@ -52,7 +57,7 @@ def student_family(teacher: TeacherDescription, student_hidden_size: int, arch: 
 def student_config(
     teacher: TeacherDescription, shape: ModelShape, family: Family, *, dtype: torch.dtype
 ) -> Mapping[str, Any]:
-    """The teacher's config.json with the student's hidden size; every field that a default could change is explicit.
+    """The teacher's config.json with the student's sizes; every field that a default could change is explicit.
 
     RoPE settings and dtype are written in both spellings (transformers 5's, and the one that came before, which
     inference engines still read): whoever knows only one would take its default for the other and compute something
@@ -129,14 +134,16 @@ def own_model_card(
     steps: int,
     config: Config,
     opened_at: int | None = None,
+    pruned_at: int | None = None,
     losses: Mapping[str, float] | None = None,
     settings: Iterable[str] = (),
 ) -> str:
     """README.md of a model that has matrices of its own. base: its teacher, or the model that it started from or has
-    the config.json of. opened_at: the step after which a clone was opened. Other arguments: as of `model_card`."""
+    the config.json of. opened_at: the step after which a clone was opened. pruned_at: that after which the model
+    was cut. Other arguments: as of `model_card`."""
     name, hidden = base.directory.resolve().name, shape.hidden_size
     table = _table(family, shape, is_tied=shape.is_tied, tokens=tokens, steps=steps, losses=losses or {})
-    suffix, how = _origin(config, name, opened_at)
+    suffix, how = _origin(config, name, opened_at, pruned_at)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -151,7 +158,7 @@ A language model of hidden size {hidden}, trained with megatron_lrc by the metho
 {_listed(settings)}"""
 
 
-def _origin(config: Config, name: str, opened_at: int | None) -> tuple[str, str]:
+def _origin(config: Config, name: str, opened_at: int | None, pruned_at: int | None) -> tuple[str, str]:
     """A word for the model's name, and the rest of a sentence."""
     anew = f"It started anew, in the shape of `{name}` but for its hidden size."
     if opened_at is not None:
@@ -159,6 +166,11 @@ def _origin(config: Config, name: str, opened_at: int | None) -> tuple[str, str]
         return "LRC-opened", (
             f"for\n{opened_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
             f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
+        )
+    if pruned_at is not None:
+        return "sheared", (
+            f"all of its weights, on the\nlanguage-modelling loss alone. It started as `{name}`, which was pruned "
+            f"after {pruned_at:,} steps with\nlearnt masks (arXiv 2310.06694)."
         )
     if config.has_teacher:
         return config.model.method, f"all of its weights, beside\nits teacher `{name}`. {anew}"

@@ -276,6 +276,7 @@ class SavedStudent:
     norms: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     opened_at: int | None = None  # the step after which --open-after made some of them its own
+    pruned_at: int | None = None  # the step after which --method sheared cut the model
 
     @property
     def is_composed(self) -> bool:
@@ -315,4 +316,5 @@ def open_checkpoint(run: str) -> SavedStudent:
         norms=_Tensors(reader, tensors, NORMS),
         weights=_Weights(_Reader(path, index), index, shape),
         opened_at=state.opened_at,
+        pruned_at=state.pruned_at,
     )

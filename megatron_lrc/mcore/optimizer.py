@@ -95,10 +95,13 @@ class StageOptimizer:
         self.lr_schedule.num_steps = num_updates
         self.lr_schedule.step(0)
 
-    def take_over(self, before: "StageOptimizer") -> None:
+    def take_over(self, before: "StageOptimizer", *, with_moments: bool = True) -> None:
         """Go on from an optimizer of the same stages as they were before some of their matrices became their own: its
-        count of steps and loss scale, and the moments of what is still trained. Collective over data parallel ranks."""
-        old = {(trained.name, trained.key): trained for trained in before._trained}
+        count of steps and loss scale, and the moments of what is still trained. Collective over data parallel ranks.
+
+        with_moments: False where nothing that was trained is trained any more.
+        """
+        old = {(trained.name, trained.key): trained for trained in before._trained if with_moments}
         for trained in self._trained:
             if (same := old.get((trained.name, trained.key))) is not None:
                 copy_state(before.optimizer, same.parameter, self.optimizer, trained.parameter, self.groups.dp_cp)

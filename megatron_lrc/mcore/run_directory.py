@@ -47,6 +47,7 @@ class RunState:
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0
     opened_at: int | None = None  # the step after which --open-after opened the student
+    pruned_at: int | None = None  # the step after which --method sheared cut the model
 
 
 # ------------------------------------------------------------------------------------------------ what there is

@@ -38,16 +38,24 @@ class SingleModel(PipelineStage):
 
     def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0):
         super().__init__()
-        self.settings, self.shapes, self.groups = config, shapes, groups
+        self.settings, self.groups = config, groups
+        self._dtype, self._chunk = dtype, chunk
         self.pre_process = groups.is_first_rank and chunk == 0
         self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
-        shape = shapes.student
+        self.sums = LossSums(0, groups.device)
+        self._input: Tensor | None = None
+        self._build(shapes)
+
+    def _build(self, shapes: Shapes) -> None:
+        """Make the model, its weights not yet set."""
+        self.shapes = shapes
+        shape, tp_size = shapes.student, self.groups.tp.size()
         self.student = build_stage(
-            config,
+            self.settings,
             shape,
             shapes.inverse_frequencies,
-            dtype=dtype,
-            chunk=chunk,
+            dtype=self._dtype,
+            chunk=self._chunk,
             is_trained=True,
             is_first_stage=self.pre_process,
             is_last_stage=self.post_process,
@@ -55,12 +63,9 @@ class SingleModel(PipelineStage):
         tie_ends(self.student, shape)
         self.config = copy.copy(self.student.config)
         self.heads = head_layout(shape)
-        self.sums = LossSums(0, groups.device)
-        self.vocabulary = VocabularyShard.of(
-            shape.vocab_size, padded_vocab_size(shape.vocab_size, groups.tp.size()), groups.tp
-        )
+        padded = padded_vocab_size(shape.vocab_size, tp_size)
+        self.vocabulary = VocabularyShard.of(shape.vocab_size, padded, self.groups.tp)
         self._trained = list(trained_parameters(self.student, shape))
-        self._input: Tensor | None = None
 
     @property
     def trained_module(self) -> nn.Module:

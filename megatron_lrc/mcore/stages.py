@@ -10,6 +10,7 @@ step goes, on every stage:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -135,11 +136,25 @@ class PipelineStage(nn.Module, ABC):
     def compose(self) -> None:
         """Make the student's weights from what is trained, if they are not that."""
 
+    def compose_for_evaluation(self) -> None:
+        """The same for a pass that nothing is learnt from."""
+        self.compose()
+
     def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
         """Add to the gradients of what is trained what the student's weights have gathered, if those are not it.
 
         when_complete: told of each trained parameter whose gradient is complete but for the data-parallel sum.
         """
+
+    def after_step(self, gradient_scale: Tensor) -> None:
+        """Called when the optimizer has taken a step, which some steps skip: step what it does not know of.
+
+        gradient_scale: fp64 scalar, what sums over tokens are to be multiplied by for the mean gradient. Collective.
+        """
+
+    def record(self) -> dict[str, Any]:
+        """Fields of its own in a logged step's record."""
+        return {}
 
     def set_is_first_microbatch(self) -> None:
         """The schedules call it before the first micro-batch. The student's weights may have changed since the last

@@ -43,6 +43,8 @@ def _what_it_trains(config: Config | None) -> str:
     model = config.model
     if config.has_teacher:
         return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}"
+    if config.is_sheared:
+        return f"Structured pruning of {model.teacher} to hidden size {model.student_hidden_size}"
     if model.student:
         return f"Ordinary training of {model.student}"
     return f"Ordinary training from scratch: {model.teacher}'s shape with hidden size {model.student_hidden_size}"

@@ -12,8 +12,10 @@ from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.models import GPTModel, layers_of, norm_gains, padded_vocab_size
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.sheared_model import ShearedModel
 from megatron_lrc.mcore.single_model import SingleModel
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
+from megatron_lrc.pruning.masks import Masks, MaskSettings, masks_between
 from megatron_lrc.train.calibration import Batches, initialize
 from megatron_lrc.train.initial_weights import InitialWeights
 
@@ -28,12 +30,15 @@ def build_stages_of_method(
     *,
     is_new: bool,
     is_open: bool = False,
+    is_pruned: bool = False,
 ) -> Sequence[PipelineStage]:
     """This rank's stages of what --method says. base, reader: of the teacher, or of the model to train.
 
     is_new: with the values that training begins with; otherwise what is trained is still to be loaded.
-    is_open: as --open-after leaves it.
+    is_open: as --open-after leaves it. is_pruned: whether --method sheared has cut the model.
     """
+    if config.is_sheared and not is_pruned:
+        return build_sheared_model(config, base, reader if is_new else None, groups, dtype)
     if not config.has_teacher:
         return build_single_model(config, base, reader if is_new else None, groups, dtype)
     own = config.own_matrices(is_open=is_open)
@@ -56,6 +61,30 @@ def build_single_model(
         for stage in stages:
             load_weights(stage, stage.student, reader)
             load_frozen(stage, stage.student, reader)
+    return stages
+
+
+def build_sheared_model(
+    config: Config, base: TeacherDescription, reader: Reader | None, groups: Groups, dtype: torch.dtype
+) -> list[ShearedModel]:
+    """The stages of a model that is to be pruned, with the weights that `reader` has."""
+    shapes = Shapes(base.shape, base.shape, rope_inverse_frequencies(base))
+    assert config.prune_step is not None
+    settings = MaskSettings(
+        pruning_steps=config.prune_step,
+        seed=config.training.seed,
+        lr=config.pruning.mask_lr,
+        beta1=config.optimizer.adam_beta1,
+        beta2=config.optimizer.adam_beta2,
+        eps=config.optimizer.adam_eps,
+    )
+    masks = Masks(masks_between(base.shape, config.student_shape(base.shape)), settings, groups.device)
+    stages = [ShearedModel(config, shapes, groups, dtype, chunk, masks=masks) for chunk in range(config.num_chunks)]
+    if reader is not None:
+        for stage in stages:
+            load_weights(stage, stage.student, reader)
+            load_frozen(stage, stage.student, reader)
+            stage.adopt_weights()
     return stages
 
 

@@ -78,7 +78,7 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
 def _open_base(config: Config) -> tuple[TeacherDescription, Reader]:
     """The model that --student or --teacher names, and its weights; those to begin with where only its shape counts."""
     assert config.base_model is not None, "validate() has passed"
-    is_new = not config.has_teacher and config.model.student is None
+    is_new = config.model.method == "ordinary" and config.model.student is None
     base = describe_teacher(config.base_model, needs_weights=not is_new)
     if not is_new:
         return base, open_teacher(base)
@@ -171,7 +171,7 @@ def _check_fits(path: Path, config: Config, teacher: TeacherDescription, reader:
     The training data may be another one: the run says so, and keeps its position (`loop.py`).
     """
     state, config_before, saved = read_state(path)
-    wanted: ModelShape = config.student_shape(teacher.shape)
+    wanted: ModelShape = config.trained_shape(teacher.shape, is_pruned=state.pruned_at is not None)
     if config_before.model.method != config.model.method:
         raise ConfigError(
             f"{path} is of a run with --method {config_before.model.method}, and cannot be continued with --method "
@@ -186,6 +186,12 @@ def _check_fits(path: Path, config: Config, teacher: TeacherDescription, reader:
         raise ConfigError(
             f"--teacher {config.model.teacher} is not the teacher that {path} was trained with: its files differ. "
             "Give that teacher's directory."
+        )
+    if config.is_sheared and config_before.student_shape(teacher.shape) != config.student_shape(teacher.shape):
+        raise ConfigError(
+            f"{path} has been pruned for another shape than the flags ask for. Repeat --student-hidden-size, "
+            f"--pruned-num-query-groups and --pruned-ffn-hidden-size as they were, or give --config "
+            f"{path.parent / CONFIG_FILE}."
         )
     if saved != wanted:
         raise ConfigError(

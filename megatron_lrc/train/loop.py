@@ -1,5 +1,7 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.kernels import check_machine, choose_determinism, describe_kernels
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.sheared_model import ShearedModel
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
@@ -77,6 +80,7 @@ class Trainer:
                 lambda: self._batches(self.train_data, 0),
                 is_new=not checked.resume_from and not checked.weights_from,
                 is_open=self.state.opened_at is not None,
+                is_pruned=self.state.pruned_at is not None,
             )
         optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
         if checked.resume_from:
@@ -123,6 +127,10 @@ class Trainer:
         while state.step < config.training.train_iters:
             if self._is_to_open():
                 self._open()
+            if self._is_to_prune():
+                self._prune()
+                if log:
+                    log.throughput = self._throughput()
             lr = self.run.optimizer.lr
             is_last = state.step + 1 == config.training.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
@@ -173,22 +181,46 @@ class Trainer:
 
     def _open(self) -> None:
         """--open-after: from here on the student's own matrices are trained, from the values that they have."""
-        self.saving.expect_other_tensors()
         self.state.opened_at = self.state.step
-        self.state.grad_norm_mean, self.state.grad_norm_count = 0.0, 0  # of other gradients
-        stages, before = self.run.stages, self.run.optimizer
-        for stage in stages:
-            assert isinstance(stage, PairedModel), "validate() has passed"
-            stage.open(self.config.own_matrices(is_open=True))
-        self.run.optimizer = StageOptimizer(self._config_of_phase(), stages, self.groups)
-        self.run.optimizer.take_over(before)
-        del before
-        collect_what_was_replaced()
+        with self._training_something_else(with_moments=True):
+            for stage in self.run.stages:
+                assert isinstance(stage, PairedModel), "validate() has passed"
+                stage.open(self.config.own_matrices(is_open=True))
         what = {"mlp": "the MLPs", "all": "all layers and both ends"}[self.config.projection.open_matrices]
         self._say(
             f"step {self.state.step}: projections of {what} dropped, the student's own matrices are trained from here "
             f"on; trained: {self._count_trained() / 1e6:.1f}M parameters"
         )
+
+    def _is_to_prune(self) -> bool:
+        step = self.config.prune_step
+        return step is not None and self.state.pruned_at is None and self.state.step >= step
+
+    def _prune(self) -> None:
+        """--method sheared: from here on what the masks leave of the model is trained, by itself."""
+        self.state.pruned_at = self.state.step
+        shapes = self.run.stages[0].shapes
+        student = self.config.student_shape(shapes.student)
+        with self._training_something_else(with_moments=False):
+            for stage in self.run.stages:
+                assert isinstance(stage, ShearedModel), "build_stages_of_method() has made them"
+                stage.prune(replace(shapes, teacher=student, student=student))
+        self._say(
+            f"step {self.state.step}: cut to hidden size {student.hidden_size}, {student.num_query_groups} KV groups, "
+            f"FFN width {student.ffn_hidden_size}; trained from here on: {self._count_trained() / 1e6:.1f}M parameters"
+        )
+
+    @contextlib.contextmanager
+    def _training_something_else(self, *, with_moments: bool) -> Iterator[None]:
+        """Round a change of the stages in the middle of the run: what trains them, and is saved, is new afterwards."""
+        self.saving.expect_other_tensors()
+        self.state.grad_norm_mean, self.state.grad_norm_count = 0.0, 0  # of other gradients
+        before = self.run.optimizer
+        yield
+        self.run.optimizer = StageOptimizer(self._config_of_phase(), self.run.stages, self.groups)
+        self.run.optimizer.take_over(before, with_moments=with_moments)
+        del before
+        collect_what_was_replaced()
 
     def _count_trained(self) -> float:
         """Over all ranks, each parameter once. Collective."""
@@ -225,6 +257,7 @@ class Trainer:
                 "grad_norm": report.grad_norm,
                 "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
+                **self.run.stages[0].record(),
                 **({"loss_scale": report.loss_scale} if self.config.training.fp16 else {}),
                 "step_seconds": seconds,
                 "memory_gib": memory,
@@ -273,23 +306,21 @@ class Trainer:
         if not self.groups.is_main_rank:
             return None
         save = self.config.checkpoint.save
-        shapes, world_size = self.run.stages[0].shapes, distributed.world_size()
         log = RunLog(
             self.config,
-            Throughput(
-                self.config,
-                shapes.teacher,
-                shapes.student,
-                world_size=world_size,
-                peak=peak_tflops(self.config, self.groups.device),
-            ),
+            self._throughput(),
             resume_at=self.state.step,
             checkpoint=self._started_from,
-            world_size=world_size,
+            world_size=distributed.world_size(),
         )
         if save:
             save_yaml(self.config, Path(save) / CONFIG_FILE)
         return log
+
+    def _throughput(self) -> Throughput:
+        shapes, peak = self.run.stages[0].shapes, peak_tflops(self.config, self.groups.device)
+        world_size = distributed.world_size()
+        return Throughput(self.config, shapes.teacher, shapes.student, world_size=world_size, peak=peak)
 
     def _announce(self, checked: Checked) -> None:
         """The lines at a run's start: what differs from the defaults, both models, the layout."""
@@ -302,6 +333,8 @@ class Trainer:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", opened"
         elif self.config.has_teacher and not self.config.is_clone:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", all of the student's"
+        elif self.config.is_sheared and self.state.pruned_at is None:
+            models, where = f"pruning to d {self.config.model.student_hidden_size} a model of hidden size", ""
         elif self.config.has_teacher:
             models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", " in projections and norm gains"
         else:

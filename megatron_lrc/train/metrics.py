@@ -1,8 +1,8 @@
 """What a run reports: one JSON object per logged step, the boards, a console line. Only the main rank writes.
 
     RUN/metrics.jsonl       step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss, clone_by_layer,
-                            skipped_steps, grad_norm, grad_norm_by_group, lr, and what was measured: time, step_seconds,
-                            tokens_per_second, tflops, mfu, memory_gib, straggler
+                            skipped_steps, grad_norm, grad_norm_by_group, lr, mask_sizes, and what was measured: time,
+                            step_seconds, tokens_per_second, tflops, mfu, memory_gib, straggler
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
                             and effective_rank with --log-effective-rank
     RUN/tensorboard/        the same numbers (`boards.py`)
@@ -14,8 +14,9 @@ terms, before alpha, and `clone_by_layer` its parts: term -> one value per layer
 `teacher_lm_loss` is the teacher's LM loss on the same tokens. `skipped_steps` counts the steps since the record before
 that updated nothing. `grad_norm` is the record's own step's, before clipping, and `grad_norm_by_group` its parts: the
 projections of each kind of matrix over all layers (a tied one counts as embed), and the norm gains. `effective_rank`:
-teacher, student -> the effective rank of the hidden states at each layer's input and, last, at the final norm's. What
-is not finite, or off, is null.
+teacher, student -> the effective rank of the hidden states at each layer's input and, last, at the final norm's.
+`mask_sizes`, while --method sheared learns masks: hidden, groups, neurons -> how many the masks keep on average, after
+the step. What is not finite, or off, is null.
 
 `step_seconds` is the mean since the record before, without validations and saving. `tflops` is per second and device,
 `mfu` its share of the device's peak, where that is known; both in total and by part (`throughput.py`). `memory_gib`:
@@ -64,7 +65,7 @@ class RunLog:
         self, config: Config, throughput: Throughput, *, resume_at: int, checkpoint: Path | None, world_size: int
     ):
         self._progress = Progress(config.training.train_iters)
-        self._throughput = throughput
+        self.throughput = throughput
         save = config.checkpoint.save
         self._run = Path(save) if save else None
         if self._run:
@@ -78,7 +79,7 @@ class RunLog:
 
     def step(self, record: dict[str, Any]) -> None:
         """Write a training record. It has `step_seconds`; what follows from them is added."""
-        record = {**record, **self._throughput.record(record["step_seconds"]), "time": now()}
+        record = {**record, **self.throughput.record(record["step_seconds"]), "time": now()}
         self._write("metrics.jsonl", "train", record)
         print(self._progress.line(record), flush=True)
 

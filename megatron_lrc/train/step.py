@@ -38,6 +38,14 @@ class Run:
         for stage in self.stages:
             stage.compose()
 
+    def compose_for_evaluation(self) -> None:
+        for stage in self.stages:
+            stage.compose_for_evaluation()
+
+    def after_step(self, gradient_scale: Tensor) -> None:
+        for stage in self.stages:
+            stage.after_step(gradient_scale)
+
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S) on every stage."""
         for stage in self.stages:
@@ -145,6 +153,7 @@ def train_step(
     is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite, max_norm=max_grad_norm)  # all ranks or none
     if is_updated:
         run.optimizer.lr_schedule.step(1)
+        run.after_step(1 / (losses.tokens.clamp_min(1) * loss_scale))
     skipped_for = None
     if not is_updated and is_finite and math.isfinite(grad_norm):
         skipped_for = "spike"
@@ -157,7 +166,7 @@ def train_step(
 def evaluate(run: Run, batches: Batches, *, num_batches: int) -> LossTotals:
     """Losses over `num_batches` global batches, without training. The student is composed first."""
     _reset_losses(run.stages)
-    run.compose()
+    run.compose_for_evaluation()
     with kept_scaling_state(run.stages):
         for _ in range(num_batches):
             forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True)

@@ -17,7 +17,13 @@ from megatron_lrc.mcore.checkpoint import SavedStudent
 from megatron_lrc.mcore.layer_by_layer import layer_by_layer
 from megatron_lrc.verify.sources import student_weight
 
-CARD_SECTIONS = ("projection", "loss", "optimizer", "training")  # the others hold paths of the training machine
+CARD_SECTIONS = (
+    "projection",
+    "pruning",
+    "loss",
+    "optimizer",
+    "training",
+)  # the others hold paths of the training machine
 
 
 def export_saved(
@@ -38,7 +44,8 @@ def export_saved(
     losses: of the last validation, for the model card. dtype: of the weights; default that of the training. The other
     arguments are those of `export_student`. ConfigError where the result fails its self-check.
     """
-    family = student_family(base, student.shape.hidden_size, arch)
+    shape = student.shape
+    family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
     described = {
         "family": family,
         "tokens": student.tokens,
@@ -79,7 +86,12 @@ def export_saved(
                 shape=student.shape,
                 weight_of=student_weight(student, base),
                 model_card=own_model_card(
-                    base=base, shape=student.shape, config=student.config, opened_at=student.opened_at, **described
+                    base=base,
+                    shape=shape,
+                    config=student.config,
+                    opened_at=student.opened_at,
+                    pruned_at=student.pruned_at,
+                    **described,
                 ),
                 **common,
             )

@@ -93,6 +93,8 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     --student or --teacher named, of which only config.json and what is copied into an export are needed.
     """
     student = open_checkpoint(load)
+    if student.config.is_sheared and student.pruned_at is None:
+        raise ConfigError(_not_yet_pruned(student))
     base = teacher or str(student.config.base_model)
     if not student.config.has_teacher:
         description = describe_teacher(base, needs_weights=False)
@@ -111,3 +113,14 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
             "that teacher with --teacher."
         )
     return student, description
+
+
+def _not_yet_pruned(student: SavedStudent) -> str:
+    config = student.config
+    is_known = config.pruning.prune_after >= 1 or config.training.train_iters > 0
+    when = f"step {config.prune_step}" if is_known else "that part of its steps"
+    return (
+        f"{student.path} is of step {student.step} of a run with --method sheared, which cuts its model in the step "
+        f"after {when} (--prune-after {config.pruning.prune_after:g}): there is no pruned student yet. Give a later "
+        "checkpoint."
+    )

@@ -77,6 +77,13 @@ def test_clone_imports_only_torch_and_config():
         assert ours or imported.partition(".")[0] in allowed, (importer, imported)
 
 
+def test_pruning_imports_only_torch_config_and_clone():
+    allowed = {*sys.stdlib_module_names, "torch"}
+    for importer, imported in imports_of("pruning"):
+        ours = is_within(imported, *(f"megatron_lrc.{name}" for name in ("pruning", "clone", "config")))
+        assert ours or imported.partition(".")[0] in allowed, (importer, imported)
+
+
 def test_only_mcore_and_data_import_megatron_core():
     """data/ for its datasets (and the version that decides their cache), nothing of its models and parallelism."""
     for importer, imported in imports_of():
