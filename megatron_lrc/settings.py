@@ -53,14 +53,14 @@ class ModelConfig:
     )
     untie_embeddings_and_output_weights: bool | None = setting(
         None,
-        "Give the student's LM head a projection of its own. Default: untied if the teacher is untied or with --init "
-        "pca (whose closed form needs two projections), else tied.",
+        "Give the student's LM head a projection of its own. Default: untied if the teacher is untied or with any "
+        "--init but random (whose closed forms need two projections), else tied.",
     )
 
 
 @dataclass(kw_only=True, slots=True)
 class ProjectionConfig:
-    """How the projections P start."""
+    """How the projections P start, and when they are dropped."""
 
     init: Literal["random", "orthogonal", "channel", "pca", "ridge"] = setting(
         "random",
