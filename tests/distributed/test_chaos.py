@@ -8,6 +8,7 @@ from chaos import SHORT, Chaos, many_runs, plan, table
 from disturbances import KINDS
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_disturbed_runs_come_out_bit_for_bit_like_undisturbed_ones(tiny_llama, tiny_text, tmp_path):
     chaos = Chaos(tmp_path, tiny_llama(), tiny_text, seed=1)

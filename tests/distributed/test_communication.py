@@ -141,7 +141,9 @@ def recompute_mlp(config: Config) -> None:
         pytest.param({"cp": 2, "pp": 2, "chunks": 2}, no_change, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "is_tied", [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
+)
 def test_every_rank_sends_what_is_predicted(
     tiny_llama, tiny_text, tmp_path, layout: dict[str, Any], change: Callable[[Config], None], is_tied: bool
 ):

@@ -84,12 +84,9 @@ LAYOUTS = {
     "TP2+SPxPP2x2": (4, {"tp": 2, "pp": 2, "chunks": 2}),
 }
 QUICK = {
-    ("mlp", "TP2+SP"),
     ("mlp", "DP2-distributed-optimizer"),
     ("all", "PP2"),
-    ("logits", "TP2+SP"),
     ("tinybert", "TP2+SP"),
-    ("tinybert", "PP2"),
 }
 
 
@@ -119,7 +116,7 @@ def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, how, ranks
         pytest.param(1, {}, "fp32", id="one"),
         pytest.param(1, {}, "bf16", id="one-bf16", marks=pytest.mark.slow),
         pytest.param(2, {"pp": 2}, "fp16", id="PP2-fp16", marks=pytest.mark.slow),
-        pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16"),
+        pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("stop", [OPENED - 1, OPENED, OPENED + 1])
@@ -138,6 +135,7 @@ def test_a_stop_before_at_or_after_the_opening_changes_nothing(
     assert_equal(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mlp", "all"])
 def test_a_checkpoint_loads_on_another_layout_and_in_the_background(qwen, tiny_text, tmp_path, how):
     """Saved every step, so that what is planned changes between two saves."""
@@ -197,7 +195,9 @@ def test_opening_changes_nothing_but_what_is_trained(qwen, tiny_text, tmp_path):
     assert 0.05 < found["smallest move"] < found["largest move"] < 0.2
 
 
-@pytest.mark.parametrize("how", ["mlp", "all", "logits", "tinybert"])
+@pytest.mark.parametrize(
+    "how", ["mlp", *[pytest.param(how, marks=pytest.mark.slow) for how in ("all", "logits", "tinybert")]]
+)
 def test_the_student_is_exported_and_verified(qwen, tiny_text, tmp_path, capsys, how):
     """The export's own check compares it with the checkpoint in megatron-core, and verify_model.py once more."""
     run, output = str(tmp_path / "run"), str(tmp_path / "exported")

@@ -29,7 +29,9 @@ def with_two_micro_batches(config: Config) -> Config:
     return config
 
 
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "is_tied", [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", ["lrc", "ordinary"])
 @pytest.mark.parametrize(
     "ranks, layout",

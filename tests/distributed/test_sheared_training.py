@@ -46,8 +46,8 @@ def sheared_config(teacher: str, data: str, run: Path, *, steps: int = 4, **size
 @pytest.mark.parametrize(
     "ranks, layout",
     [
-        pytest.param(2, {"pp": 2}, id="PP2"),
-        pytest.param(2, {}, id="DP2"),
+        pytest.param(2, {"pp": 2}, id="PP2", marks=pytest.mark.slow),
+        pytest.param(2, {}, id="DP2", marks=pytest.mark.slow),
         pytest.param(2, {"dist_opt": True}, id="DP2-distributed-optimizer"),
         pytest.param(2, {"tp": 2}, id="TP2+SP"),
         pytest.param(2, {"cp": 2}, id="CP2", marks=pytest.mark.slow),
@@ -77,7 +77,7 @@ def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, ranks, lay
     [
         pytest.param(1, {}, "fp32", id="one"),
         pytest.param(2, {"pp": 2}, "fp16", id="PP2-fp16", marks=pytest.mark.slow),
-        pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16"),
+        pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("stop", [CUT - 1, CUT, CUT + 1])
@@ -130,6 +130,7 @@ def test_the_cut_model_is_exported_and_verified(qwen, tiny_text, tmp_path, capsy
     assert f"pruned after {CUT} steps" in card and "--prune-after" in card
 
 
+@pytest.mark.slow
 def test_masks_reach_their_sizes_and_the_cut_model_learns(qwen, tiny_text, tmp_path):
     """100 steps of pruning; what is cut away is no more than a later step makes good."""
     config = sheared_config(qwen, tiny_text, tmp_path / "run", steps=160, neurons=40)
