@@ -63,4 +63,5 @@ def start_second_moments(optimizer: MegatronOptimizer, everything: Sequence[Trai
 
 def _sums(second_moment: Tensor, gradient: Tensor) -> Tensor:
     count = second_moment.new_tensor(float(second_moment.numel()), dtype=torch.float64)
-    return torch.stack([second_moment.double().sum(), gradient.double().square().sum(), count])
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    return torch.stack([second_moment.sum(dtype=torch.float64), norm.square(), count])

@@ -58,7 +58,8 @@ class StageOptimizer:
                 stage.config.grad_scale_func = self.optimizer.scale_loss  # the schedules and the clone losses read it
         self._is_scaled = config.training.fp16
         self._min_loss_scale = _smallest_loss_scale(config)
-        self._may_have_no_moments = True
+        #: Something is trained from the middle of the run on, and no step has been taken with it yet.
+        self.is_to_start_moments = False
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
 
@@ -109,6 +110,7 @@ class StageOptimizer:
             compat.set_step(inner, before.lr_schedule.num_steps)
         self.lr_schedule.num_steps = before.lr_schedule.num_steps
         self.lr_schedule.step(0)
+        self.is_to_start_moments = True
         if (scaler := getattr(before.optimizer, "grad_scaler", None)) is not None:
             self.optimizer.grad_scaler.load_state_dict(scaler.state_dict())
 
@@ -181,9 +183,9 @@ class StageOptimizer:
             return False, grad_norm
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
-        if self._may_have_no_moments and self.lr_schedule.num_steps:
+        if self.is_to_start_moments:
             start_second_moments(self.optimizer, self._trained, self.groups)
-        self._may_have_no_moments = False
+            self.is_to_start_moments = False
         is_updated = self.optimizer.step_with_ready_grads()
         self._equalize_tied()
         return is_updated, grad_norm

@@ -85,6 +85,8 @@ class Trainer:
         optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
+            has_changed = self.state.opened_at is not None or self.state.pruned_at is not None
+            optimizer.is_to_start_moments = has_changed and self.state.grad_norm_count == 0  # no step since then
         elif checked.weights_from:
             load_weights(checked.weights_from, stages, optimizer)
         self.guard = Guard(config, self.state, stages)
