@@ -11,7 +11,6 @@ read, each token scaled to unit RMS: its leading eigenvectors (PCA), or the chan
 activation-ranked channel selection of "RED", arXiv 2605.29327).
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.clone.projections import Projections
+from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.clone.sites import EMBED, LM_HEAD
 
 
@@ -38,20 +38,14 @@ def initialize_random(projections: Projections, *, std: float, seed: int) -> Non
     """Every P ~ N(0, std), gains 1. Each P is drawn whole, from a seed of its own name: any layout starts the same."""
     for name, _ in projections.named_matrices():
         size = (projections.teacher_size, projections.student_size)
-        projections.set_matrix(name, std * torch.randn(size, generator=_generator(seed, name), dtype=torch.float32))
+        projections.set_matrix(name, std * torch.randn(size, generator=generator_of(seed, name), dtype=torch.float32))
     for _, gain in projections.named_norms():
         gain.fill_(1.0)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    """On the CPU: the same numbers on every rank and machine."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def random_basis(teacher_size: int, student_size: int, *, seed: int) -> Tensor:
     """Q [D, d], fp64: orthonormal columns that span a subspace drawn without preference; the same on any layout."""
-    generator = _generator(seed, "orthogonal")
+    generator = generator_of(seed, "orthogonal")
     drawn = torch.randn(teacher_size, student_size, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn).Q.contiguous()
 

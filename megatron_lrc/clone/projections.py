@@ -149,10 +149,12 @@ class Projections(nn.Module):
 
     @torch.no_grad()
     def compose(self, weights: Iterable[ClonedWeight]) -> None:
-        """Set every student weight that is not its own from the teacher's. Forgets the gradients of the targets."""
-        self._targets.clear()
+        """Set every student weight that is not its own from the teacher's. Forgets the gradients of the targets; those
+        of fixed projections stay as the first composition has made them."""
+        fixed = {name for name in self._targets if not self.matrices[_key(name)].requires_grad}
+        self._targets = {name: self._targets[name] for name in fixed}
         for weight in weights:
-            if weight.is_own and weight.projection not in self._are_detached:
+            if weight.is_own and (weight.projection in fixed or weight.projection not in self._are_detached):
                 continue
             projection = self.full(weight.projection)
             if not weight.is_own:

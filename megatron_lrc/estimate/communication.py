@@ -91,10 +91,9 @@ def _blocks_run_again(stage: Stage) -> float:
 
 def _projections(stage: Stage) -> float:
     """P in its own precision, dP in fp32; the gains' gradients are summed."""
-    gathered = (stage.projection_elements + stage.fixed_elements) * stage.tp * bytes_per_element(stage.config)
-    scattered = stage.projection_elements * stage.tp * FP32
+    whole = stage.projection_elements * stage.tp
     gains = stage.gain_elements(stage.student)
-    return gathered + scattered + 2 * gains * FP32
+    return whole * (bytes_per_element(stage.config) + FP32) + 2 * gains * FP32
 
 
 def _keys_and_values(stage: Stage, tokens: float) -> float:

@@ -38,17 +38,19 @@ class StepFlops:
         return self.teacher_forward + self.student_forward + self.student_backward + self.projections
 
 
-def step_flops(config: Config, teacher: ModelShape, student: ModelShape, *, replicas: int = 1) -> StepFlops:
+def step_flops(
+    config: Config, teacher: ModelShape, student: ModelShape, *, replicas: int = 1, is_open: bool = False
+) -> StepFlops:
     """FLOPs of one optimizer step. config: resolved, so that it has its global batch size.
 
     replicas: model copies (DP x CP) that compose and pull back, each for itself. 1 counts the work that the method
-    needs; the others repeat it.
+    needs; the others repeat it. is_open: whether --open-after has come.
     """
-    training = config.training
+    training, own = config.training, config.own_matrices(is_open=is_open) if config.has_teacher else frozenset()
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
     keys = (training.seq_length + 1) / 2
-    clone_forward, clone_backward = _clone_flops(config, teacher, student)
+    clone_forward, clone_backward = _clone_flops(config, teacher, student, own)
     student_layers = layer_flops(student, keys) * student.num_layers
     student_head = head_flops(student)
     teacher_head = head_flops(teacher) if config.total_kl_weight else 0.0  # without KL its logits are not made
@@ -57,7 +59,7 @@ def step_flops(config: Config, teacher: ModelShape, student: ModelShape, *, repl
         teacher_forward=tokens * (teacher_layers + teacher_head),
         student_forward=tokens * (student_layers + student_head + clone_forward),
         student_backward=tokens * (2 * (student_layers + student_head) + clone_backward),
-        projections=replicas * projection_flops(config, teacher, student) if config.is_clone else 0.0,
+        projections=replicas * projection_flops(config, teacher, student, own) if config.has_teacher else 0.0,
     )
 
 
@@ -72,19 +74,23 @@ def head_flops(shape: ModelShape) -> float:
     return 2.0 * _size(LM_HEAD, shape)
 
 
-def projection_flops(config: Config, teacher: ModelShape, student: ModelShape) -> float:
+def projection_flops(
+    config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()
+) -> float:
     """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded vocabulary's.
 
     A tied student's matrix is composed at both ends of a pipeline.
     """
     parallel = config.parallel
-    elements = sum(_size(site, teacher) for site in LAYER_SITES) * teacher.num_layers
+    elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * teacher.num_layers
+    if LM_HEAD.name in own:
+        return 2 * 2.0 * elements * student.hidden_size
     ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
     elements += ends * padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size) * teacher.hidden_size
     return 2 * 2.0 * elements * student.hidden_size
 
 
-def _clone_flops(config: Config, teacher: ModelShape, student: ModelShape) -> tuple[float, float]:
+def _clone_flops(config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:
     """(forward, backward) FLOPs per token of the clone loss's products, all layers together.
 
     Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the student's
@@ -98,9 +104,9 @@ def _clone_flops(config: Config, teacher: ModelShape, student: ModelShape) -> tu
             through_teacher = 2.0 * teacher.num_attention_heads * teacher.head_dim * teacher.hidden_size
             forward, backward = forward + through_teacher, backward + through_teacher
             terms = terms - {"o"}
-        targets = target * len(terms & {"o", "down"})
-        forward += targets
-        backward += 0.0 if loss.detach_clone_targets else targets
+        through = terms & {"o", "down"}
+        forward += target * len(through)
+        backward += 0.0 if loss.detach_clone_targets else target * len(through - own)  # of an own one P is fixed
     return forward, backward
 
 

@@ -7,7 +7,6 @@ pipeline stage (the paper shares one among the layers). Same depth on both sides
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
 """
 
-import hashlib
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_lrc.clone.attention_loss import AttentionLoss
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss
+from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.config import TINYBERT_TERMS
 from megatron_lrc.mcore.models import layers_of
 from megatron_lrc.mcore.stages import MAPS, Trained
@@ -64,9 +64,7 @@ class TinyBertLosses:
     def initialize(self, seed: int) -> None:
         """Each map ~ N(0, 1 / sqrt(d)), from a seed of its name: any layout starts the same."""
         for name, parameter in self.maps.items():
-            digest = hashlib.sha256(f"{seed}:maps.{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            drawn = torch.randn(parameter.shape, generator=generator)
+            drawn = torch.randn(parameter.shape, generator=generator_of(seed, f"maps.{name}"))
             parameter.copy_(drawn * parameter.shape[0] ** -0.5)
 
     # --- hidden states ------------------------------------------------------------------------------------------

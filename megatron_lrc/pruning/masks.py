@@ -12,7 +12,6 @@ in which lambda1 and lambda2 are maximised, by the same Adam. The target goes li
 that is asked for during the first fifth of the pruning steps (the paper's 640 of 3200), and stays there.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.config import ModelShape
 from megatron_lrc.pruning.hard_concrete import likely, probability_kept, sample
 
@@ -129,8 +129,7 @@ class Masks:
 
     def _numbers(self, mask: Mask, step: int) -> Tensor:
         """From (0, 1), fp64 [size], on CPU."""
-        digest = hashlib.sha256(f"{self._settings.seed}:{step}:{mask.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = generator_of(self._settings.seed, f"{step}:{mask.name}")
         return torch.rand(mask.size, dtype=torch.float64, generator=generator).clamp(1e-6, 1 - 1e-6)
 
     def add_gradient(self, name: str, dz: Tensor, start: int = 0) -> None:

@@ -5,7 +5,6 @@ std / sqrt(2 L), L layers; norm gains 1, biases 0. Each matrix is drawn whole, f
 starts the same.
 """
 
-import hashlib
 import math
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import ModelShape
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS
@@ -49,7 +49,5 @@ class InitialWeights(Reader):
 
     def _matrix(self, site: Site, layer: int | None) -> Tensor:
         shape, name = self.description.shape, site.name if layer is None else f"layers.{layer}.{site.name}"
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         std = self._std / math.sqrt(2 * shape.num_layers) if site.projected == "output" else self._std
-        return std * torch.randn(site_shape(site, shape), generator=generator)
+        return std * torch.randn(site_shape(site, shape), generator=generator_of(self._seed, name))

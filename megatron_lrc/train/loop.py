@@ -127,10 +127,11 @@ class Trainer:
         stopwatch = Stopwatch()
         interval = Interval(self.run.stages[0].sums.clone.shape, self.groups.device)
         while state.step < config.training.train_iters:
-            if self._is_to_open():
-                self._open()
-            if self._is_to_prune():
-                self._prune()
+            if self._is_to_open() or self._is_to_prune():
+                if self.config.is_sheared:
+                    self._prune()
+                else:
+                    self._open()
                 if log:
                     log.throughput = self._throughput()
             lr = self.run.optimizer.lr
@@ -322,7 +323,10 @@ class Trainer:
     def _throughput(self) -> Throughput:
         shapes, peak = self.run.stages[0].shapes, peak_tflops(self.config, self.groups.device)
         world_size = distributed.world_size()
-        return Throughput(self.config, shapes.teacher, shapes.student, world_size=world_size, peak=peak)
+        is_open = self.state.opened_at is not None
+        return Throughput(
+            self.config, shapes.teacher, shapes.student, world_size=world_size, peak=peak, is_open=is_open
+        )
 
     def _announce(self, checked: Checked) -> None:
         """The lines at a run's start: what differs from the defaults, both models, the layout."""

@@ -37,6 +37,8 @@ class Counted:
 def count_step(config: Config) -> Counted:
     """On a rank: one step, part by part."""
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    if config.open_step is not None:
+        trainer._open()
     run = trainer.run
 
     def pass_through(**how) -> int:
@@ -109,6 +111,18 @@ def some_terms(config: Config) -> None:
     config.loss.clone_terms, config.loss.detach_clone_targets = ["o:1", "down:0", "gate"], True
 
 
+def logits(config: Config) -> None:
+    config.model.method = "logits"
+
+
+def opened(config: Config) -> None:
+    config.projection.open_after = 1
+
+
+def opened_all(config: Config) -> None:
+    config.projection.open_after, config.projection.open_matrices = 1, "all"
+
+
 def nothing_special(_: Config) -> None:
     pass
 
@@ -124,6 +138,7 @@ ONE_PROCESS = [
     "layout, is_tied, change",
     [
         *ONE_PROCESS,
+        *[pytest.param({}, False, change, id=change.__name__) for change in (logits, opened, opened_all)],
         pytest.param({"tp": 2}, False, nothing_special, id="TP2"),
         pytest.param({"pp": 2}, True, nothing_special, id="PP2-tied"),
         pytest.param({"pp": 2}, False, nothing_special, id="PP2-untied"),
@@ -142,7 +157,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(tiny_llama, tiny_text, tmp_
 
     teacher = describe_teacher(config.model.teacher).shape
     student = config.student_shape(teacher)
-    estimate = step_flops(config, teacher, student, replicas=replicas)
+    estimate = step_flops(config, teacher, student, replicas=replicas, is_open=config.open_step is not None)
     saving = causal_saving(config, teacher)  # the student has the same heads
     head = teacher_head(config, teacher)
     assert estimate.projections == total.compose + total.pull_back

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_ordinary_training import saved_in
 from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 from transformers import AutoModelForCausalLM
 
@@ -49,10 +50,6 @@ def config_of(how: Any, teacher: str, data: str, run: Path) -> Config:
     config = make_config(teacher, data, run, steps=3)
     config.model.method, config.projection.init_method_std, config.optimizer.adam_eps = how, 0.05, 1e-5
     return config
-
-
-def saved_in(config: Config, run: Path, **flags: object) -> Config:
-    return replace(config, checkpoint=replace(config.checkpoint, save=str(run), **flags))
 
 
 def assert_close(first: Path, second: Path) -> None:
