@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.estimate.flops import head_flops, layer_flops, step_flops
 from megatron_lrc.mcore.models import layers_of
 from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
@@ -22,6 +24,27 @@ COMPOSE, TEACHER, STUDENT, CLONE = "compose", "teacher forward", "student forwar
 HEAD, BACKWARD = "LM and KL losses and their gradients", "backward, clone losses' included"
 PULL_BACK, OPTIMIZER, OTHER = "pull back", "zero, reduce, clip, Adam", "other"
 PARTS: tuple[str, ...] = (COMPOSE, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, PULL_BACK, OPTIMIZER, OTHER)
+
+
+def flops_by_part(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, float]:
+    """Part -> FLOPs of matrix products in it, of one step. The heads' gradients are made with their losses."""
+    flops, training = step_flops(config, teacher, student), config.training
+    assert training.global_batch_size is not None, "the configuration has been resolved"
+    tokens = training.global_batch_size * training.seq_length
+    teacher_head = tokens * head_flops(teacher) if config.total_kl_weight else 0.0
+    student_head = tokens * head_flops(student)
+    student_layers = tokens * layer_flops(student, (training.seq_length + 1) / 2) * student.num_layers
+    return {
+        COMPOSE: flops.projections / 2,
+        TEACHER: flops.teacher_forward - teacher_head,
+        STUDENT: student_layers,
+        CLONE: flops.student_forward - student_head - student_layers,
+        HEAD: teacher_head + 3 * student_head,
+        BACKWARD: flops.student_backward - 2 * student_head,
+        PULL_BACK: flops.projections / 2,
+        OPTIMIZER: 0.0,
+        OTHER: 0.0,
+    }
 
 
 class Timeline:

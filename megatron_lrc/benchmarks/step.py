@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lrc.benchmarks.breakdown import breakdown
+from megatron_lrc.benchmarks.breakdown import breakdown, flops_by_part
 from megatron_lrc.benchmarks.measure import Spread, table, timed
 from megatron_lrc.benchmarks.models import (
     add_size_flags,
@@ -292,7 +292,9 @@ class Bench:
         ]
         if LRC in self.contestants and ORDINARY in self.contestants:
             lines += ["", *_explain_bound(self.flops, self.ordinary_flops, self.tokens)]
-        return [*lines, *(_profile_lines(parts) if parts else [])]
+        if parts:
+            lines += _profile_lines(parts, flops_by_part(self.config, self.base.shape, self.student_shape))
+        return lines
 
     def _rows(self) -> list[list[str]]:
         rows = [["median (min-max)", "tokens/s", "seconds", "of the GEMM peak"]]
@@ -379,10 +381,10 @@ def _explain_bound(flops: StepFlops, ordinary: StepFlops, tokens: int) -> list[s
     ]
 
 
-def _profile_lines(parts: dict[str, list[float]]) -> list[str]:
+def _profile_lines(parts: dict[str, list[float]], flops: dict[str, float]) -> list[str]:
     totals = [sum(values) for values in zip(*parts.values(), strict=True)]
-    rows = [["an LRC step, median (min-max)", "seconds", "share"]]
+    rows = [["an LRC step, median (min-max)", "seconds", "share", "by FLOPs"]]
     for name, values in parts.items():
         shares = Spread.of([value / total for value, total in zip(values, totals, strict=True)])
-        rows.append([name, Spread.of(values).text(3), shares.text(3)])
-    return ["", *table([*rows, ["all of it", Spread.of(totals).text(3), ""]])]
+        rows.append([name, Spread.of(values).text(3), shares.text(3), f"{flops[name] / sum(flops.values()):.3f}"])
+    return ["", *table([*rows, ["all of it", Spread.of(totals).text(3), "", ""]])]

@@ -145,7 +145,7 @@ class StageOptimizer:
 
     def gradient_is_complete(self, parameter: nn.Parameter) -> None:
         """Pull back has completed this gradient: with --overlap-grad-reduce, sum its bucket if that was the last."""
-        if self._is_overlapped:
+        if self._is_overlapped and not self._is_complete_in_backward:
             replica = next(one for one in self.replicas if parameter in one.param_to_bucket_group)
             replica.param_to_bucket_group[parameter].register_grad_ready(parameter)
 

@@ -53,8 +53,6 @@ class PairedModel(PipelineStage):
     own: the student's matrices, by name, that are its own and trained themselves (`Config.own_matrices`).
     """
 
-    pulls_back = True
-
     def __init__(
         self,
         config: Config,
@@ -96,6 +94,7 @@ class PairedModel(PipelineStage):
     def _choose_trained(self, own: frozenset[str]) -> None:
         """Make the projections, and say which of the student's parameters are its own."""
         self.own = own
+        self.pulls_back = not own.issuperset(MATRICES)
         self.cloned_weights = self._pair_weights()
         targets = self._layer_losses.target_names
         names = projection_names(

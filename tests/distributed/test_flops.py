@@ -13,6 +13,7 @@ from test_training import make_config, on_layout
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_lrc.benchmarks.breakdown import flops_by_part
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.flops import StepFlops, step_flops
 from megatron_lrc.hf.families import describe_teacher
@@ -182,6 +183,8 @@ def test_the_whole_is_its_parts(tiny_llama, tiny_text, tmp_path):
     teacher = describe_teacher(config.model.teacher).shape
     one = step_flops(config, teacher, config.student_shape(teacher))
     assert one.total == one.teacher_forward + one.student_forward + one.student_backward + one.projections
+    by_time = flops_by_part(config, teacher, config.student_shape(teacher))
+    assert sum(by_time.values()) == one.total and min(by_time.values()) >= 0
     twice = replace(config, training=replace(config.training, global_batch_size=16))
     larger = step_flops(twice, teacher, config.student_shape(teacher))
     assert larger == StepFlops(

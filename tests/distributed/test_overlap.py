@@ -32,7 +32,7 @@ def with_two_micro_batches(config: Config) -> Config:
 @pytest.mark.parametrize(
     "is_tied", [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("method", ["lrc", "ordinary"])
+@pytest.mark.parametrize("method", ["lrc", "ordinary", "logits"])
 @pytest.mark.parametrize(
     "ranks, layout",
     [
@@ -44,9 +44,10 @@ def with_two_micro_batches(config: Config) -> Config:
     ids=["DP2", "DP2-distributed-optimizer", "DP2xPP2x2", "DP2xTP2"],
 )
 def test_gradients_are_those_without_overlap(tiny_llama, tiny_text, tmp_path, method, is_tied, ranks, layout):
-    make = {"lrc": make_config, "ordinary": ordinary_config}[method]
+    make = {"lrc": make_config, "ordinary": ordinary_config, "logits": make_config}[method]
     teacher = tiny_llama(is_tied=is_tied, num_layers=4)
     config = with_two_micro_batches(on_layout(make(teacher, tiny_text, tmp_path / "after", steps=3), **layout))
+    config.model.method = method
     train(config, ranks)
     train(with_overlap(config, tmp_path / "during"), ranks)
     for line, reference in zip(records(tmp_path / "during"), records(tmp_path / "after"), strict=True):
