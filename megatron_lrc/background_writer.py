@@ -1,7 +1,7 @@
 """A process beside each rank that writes its checkpoints' files while training goes on.
 
 The rank copies its tensors into memory that both share, which is all that it waits for, and says what is to become of
-them; the process writes (`checkpoint_files.py`) and answers with what it has written. It is started once, has loaded
+them; the process writes (`checkpoints/files.py`) and answers with what it has written. It is started once, has loaded
 torch and nothing else, and ends with the rank. Its memory is as large as this rank's part of a checkpoint.
 
 Rejected: a fork for each save. It shares all of the rank's memory, so every page that the next step writes to is
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lrc.checkpoint_files import Bucket, Written, write_files
+from megatron_lrc.checkpoints.files import Bucket, Written, write_files
 
 #: What the process runs, with the descriptors of its end of the connection and of the shared memory, and its parent.
 ENTRY = "megatron_lrc.background_writer:serve"

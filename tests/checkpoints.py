@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_lrc.checkpoints.layout import NORMS, PROJECTIONS
+from megatron_lrc.checkpoints.run_directory import RunState, checkpoint_path, partial_path, publish
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.teacher import TeacherReader
-from megatron_lrc.mcore.checkpoint import NORMS, PROJECTIONS
-from megatron_lrc.mcore.run_directory import RunState, checkpoint_path, partial_path, publish
 
 
 def write_run(run: Path, teacher: TeacherDescription, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Path:

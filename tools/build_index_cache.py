@@ -25,7 +25,7 @@ def build(argv: list[str] | None) -> None:
 
     step, consumed_samples = 0, 0
     if config.checkpoint.load:
-        from megatron_lrc.mcore.run_directory import AUTO, checkpoints_to_load, read_state
+        from megatron_lrc.checkpoints.run_directory import AUTO, checkpoints_to_load, read_state
 
         found = checkpoints_to_load(config.checkpoint)
         if not found and config.checkpoint.load != AUTO:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from megatron_lrc.benchmarks.measure import Spread, table
 from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
+from megatron_lrc.checkpoints.run_directory import RunState, newest_checkpoint, total_bytes
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter
-from megatron_lrc.mcore.run_directory import RunState, newest_checkpoint, total_bytes
 from megatron_lrc.train.garbage import what_is_there_stays
 from megatron_lrc.train.step import Run, train_step
 

@@ -25,10 +25,10 @@ import torch
 from megatron_lrc.benchmarks.measure import Measured, Spread, measure, table
 from megatron_lrc.benchmarks.models import add_student_flags, add_teacher_flags, config_of, open_base
 from megatron_lrc.benchmarks.naive import all_weights
+from megatron_lrc.checkpoints.run_directory import newest_checkpoint, total_bytes
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore.run_directory import newest_checkpoint, total_bytes
 from megatron_lrc.validation import validate_against_teacher
 
 HELP = "exporting a student to Hugging Face: time and memory, against copying the same bytes"

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
+from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter, SaveFailed
-from megatron_lrc.mcore.run_directory import RunState
 from megatron_lrc.train.step import train_step
 
 

@@ -11,7 +11,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -22,17 +21,22 @@ def fused_on_cuda(function: Callable[Arguments, Result]) -> Callable[Arguments, 
 
     Where the compiler cannot be used (no Triton, no C compiler) a warning says so once, and the function runs as it is.
     """
-    compiled: Callable[Arguments, Result] | None = torch.compile(function, dynamic=True, fullgraph=True)
+    compiled: Callable[Arguments, Result] | None = None
+    is_refused = False
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        nonlocal compiled
-        if compiled is None or not (isinstance(args[0], Tensor) and args[0].is_cuda):
+        nonlocal compiled, is_refused
+        if is_refused or not (isinstance(args[0], Tensor) and args[0].is_cuda):
             return function(*args, **kwargs)
+        # Imported, and torch.compile called, where they are needed: both load the compiler, which takes seconds.
+        from torch._dynamo.exc import TorchDynamoException
+
         try:
+            compiled = compiled or torch.compile(function, dynamic=True, fullgraph=True)
             return compiled(*args, **kwargs)
         except (TorchDynamoException, ImportError) as problem:
-            compiled = None
+            is_refused = True
             warnings.warn(
                 f"{function.__name__} is not compiled and runs slower: {str(problem).partition(chr(10))[0]}. "
                 "torch.compile needs Triton and a C compiler.",

@@ -73,9 +73,11 @@ def lm_and_kl_loss(
     shard: VocabularyShard,
     settings: HeadLossSettings,
 ) -> tuple[Tensor, Tensor]:
-    """(settings.lm * L_LM + settings.kl * L_KL, the sums [L_LM, L_KL, the teacher's L_LM]), over weighted tokens.
+    """(settings.lm * L_LM + settings.kl * L_KL, sums), over weighted tokens. The first has a gradient.
 
-    The first has a gradient. The teacher is left out (zeros) in training without KL, which has no use for it.
+    sums [5]: L_LM, L_KL, the teacher's L_LM; and without gradients, as in a validation, how far the models agree:
+    KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest. What is not
+    computed is 0; so is the teacher's part in training without KL, which has no use for it.
 
     student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: this rank's rows.
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
@@ -94,7 +96,7 @@ def lm_loss(
     chunk_tokens: int,
     loss_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(L_LM, the sums [L_LM, 0, 0]), over weighted tokens, of one model; all else as in `lm_and_kl_loss`."""
+    """(L_LM, the sums [L_LM, 0, 0, 0, 0]), over weighted tokens, of one model; all else as in `lm_and_kl_loss`."""
     settings = HeadLossSettings(1.0, 0.0, temperature=1.0, chunk_tokens=chunk_tokens, loss_scale=loss_scale)
     models = (hidden, head, None, None)
     return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
@@ -121,7 +123,7 @@ class _LmAndKl(torch.autograd.Function):
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
         head_grad = torch.zeros_like(student_head, dtype=wide) if needs_grad else None
         is_teacher_wanted = settings.kl or not needs_grad
-        sums = weight.new_zeros(3)
+        sums = weight.new_zeros(5)
         for start in range(0, len(labels), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             student_logits = wide_product(student_hidden[chunk], student_rows)  # [n', v]
@@ -181,8 +183,8 @@ def _replace_by_gradient(
     settings: HeadLossSettings,
     needs_grad: bool,
 ) -> Tensor:
-    """Some tokens' [LM, tau^2 KL, the teacher's LM], summed. Overwrites student_logits [n', v] by the gradient of the
-    weighted losses, and teacher_logits."""
+    """Some tokens' sums, as `lm_and_kl_loss` has them. With needs_grad it overwrites student_logits [n', v] by the
+    gradient of the weighted losses, and teacher_logits."""
     temperature = settings.temperature
     both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
     if shard.num_valid:
@@ -204,7 +206,7 @@ def _replace_by_gradient(
     if teacher_logits is None:
         sums.append(_student_sum(student_logits, largest[0]))
         student_label, student_sum = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
-        kl = teacher_lm = student_sum.new_zeros(())
+        kl = teacher_lm = teacher_kl = num_same = student_sum.new_zeros(())
         if needs_grad:
             _student_gradient(student_logits, largest[0], settings.lm * weight / student_sum)
     else:
@@ -213,14 +215,30 @@ def _replace_by_gradient(
         student_label, teacher_label, student_sum, teacher_sum, warm_sum, excess_sum, gap_sum = total
         kl = temperature**2 * (weight @ (torch.log1p(excess_sum / warm_sum) + gap_sum / warm_sum))
         teacher_lm = weight @ (teacher_sum.log() - teacher_label)
-        if needs_grad:
+        teacher_kl = num_same = teacher_lm.new_zeros(())
+        if not needs_grad:
+            gap = shard.reduce(_gap_sum(student_logits, teacher_logits, largest[0], largest[1]), dist.ReduceOp.SUM)
+            teacher_kl = weight @ (gap / teacher_sum - teacher_sum.log() + student_sum.log())
+            num_same = weight @ _have_same_likeliest(both, largest, shard).to(weight.dtype)
+        else:
             # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
             kl_scale = settings.kl * temperature * weight / (warm_sum + excess_sum)
             scales = torch.stack([settings.lm * weight / student_sum, kl_scale, kl_scale * excess_sum / warm_sum])
             _gradient_of_both(student_logits, teacher_logits, largest[0], largest[1], scales, temperature)
     if needs_grad and shard.num_valid:
         student_logits.scatter_add_(1, own_label, (-settings.lm * weight * is_here).unsqueeze(1))
-    return torch.stack([weight @ (student_sum.log() - student_label), kl, teacher_lm])
+    return torch.stack([weight @ (student_sum.log() - student_label), kl, teacher_lm, teacher_kl, num_same])
+
+
+def _have_same_likeliest(both: list[Tensor], largest: Tensor, shard: VocabularyShard) -> Tensor:
+    """[n'], bool: whether the first of the student's likeliest tokens is the teacher's."""
+    likeliest = torch.full_like(largest, torch.iinfo(torch.int64).max, dtype=torch.int64)  # [2, n']
+    if shard.num_valid:
+        for ids, logits, top in zip(likeliest, both, largest, strict=True):
+            here, place = logits.max(dim=1)
+            ids.copy_(torch.where(here == top, place + shard.start, ids))
+    student, teacher = shard.reduce(likeliest, dist.ReduceOp.MIN)
+    return student == teacher
 
 
 # Each a pass over both models' logits [n', v] with their largest [n']; what a pass needs it computes, nothing is kept.
@@ -247,6 +265,12 @@ def _sums_of_both(
     teacher_sum = teacher.exp().sum(1)
     warm, excess, gap = _warm_terms(student, teacher, temperature)
     return student.exp_().sum(1), teacher_sum, warm.sum(1), excess.sum(1), gap.mul_(warm).sum(1)
+
+
+def _gap_sum(student_logits: Tensor, teacher_logits: Tensor, student_top: Tensor, teacher_top: Tensor) -> Tensor:
+    """Sum of (z_T - z_S) exp(z_T), of logits less the largest: [n']."""
+    student, teacher = student_logits - student_top.unsqueeze(1), teacher_logits - teacher_top.unsqueeze(1)
+    return (teacher.exp() * (teacher - student)).sum(1)
 
 
 @fused_on_cuda

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from megatron_lrc.checkpoints.run_directory import STATE_FILE, checkpoints, find_changed, find_missing, read_state
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.forward import load_pretrained
-from megatron_lrc.mcore.run_directory import STATE_FILE, checkpoints, find_changed, find_missing, read_state
 from megatron_lrc.verify.exporting import export_saved
 from megatron_lrc.verify.sources import open_student
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_lrc.checkpoint_boxes import read_box
-from megatron_lrc.checkpoint_index import INDEX_FILE, UnsafeCheckpoint, read_index
-from megatron_lrc.clone.checkpoint_layout import SITES, Box, box_of, rows_box, stored_shapes
+from megatron_lrc.checkpoints.boxes import read_box
+from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_index
+from megatron_lrc.checkpoints.layout import SITES, Box, box_of, rows_box, stored_shapes
 from megatron_lrc.clone.sites import HeadLayout, Site, select
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription

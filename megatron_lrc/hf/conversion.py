@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lrc.clone.checkpoint_layout import SITES, Box, all_boxes, key_of
+from megatron_lrc.checkpoints.layout import SITES, Box, all_boxes, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES

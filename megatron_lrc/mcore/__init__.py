@@ -19,3 +19,10 @@ if not torch.cuda.is_available():
         "full scope is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # As it is imported megatron-core has torch.compile wrap what it fuses on a GPU, none of which we call on CPU. That
+    # loads the compiler, a third of the time of all imports.
+    _compile, torch.compile = torch.compile, lambda function, **_: function  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = _compile

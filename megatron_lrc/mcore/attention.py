@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 
 def find_documents(position_ids: Tensor) -> Tensor:
@@ -98,7 +97,11 @@ class ScaledDotProductAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of queries that are the last of the keys' tokens."""
         is_grouped, is_whole = query.shape[2] != key.shape[2], len(query) == len(key)
-        mask = None if is_whole else causal_lower_right(len(query), len(key))
+        mask = None
+        if not is_whole:
+            from torch.nn.attention.bias import causal_lower_right  # here, since it imports torch.compile's front end
+
+            mask = causal_lower_right(len(query), len(key))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
         context = F.scaled_dot_product_attention(
             query,

@@ -1,15 +1,12 @@
 """What a checkpoint holds, in megatron-core's sharded format: what trains, and its optimizer.
 
 `projections.{name}` (D, d) and `norms.{name}` (d,), the names of `clone/sites.py`; of ordinary training the weights by
-megatron-core's own names (`clone/checkpoint_layout.py`). Optimizer state goes by the same names. They are global
-tensors, readable at any layout; a vocabulary is padded for the layout that wrote it. `run_directory.py` says how a
-checkpoint lies on disk, and `checkpoint_writer.py` writes it. `open_checkpoint` reads single tensors of it without any
-process group: that is what an export needs.
+megatron-core's own names (`checkpoints/layout.py`). Optimizer state goes by the same names. They are global
+tensors, readable at any layout; a vocabulary is padded for the layout that wrote it. `checkpoint_writer.py` writes it;
+`checkpoints/` says how it lies on disk, and reads single tensors of it without any process group.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +23,13 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from megatron_lrc.checkpoint_boxes import read_box
-from megatron_lrc.checkpoint_index import UnsafeCheckpoint, read_index, refuse_code
-from megatron_lrc.clone.checkpoint_layout import SITES, all_boxes, box_of, rows_box
-from megatron_lrc.clone.sites import EMBED, LM_HEAD, HeadLayout, select
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.checkpoints.index import UnsafeCheckpoint, read_index, refuse_code
+from megatron_lrc.checkpoints.run_directory import find_changed
+from megatron_lrc.config import ConfigError
 from megatron_lrc.mcore.delayed_scaling import scaling_state
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.optimizer import StageOptimizer
-from megatron_lrc.mcore.paired_model import GAINS as NORMS
-from megatron_lrc.mcore.paired_model import PROJECTIONS
-from megatron_lrc.mcore.run_directory import STATE_FILE, find_changed, find_missing, newest_checkpoint, read_state
 from megatron_lrc.mcore.stages import PipelineStage, Trained
 
 #: Optimizer state by parameter, readable at any layout. The default type of 0.16.1 raises (`flattened_range`).
@@ -182,139 +171,3 @@ def _sharded(trained: Trained, groups: Groups) -> ShardedBase:
         allow_shape_mismatch=trained.is_padded,
     )
     return apply_swiglu_sharded_factory(tensor, tuple(stacked)) if trained.is_gated else tensor
-
-
-# ------------------------------------------------------------------------------------------------ reading one process
-
-
-class _Reader(FileSystemReader):
-    """Reads by an index that has been read already, and safely."""
-
-    def __init__(self, path: Path, index: Metadata):
-        super().__init__(path)
-        self._index = index
-
-    def read_metadata(self, *_: object, **__: object) -> Metadata:
-        return self._index
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint under one prefix, each read whole when it is asked for."""
-
-    def __init__(self, reader: _Reader, sizes: dict[str, TensorStorageMetadata], prefix: str):
-        self._reader, self._prefix = reader, prefix
-        self._sizes = {key: size for key, size in sizes.items() if key.startswith(prefix)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        key = self._prefix + name
-        stored = self._sizes[key]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended: one process
-            load_tensors({key: tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return (key.removeprefix(self._prefix) for key in self._sizes)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-
-class _Weights(Mapping[str, Tensor]):
-    """The student's own weights in a checkpoint, by our names (`Weight.key`), rows in Hugging Face's order."""
-
-    def __init__(self, reader: _Reader, index: Metadata, shape: ModelShape):
-        self._reader, self._stored, self._shape = reader, index.state_dict_metadata, shape
-        reader.set_up_storage_reader(index, is_coordinator=True)
-        names = [
-            name if box.layer is None else f"layers.{box.layer}.{name}"
-            for box in all_boxes(shape)
-            if box.key in self._stored
-            for name in box.names
-        ]
-        self._names = dict.fromkeys(names)  # boxes are parts of tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        scope, _, kind = name.rpartition(".")
-        if name in (EMBED.name, LM_HEAD.name):
-            box = rows_box(self._shape, SITES[name], 0, self._shape.vocab_size)
-        else:
-            box = box_of(self._shape, kind, int(scope.split(".")[1]) if scope else None)
-        stored = self._stored[box.key]
-        assert isinstance(stored, TensorStorageMetadata)
-        tensor = read_box(self._reader, stored, box)
-        if len(box.names) == 1:
-            return tensor
-        return select(SITES[kind.removesuffix("_bias")], tensor, HeadLayout.of(self._shape)).flatten(0, 1)
-
-    def __contains__(self, name: object) -> bool:  # without reading it
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-@dataclass(frozen=True, slots=True)
-class SavedStudent:
-    """A checkpoint, open for reading in one process, on CPU.
-
-    weights: those that are its own and not composed: all of them of ordinary training, whose projections and norms are
-    empty. Projections of what is its own may be there too; they have made targets of the clone loss.
-    """
-
-    path: Path
-    config: Config
-    shape: ModelShape
-    teacher_fingerprint: str
-    step: int
-    tokens: int
-    projections: Mapping[str, Tensor]
-    norms: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
-    opened_at: int | None = None  # the step after which --open-after made some of them its own
-    pruned_at: int | None = None  # the step after which --method sheared cut the model
-
-    @property
-    def is_composed(self) -> bool:
-        """Whether all of its matrices are made of projections."""
-        return not self.weights
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what was trained."""
-        return (self.norms or self.weights)["final"].dtype
-
-
-def open_checkpoint(run: str) -> SavedStudent:
-    """The newest checkpoint of a run directory, or the one that `run` itself is. ConfigError if it is damaged."""
-    path = Path(run) if (Path(run) / STATE_FILE).is_file() else newest_checkpoint(run)
-    if path is None:
-        raise ConfigError(
-            f"--load {run} holds no checkpoint (iter_NNNNNNN/{STATE_FILE}). Give a run directory, as --save wrote it."
-        )
-    state, config, shape = read_state(path)
-    if damage := find_missing(path) or find_changed(path):
-        raise ConfigError(f"{path} is damaged ({damage}). Use an older checkpoint of the run.")
-    try:
-        index = read_index(path)
-    except UnsafeCheckpoint as error:
-        raise ConfigError(f"{error}. Give a checkpoint that megatron_lrc wrote.") from None
-    tensors = {key: size for key, size in index.state_dict_metadata.items() if isinstance(size, TensorStorageMetadata)}
-    reader = _Reader(path, index)
-    return SavedStudent(
-        path=path,
-        config=config,
-        shape=shape,
-        teacher_fingerprint=state.teacher_fingerprint,
-        step=state.step,
-        tokens=state.tokens,
-        projections=_Tensors(reader, tensors, PROJECTIONS),
-        norms=_Tensors(reader, tensors, NORMS),
-        weights=_Weights(_Reader(path, index), index, shape),
-        opened_at=state.opened_at,
-        pruned_at=state.pruned_at,
-    )

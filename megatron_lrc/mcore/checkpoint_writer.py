@@ -1,7 +1,7 @@
 """Writes a run's checkpoints: at once, or in the background while training goes on.
 
 megatron-core plans what each rank writes, over the data parallel ranks too, and writes the index when all are done.
-Between the two the files are written (`checkpoint_files.py`), by this process or by one beside it
+Between the two the files are written (`checkpoints/files.py`), by this process or by one beside it
 (`background_writer.py`), for which the loop waits only until the state is copied. (megatron-core's own background
 writers need CUDA.) Each file is brought to disk, read back, and compared with the CRC-32 of what was to be written;
 only then does the checkpoint get its name.
@@ -25,13 +25,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lrc.background_writer import BackgroundWriter
-from megatron_lrc.checkpoint_files import Bucket, FileSum, Written, reason, write_files
-from megatron_lrc.config import Config, ModelShape
-from megatron_lrc.mcore import compat
-from megatron_lrc.mcore.checkpoint import sharded_bytes, sharded_state
-from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import StageOptimizer
-from megatron_lrc.mcore.run_directory import (
+from megatron_lrc.checkpoints.files import Bucket, FileSum, Written, reason, write_files
+from megatron_lrc.checkpoints.run_directory import (
     RunState,
     checkpoint_path,
     partial_path,
@@ -39,6 +34,11 @@ from megatron_lrc.mcore.run_directory import (
     remove_leftovers,
     remove_old,
 )
+from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.mcore import compat
+from megatron_lrc.mcore.checkpoint import sharded_bytes, sharded_state
+from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.stages import PipelineStage
 
 #: Kept free on the disk for the index and run.json, which are written last, by one rank.

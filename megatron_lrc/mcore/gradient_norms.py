@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import LM_HEAD, HeadLayout, select
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.distributed import Groups, sum_over_world

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from megatron_lrc.checkpoints import layout
 from megatron_lrc.clone.projections import (
     ClonedWeight,
     Projections,
@@ -41,9 +42,6 @@ from megatron_lrc.mcore.stages import (
     run_stage,
 )
 from megatron_lrc.mcore.tinybert_losses import TinyBertLosses
-
-#: What a checkpoint calls what is trained: the projections (D, d), and the student's norm gains (d,).
-PROJECTIONS, GAINS = "projections.", "norms."
 
 
 class PairedModel(PipelineStage):
@@ -182,7 +180,7 @@ class PairedModel(PipelineStage):
         """Every P, in shards of its rows, the norm gains, and the student's own parameters."""
         yield from (each for each in self._projections() if each.parameter.requires_grad)
         for name, gain in self.projections.named_norms():
-            yield Trained(name, GAINS + name, gain, (NORMS,))
+            yield Trained(name, layout.NORMS + name, gain, (NORMS,))
         yield from self._own_parameters
 
     def initialize_maps(self, seed: int) -> None:
@@ -198,7 +196,7 @@ class PairedModel(PipelineStage):
         for name, matrix in self.projections.named_matrices():
             group = name.rpartition(".")[2]
             is_tied = group == EMBED.name and self.shapes.student.is_tied
-            yield Trained(name, PROJECTIONS + name, matrix, (group,), split=0, is_at_both_ends=is_tied)
+            yield Trained(name, layout.PROJECTIONS + name, matrix, (group,), split=0, is_at_both_ends=is_tied)
 
     @property
     def gradient_groups(self) -> tuple[str, ...]:

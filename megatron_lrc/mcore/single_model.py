@@ -1,7 +1,7 @@
 """SingleModel: one pipeline stage of one model, all of which is trained on the LM loss: ordinary training.
 
 Its parameters have the names and places that megatron-core's own checkpoints of a GPTModel give them
-(`clone/checkpoint_layout.py`), the form that tools/convert_from_hf.py writes.
+(`checkpoints/layout.py`), the form that tools/convert_from_hf.py writes.
 
 Notation: s sequence, b micro-batch, d hidden; `/tp` split over tensor parallel ranks.
 """
@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_lrc.clone.checkpoint_layout import SITES, key_of
+from megatron_lrc.checkpoints.layout import SITES, key_of
 from megatron_lrc.clone.projections import gradient_of
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, select
 from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_loss

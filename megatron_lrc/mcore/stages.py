@@ -43,12 +43,12 @@ class Shapes:
 class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
 
-    main [4]: LM, KL (with tau^2), the teacher's LM, tokens; counted on one tensor parallel rank of the last stage.
+    main [6]: the sums of `lm_and_kl_loss`, and tokens; counted on one tensor parallel rank of the last stage.
     clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks.
     """
 
     def __init__(self, num_layers: int, device: torch.device, num_terms: int = len(LAYER_SITES)):
-        self.main = torch.zeros(4, dtype=torch.float64, device=device)
+        self.main = torch.zeros(6, dtype=torch.float64, device=device)
         self.clone = torch.zeros(num_layers, num_terms, dtype=torch.float64, device=device)
 
     def reset(self) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from megatron_lrc.clone.checkpoint_layout import Box
+from megatron_lrc.checkpoints.layout import Box
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import ModelShape
 

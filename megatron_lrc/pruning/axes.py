@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.pruning.masks import GROUPS, HIDDEN, NEURONS, mask_name
 

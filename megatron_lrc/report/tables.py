@@ -20,6 +20,8 @@ LOSS_ROWS = {
     "kl_loss": "KL loss",
     "clone_loss": "clone loss",
     "loss": "loss",
+    "teacher_kl": "KL from the teacher",
+    "top1_agreement": "top-1 agreement",
 }
 
 

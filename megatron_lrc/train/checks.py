@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_lrc.config import Config, ConfigError, ModelShape
-from megatron_lrc.data.batches import check_data
-from megatron_lrc.data.datasets import resolve_train_iters
-from megatron_lrc.hf.checkpoint_reader import open_teacher
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher
-from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore.models import check_pipeline_layout
-from megatron_lrc.mcore.run_directory import (
+from megatron_lrc.checkpoints.run_directory import (
     AUTO,
     STATE_FILE,
     RunState,
@@ -25,6 +18,13 @@ from megatron_lrc.mcore.run_directory import (
     read_state,
     step_of,
 )
+from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.data.batches import check_data
+from megatron_lrc.data.datasets import resolve_train_iters
+from megatron_lrc.hf.checkpoint_reader import open_teacher
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from megatron_lrc.hf.reader import Reader
+from megatron_lrc.mcore.models import check_pipeline_layout
 from megatron_lrc.train.boards import check_boards
 from megatron_lrc.train.initial_weights import InitialWeights
 from megatron_lrc.validation import check_schedule, raise_all, validate_against_teacher

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
 
+from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.clone.sites import LAYER_SITES, Site
 from megatron_lrc.config import Config
-from megatron_lrc.mcore.run_directory import RunState
 from megatron_lrc.mcore.stages import PipelineStage
 from megatron_lrc.train.step import StepReport
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import ModelShape

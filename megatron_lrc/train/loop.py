@@ -276,7 +276,8 @@ class Trainer:
         batches = self._batches(self.valid_data, 0)
 
         def losses() -> dict[str, Any]:
-            return evaluate(self.run, batches, num_batches=self.config.logging.eval_iters).means(self.config)
+            totals = evaluate(self.run, batches, num_batches=self.config.logging.eval_iters)
+            return totals.means(self.config) | totals.agreement(self.config)
 
         if self.config.logging.log_effective_rank:
             found, ranks = measure_effective_rank(losses, self.run.stages, self.groups)

@@ -4,14 +4,15 @@
                             skipped_steps, grad_norm, grad_norm_by_group, lr, mask_sizes, and what was measured: time,
                             step_seconds, tokens_per_second, tflops, mfu, memory_gib, straggler
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
-                            and effective_rank with --log-effective-rank
+                            teacher_kl, top1_agreement, and effective_rank with --log-effective-rank
     RUN/tensorboard/        the same numbers (`boards.py`)
     RUN/starts.jsonl        a line per start of the run (`starts.py`)
 
 Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
 not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and
 terms, before alpha, and `clone_by_layer` its parts: term -> one value per layer, whatever its pipeline stage.
-`teacher_lm_loss` is the teacher's LM loss on the same tokens. `skipped_steps` counts the steps since the record before
+`teacher_lm_loss` is the teacher's LM loss on the same tokens, `teacher_kl` KL(teacher || student) at temperature 1 in
+nats per token, `top1_agreement` the share of tokens after which both hold the same one likeliest. `skipped_steps` counts the steps since the record before
 that updated nothing. `grad_norm` is the record's own step's, before clipping, and `grad_norm_by_group` its parts: the
 projections of each kind of matrix over all layers (a tied one counts as embed), and the norm gains. `effective_rank`:
 teacher, student -> the effective rank of the hidden states at each layer's input and, last, at the final norm's.
@@ -33,7 +34,7 @@ from typing import Any
 from megatron_lrc.config import Config
 from megatron_lrc.train.boards import open_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
-from megatron_lrc.train.progress import Progress, losses_text
+from megatron_lrc.train.progress import Progress, agreement_text, losses_text
 from megatron_lrc.train.starts import lost_work, note_start, now
 from megatron_lrc.train.throughput import Throughput
 
@@ -85,7 +86,7 @@ class RunLog:
 
     def validation(self, record: dict[str, Any]) -> None:
         self._write("validation.jsonl", "valid", record)
-        print(f"validation at step {record['step']} | {losses_text(record)}", flush=True)
+        print(f"validation at step {record['step']} | {losses_text(record)}{agreement_text(record)}", flush=True)
 
     def close(self) -> None:
         for board in self._boards:

@@ -42,6 +42,13 @@ def losses_text(record: dict[str, Any]) -> str:
     return " ".join(f"{name.removesuffix('_loss')} {_loss(record[name])}" for name in LOSS_TERMS if name in record)
 
 
+def agreement_text(record: dict[str, Any]) -> str:
+    """Of a validation with a teacher: KL from the teacher, and how often both hold the same token likeliest."""
+    if "teacher_kl" not in record:
+        return ""
+    return f" | of the teacher: KL {_loss(record['teacher_kl'])} top-1 {record['top1_agreement']:.1%}"
+
+
 def _loss(value: float) -> str:
     if 0.1 <= abs(value) < 10:
         return f"{value:.3f}"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter, SaveFailed
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.run_directory import RunState
 from megatron_lrc.train.step import Run
 
 

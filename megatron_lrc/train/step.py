@@ -59,6 +59,8 @@ class LossTotals:
     lm: Tensor
     kl: Tensor
     teacher_lm: Tensor  # 0 where the teacher's logits are not computed: in training without KL
+    teacher_kl: Tensor  # at temperature 1; of validations, as the next one
+    same_top1: Tensor  # tokens whose likeliest successor is the same for both models
     tokens: Tensor
     clone: Tensor  # [layers, terms]
 
@@ -66,7 +68,7 @@ class LossTotals:
     def zeros(shape: tuple[int, ...], device: torch.device) -> "LossTotals":
         """shape: (layers, terms)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return LossTotals(zero, zero, zero, zero, zero.new_zeros(shape))
+        return LossTotals(zero, zero, zero, zero, zero, zero, zero.new_zeros(shape))
 
     def __add__(self, other: "LossTotals") -> "LossTotals":
         names = [field.name for field in fields(self)]
@@ -101,6 +103,15 @@ class LossTotals:
             "kl_loss": kl,
             "clone_loss": clone,
             "teacher_lm_loss": teacher_lm or None,
+        }
+
+    def agreement(self, config: Config) -> dict[str, float]:
+        """Of a validation: how far the student agrees with its teacher; empty without one. Waits for the device."""
+        if not config.has_teacher:
+            return {}
+        return {
+            "teacher_kl": (self.teacher_kl / self.tokens).item(),
+            "top1_agreement": (self.same_top1 / self.tokens).item(),
         }
 
 
@@ -185,5 +196,5 @@ def _reduce_losses(stages: Sequence[PipelineStage], votes: Tensor | None = None)
     clone = torch.stack([stage.sums.clone for stage in stages]).sum(0)
     votes = main.new_zeros(0) if votes is None else votes
     total = sum_over_world(torch.cat([main, clone.flatten(), votes]))
-    (lm, kl, teacher_lm, tokens), clone_sums, votes = total.split([len(main), clone.numel(), len(votes)])
-    return LossTotals(lm, kl, teacher_lm, tokens, clone_sums.view_as(clone)), votes
+    main, clone_sums, votes = total.split([len(main), clone.numel(), len(votes)])
+    return LossTotals(*main, clone_sums.view_as(clone)), votes

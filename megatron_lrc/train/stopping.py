@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.mcore.run_directory import RunState
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"

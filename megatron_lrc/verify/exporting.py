@@ -3,18 +3,17 @@
 Any method's checkpoint: what is cloned is composed from its teacher, what is a student's own is written as it is.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from megatron_lrc.arguments import describe_changes
-from megatron_lrc.hf.export import export_model, export_student
+from megatron_lrc.checkpoints.saved_student import SavedStudent
+from megatron_lrc.hf.export import Source, export_model, export_student
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.forward import fixed_tokens
 from megatron_lrc.hf.student_config import Arch, model_card, own_model_card, student_family
-from megatron_lrc.mcore.checkpoint import SavedStudent
-from megatron_lrc.mcore.layer_by_layer import layer_by_layer
 from megatron_lrc.verify.sources import student_weight
 
 CARD_SECTIONS = (
@@ -53,9 +52,7 @@ def export_saved(
         "losses": losses or {},
         "settings": describe_changes(student.config, CARD_SECTIONS),
     }
-    tokens = fixed_tokens(student.shape.vocab_size)
-    engine = layer_by_layer(student.shape, rope_inverse_frequencies(base), tokens)
-    with engine if verify else nullcontext() as source:
+    with _engine(student, base) if verify else nullcontext() as source:
         common = {
             "dtype": dtype or student.dtype,
             "output": output,
@@ -96,3 +93,9 @@ def export_saved(
                 **common,
             )
     return family.architecture
+
+
+def _engine(student: SavedStudent, base: TeacherDescription) -> AbstractContextManager[Source]:
+    from megatron_lrc.mcore.layer_by_layer import layer_by_layer  # here, since it imports megatron-core
+
+    return layer_by_layer(student.shape, rope_inverse_frequencies(base), fixed_tokens(student.shape.vocab_size))

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.checkpoint_reader import RECORD_FILE, open_teacher
 from megatron_lrc.hf.comparison import Difference, compare_logits, find_difference
 from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
-from megatron_lrc.mcore.run_directory import STATE_FILE, newest_checkpoint
 from megatron_lrc.verify.sources import open_student, stream_logits, student_weights, teacher_weights
 
 #: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]

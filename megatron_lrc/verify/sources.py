@@ -10,13 +10,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.saved_student import SavedStudent, open_checkpoint
 from megatron_lrc.clone.sites import compose
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore.checkpoint import SavedStudent, open_checkpoint
-from megatron_lrc.mcore.layer_by_layer import layer_by_layer
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -33,6 +32,8 @@ def stream_logits(
 
     weights_dtype: what weights are rounded to first; None leaves them as they come.
     """
+    from megatron_lrc.mcore.layer_by_layer import layer_by_layer  # here, since it imports megatron-core
+
     with layer_by_layer(shape, inverse_frequencies, tokens, dtype) as forward:
         for key, weight in weights:
             forward.add(key, weight if weights_dtype is None else weight.to(weights_dtype))

@@ -13,9 +13,8 @@ from test_saving import make_trainer, saving
 from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_lrc.checkpoint_index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
-from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.mcore.run_directory import (
+from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
+from megatron_lrc.checkpoints.run_directory import (
     STATE_FILE,
     checkpoint_path,
     find_changed,
@@ -23,6 +22,7 @@ from megatron_lrc.mcore.run_directory import (
     publish,
     read_state,
 )
+from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import Run, train_step
 from ranks import run_ranks

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from test_training import make_config, on_layout
 from torch import Tensor
+from torch.nn.attention import bias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lrc.config import Config
 from megatron_lrc.estimate.communication import traffic
 from megatron_lrc.estimate.stage import stages_of
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.mcore import attention, distributed
+from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from ranks import run_ranks
@@ -80,7 +81,7 @@ def mask_of_late_piece(queries: int, keys: int) -> Tensor:
 
 def measure(config: Config) -> dict[str, float]:
     """On a rank: what it sends in the second step of a run."""
-    attention.causal_lower_right = mask_of_late_piece  # type: ignore[assignment] (this process ends soon)
+    bias.causal_lower_right = mask_of_late_piece  # type: ignore[assignment] (this process ends soon)
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
     batches = trainer._batches(trainer.train_data, 0)
     train_step(trainer.run, batches)

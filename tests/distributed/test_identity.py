@@ -10,13 +10,13 @@ from test_training import make_config, on_layout, records, train
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
+from megatron_lrc.checkpoints.run_directory import newest_checkpoint
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import load_checkpoint
 from megatron_lrc.mcore.optimizer import StageOptimizer
-from megatron_lrc.mcore.run_directory import newest_checkpoint
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from tools_path import convert_to_hf

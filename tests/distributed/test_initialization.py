@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_teachers import write_llama
+from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.clone.ridge import RIDGE
 from megatron_lrc.config import Config
 from megatron_lrc.data.batches import build_datasets
-from megatron_lrc.mcore.checkpoint import open_checkpoint
 from ranks import run_ranks
 
 WIDTH = 48  # the tiny teacher's
@@ -66,8 +66,9 @@ def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_
                 got, wanted = got @ got.t(), wanted @ wanted.t()
             assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max(), (name, key)
         (others,) = records(tmp_path / name, "validation.jsonl")
-        for key in ("lm_loss", "kl_loss", "clone_loss"):
+        for key in ("lm_loss", "kl_loss", "clone_loss", "teacher_kl"):
             assert others[key] == pytest.approx(losses[key], rel=1e-4), (name, key)
+        assert others["top1_agreement"] == pytest.approx(losses["top1_agreement"], abs=0.01)  # some are near ties
 
 
 @pytest.mark.distributed

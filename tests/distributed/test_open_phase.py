@@ -13,9 +13,9 @@ from test_training import assert_same_parameters, continued, make_config, on_lay
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_qwen2
+from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import MATRICES, Config, ConfigError
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.checkpoint import open_checkpoint
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from megatron_lrc.validation import validate

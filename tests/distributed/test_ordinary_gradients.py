@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import megatron_lrc
 from hf_teachers import write_llama, write_qwen2, write_qwen3
-from megatron_lrc.clone.checkpoint_layout import SITES
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, select
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher, expected_weights

@@ -13,11 +13,11 @@ from test_training import continued, make_config, on_layout, records, train, wit
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_qwen2, write_qwen3
+from megatron_lrc.checkpoints.run_directory import checkpoint_path
+from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.estimate.flops import head_flops, layer_flops
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.mcore.checkpoint import open_checkpoint
-from megatron_lrc.mcore.run_directory import checkpoint_path
 from megatron_lrc.train import loop
 from megatron_lrc.validation import validate
 from megatron_lrc.verify.sources import open_student

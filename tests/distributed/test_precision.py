@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from test_training import continued, make_config, on_layout, records, train
 
+from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config
-from megatron_lrc.mcore.checkpoint import open_checkpoint
 
 
 @pytest.fixture

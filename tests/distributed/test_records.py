@@ -81,7 +81,7 @@ def test_a_step_with_more_tokens_weighs_more():
     def report(tokens: float, lm: float, *, is_finite: bool = True) -> StepReport:
         per_token = torch.tensor(lm, dtype=torch.float64)
         clone = per_token.expand(2, 7) * tokens
-        losses = LossTotals(per_token * tokens, per_token * 0, per_token * 0, torch.tensor(tokens), clone)
+        losses = LossTotals(per_token * tokens, *[per_token * 0] * 4, torch.tensor(tokens), clone)
         return StepReport(losses, is_finite, 1.0, None, is_finite)
 
     interval, config = Interval((2, 7), torch.device("cpu")), Config()

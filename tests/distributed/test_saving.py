@@ -16,15 +16,15 @@ from test_training import assert_same_parameters, make_config, on_layout, record
 
 import slow_writers
 from megatron_lrc import background_writer
-from megatron_lrc.config import Config
-from megatron_lrc.mcore import checkpoint_writer
-from megatron_lrc.mcore.run_directory import (
+from megatron_lrc.checkpoints.run_directory import (
     checkpoint_path,
     checkpoints,
     find_changed,
     find_missing,
     step_of,
 )
+from megatron_lrc.config import Config
+from megatron_lrc.mcore import checkpoint_writer
 from megatron_lrc.train import loop
 from ranks import run_ranks
 

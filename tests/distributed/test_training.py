@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lrc.checkpoints.run_directory import checkpoint_path
+from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.mcore.checkpoint import open_checkpoint
-from megatron_lrc.mcore.run_directory import checkpoint_path
 from megatron_lrc.train import loop
 from megatron_lrc.train.metrics import MEASURED
 from megatron_lrc.validation import validate

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from hf_teachers import WRITERS, write_llama, write_qwen2
-from megatron_lrc.clone.checkpoint_layout import all_boxes
+from megatron_lrc.checkpoints.layout import all_boxes
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf import conversion

@@ -1,9 +1,11 @@
-"""Imports go one way: config below all; clone <- mcore <- train; hf and data know nothing of train.
+"""Imports go one way: config below all; clone <- checkpoints <- mcore <- train; hf and data know nothing of train.
 
 Read from the syntax trees, so that an import inside a function counts too and nothing has to be installed.
 """
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,11 +79,12 @@ def test_clone_imports_only_torch_and_config():
         assert ours or imported.partition(".")[0] in allowed, (importer, imported)
 
 
-def test_pruning_imports_only_torch_config_and_clone():
-    allowed = {*sys.stdlib_module_names, "torch"}
-    for importer, imported in imports_of("pruning"):
-        ours = is_within(imported, *(f"megatron_lrc.{name}" for name in ("pruning", "clone", "config")))
-        assert ours or imported.partition(".")[0] in allowed, (importer, imported)
+@pytest.mark.parametrize("folder", ["checkpoints", "pruning"])
+def test_what_stands_on_clone_imports_only_torch_and_what_is_below(folder):
+    allowed = {*sys.stdlib_module_names, "torch", "megatron_lrc.__version__"}
+    for importer, imported in imports_of(folder):
+        ours = is_within(imported, *(f"megatron_lrc.{name}" for name in (folder, "checkpoints", "clone", "config")))
+        assert ours or imported in allowed or imported.partition(".")[0] in allowed, (importer, imported)
 
 
 def test_only_mcore_and_data_import_megatron_core():
@@ -111,7 +114,6 @@ def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
         ("mcore", ["train", "verify", "estimate", "evaluation"]),
         ("estimate", ["train", "verify", "data", "evaluation"]),
         ("verify", ["train", "evaluation"]),
-        ("clone", ["mcore", "train", "hf", "data", "verify", "evaluation"]),
         ("report", ["clone", "mcore", "hf", "data", "verify", "evaluation"]),  # and of train what needs no torch
         ("train", ["report", "evaluation", "comparison"]),
         ("evaluation", ["train", "report", "estimate", "benchmarks"]),  # nothing but tools stands above it
@@ -148,3 +150,14 @@ def test_a_tool_answers_help_without_loading_torch(path):
 def test_the_walker_resolves_relative_imports():
     assert "megatron_lrc.config.ConfigError" in dict.fromkeys(imported_modules(PACKAGE / "arguments.py"))
     assert "megatron_lrc.train.loop" in dict.fromkeys(imported_modules(PACKAGE / "__main__.py"))
+
+
+def test_starting_on_cpu_loads_no_compiler():
+    """torch.compile's parts are a third of the time of all imports, and nothing is compiled without a GPU."""
+    program = (
+        "import sys, megatron_lrc.verify.exporting, megatron_lrc.train.loop\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor.compile_fx') if name in sys.modules])"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -41,7 +41,7 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
     student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(
         torch.float64, scale=3.0
     )
-    total, (lm, kl, teacher_lm) = lm_and_kl_loss(
+    total, (lm, kl, teacher_lm, *_) = lm_and_kl_loss(
         student_hidden,
         teacher_hidden,
         student_head,
@@ -73,19 +73,24 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1.0])
-def test_a_validation_makes_no_gradients_and_has_the_teachers_loss_too(monkeypatch, kl_weight):
+def test_a_validation_makes_no_gradients_and_has_the_teachers_loss_and_agreement_too(monkeypatch, kl_weight):
     """A parameter says that it needs a gradient also where autograd is off."""
     monkeypatch.setattr(vocab_parallel, "add_product", lambda *_: pytest.fail("a gradient was made"))
-    tokens, vocab = 7, 11
+    tokens, vocab = 40, 11
+    torch.manual_seed(3)
     student, teacher = torch.randn(tokens, 3), torch.randn(tokens, 4)
     heads = torch.nn.Parameter(torch.randn(vocab, 3)), torch.randn(vocab, 4)
-    labels, weight = torch.randint(vocab, (tokens,)), torch.ones(tokens)
+    labels, weight = torch.randint(vocab, (tokens,)), (torch.arange(tokens) < 30).float()
     settings = HeadLossSettings(lm=1.0, kl=kl_weight, temperature=40.0, chunk_tokens=3)
     with torch.no_grad():
         _, sums = lm_and_kl_loss(
             student, teacher, *heads, labels, weight, shard=VocabularyShard.of(vocab, vocab, None), settings=settings
         )
-    assert sums[2].item() == pytest.approx(F.cross_entropy(teacher @ heads[1].t(), labels, reduction="sum").item())
+    logits = [hidden[:30] @ head.t() for hidden, head in zip((student, teacher), heads, strict=True)]
+    assert sums[2].item() == pytest.approx(F.cross_entropy(logits[1], labels[:30], reduction="sum").item())
+    own, others = (each.log_softmax(-1) for each in logits)
+    assert sums[3].item() == pytest.approx(F.kl_div(own, others, log_target=True, reduction="sum").item())
+    assert 0 < sums[4].item() == (logits[0].argmax(1) == logits[1].argmax(1)).sum().item() < 30
 
 
 def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
@@ -94,7 +99,7 @@ def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
     results = []
     for student_hidden, student_head, teacher_hidden, teacher_head, labels, weight in (wide, narrow):
         student_hidden = student_hidden.detach().requires_grad_()
-        _, (lm, kl, _) = lm_and_kl_loss(
+        _, (lm, kl, *_) = lm_and_kl_loss(
             student_hidden,
             teacher_hidden,
             student_head,

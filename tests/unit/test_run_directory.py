@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lrc.config import CheckpointConfig, Config, ModelShape
-from megatron_lrc.mcore.run_directory import (
+from megatron_lrc.checkpoints.run_directory import (
     STATE_FILE,
     FileSum,
     RunState,
@@ -24,6 +23,7 @@ from megatron_lrc.mcore.run_directory import (
     remove_leftovers,
     remove_old,
 )
+from megatron_lrc.config import CheckpointConfig, Config, ModelShape
 
 SHAPE = ModelShape(
     num_layers=2,

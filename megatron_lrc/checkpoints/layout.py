@@ -16,6 +16,9 @@ from math import gcd, prod
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import ModelShape
 
+#: Prefixes of a checkpoint's keys for what a clone trains: its projections (D, d), and its norm gains (d,).
+PROJECTIONS, NORMS = "projections.", "norms."
+
 _LAYERS = "decoder.layers."
 #: Every site by its name.
 SITES: dict[str, Site] = {site.name: site for site in (EMBED, *LAYER_SITES, LM_HEAD)}

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_lrc.clone.checkpoint_layout import Box
+from megatron_lrc.checkpoints.layout import Box
 
 
 def read_box(files: FileSystemReader, stored: TensorStorageMetadata, box: Box) -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc import __version__
-from megatron_lrc.checkpoint_files import FileSum
+from megatron_lrc.checkpoints.files import FileSum
 from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
 
 STATE_FILE = "run.json"
