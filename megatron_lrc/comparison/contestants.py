@@ -37,7 +37,7 @@ class Contestant:
 #: (--tokens 100000 --lr-grid 1e-3 3e-3 1e-2). The others have that of the nearest of them.
 LRC, RANDOM, WHOLE = "--lr 1e-3", "--lr 3e-3", "--lr 3e-3"
 PCA = "--init pca --calibration-tokens 16384"
-#: The best of --open-after 0.1 and 0.3, --open-matrices mlp and all, and rates of 1e-3 and 3e-3, at 300K tokens.
+#: The best of five at 300K tokens and one seed (docs/results.md).
 OPENED = "--open-after 0.1 --open-matrices all --open-lr 3e-3"
 
 _METHODS = (

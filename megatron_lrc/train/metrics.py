@@ -12,10 +12,11 @@ Losses are means over all tokens since the record before (or of the whole valida
 not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and
 terms, before alpha, and `clone_by_layer` its parts: term -> one value per layer, whatever its pipeline stage.
 `teacher_lm_loss` is the teacher's LM loss on the same tokens, `teacher_kl` KL(teacher || student) at temperature 1 in
-nats per token, `top1_agreement` the share of tokens after which both hold the same one likeliest. `skipped_steps` counts the steps since the record before
-that updated nothing. `grad_norm` is the record's own step's, before clipping, and `grad_norm_by_group` its parts: the
-projections of each kind of matrix over all layers (a tied one counts as embed), and the norm gains. `effective_rank`:
-teacher, student -> the effective rank of the hidden states at each layer's input and, last, at the final norm's.
+nats per token, `top1_agreement` the share of tokens after which both hold the same one likeliest. `skipped_steps`
+counts the steps since the record before that updated nothing. `grad_norm` is the record's own step's, before clipping,
+and `grad_norm_by_group` its parts: the projections of each kind of matrix over all layers (a tied one counts as embed),
+and the norm gains. `effective_rank`: teacher, student -> the effective rank of the hidden states at each layer's input
+and, last, at the final norm's.
 `mask_sizes`, while --method sheared learns masks: hidden, groups, neurons -> how many the masks keep on average, after
 the step. What is not finite, or off, is null.
 
