@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,9 +21,13 @@ if not torch.cuda.is_available():
         "full scope is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
+
     # As it is imported megatron-core has torch.compile wrap what it fuses on a GPU, none of which we call on CPU. That
     # loads the compiler, a third of the time of all imports.
-    _compile, torch.compile = torch.compile, lambda function, **_: function  # type: ignore[assignment]
+    def _uncompiled(function: Callable | None = None, **_: Any) -> Callable:
+        return function or (lambda function: function)
+
+    _compile, torch.compile = torch.compile, _uncompiled  # type: ignore[assignment]
     try:
         import megatron.core  # noqa: F401
     finally:
