@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch._dynamo  # torch.optim loads it in the first step: here it is part of what a process takes without a model
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (

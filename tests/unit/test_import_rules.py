@@ -155,7 +155,7 @@ def test_the_walker_resolves_relative_imports():
 def test_starting_on_cpu_loads_no_compiler():
     """torch.compile's parts are a third of the time of all imports, and nothing is compiled without a GPU."""
     program = (
-        "import sys, megatron_lrc.verify.exporting, megatron_lrc.verify.models\n"
+        "import sys, megatron_lrc.verify.exporting, megatron_lrc.train.loop\n"
         "print([name for name in ('torch._dynamo', 'torch._inductor.compile_fx') if name in sys.modules])"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
