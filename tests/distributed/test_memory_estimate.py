@@ -64,7 +64,7 @@ CASES = {
         16000,
         student=512,
         sequence=256,
-        micro_batch=2,
+        micro_batch=1,
         num_microbatches=2,
         is_tied=True,
         bf16=True,
@@ -121,7 +121,8 @@ def measured_and_estimated(case: Case, folder: Path, *, gives_back: bool = False
     """For each rank."""
     config = config_of(case, folder / "case")
     (empty,) = run_ranks(1, measure_peak, config_of(NO_SIZE, folder / "empty"), gives_back)
-    measured = run_ranks(case.ranks, measure_peak, config, gives_back)
+    # Where a processor has no products in bf16 the steps take a minute.
+    measured = run_ranks(case.ranks, measure_peak, config, gives_back, timeout=240.0)
     shape = describe_teacher(config.model.teacher or "").shape
     stages = peak_memory(config, shape, config.student_shape(shape), world_size=case.ranks, runtime=empty)
     return [(peak, stages[rank * case.pp // case.ranks]) for rank, peak in enumerate(measured)]
