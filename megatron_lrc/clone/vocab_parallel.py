@@ -267,10 +267,12 @@ def _sums_of_both(
     return student.exp_().sum(1), teacher_sum, warm.sum(1), excess.sum(1), gap.mul_(warm).sum(1)
 
 
+@fused_on_cuda
 def _gap_sum(student_logits: Tensor, teacher_logits: Tensor, student_top: Tensor, teacher_top: Tensor) -> Tensor:
     """Sum of (z_T - z_S) exp(z_T), of logits less the largest: [n']."""
     student, teacher = student_logits - student_top.unsqueeze(1), teacher_logits - teacher_top.unsqueeze(1)
-    return (teacher.exp() * (teacher - student)).sum(1)
+    gap = student.neg_().add_(teacher)
+    return teacher.exp_().mul_(gap).sum(1)
 
 
 @fused_on_cuda

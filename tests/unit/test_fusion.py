@@ -25,6 +25,7 @@ def arguments(name, n, v):
         "_student_sum": (student, tops[0]),
         "_student_gradient": (student, tops[0], torch.rand(n)),
         "_sums_of_both": (student, teacher, *tops, 40.0),
+        "_gap_sum": (student, teacher, *tops),
         "_gradient_of_both": (student, teacher, *tops, torch.rand(3, n), 40.0),
         "_squared_error": (*pair, *weights),
         "_error": (*pair, *weights),
@@ -53,7 +54,7 @@ def test_what_cannot_be_compiled_says_so_once_and_runs_as_it_is():
 @pytest.mark.slow  # compiling takes 20 s
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("module, names", [
-    (vocab_parallel, ("_student_sum", "_student_gradient", "_sums_of_both", "_gradient_of_both")),
+    (vocab_parallel, ("_student_sum", "_student_gradient", "_sums_of_both", "_gap_sum", "_gradient_of_both")),
     (losses, ("_squared_error", "_error", "_add_error")),
 ])  # fmt: skip
 def test_compiled_functions_equal_themselves(module, names):

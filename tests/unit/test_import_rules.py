@@ -114,6 +114,7 @@ def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
         ("mcore", ["train", "verify", "estimate", "evaluation"]),
         ("estimate", ["train", "verify", "data", "evaluation"]),
         ("verify", ["train", "evaluation"]),
+        ("clone", ["mcore", "train", "hf", "data", "verify", "evaluation"]),
         ("report", ["clone", "mcore", "hf", "data", "verify", "evaluation"]),  # and of train what needs no torch
         ("train", ["report", "evaluation", "comparison"]),
         ("evaluation", ["train", "report", "estimate", "benchmarks"]),  # nothing but tools stands above it
