@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints-cpu.txt -e
+# Some tests wait, some compute on two ranks: a test for each core at a time, as long as memory lasts.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
 .PHONY: test test-slow check demo clean layout-report
@@ -17,16 +19,16 @@ INPUTS := setup.py pyproject.toml constraints-cpu.txt
 # One thread per process unless told otherwise: the tests start several processes.
 test test-slow: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -ra --durations=10 -m "not slow"
+	$(PYTEST) -ra --durations=10 -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -ra --durations=10 -m slow
+	$(PYTEST) -ra --durations=10 -m slow
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q tests/unit
+	$(PYTEST) -q tests/unit
 
 layout-report: export OMP_NUM_THREADS ?= 1
 layout-report: $(VENV)/.installed-test

@@ -56,7 +56,16 @@ setup(
         "eval": ["lm_eval[hf]>=0.4.13"],  # --tasks of tools/evaluate.py
         "watch": ["wandb"],  # --wandb-project
         "resiliency": ["nvidia-resiliency-ext"],  # ft_launcher, instead of torchrun
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "matplotlib", "pyarrow", "gguf", "accelerate"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "matplotlib",
+            "pyarrow",
+            "gguf",
+            "accelerate",
+        ],
         "check": ["ruff", "pyright[nodejs]"],
         "demo": ["gguf", "accelerate", "matplotlib"],
     },

@@ -95,8 +95,11 @@ class BackgroundWriter:
         """End the process, which finishes first what it is writing."""
         if self._process is None:
             return
-        with contextlib.suppress(OSError):  # it may have died
-            self._connection.send(None)  # its end stays open while a forked data loader holds a copy of ours
+        if self._is_busy:
+            with contextlib.suppress(OSError):  # it may have died
+                self._connection.send(None)  # its end stays open while a forked data loader holds a copy of ours
+        else:
+            self._process.kill()  # it has nothing to lose, and may take seconds yet to load torch
         self._connection.close()
         self._process.wait()
         os.close(self._file)

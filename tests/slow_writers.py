@@ -25,7 +25,7 @@ def serve_slowly(*arguments: int) -> None:
     """Begins to write only after the next steps have changed what it is to write."""
 
     def wait_and_write(buckets: list) -> object:
-        time.sleep(1.5)
+        time.sleep(0.7)
         return _write(buckets)
 
     background_writer.write_files = wait_and_write  # type: ignore[assignment]

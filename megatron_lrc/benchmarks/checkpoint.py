@@ -28,8 +28,6 @@ from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter
 from megatron_lrc.train.garbage import what_is_there_stays
 from megatron_lrc.train.step import Run, train_step
 
-HELP = "saving in the background against saving at once: what each costs the training loop"
-
 
 @dataclass(frozen=True)
 class Round:

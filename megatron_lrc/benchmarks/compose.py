@@ -25,7 +25,6 @@ from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.train.step import Run
 
-HELP = "compose and pull back, against their bare matrix products and against micro-batches"
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 

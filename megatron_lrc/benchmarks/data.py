@@ -26,7 +26,6 @@ from megatron_lrc.data.checks import read_indexed_file
 from megatron_lrc.data.megatron_pattern import reference_tokens
 from megatron_lrc.data.verification import read_index
 
-HELP = "tokenization of a corpus: MB/s, tokens/s, memory, against Megatron-LM's pattern"
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = "Megatron-LM's pattern, 2 workers"
 PACKAGES = ("tokenizers", "transformers", "megatron-core", "numpy")

@@ -31,7 +31,6 @@ from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.validation import validate_against_teacher
 
-HELP = "exporting a student to Hugging Face: time and memory, against copying the same bytes"
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "convert_to_hf.py")
 #: At most this many times the seconds of the copy; at most these many times the largest shard, and as many bytes more.

@@ -25,7 +25,6 @@ from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard,
 from megatron_lrc.config import ConfigError
 from megatron_lrc.train.memory import memory_bytes
 
-HELP = "LM and KL losses with their gradients: time and memory, against full logits and autograd"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEMPERATURE = 40.0
 #: Matrices of tokens x vocabulary in fp32 that the materialised form has at once, backward included: about.

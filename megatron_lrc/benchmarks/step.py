@@ -51,7 +51,6 @@ from megatron_lrc.train.initial_weights import InitialWeights
 from megatron_lrc.train.step import Run, StepReport, train_step
 from megatron_lrc.validation import raise_all, validate_against_teacher
 
-HELP = "tokens/s of whole optimizer steps: LRC, ordinary training of the student, a naive LRC"
 LRC, ORDINARY, NAIVE = CONTESTANTS = ("lrc", "ordinary", "naive")
 NAMES = {LRC: "LRC", ORDINARY: "ordinary", NAIVE: "naive LRC"}
 #: Passed on to the configuration, as flags of a training.

@@ -17,6 +17,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShap
 STATE_FILE = "run.json"
 #: --load: the newest checkpoint of --save.
 AUTO = "auto"
+_THREADS_READING = 4
 _CHECKPOINT = re.compile(r"iter_(\d{7,})")
 _LEFTOVER = re.compile(r"(iter_\d{7,})\.(partial-\w+|replaced|removed)")
 
@@ -121,14 +123,20 @@ def find_missing(path: Path) -> str | None:
 
 def find_changed(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """The first file whose contents are not what was written, in a few words. Reads one of `parts` shares of them."""
-    for name, expected in sorted(_sums(_read_record(path)).items())[part::parts]:
+
+    def damage_of(entry: tuple[str, FileSum]) -> str | None:
+        name, expected = entry
         try:
             found = FileSum.of(path / name)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if found != expected:
             return f"{name} is not what was written: CRC-32 {found.crc32:08x}, not {expected.crc32:08x}"
-    return None
+        return None
+
+    files = sorted(_sums(_read_record(path)).items())[part::parts]
+    with ThreadPoolExecutor(_THREADS_READING) as threads:  # reading and summing let go of the interpreter
+        return next(filter(None, threads.map(damage_of, files)), None)
 
 
 def _crc32_of(record: dict[str, Any]) -> int:

@@ -19,6 +19,8 @@ from ranks import run_ranks
 
 WIDTH = 48  # the tiny teacher's
 INITS = ["orthogonal", "channel", "pca", "ridge"]
+#: Those that `make test` holds on every layout; the others: `make test-slow`.
+QUICK = ["pca", "ridge"]
 LAYOUTS = {
     "TP2+SP": (2, {"tp": 2}),
     "PP2": (2, {"pp": 2}),
@@ -47,7 +49,9 @@ def projections_of(run: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(
+    "init", [pytest.param(init, marks=[] if init in QUICK else [pytest.mark.slow]) for init in INITS]
+)
 def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_text, tmp_path, init):
     make = partial(make_config, teacher, tiny_text, steps=0)
     train(start_of(make(tmp_path / "one"), init))

@@ -104,10 +104,10 @@ def test_two_steps_give_the_same_losses_norms_and_weights_on_every_layout(
     "ranks, layout, precision",
     [
         pytest.param(1, {}, "fp32", id="one"),
-        pytest.param(2, {"pp": 2}, "bf16", id="PP2-bf16"),
-        pytest.param(2, {"tp": 2}, "fp16", id="TP2-fp16"),
+        pytest.param(2, {"pp": 2}, "bf16", id="PP2-bf16", marks=pytest.mark.slow),
+        pytest.param(2, {"tp": 2}, "fp16", id="TP2-fp16", marks=pytest.mark.slow),
         pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16"),
-        pytest.param(2, {"cp": 2, "dist_opt": True}, "fp32", id="CP2-distributed-optimizer"),
+        pytest.param(2, {"cp": 2, "dist_opt": True}, "fp32", id="CP2-distributed-optimizer", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_stopped_goes_on_bit_for_bit(qwen, tiny_text, tmp_path, ranks, layout, precision):

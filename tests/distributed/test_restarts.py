@@ -33,6 +33,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert_same_parameters(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_whose_ranks_are_killed_is_started_again_and_comes_out_the_same(tiny_llama, tiny_text, tmp_path):
     run = tmp_path / "run"

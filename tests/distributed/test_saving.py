@@ -51,7 +51,7 @@ def train_with_slow_writers(config: Config) -> None:
     "ranks, layout, bf16",
     [
         pytest.param(1, {}, False, id="one"),
-        pytest.param(2, {"tp": 2}, True, id="TP2-bf16"),
+        pytest.param(2, {"tp": 2}, True, id="TP2-bf16", marks=pytest.mark.slow),
         pytest.param(2, {"dist_opt": True}, False, id="DP2-distributed-optimizer"),
     ],
 )

@@ -80,7 +80,7 @@ def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, ranks, lay
         pytest.param(2, {"dist_opt": True}, "bf16", id="DP2-distributed-optimizer-bf16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("stop", [CUT - 1, CUT, CUT + 1])
+@pytest.mark.parametrize("stop", [CUT, *[pytest.param(stop, marks=pytest.mark.slow) for stop in (CUT - 1, CUT + 1)]])
 def test_a_stop_before_at_or_after_the_cut_changes_nothing(qwen, tiny_text, tmp_path, stop, ranks, layout, precision):
     config = on_layout(sheared_config(qwen, tiny_text, tmp_path / "whole"), **layout)
     if precision != "fp32":

@@ -246,7 +246,8 @@ def wait_until(is_true: Callable[[], bool], seconds: float = 100) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_torchrun_ends_in_a_checkpoint(tiny_llama, tiny_text, tmp_path, number):
     run = tmp_path / "run"
     flags = f"--teacher {tiny_llama()} --student-hidden-size 24 --data-path {tiny_text} --split 90,10,0 --save {run} "

@@ -83,6 +83,7 @@ def last_step(run: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_time_is_up_saves_is_queued_again_and_goes_on_to_its_end(tiny_llama, tiny_text, tmp_path, submit):
     run = tmp_path / "run"
     flags = ["--teacher", tiny_llama(), "--student-hidden-size", "24", "--data-path", tiny_text, "--split", "90,10,0"]

@@ -47,6 +47,7 @@ def test_the_table_the_json_and_the_equal_outputs(tokenizer_folder, tmp_path, ca
         assert spreads["ratio"]["median"] == pytest.approx(baseline / seconds)
 
 
+@pytest.mark.slow
 def test_a_contestant_that_writes_other_tokens_is_reported(tokenizer_folder, tmp_path, monkeypatch, capsys):
     """Ours is kept from ending its documents: neither the files nor the checked documents agree then."""
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(30))
