@@ -23,6 +23,7 @@ def tokenizer_folder(tmp_path_factory) -> str:
     return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.mark.slow
 def test_the_table_the_json_and_the_equal_outputs(tokenizer_folder, tmp_path, capsys):
     """300 KB of this environment's text, Megatron-LM's pattern and ours."""
     flags = ["--corpus-mb", "0.3", "--repeats", "1", "--check-documents", "20", "--json", str(tmp_path / "b.json")]

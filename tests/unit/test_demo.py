@@ -212,6 +212,7 @@ def run_report(root: Path, **replaced: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow  # make demo runs the same
 def test_report_compares_the_models_on_the_same_tokens(measured: Path) -> None:
     finished = run_report(measured)
     assert finished.returncode == 0, finished.stderr
