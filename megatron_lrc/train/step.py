@@ -197,4 +197,5 @@ def _reduce_losses(stages: Sequence[PipelineStage], votes: Tensor | None = None)
     votes = main.new_zeros(0) if votes is None else votes
     total = sum_over_world(torch.cat([main, clone.flatten(), votes]))
     main, clone_sums, votes = total.split([len(main), clone.numel(), len(votes)])
-    return LossTotals(*(*main, clone_sums.view_as(clone))), votes
+    lm, kl, teacher_lm, teacher_kl, same_top1, tokens = main
+    return LossTotals(lm, kl, teacher_lm, teacher_kl, same_top1, tokens, clone_sums.view_as(clone)), votes
