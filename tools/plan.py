@@ -4,9 +4,9 @@
     python tools/plan.py --gpus 8 --gpu A100-40GB --teacher DIR --student-hidden-size 1536 --bf16 --train-iters 100000
 
 Other flags are those of `python -m megatron_lrc train`; of the teacher only config.json is read, and for a preset of a
-published run no teacher is needed. Layouts are searched over TP, PP, CP, micro-batch size, recomputation and the
-distributed optimizer, whatever the flags say of them. Memory and speed are estimates (megatron_lrc/estimate/): --mfu
-and the speed of links are assumptions.
+published run no teacher is needed. For --method lrc and logits. Layouts are searched over TP, PP, CP, micro-batch size,
+recomputation and the distributed optimizer, whatever the flags say of them. Memory and speed are estimates
+(megatron_lrc/estimate/): --mfu and the speed of links are assumptions.
 """
 
 import argparse
@@ -47,6 +47,11 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
 
     config = parse_config(flags)
     raise_all([*check_ranges(config), *check_losses(config), *check_precision(config)])
+    if not config.has_teacher or config.is_tinybert:
+        raise ConfigError(
+            f"--method {config.model.method}: its memory and time are not estimated. Plan for lrc or logits; "
+            "--dry-run N of a training estimates FLOPs and disk of ordinary and tinybert too."
+        )
     if config.model.student_hidden_size is None:
         raise ConfigError("--student-hidden-size is missing: the student's hidden size, below the teacher's.")
     if config.model.teacher:

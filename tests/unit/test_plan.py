@@ -108,10 +108,14 @@ def test_the_tool_reads_a_config_file_alone_and_writes_json(capsys, tmp_path):
     assert parts.pop("total") == pytest.approx(sum(parts.values())) and parts["teacher"] > 5 * GIB
 
 
+UNPLANNED = ("ordinary", "tinybert", "sheared")
+
+
 def test_what_cannot_be_planned_is_refused_in_one_sentence(capsys, tmp_path):
     for flags, expected in (
         (["--student-hidden-size", "8"], "plan.py: Give --teacher DIR (config.json is enough), or --preset lrc-1.5b, "),
         (["--teacher", str(tmp_path)], "plan.py: --student-hidden-size is missing"),
+        *((["--preset", "lrc-4b", "--method", name], f"plan.py: --method {name}: its memory") for name in UNPLANNED),
         (["--preset", "lrc-4b", "--mfu", "35"], "plan.py: --mfu 35.0 is not a share"),
         (["--preset", "lrc-4b", "--gpu", "H1"], "plan.py: --gpu H1 is not known"),
         (["--preset", "lrc-4b", "--micro-batch", "7"], "plan.py: unknown flag --micro-batch"),
