@@ -128,7 +128,7 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_llama, tiny_text, 
 @pytest.mark.parametrize(
     "stops, bf16",
     [
-        pytest.param((0, 1, 4), True, id="before-the-first-step-bf16"),
+        pytest.param((0, 1, 4), True, id="before-the-first-step-bf16", marks=pytest.mark.slow),
         pytest.param((3, 7, 8), False, id="across-an-epoch-fp32"),
         pytest.param((0, 1, 4), False, id="before-the-first-step-fp32", marks=pytest.mark.slow),
         pytest.param((3, 7, 8), True, id="across-an-epoch-bf16", marks=pytest.mark.slow),
@@ -147,7 +147,9 @@ def test_a_run_that_stops_again_and_again_is_the_run_that_never_stopped(tiny_lla
     assert_same_parameters(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "bf16", [pytest.param(False, id="fp32", marks=pytest.mark.slow), pytest.param(True, id="bf16")]
+)
 @pytest.mark.parametrize("dist_opt", [False, True], ids=["from-replicated", "from-distributed"])
 def test_a_run_may_go_on_with_the_other_kind_of_optimizer(tiny_llama, tiny_text, tmp_path, dist_opt, bf16):
     config = on_layout(make_config(tiny_llama(), tiny_text, tmp_path / "whole", steps=4), dist_opt=dist_opt)

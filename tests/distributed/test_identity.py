@@ -116,7 +116,9 @@ def teacher_loss_on_first_validation_batch(config: Config) -> float:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "is_tied", [pytest.param(False, id="untied", marks=pytest.mark.slow), pytest.param(True, id="tied")]
+)
 def test_the_exported_student_is_the_one_that_trained(write_teacher, tiny_text, tmp_path, is_tied):
     config = make_config(write_teacher(is_tied=is_tied), tiny_text, tmp_path / "run", steps=3)
     config = on_layout(replace(config, model=replace(config.model, student_hidden_size=20)), tp=2)

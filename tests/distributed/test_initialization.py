@@ -75,6 +75,7 @@ def test_a_start_is_the_same_every_time_and_alike_on_every_layout(teacher, tiny_
         assert others["top1_agreement"] == pytest.approx(losses["top1_agreement"], abs=0.01)  # some are near ties
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_in_bf16_ridge_is_alike_on_every_layout(teacher, tiny_text, tmp_path):
     losses = {}

@@ -139,10 +139,7 @@ def describe(name: str, rank: int, measured: int, estimate: MemoryParts) -> str:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("fp32", "PP2", "DP2-distributed-optimizer-bf16")))
-        for name in CASES
-    ],
+    [pytest.param(name, marks=[] if name == "bf16-tied" else [pytest.mark.slow]) for name in CASES],
 )
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path, name):
     for rank, (measured, estimate) in enumerate(measured_and_estimated(CASES[name], tmp_path)):

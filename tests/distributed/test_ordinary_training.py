@@ -127,7 +127,9 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(qwen, tiny_text, tmp_path, ranks
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("first_dist_opt, later_dist_opt", [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    "first_dist_opt, later_dist_opt", [(False, True), pytest.param(True, False, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_loads_on_another_layout(tiny_llama, tiny_text, tmp_path, is_tied, first_dist_opt, later_dist_opt):
     """Whose vocabulary is padded differently, to 384 rows at TP 1 and 512 at TP 2; and with the other optimizer."""
     model = tiny_llama(is_tied=is_tied, num_layers=4)

@@ -25,7 +25,7 @@ def in_fp16(config: Config, **settings) -> Config:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks, layout", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], ids=["one", "TP2+SP", "PP2"])
-@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 1024.0])
 def test_losses_and_gradient_norms_in_fp16_are_those_in_fp32(config, tmp_path, ranks, layout, scale):
     """By group: if a scale failed to reach the clone losses, q, k, v and the FFN would be off by most of it."""
     train(config)
@@ -59,7 +59,13 @@ def test_gradients_that_overflow_at_the_smallest_loss_scale_are_a_fault(config, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks, layout", [(2, {"pp": 2}), (2, {"dist_opt": True})], ids=["PP2", "DP2-dist-opt"])
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [
+        pytest.param(2, {"pp": 2}, id="PP2", marks=pytest.mark.slow),
+        pytest.param(2, {"dist_opt": True}, id="DP2-dist-opt"),
+    ],
+)
 def test_bf16_gradients_are_those_in_fp32_and_small_updates_add_up(config, tmp_path, ranks, layout):
     """An update of 1e-4 is lost in a bf16 weight of 0.13 (steps of 1e-3), but not in its fp32 main parameter."""
     train(config)

@@ -220,7 +220,10 @@ def test_a_run_is_never_written_over_or_continued_with_another_student(tiny_llam
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("dist_opt", [False, True], ids=["replicated", "distributed-optimizer"])
+@pytest.mark.parametrize(
+    "dist_opt",
+    [pytest.param(False, id="replicated", marks=pytest.mark.slow), pytest.param(True, id="distributed-optimizer")],
+)
 def test_an_interleaved_run_is_that_of_one_rank_and_its_checkpoint_loads_anywhere(
     tiny_llama, tiny_text, tmp_path, dist_opt
 ):

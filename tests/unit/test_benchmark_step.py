@@ -133,6 +133,7 @@ def test_a_process_beside_us_that_ends_is_quoted(tiny_llama, monkeypatch, capsys
     )
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_in_both_processes(tiny_llama, capsys):
     """And the process ends when it is no longer needed."""
     before = set(psutil.Process().children())
