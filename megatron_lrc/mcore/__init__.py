@@ -9,6 +9,8 @@ import torch
 
 # torch 2.13's advice; the new names do not exist in the older versions that are supported.
 warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
+# torch's advice to megatron-core, which each rank would repeat whenever a run goes on.
+warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
 
 if not torch.cuda.is_available():
     # Wherever Transformer Engine can be imported megatron-core takes its optimizer and its norms of gradients, which
