@@ -32,6 +32,12 @@ def serve_slowly(*arguments: int) -> None:
     background_writer.serve(*arguments)
 
 
+def serve_after_a_minute(*arguments: int) -> None:
+    """As if torch took as long to load."""
+    time.sleep(60)
+    background_writer.serve(*arguments)
+
+
 def serve_and_die_at_step_2(*arguments: int) -> None:
     """While it writes, as if for want of memory."""
 

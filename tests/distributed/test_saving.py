@@ -210,6 +210,15 @@ def test_a_writer_ends_with_its_rank_however_that_ends(tmp_path):
     assert not Path(f"{pid_file}.written").exists()
 
 
+def test_a_run_does_not_wait_at_its_end_for_a_writer_that_is_not_ready(monkeypatch):
+    monkeypatch.setattr(background_writer, "ENTRY", "slow_writers:serve_after_a_minute")
+    writer = background_writer.BackgroundWriter()
+    process, start = writer._process, time.monotonic()
+    writer.close()
+    assert time.monotonic() - start < 30
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_ranks_that_hold_the_same_share_the_writing(tiny_llama, tiny_text, tmp_path):
     config = make_config(tiny_llama(), tiny_text, tmp_path, steps=1)
     train(config, 2)

@@ -146,6 +146,15 @@ def test_a_tool_answers_help_without_loading_torch(path):
     """Heavy packages are imported where they are used; a tool itself has no tensor code."""
     top = list(imported_modules(path, nodes=ast.parse(path.read_text(encoding="utf-8")).body))
     assert [name for name in top if is_within(name, "torch", "megatron", "transformers", "numpy")] == []
+    program = (
+        "import atexit, runpy, sys\n"
+        "heavy = ('torch', 'megatron.core', 'transformers')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))\n"
+        "sys.argv[1:] = ['--help']\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]") and done.stdout.startswith("usage: ")
 
 
 def test_the_walker_resolves_relative_imports():
