@@ -36,6 +36,17 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
             "--ddp-bucket-size is for --overlap-grad-reduce: without it all gradients are summed at once. "
             "Set that too, or leave it out."
         )
+    if parallel.overlap_param_gather:
+        missing = [
+            flag_of(name)
+            for name in ("use_distributed_optimizer", "overlap_grad_reduce")
+            if not getattr(parallel, name)
+        ]
+        if missing:
+            yield (
+                f"--overlap-param-gather needs {' and '.join(missing)}: it collects what the distributed optimizer has "
+                "updated, in the buckets in which gradients are summed. Add what is missing, or leave it out."
+            )
     each = config.model_parallel_size
     if world_size % each:
         by_cp = f" times --context-parallel-size {cp}" * (cp > 1)

@@ -39,6 +39,7 @@ def check_precision(config: Config) -> Iterator[str]:
         )
     yield from check_attention(config)
     yield from check_fp8(config)
+    yield from check_userbuffers(config)
 
 
 def check_attention(config: Config) -> Iterator[str]:
@@ -57,6 +58,31 @@ def check_attention(config: Config) -> Iterator[str]:
         )
     if backend in ("flash", "fused") and not (config.training.bf16 or config.training.fp16):
         yield f"--attention-backend {backend} has no kernels for fp32. Add --bf16, or leave it out."
+
+
+def check_userbuffers(config: Config) -> Iterator[str]:
+    """--tp-comm-overlap: what Transformer Engine's buffers for it are made for, and have been thought through for."""
+    if not config.parallel.tp_comm_overlap:
+        return
+    if config.parallel.tensor_model_parallel_size == 1:
+        yield "--tp-comm-overlap means nothing without --tensor-model-parallel-size above 1. Leave it out."
+    if config.compute.transformer_impl == "local":
+        yield (
+            "--tp-comm-overlap is Transformer Engine's, which --transformer-impl local leaves out. Leave one of them "
+            "out."
+        )
+    if not (config.training.bf16 or config.training.fp16):
+        yield "--tp-comm-overlap needs half precision. Add --bf16, or leave it out."
+    if config.compute.fp8_format is not None:
+        yield (
+            f"--tp-comm-overlap cannot go with --fp8-format {config.compute.fp8_format}: its buffers are made in half "
+            "precision only. Leave one of them out."
+        )
+    if config.is_sheared:
+        yield (
+            "--tp-comm-overlap cannot go with --method sheared, whose hidden size changes when the model is cut: its "
+            "buffers are of one size. Leave it out."
+        )
 
 
 def check_fp8(config: Config) -> Iterator[str]:

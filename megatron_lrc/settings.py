@@ -202,6 +202,18 @@ class ParallelConfig:
         "Sum gradients over the data-parallel processes, a bucket at a time, while others are still being computed: "
         "those of projections during their pull back, those of --method ordinary during the last backward pass.",
     )
+    overlap_param_gather: bool = setting(
+        False,
+        "With --use-distributed-optimizer and --overlap-grad-reduce: collect what each data-parallel process has "
+        "updated, a bucket at a time, while the student is composed (with --method ordinary, while the next step's "
+        "first forward pass runs) instead of before.",
+    )
+    tp_comm_overlap: bool = setting(
+        False,
+        "Exchange what the student's linear layers need of other tensor parallel ranks, or give to them, while their "
+        "matrix products run (Transformer Engine's userbuffers, which need NVLink; half precision, no FP8). The "
+        "teacher's exchanges stay as they are: the buffers are of one hidden size. Not yet run on a GPU.",
+    )
     ddp_bucket_size: int | None = setting(
         None,
         "Elements of a bucket that --overlap-grad-reduce sums at once, about. Default: megatron-core's, 40 million or "

@@ -148,14 +148,18 @@ class Projections(nn.Module):
         return self._targets[name]
 
     @torch.no_grad()
-    def compose(self, weights: Iterable[ClonedWeight]) -> None:
+    def compose(self, weights: Iterable[ClonedWeight], before_reading: Callable[[nn.Parameter], None]) -> None:
         """Set every student weight that is not its own from the teacher's. Forgets the gradients of the targets; those
-        of fixed projections stay as the first composition has made them."""
+        of fixed projections stay as the first composition has made them.
+
+        before_reading: told of each P before its values are needed, in the order of `weights`.
+        """
         fixed = {name for name in self._targets if not self.matrices[_key(name)].requires_grad}
         self._targets = {name: self._targets[name] for name in fixed}
         for weight in weights:
             if weight.is_own and (weight.projection in fixed or weight.projection not in self._are_detached):
                 continue
+            before_reading(self.matrices[_key(weight.projection)])
             projection = self.full(weight.projection)
             if not weight.is_own:
                 student = select(weight.site, weight.student, weight.heads)

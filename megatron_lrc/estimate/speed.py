@@ -1,7 +1,7 @@
 """How long a step may take: FLOPs at a stated share of the peak, the pipeline's bubble, and communication by volume.
 
 An estimate to compare layouts with, not a promise: the share (--mfu) is an assumption, and so are the links' speeds.
-Communication counts as not overlapped with computation, which is what this package does. Recomputation counts as one
+Communication counts as not overlapped with computation, as without the --overlap flags. Recomputation counts as one
 more forward pass of the student's and the teacher's recomputed blocks.
 """
 

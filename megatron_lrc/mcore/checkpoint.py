@@ -120,6 +120,7 @@ def _copy_parameters(loaded: dict[str, Tensor], stages: Sequence[PipelineStage])
 
 def sharded_state(stages: Sequence[PipelineStage], optimizer: StageOptimizer, *, is_loading: bool) -> dict:
     """What is saved, or is to be loaded: this rank's tensors, with their places in the global ones."""
+    optimizer.await_parameters()
     model = _sharded_model(stages)
     state = {
         "model": model,

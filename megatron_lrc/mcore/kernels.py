@@ -18,9 +18,9 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.utils import get_te_version
+from megatron.core.utils import get_te_version, is_te_min_version
 
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, ModelShape
 
 #: FP8 recipe -> compute capability from which on there are kernels for it, and a GPU that has it. Transformer Engine's
 #: own table (`quantization.py`), which it looks at in the first forward pass only.
@@ -32,6 +32,8 @@ _CAPABILITY = {
 }
 #: Blockwise GEMMs came with it (the same table).
 _BLOCKWISE_CUDA = (12, 9)
+#: `initialize_ub` has its present arguments from it on.
+_USERBUFFERS_VERSION = "2.7.0"
 
 
 def uses_transformer_engine(config: Config) -> bool:
@@ -76,12 +78,42 @@ def own_precision(model: GPTModel, layer: int, inside: GPTModel) -> AbstractCont
     return fp8_autocast(enabled=False)
 
 
+def start_userbuffers(config: Config, student: ModelShape, dtype: torch.dtype) -> None:
+    """--tp-comm-overlap: make the buffers in which the student's layers exchange activations. Collective, after the
+    process groups; `stop_userbuffers` undoes it.
+
+    One set for the process, of one width, found by the names "qkv", "proj", "fc1", "fc2" that megatron-core gives to
+    all layers whose configuration has `tp_comm_overlap`: so the student's only.
+    """
+    if not config.parallel.tp_comm_overlap:
+        return
+    from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
+
+    tokens = config.training.micro_batch_size * config.training.seq_length // config.parallel.context_parallel_size
+    base.initialize_ub(
+        shape=[tokens, student.hidden_size],
+        tp_size=config.parallel.tensor_model_parallel_size,
+        quantization_modes=[base.UserBufferQuantizationMode.NONE],
+        dtype=dtype,
+        bootstrap_backend="nccl",
+    )
+
+
+def stop_userbuffers(config: Config) -> None:
+    if config.parallel.tp_comm_overlap:
+        from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
+
+        base.destroy_ub()
+
+
 def describe_kernels(config: Config, dtype: torch.dtype) -> str | None:
     """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU."""
     if not uses_transformer_engine(config):
         return None
     compute, attention = config.compute, "its own" if uses_engine_attention(config, dtype) else "torch's"
     line = f"layers by Transformer Engine {get_te_version()}, {attention} attention"
+    if config.parallel.tp_comm_overlap:
+        line += ", the student's exchanges over TP beside its products"
     if compute.fp8_format is None:
         return line
     models = "teacher and student" if compute.teacher_fp8 else "student" if config.has_teacher else "model"
@@ -103,6 +135,7 @@ def check_machine(config: Config) -> None:
     needs = [f"--transformer-impl {compute.transformer_impl}"] * (compute.transformer_impl == "transformer_engine")
     needs += [f"--attention-backend {compute.attention_backend}"] * (compute.attention_backend not in ("auto", "local"))
     needs += [f"--fp8-format {compute.fp8_format}"] * (compute.fp8_format is not None)
+    needs += ["--tp-comm-overlap"] * config.parallel.tp_comm_overlap
     if not needs:
         return
     if not torch.cuda.is_available():
@@ -111,6 +144,11 @@ def check_machine(config: Config) -> None:
         raise ConfigError(
             f"{needs[0]} needs the package transformer-engine, which is not installed here (or cannot be imported). "
             "Install it: pip install 'megatron-lrc[cuda]'; or leave the flag out."
+        )
+    if config.parallel.tp_comm_overlap and not is_te_min_version(_USERBUFFERS_VERSION):
+        raise ConfigError(
+            f"--tp-comm-overlap needs Transformer Engine {_USERBUFFERS_VERSION}; {get_te_version()} is installed. "
+            "Install a newer one, or leave the flag out."
         )
     if compute.fp8_format is not None:
         device = int(os.environ.get("LOCAL_RANK", "0"))

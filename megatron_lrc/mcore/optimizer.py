@@ -4,11 +4,15 @@ Gradients come in as sums over tokens and are divided once, by the global token 
 sum what is replicated over TP, what is tied over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
 With --overlap-grad-reduce the data-parallel sum comes first, a bucket at a time as gradients are complete: during the
 last backward pass, or during pull back where that completes them.
+
+With --overlap-param-gather the step leaves each rank with its own part of the new parameters, and the others' parts on
+their way: whoever reads a parameter then awaits it, or all of them.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +47,7 @@ class StageOptimizer:
             _mark_for_grad_norm(stage)
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
         self._is_overlapped = config.parallel.overlap_grad_reduce
+        self._is_gather_overlapped = config.parallel.overlap_param_gather
         self._is_complete_in_backward = not stages[0].pulls_back
         if self._is_overlapped and self._is_complete_in_backward:
             no_sync = [replica.no_sync for replica in self.replicas]  # until the last micro-batch
@@ -69,6 +74,8 @@ class StageOptimizer:
             grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+            align_param_gather=True,  # nobody but `clip_and_step` begins a gather
             bucket_size=config.parallel.ddp_bucket_size,
         )
         return DistributedDataParallel(stage.config, ddp_config, stage.trained_module)
@@ -187,8 +194,28 @@ class StageOptimizer:
             start_second_moments(self.optimizer, self._trained, self.groups)
             self.is_to_start_moments = False
         is_updated = self.optimizer.step_with_ready_grads()
+        if self._is_gather_overlapped:
+            for group in self._bucket_groups():
+                group.start_param_sync()
         self._equalize_tied()
         return is_updated, grad_norm
+
+    def await_parameter(self, parameter: nn.Parameter) -> None:
+        """Have the whole of a parameter, before it is read outside of the forward pass of a module that DDP knows."""
+        if self._is_gather_overlapped:
+            for replica in self.replicas:
+                if (group := replica.param_to_bucket_group.get(parameter)) is not None:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def await_parameters(self) -> None:
+        """Have all parameters whole: between steps, before anything but a stage reads them."""
+        if self._is_gather_overlapped:
+            for group in self._bucket_groups():
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    def _bucket_groups(self) -> Iterator[Any]:
+        """In the order of the forward pass; DDP fills its buckets from the last parameter to the first."""
+        return (group for replica in self.replicas for group in reversed(replica.bucket_groups))
 
     def _equalize_tied(self) -> None:
         """Give the last stage what is tied to the first one's. Both have taken the same step, but the sums over

@@ -39,6 +39,7 @@ from megatron_lrc.mcore.stages import (
     PipelineStage,
     Shapes,
     Trained,
+    leave_alone,
     run_stage,
 )
 from megatron_lrc.mcore.tinybert_losses import TinyBertLosses
@@ -220,9 +221,11 @@ class PairedModel(PipelineStage):
             if not weight.is_own:
                 zero_gradient(weight.student)
 
-    def compose(self) -> None:
+    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
         """W_S <- f(W_T, P), but for what is the student's own."""
-        self.projections.compose(self.cloned_weights)
+        self.projections.compose(self.cloned_weights, before_reading)
+        for trained in self.trained():  # gains and the student's own, which the forward pass reads
+            before_reading(trained.parameter)
 
     def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
         """dP += f^T(W_T, dW_S). The gradients of what is the student's own are there already."""

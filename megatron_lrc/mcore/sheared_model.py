@@ -22,7 +22,7 @@ from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.single_model import SingleModel
-from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained
+from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained, leave_alone
 from megatron_lrc.pruning.axes import AXES, gain_factor, mask_gradients, masked, masks_of, view
 from megatron_lrc.pruning.masks import GROUPS, HIDDEN, KINDS, NEURONS, Masks, mask_name
 
@@ -109,18 +109,20 @@ class ShearedModel(SingleModel):
         for weight in self._masked:
             zero_gradient(weight.model)
 
-    def compose(self) -> None:
+    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
         if self.masks is not None:
             self._z = self.masks.sampled()
-            self._compose()
+            self._compose(before_reading)
 
-    def compose_for_evaluation(self) -> None:
+    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
         if self.masks is not None:
             self._z = self.masks.likely()
-            self._compose()
+            self._compose(before_reading)
 
     @torch.no_grad()
-    def _compose(self) -> None:
+    def _compose(self, before_reading: Callable[[nn.Parameter], None]) -> None:
+        for trained in self._trained:
+            before_reading(trained.parameter)
         for weight in self._masked:
             if weight.name == "norm":
                 weight.model.copy_(weight.trained * gain_factor(self._z[HIDDEN]))

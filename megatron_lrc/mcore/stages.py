@@ -40,6 +40,10 @@ class Shapes:
     inverse_frequencies: Tensor
 
 
+def leave_alone(parameter: nn.Parameter) -> None:
+    """For `PipelineStage.compose` where no parameter is still to be collected from other ranks."""
+
+
 class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
 
@@ -133,12 +137,16 @@ class PipelineStage(nn.Module, ABC):
     def zero_gradients(self) -> None:
         """Empty what gathers gradients outside the optimizer's buffers."""
 
-    def compose(self) -> None:
-        """Make the student's weights from what is trained, if they are not that."""
+    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+        """Make the student's weights from what is trained, if they are not that.
 
-    def compose_for_evaluation(self) -> None:
+        before_reading: told of each trained parameter before the stage reads it; of all, by the end, but for those that
+        modules of `trained_module` read in their own forward passes, where DDP's hooks see it.
+        """
+
+    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
         """The same for a pass that nothing is learnt from."""
-        self.compose()
+        self.compose(before_reading)
 
     def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
         """Add to the gradients of what is trained what the student's weights have gathered, if those are not it.

@@ -15,7 +15,13 @@ from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.kernels import check_machine, choose_determinism, describe_kernels
+from megatron_lrc.mcore.kernels import (
+    check_machine,
+    choose_determinism,
+    describe_kernels,
+    start_userbuffers,
+    stop_userbuffers,
+)
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.sheared_model import ShearedModel
@@ -44,7 +50,9 @@ def train(config: Config) -> None:
     groups = distributed.start(config)
     distributed.watch_peers(groups)
     checked = _fall_back_past_damage(config, checked)
+    start_userbuffers(config, config.student_shape(checked.teacher.shape), parameter_dtype(config))
     Trainer(checked.config, checked, groups).train()
+    stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
 
 
@@ -113,6 +121,7 @@ class Trainer:
                 self._validate(log)
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
                 self._train_steps(log)
+            self.run.optimizer.await_parameters()
             self.saving.save_last()
             self.saving.close()
             self.heartbeat.stop()
@@ -219,6 +228,7 @@ class Trainer:
         self.saving.expect_other_tensors()
         self.state.grad_norm_mean, self.state.grad_norm_count = 0.0, 0  # of other gradients
         before = self.run.optimizer
+        before.await_parameters()
         yield
         self.run.optimizer = StageOptimizer(self._config_of_phase(), self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=with_moments)

@@ -36,11 +36,11 @@ class Run:
     def compose(self) -> None:
         """W_S <- f(W_T, P) on every stage."""
         for stage in self.stages:
-            stage.compose()
+            stage.compose(self.optimizer.await_parameter)
 
     def compose_for_evaluation(self) -> None:
         for stage in self.stages:
-            stage.compose_for_evaluation()
+            stage.compose_for_evaluation(self.optimizer.await_parameter)
 
     def after_step(self, gradient_scale: Tensor) -> None:
         for stage in self.stages:

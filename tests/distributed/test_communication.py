@@ -114,6 +114,12 @@ def logits(config: Config) -> None:
     config.model.method = "logits"
 
 
+def overlap(config: Config) -> None:
+    parallel = config.parallel
+    parallel.overlap_grad_reduce = parallel.overlap_param_gather = True
+    parallel.ddp_bucket_size = 5000
+
+
 def recompute_all(config: Config) -> None:
     config.parallel.recompute_granularity = "full"
 
@@ -137,6 +143,7 @@ def recompute_mlp(config: Config) -> None:
         ({"cp": 2}, no_change),
         ({"dp": 2}, no_change),
         ({"dp": 2, "dist_opt": True}, bf16),
+        ({"dp": 2, "dist_opt": True}, overlap),
         pytest.param({"tp": 2, "pp": 2}, no_change, marks=pytest.mark.slow),
         pytest.param({"tp": 2, "dp": 2, "dist_opt": True}, no_change, marks=pytest.mark.slow),
         pytest.param({"cp": 2, "pp": 2, "chunks": 2}, no_change, marks=pytest.mark.slow),

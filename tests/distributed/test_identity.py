@@ -48,7 +48,7 @@ def logits_in_training(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     stages = build_stages(config, teacher, TeacherReader(teacher), groups, torch.float32)
     load_checkpoint(newest_checkpoint(config.checkpoint.save), stages, StageOptimizer(config, stages, groups))
     stage = stages[0]
-    stage.projections.compose(stage.cloned_weights)
+    stage.compose()
     finals = {}
     for name, model in (("teacher", stage.teacher), ("student", stage.student)):
         model.decoder.final_layernorm.register_forward_hook(lambda *args, name=name: finals.update({name: args[2]}))

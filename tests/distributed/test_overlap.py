@@ -1,16 +1,23 @@
-"""--overlap-grad-reduce: the same gradients as without it, and sums that do begin while others are computed."""
+"""--overlap-grad-reduce and --overlap-param-gather: the same as without them, and communication that does begin while
+others are computed, and has ended when its result is read."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from test_open_phase import assert_equal, opened_config
 from test_ordinary_training import ordinary_config
-from test_training import make_config, on_layout, records, train
+from test_sheared_training import sheared_config
+from test_training import continued, make_config, on_layout, records, train, without_times
 
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.config import Config
+from megatron_lrc.mcore import checkpoint
+from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.train import loop
 from ranks import run_ranks
 
@@ -88,3 +95,106 @@ def test_sums_of_projections_begin_during_the_pull_back(tiny_llama, tiny_text, t
     config = make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "run", steps=2)
     config = with_overlap(with_two_micro_batches(config), tmp_path / "run").resolved(2)
     run_ranks(2, note_order_of_work, config)
+
+
+# ---------------------------------------------------------------------------------------------- --overlap-param-gather
+
+
+def with_gather(config: Config, run: object) -> Config:
+    config = with_overlap(config, run)
+    return replace(config, parallel=replace(config.parallel, overlap_param_gather=True))
+
+
+def opened(teacher: str, data: str, run: Path, *, steps: int) -> Config:
+    return opened_config(teacher, data, run, "mlp", steps=steps)
+
+
+def pruned(teacher: str, data: str, run: Path, *, steps: int) -> Config:
+    return sheared_config(teacher, data, run, steps=steps, groups=None)
+
+
+@pytest.mark.parametrize("make", [make_config, ordinary_config, opened, pruned])
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [
+        (2, {}),
+        pytest.param(4, {"pp": 2, "chunks": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["DP2", "DP2xPP2x2", "DP2xTP2"],
+)
+def test_runs_are_those_without_overlapped_gathers(tiny_llama, tiny_text, tmp_path, make, ranks, layout):
+    """With checkpoints and validations between steps, a change of what is trained (`opened`, `pruned`), a stop."""
+    teacher = tiny_llama(is_tied=False, num_layers=4)
+    config = on_layout(make(teacher, tiny_text, tmp_path, steps=3), dist_opt=True, **layout)
+    config = with_two_micro_batches(config)
+    config.checkpoint.save_interval, config.logging.eval_interval = 1, 2
+    for change in (with_overlap, with_gather):
+        run = change(config, tmp_path / change.__name__)
+        train(run, ranks)
+        train(continued(run, steps=4), ranks)
+    plain, overlapped = (tmp_path / change.__name__ for change in (with_overlap, with_gather))
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert without_times(records(overlapped, name)) == without_times(records(plain, name))
+    assert len(records(plain)) == 4
+    assert_equal(plain, overlapped)
+
+
+def note_order_of_gathers(config: Config) -> None:
+    """Three steps. Fails where a parameter is read that is not whole; notes how many gathers run as each P is."""
+    under_way: list[int] = []
+    awaited: list[str] = []
+    replicas: list[Any] = []
+    full, forward, save = Projections.full, PairedModel.forward, checkpoint._sharded_model
+
+    def groups() -> list[_ParamAndGradBucketGroup]:
+        return [group for replica in replicas for group in replica.bucket_groups]
+
+    def count() -> int:
+        return sum(group.param_gather_handle is not None for group in groups())
+
+    def noted_read(projections: Projections, name: str) -> Any:
+        (matrix,) = (matrix for own, matrix in projections.named_matrices() if own == name)
+        for group in groups():
+            if matrix in group.params:
+                assert group.param_gather_handle is None and group.param_gather_dispatched, name
+        under_way.append(count())
+        return full(projections, name)
+
+    def noted_forward(*args: Any) -> Any:
+        awaited.append("forward")
+        assert count() == 0
+        return forward(*args)
+
+    def noted_save(stages: Any) -> Any:
+        awaited.append("save")
+        assert count() == 0
+        return save(stages)
+
+    def noted_step(optimizer: StageOptimizer, *args: Any, **kwargs: Any) -> Any:
+        replicas[:] = optimizer.replicas
+        return clip_and_step(optimizer, *args, **kwargs)
+
+    clip_and_step = StageOptimizer.clip_and_step
+    with (
+        patch.object(Projections, "full", noted_read),
+        patch.object(PairedModel, "forward", noted_forward),
+        patch.object(checkpoint, "_sharded_model", noted_save),
+        patch.object(StageOptimizer, "clip_and_step", noted_step),
+    ):
+        loop.train(config)
+    assert "forward" in awaited and awaited[-1] == "save"
+    each = len(under_way) // 3
+    for step in (1, 2):
+        # Each P waits for its own bucket alone, and none for those of the gains.
+        others = len(groups()) - 1
+        assert under_way[step * each : (step + 1) * each] == list(range(others, others - each, -1))
+        assert others > each
+
+
+def test_a_composition_waits_for_each_bucket_as_it_needs_it(tiny_llama, tiny_text, tmp_path):
+    config = on_layout(make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "run", steps=3), dist_opt=True)
+    config.logging.eval_iters = 0  # so that the last gathers are first read by the checkpoint
+    config = with_gather(with_two_micro_batches(config), tmp_path / "run").resolved(2)
+    config.parallel.ddp_bucket_size = 100  # so that each matrix has one of its own, and the gains have
+    run_ranks(2, note_order_of_gathers, config)

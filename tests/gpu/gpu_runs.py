@@ -38,11 +38,12 @@ def write_teacher(folder: Path) -> str:
     return str(folder)
 
 
-def train(run: Path, teacher: str, data: str, steps: int, flags: str = "", *, on_cpu: bool = False) -> list[dict]:
-    """The records of all training steps of `python -m megatron_lrc train`, in a process of its own."""
-    command = (
-        f"-m megatron_lrc train --teacher {teacher} --data-path {data} --save {run} --train-iters {steps} {COMMON}"
-    )
+def train(
+    run: Path, teacher: str, data: str, steps: int, flags: str = "", *, on_cpu: bool = False, ranks: int = 1
+) -> list[dict]:
+    """The records of all training steps of `python -m megatron_lrc train`, in processes of their own."""
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks} " * (ranks > 1)
+    command = f"{launcher}-m megatron_lrc train --teacher {teacher} --data-path {data} --save {run} --train-iters {steps} {COMMON}"
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
     process = subprocess.run(
         [sys.executable, *command.split(), *flags.split()],

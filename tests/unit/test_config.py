@@ -88,6 +88,12 @@ def test_the_fixture_is_valid(config):
             "two ways to divide the layers",
         ),
         ({"ddp_bucket_size": 1000}, 1, "--ddp-bucket-size is for --overlap-grad-reduce"),
+        ({"overlap_param_gather": True}, 1, "needs --use-distributed-optimizer and --overlap-grad-reduce"),
+        (
+            {"overlap_param_gather": True, "use_distributed_optimizer": True},
+            1,
+            "--overlap-param-gather needs --overlap-grad-reduce",
+        ),
         ({"bf16": True, "fp16": True}, 1, "--bf16 and --fp16 are both given"),
         ({"loss_scale": 2.0}, 1, "--loss-scale 2.0 means nothing without --fp16"),
         ({"fp16": True, "min_loss_scale": 4.0, "initial_loss_scale": 2.0}, 1, "--min-loss-scale 4.0 is above"),

@@ -17,6 +17,7 @@ from megatron_lrc.validation import validate, validate_against_teacher
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said where there is no GPU")
 FP8 = {"fp8_format": "hybrid", "bf16": True}
+TP_OVERLAP = {"tp_comm_overlap": True, "bf16": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,10 @@ FP8 = {"fp8_format": "hybrid", "bf16": True}
         (FP8 | {"num_layers_at_end_in_bf16": 2}, "2 means nothing without --first-last-layers-bf16"),
         (FP8 | {"fp8_recipe": "delayed", "first_last_layers_bf16": True}, "--first-last-layers-bf16 cannot go with"),
         (FP8 | {"fp8_recipe": "delayed", "teacher_fp8": True}, "--teacher-fp8 cannot go with --fp8-recipe delayed"),
+        (TP_OVERLAP | {"tensor_model_parallel_size": 1}, "--tp-comm-overlap means nothing without --tensor-model"),
+        (TP_OVERLAP | {"transformer_impl": "local"}, "--tp-comm-overlap is Transformer Engine's, which"),
+        (TP_OVERLAP | {"bf16": False}, "--tp-comm-overlap needs half precision"),
+        (TP_OVERLAP | FP8, "--tp-comm-overlap cannot go with --fp8-format hybrid"),
         ({"attention_backend": "fused"}, "--attention-backend fused has no kernels for fp32"),
         ({"attention_backend": "unfused", "transformer_impl": "local"}, "--attention-backend unfused is Transformer"),
         ({"attention_backend": "unfused", "reset_attention_mask": True}, "cannot go with --reset-attention-mask"),
@@ -39,7 +44,7 @@ FP8 = {"fp8_format": "hybrid", "bf16": True}
 )
 def test_flags_that_cannot_go_together_are_refused_with_one_line(config, values, expected):  # noqa: F811
     change(config, **values)
-    (error,) = errors_of(validate, config)
+    (error,) = errors_of(validate, config, world_size=config.parallel.tensor_model_parallel_size)
     assert expected in error
 
 
@@ -111,6 +116,13 @@ def test_what_needs_a_gpu_is_refused_in_one_sentence_before_anything_is_built(
     needed = " ".join(flags.split()[:2])
     assert error == f"error: {needed} needs Transformer Engine and a CUDA GPU; there is no GPU here. Leave it out."
     assert not run.exists()
+
+
+@without_gpu
+def test_userbuffers_are_refused_without_a_gpu(config):  # noqa: F811
+    change(config, **TP_OVERLAP)
+    with pytest.raises(ConfigError, match="^--tp-comm-overlap needs Transformer Engine and a CUDA GPU"):
+        kernels.check_machine(config)
 
 
 @without_gpu
