@@ -114,5 +114,34 @@ def construction(teacher: str) -> dict[str, Any]:
     }
 
 
+def userbuffers(teacher: str) -> dict[str, Any]:
+    """--tp-comm-overlap: which modules exchange their activations in buffers, and how these would be made."""
+    from unittest.mock import patch
+
+    from transformer_engine.pytorch.module import base
+
+    from megatron_lrc.mcore import kernels
+
+    ways = ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_bulk_dgrad", "ub_bulk_wgrad", "ub_overlap_ag_dgrad")
+    settings = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True}
+    stage = build(teacher, ENGINE, **settings)
+    found: dict[str, Any] = {
+        name: sorted(
+            {
+                f"{getattr(module, 'ub_name', None)}: {[way for way in ways if getattr(module, way, False)]}"
+                for module in engine_modules(model)
+            }
+        )
+        for name, model in stage.models.items()
+    }
+    with patch.object(base, "initialize_ub") as make, patch.object(base, "destroy_ub") as end:
+        config = stage.settings
+        kernels.start_userbuffers(config, stage.shapes.student, torch.bfloat16)
+        found["buffers"] = {name: str(value) for name, value in make.call_args.kwargs.items()}
+        kernels.stop_userbuffers(config)
+        found["ended"] = end.call_count
+    return found
+
+
 def train(settings: dict[str, Any]) -> dict[str, int]:
     return engine_on_cpu.train(settings)

@@ -174,7 +174,8 @@ def build(teacher: str, impl: str, **settings: Any) -> Any:
         section = next(part for part in (config.compute, config.data, config.parallel) if hasattr(part, name))
         setattr(section, name, value)
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if "RANK" not in os.environ:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         build.groups = distributed.start(config)  # type: ignore[attr-defined]
     description = describe_teacher(teacher)
     if is_single:

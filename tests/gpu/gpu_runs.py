@@ -43,7 +43,8 @@ def train(
 ) -> list[dict]:
     """The records of all training steps of `python -m megatron_lrc train`, in processes of their own."""
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks} " * (ranks > 1)
-    command = f"{launcher}-m megatron_lrc train --teacher {teacher} --data-path {data} --save {run} --train-iters {steps} {COMMON}"
+    run_flags = f"--teacher {teacher} --data-path {data} --save {run} --train-iters {steps} {COMMON}"
+    command = f"{launcher}-m megatron_lrc train {run_flags}"
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
     process = subprocess.run(
         [sys.executable, *command.split(), *flags.split()],

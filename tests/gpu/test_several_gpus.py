@@ -1,4 +1,4 @@
-"""What only several GPUs can show: layouts over NCCL give what one GPU gives, and so does communication that overlaps."""
+"""What only several GPUs can show: layouts over NCCL give what one GPU gives, and overlapped communication too."""
 
 from functools import cache
 from pathlib import Path

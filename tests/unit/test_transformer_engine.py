@@ -75,6 +75,21 @@ def test_modules_are_set_up_as_the_flags_say(tmp_path: Path) -> None:
     assert others == {"ScaledDotProductAttention"}
 
 
+def test_userbuffers_are_the_students_and_of_its_width(tmp_path: Path) -> None:
+    WRITERS[-1](tmp_path)
+    found = run_case("userbuffers", ranks=2, teacher=str(tmp_path))
+    assert found["teacher"] == ["None: []"]
+    assert found["student"] == STUDENTS_BUFFERS
+    assert found["buffers"] == {
+        "shape": "[16, 32]",
+        "tp_size": "2",
+        "quantization_modes": "[<UserBufferQuantizationMode.NONE: 'none'>]",
+        "dtype": "torch.bfloat16",
+        "bootstrap_backend": "nccl",
+    }
+    assert found["ended"] == 1
+
+
 # ------------------------------------------------------------------------------------------ runs, with the stand-in
 
 
