@@ -1,5 +1,6 @@
 """What `unit/test_transformer_engine.py` has done in processes of their own, where Transformer Engine comes first."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -115,32 +116,57 @@ def construction(teacher: str) -> dict[str, Any]:
 
 
 def userbuffers(teacher: str) -> dict[str, Any]:
-    """--tp-comm-overlap: which modules exchange their activations in buffers, and how these would be made."""
+    """--tp-comm-overlap: which buffers Transformer Engine makes, and which modules exchange activations in them.
+
+    Its own code, but for the buffers themselves, and NCCL.
+    """
     from unittest.mock import patch
 
     from transformer_engine.pytorch.module import base
 
     from megatron_lrc.mcore import kernels
 
-    ways = ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_bulk_dgrad", "ub_bulk_wgrad", "ub_overlap_ag_dgrad")
-    settings = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True}
-    stage = build(teacher, ENGINE, **settings)
-    found: dict[str, Any] = {
-        name: sorted(
-            {
-                f"{getattr(module, 'ub_name', None)}: {[way for way in ways if getattr(module, way, False)]}"
-                for module in engine_modules(model)
-            }
-        )
-        for name, model in stage.models.items()
+    ways = ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_overlap_ag_dgrad", "ub_bulk_dgrad", "ub_bulk_wgrad")
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    without = build(teacher, ENGINE, **layout)  # starts the process groups
+    config, student = without.settings, without.shapes.student
+    config.parallel.tp_comm_overlap = True
+    made: list[tuple[list[int], str]] = []
+
+    def make(shape: list[int], dtype: torch.dtype, *_: Any, **__: Any) -> SimpleNamespace:
+        made.append((shape, str(dtype)))
+        return SimpleNamespace(is_fp8_ubuf=lambda: False, with_cublasmp=lambda: False)
+
+    def initialize(bootstrap_backend: str, **settings: Any) -> None:
+        assert bootstrap_backend == "nccl"
+        initialize_ub(bootstrap_backend="gloo", **settings)
+
+    initialize_ub = base.initialize_ub
+    with (
+        patch.multiple(base.tex, CommOverlap=make, CommOverlapP2P=make, CommOverlapHelper=lambda *groups: None),
+        patch.multiple(
+            base.tex, device_supports_multicast=lambda: True, get_stream_priority_range=lambda: (0, 0), create=True
+        ),
+        patch.object(base, "initialize_ub", initialize),
+    ):
+        kernels.start_userbuffers(config, student, torch.bfloat16)
+        stage = build(teacher, ENGINE, tp_comm_overlap=True, **layout)
+    is_started = base._ub_communicators is not None
+    kernels.stop_userbuffers(config)
+    return {
+        "buffers": [list(one) for one in sorted(set((tuple(shape), dtype) for shape, dtype in made))],
+        "ended": is_started and base._ub_communicators is None,
+        **{
+            name: sorted(
+                {
+                    f"{getattr(module, 'ub_name', None)}: "
+                    + ", ".join(way.removeprefix("ub_") for way in ways if getattr(module, way, False))
+                    for module in engine_modules(model)
+                }
+            )
+            for name, model in stage.models.items()
+        },
     }
-    with patch.object(base, "initialize_ub") as make, patch.object(base, "destroy_ub") as end:
-        config = stage.settings
-        kernels.start_userbuffers(config, stage.shapes.student, torch.bfloat16)
-        found["buffers"] = {name: str(value) for name, value in make.call_args.kwargs.items()}
-        kernels.stop_userbuffers(config)
-        found["ended"] = end.call_count
-    return found
 
 
 def train(settings: dict[str, Any]) -> dict[str, int]:
