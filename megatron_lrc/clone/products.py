@@ -21,21 +21,34 @@ def _wide_gemm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def wide_product(hidden: Tensor, rows: Tensor) -> Tensor:
     """hidden [n, d] @ rows [v, d]^T -> [n, v] in fp32 (fp64 for fp64), never rounded to the operands' dtype."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    if hidden.dtype == wide:
+    if hidden.is_cuda and hidden.dtype == wide:
         return hidden @ rows.t()
     if hidden.is_cuda and _HAS_WIDE_GEMM:
         return _wide_gemm(hidden, rows.t(), wide)
-    product, wide_hidden = hidden.new_empty(len(hidden), len(rows), dtype=wide), hidden.to(wide)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    product, wide_hidden = _rows_apart(hidden, len(rows), wide), hidden.to(wide)
+    at_once = max(1, len(rows)) if rows.dtype == wide else ROWS_AT_ONCE
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
         torch.mm(wide_hidden, rows[part].to(wide).t(), out=product[:, part])
     return product
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; without a temporary of the total's size where the dtypes allow it."""
+def _rows_apart(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [n, width] whose rows each begin a cache line further from a page's start. Those of a vocabulary of
+    49,152 would all begin at the same place of a page, and push each other out of a CPU's cache while a GEMM writes
+    them."""
+    page, line = 4096 // dtype.itemsize, 64 // dtype.itemsize
+    return like.new_empty(len(like), -(-width // page) * page + line, dtype=dtype)[:, :width]
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """total += left @ right, without a temporary of the total's size where the dtypes allow it. is_first: total = left
+    @ right, whatever was there."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        torch.mm(left, right, out=total) if is_first else total.addmm_(left, right)
+    elif is_first:
+        total.zero_()
+        add_product(total, left, right, is_first=False)
     elif left.is_cuda and _HAS_WIDE_GEMM:
         total += _wide_gemm(left, right, total.dtype)
     else:

@@ -121,7 +121,7 @@ class _LmAndKl(torch.autograd.Function):
         weight = token_weight.to(wide)
         needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
-        head_grad = torch.zeros_like(student_head, dtype=wide) if needs_grad else None
+        head_grad = _empty_gradient(student_head, shard.num_valid if len(labels) else 0, wide) if needs_grad else None
         is_teacher_wanted = settings.kl or not needs_grad
         sums = weight.new_zeros(5)
         for start in range(0, len(labels), settings.chunk_tokens):
@@ -143,10 +143,13 @@ class _LmAndKl(torch.autograd.Function):
             del teacher_logits  # before the next chunk's is made
             if hidden_grad is not None and head_grad is not None:
                 # Scaled before it is narrowed: most of a softmax is below what fp16 can hold.
-                narrow = student_logits.mul_(settings.loss_scale).to(student_hidden.dtype)
+                if isinstance(settings.loss_scale, Tensor) or settings.loss_scale != 1.0:
+                    student_logits.mul_(settings.loss_scale)
+                narrow = student_logits.to(student_hidden.dtype)
                 del student_logits
                 hidden_grad[chunk] = narrow @ student_rows
-                add_product(head_grad[: shard.num_valid], narrow.t(), student_hidden[chunk])
+                rows = head_grad[: shard.num_valid]
+                add_product(rows, narrow.t(), student_hidden[chunk], is_first=start == 0)
                 del narrow
         ctx.gradients = (hidden_grad, head_grad)  # made here and used once: no need of save_for_backward's checks
         ctx.loss_scale = settings.loss_scale
@@ -158,7 +161,17 @@ class _LmAndKl(torch.autograd.Function):
         hidden_grad, head_grad = ctx.gradients
         ctx.gradients = None
         factor = grads[0] / ctx.loss_scale  # the scale is in the gradients already
-        return hidden_grad.mul_(factor), head_grad.mul_(factor).to(hidden_grad.dtype), *[None] * 7
+        if factor.is_cuda or factor != 1:  # on CPU no wait, and a pass over a gradient saved
+            hidden_grad.mul_(factor)
+            head_grad.mul_(factor)
+        return hidden_grad, head_grad.to(hidden_grad.dtype), *[None] * 7
+
+
+def _empty_gradient(head: Tensor, num_filled: int, dtype: torch.dtype) -> Tensor:
+    """[v, d], of which the first rows are to be filled; zero from there on."""
+    gradient = torch.empty_like(head, dtype=dtype)
+    gradient[num_filled:].zero_()
+    return gradient
 
 
 #: Logits of one model that are worked on at once on CPU: some temporaries of 1 MiB stay in the processor's cache.
