@@ -199,14 +199,14 @@ class ParallelConfig:
     use_distributed_optimizer: bool = setting(False, "Shard optimizer state over the data-parallel processes.")
     overlap_grad_reduce: bool = setting(
         False,
-        "Sum gradients over the data-parallel processes, a bucket at a time, while others are still being computed: "
-        "those of projections during their pull back, those of --method ordinary during the last backward pass.",
+        "Sum gradients over the data-parallel processes, a bucket at a time, while a step's last backward pass still "
+        "computes others; projections are pulled back during it.",
     )
     overlap_param_gather: bool = setting(
         False,
         "With --use-distributed-optimizer and --overlap-grad-reduce: collect what each data-parallel process has "
-        "updated, a bucket at a time, while the student is composed (with --method ordinary, while the next step's "
-        "first forward pass runs) instead of before.",
+        "updated, a bucket at a time, when the next step has begun: beside the teacher's first pass if there are no "
+        "pipeline stages, then beside composing the student (with --method ordinary, beside the first forward pass).",
     )
     tp_comm_overlap: bool = setting(
         False,

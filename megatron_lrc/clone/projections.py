@@ -106,14 +106,17 @@ class Projections(nn.Module):
         self.tp_rank = self.tp_group.rank() if self.tp_group else 0
         self.teacher_size, self.student_size = teacher_size, student_size
         rows = teacher_size // self.tp_size
+        # First, so that DDP puts them into the bucket that is complete last: one is in front of the first layer.
+        self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
         self.matrices = nn.ParameterDict(
             {_key(name): nn.Parameter(torch.zeros(rows, student_size, dtype=dtype, device=device)) for name in names}
         )
         for name in fixed:
             self.matrices[_key(name)].requires_grad_(False)
-        self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
         self._targets: dict[str, Tensor] = {}
         self._are_detached: dict[str, bool] = {}  # of the names in use as targets
+        #: Told of each target that `compose` makes and that gathers a gradient: its name and leaf.
+        self.when_target_is_made: Callable[[str, Tensor], None] | None = None
 
     def named_matrices(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(global name, this rank's shard [D/tp, d]) of each projection."""
@@ -122,6 +125,10 @@ class Projections(nn.Module):
     def named_norms(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(global name, gain [d]) of each of the student's norms."""
         return ((key.replace("/", "."), gain) for key, gain in self.norms.items())
+
+    def matrix(self, name: str) -> nn.Parameter:
+        """This rank's shard [D/tp, d]."""
+        return self.matrices[_key(name)]
 
     @torch.no_grad()
     def set_matrix(self, name: str, full: Tensor) -> None:
@@ -142,6 +149,11 @@ class Projections(nn.Module):
     def add_target(self, name: str, *, is_detached: bool) -> None:
         """Have `compose` make a target of a projection; is_detached: one that passes no gradient to it."""
         self._are_detached[name] = is_detached or not self.matrices[_key(name)].requires_grad
+
+    @property
+    def trained_targets(self) -> set[str]:
+        """Names of the targets that gather a gradient for their P."""
+        return {name for name, is_detached in self._are_detached.items() if not is_detached}
 
     def target(self, name: str) -> Tensor:
         """The leaf [D, d] through which the clone loss projects the teacher's outputs; renewed by `compose`."""
@@ -168,33 +180,35 @@ class Projections(nn.Module):
                 self._targets[weight.projection] = leaf = projection.detach()
                 if not self._are_detached[weight.projection]:
                     accumulate_in_fp32(leaf.requires_grad_())
+                    if self.when_target_is_made:
+                        self.when_target_is_made(weight.projection, leaf)
 
     @torch.no_grad()
     def pull_back(self, weights: Sequence[ClonedWeight], when_complete: Callable[[nn.Parameter], None]) -> None:
         """Add to each P's gradient what the student's weights and the clone targets have gathered.
 
-        Per rank a partial sum over tensor parallel ranks (each has a shard of W_T, and its own tokens' targets);
-        summed here, so that a shard's gradient is complete but for the data-parallel sum.
-
-        when_complete: told of each parameter once its gradient is that; the gains first, then from the last matrix to
-        the first, the order in which megatron-core's DDP fills its buckets. Each P has one weight on a stage.
+        when_complete: told of each P once its gradient is complete but for the data-parallel sum; from the last matrix
+        to the first, the order in which megatron-core's DDP fills its buckets. Each P has one weight on a stage.
         """
-        for gain in reversed(list(self.norms.values())):
-            when_complete(gain)
         for weight in reversed(weights):
-            if weight.is_own:
-                continue
-            matrix = self.matrices[_key(weight.projection)]
-            grad = gradient_of(weight.student)
-            if grad is not None:
-                student_grad = select(weight.site, grad, weight.heads)
-                partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
-                if weight.projection in self._targets:
-                    target_grad = gradient_of(self._targets[weight.projection])
-                    if target_grad is not None:
-                        partial += target_grad
-                self._add_gradient(matrix, partial)
-            when_complete(matrix)
+            if not weight.is_own:
+                self.pull_back_one(weight)
+                when_complete(self.matrix(weight.projection))
+
+    @torch.no_grad()
+    def pull_back_one(self, weight: ClonedWeight) -> None:
+        """The same of one weight. Per rank a partial sum over tensor parallel ranks (each has a shard of W_T, and its
+        own tokens' targets); summed here."""
+        grad = gradient_of(weight.student)
+        if grad is None:
+            return
+        student_grad = select(weight.site, grad, weight.heads)
+        partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
+        if weight.projection in self._targets:
+            target_grad = gradient_of(self._targets[weight.projection])
+            if target_grad is not None:
+                partial += target_grad
+        self._add_gradient(self.matrix(weight.projection), partial)
 
     def _add_gradient(self, shard: nn.Parameter, partial: Tensor) -> None:
         """Sum `partial` [D, d] over tensor parallel ranks and add this rank's rows to its gradient."""

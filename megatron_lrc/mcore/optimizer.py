@@ -2,16 +2,16 @@
 
 Gradients come in as sums over tokens and are divided once, by the global token count. The order: pull back (done) ->
 sum what is replicated over TP, what is tied over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
-With --overlap-grad-reduce the data-parallel sum comes first, a bucket at a time as gradients are complete: during the
-last backward pass, or during pull back where that completes them.
+With --overlap-grad-reduce the data-parallel sum comes first, a bucket at a time as gradients are complete, during the
+last backward pass: as autograd leaves them, and those of projections as they are pulled back.
 
 With --overlap-param-gather the step leaves each rank with its own part of the new parameters, and the others' parts on
 their way: whoever reads a parameter then awaits it, or all of them.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,16 +48,20 @@ class StageOptimizer:
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
         self._is_overlapped = config.parallel.overlap_grad_reduce
         self._is_gather_overlapped = config.parallel.overlap_param_gather
-        self._is_complete_in_backward = not stages[0].pulls_back
-        if self._is_overlapped and self._is_complete_in_backward:
+        if self._is_overlapped:
             no_sync = [replica.no_sync for replica in self.replicas]  # until the last micro-batch
             stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # the schedules look there
+            for stage, replica in zip(stages, self.replicas, strict=True):
+                stage.pull_back_early(partial(_is_last_backward, replica), self.gradient_is_complete)
         optimizer_config = _optimizer_config(config)
         self.optimizer = get_megatron_optimizer(
             optimizer_config,
             self.replicas,
             config_overrides=get_standard_config_overrides(optimizer_config),  # no weight decay of the gains
         )
+        for stage in stages:
+            # Gathers then run beside the teacher's first pass. Where a pipeline fills, compose itself fills the wait.
+            stage.composes_late = self._is_gather_overlapped and groups.pp.size() == 1
         if config.training.fp16:
             for stage in stages:
                 stage.config.grad_scale_func = self.optimizer.scale_loss  # the schedules and the clone losses read it
@@ -141,18 +145,9 @@ class StageOptimizer:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    @contextlib.contextmanager
-    def sums_held_back(self) -> Iterator[None]:
-        """Round all forward and backward passes of a step: no sum begins with what pull back is yet to complete."""
-        with contextlib.ExitStack() as replicas:
-            if not self._is_complete_in_backward:
-                for replica in self.replicas:
-                    replicas.enter_context(replica.no_sync())
-            yield
-
     def gradient_is_complete(self, parameter: nn.Parameter) -> None:
         """Pull back has completed this gradient: with --overlap-grad-reduce, sum its bucket if that was the last."""
-        if self._is_overlapped and not self._is_complete_in_backward:
+        if self._is_overlapped:
             replica = next(one for one in self.replicas if parameter in one.param_to_bucket_group)
             replica.param_to_bucket_group[parameter].register_grad_ready(parameter)
 
@@ -224,6 +219,11 @@ class StageOptimizer:
         if self.groups.pp.size() > 1 and group is not None:
             for matrix in self._tied:
                 dist.broadcast(matrix, src=dist.get_process_group_ranks(group)[0], group=group)
+
+
+def _is_last_backward(replica: DistributedDataParallel) -> bool:
+    """Whether the schedule runs this stage's last backward pass of a step: it holds back `no_sync` until then."""
+    return replica.bucket_groups[0].is_last_microbatch
 
 
 def _mark_for_grad_norm(stage: PipelineStage) -> None:

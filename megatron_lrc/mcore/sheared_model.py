@@ -58,7 +58,6 @@ class ShearedModel(SingleModel):
     ):
         super().__init__(config, shapes, groups, dtype, chunk)
         self.masks: Masks | None = masks
-        self.pulls_back = True
         if not groups.is_first_rank:  # every rank has them, and one saves them
             for tensor in masks.state.values():
                 tensor.shared = True  # type: ignore[attr-defined]
@@ -155,8 +154,8 @@ class ShearedModel(SingleModel):
             for dim, dz in mask_gradients(grad, own, masks).items():
                 self._add_mask_gradient(weight, dim, dz)
             _add_gradient(weight.trained, masked(grad, masks).view_as(weight.trained))
-        for trained in reversed(self._trained):
-            when_complete(trained.parameter)
+        for weight in reversed(self._masked):
+            when_complete(weight.trained)
 
     def _add_mask_gradient(self, weight: MaskedWeight, dim: int, dz: Tensor) -> None:
         assert self.masks is not None
@@ -178,7 +177,7 @@ class ShearedModel(SingleModel):
         assert self.masks is not None
         kept, z, full_heads = self.masks.kept(), self.masks.likely(), self.heads
         before = self._trained
-        self._masked, self.masks, self.pulls_back = [], None, False
+        self._masked, self.masks = [], None
         self._trained_weights = None
         self._build(shapes)
         for old, new in zip(before, self._trained, strict=True):

@@ -105,8 +105,8 @@ class PipelineStage(nn.Module, ABC):
     student: GPTModel
     pre_process: bool
     post_process: bool
-    #: Whether gradients of what is trained are complete after `pull_back` only, not when backward has left them.
-    pulls_back: bool = False
+    #: Whether `compose` may leave the work to the first forward pass that follows. A stage need not.
+    composes_late: bool = False
 
     @property
     @abstractmethod
@@ -151,7 +151,13 @@ class PipelineStage(nn.Module, ABC):
     def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
         """Add to the gradients of what is trained what the student's weights have gathered, if those are not it.
 
-        when_complete: told of each trained parameter whose gradient is complete but for the data-parallel sum.
+        when_complete: told of each trained parameter whose gradient this has completed but for the data-parallel sum.
+        """
+
+    def pull_back_early(self, is_last: Callable[[], bool], when_complete: Callable[[nn.Parameter], None]) -> None:
+        """From now on do what of `pull_back` can be done during the last backward pass of each step, then.
+
+        is_last: whether it is that one.
         """
 
     def after_step(self, gradient_scale: Tensor) -> None:

@@ -150,8 +150,7 @@ def train_step(
     _reset_losses(run.stages)
 
     run.compose()  # W_S <- f(W_T, P) in place, no autograd
-    with run.optimizer.sums_held_back():
-        forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
+    forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
     run.pull_back()  # dP: complete but for the data-parallel sum
 
     losses, summed_votes = _reduce_losses(run.stages, votes() if votes else None)

@@ -172,6 +172,16 @@ def test_every_layout_gives_what_one_process_gives(config, tmp_path, layout) -> 
         assert counts.get(f"quantised ({rows}, 48)", 0) == layers * bool(compute)
 
 
+def test_overlapped_sums_and_gathers_give_what_comes_without_them(config, tmp_path) -> None:
+    """A weight's gradient is complete when its hook is called, although the product has added it to `main_grad`."""
+    config.training.global_batch_size = 8
+    config.parallel.use_distributed_optimizer = True
+    plain, _ = train(config, tmp_path / "plain", ranks=2)
+    overlap = replace(config.parallel, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=2000)
+    overlapped, _ = train(replace(config, parallel=overlap), tmp_path / "overlapped", ranks=2)
+    assert_close(overlapped, plain, rel=1e-4)
+
+
 @pytest.mark.parametrize("recompute", [None, "full", "mlp"])
 def test_a_student_is_quantised_once_a_step_and_its_teacher_once(config, tmp_path, recompute) -> None:
     if recompute:
