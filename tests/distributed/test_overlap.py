@@ -65,6 +65,20 @@ def test_gradients_are_those_without_overlap(tiny_llama, tiny_text, tmp_path, me
             assert norms[name] == (norm and pytest.approx(norm, rel=1e-6)), name
 
 
+@pytest.mark.parametrize("recompute", ["full", "mlp"])
+def test_gradients_with_recomputation_are_those_without_overlap(tiny_llama, tiny_text, tmp_path, recompute):
+    """Recomputed layers have backward passes of their own, inside the other."""
+    config = with_two_micro_batches(make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "after", steps=3))
+    config.parallel.recompute_granularity = "full" if recompute == "full" else "selective"
+    config.parallel.recompute_modules = ["mlp"] if recompute == "mlp" else ["core_attn"]
+    train(config, 2)
+    train(with_overlap(config, tmp_path / "during"), 2)
+    for line, reference in zip(records(tmp_path / "during"), records(tmp_path / "after"), strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+        for name, norm in reference["grad_norm_by_group"].items():
+            assert line["grad_norm_by_group"][name] == (norm and pytest.approx(norm, rel=1e-6)), name
+
+
 def note_order_of_work(config: Config) -> None:
     """A run of two steps; the first one finds out what buckets wait for."""
     order: list[str] = []
