@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks a machine with one NVIDIA GPU, and measures it: correctness, FP8, resume, and the speed of a step.
+# Checks a machine with an NVIDIA GPU, and measures it: correctness, FP8, resume, and the speed of a step. With two GPUs
+# or more also layouts and overlapped communication, on two of them.
 #
 #     bash tools/gpu_check.sh              everything, in the Python that $PYTHON names (default python3)
 #     INSTALL=1 bash tools/gpu_check.sh    first makes .venv-gpu and installs this package with Transformer Engine there
