@@ -171,7 +171,7 @@ class Projections(nn.Module):
         for weight in weights:
             if weight.is_own and (weight.projection in fixed or weight.projection not in self._are_detached):
                 continue
-            before_reading(self.matrices[_key(weight.projection)])
+            before_reading(self.matrix(weight.projection))
             projection = self.full(weight.projection)
             if not weight.is_own:
                 student = select(weight.site, weight.student, weight.heads)

@@ -177,7 +177,7 @@ def note_order_of_gathers(config: Config) -> None:
         return sum(group.param_gather_handle is not None for group in groups())
 
     def noted_read(projections: Projections, name: str) -> Any:
-        (matrix,) = (matrix for own, matrix in projections.named_matrices() if own == name)
+        matrix = projections.matrix(name)
         for group in groups():
             if matrix in group.params:
                 assert group.param_gather_handle is None and group.param_gather_dispatched, name
