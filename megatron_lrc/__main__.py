@@ -16,10 +16,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, peers, torchrun
-from .arguments import TRAINING, parse_config, take_dry_run
-from .config import Config, ConfigError, RunStopped
-from .validation import validate
+from megatron_lrc import __version__
+from megatron_lrc.config import TRAINING, Config, ConfigError, RunStopped, parse_config, take_dry_run, validate
+from megatron_lrc.launch import peers, torchrun
 
 USAGE = """usage: python -m megatron_lrc COMMAND FLAGS
 
@@ -77,12 +76,12 @@ def run_command(command: str, flags: Sequence[str]) -> None:
     validate(config, world_size=world_size)
     config = config.resolved(world_size)
 
-    from .train import loop  # imports torch, so it comes after what can fail at once
+    from megatron_lrc.train import loop  # imports torch, so it comes after what can fail at once
 
     if command == "check":
         loop.check(config, world_size)
     elif wanted:
-        from .train.dry_run import dry_run
+        from megatron_lrc.train.dry_run import dry_run
 
         dry_run(config, wanted, world_size)
     else:

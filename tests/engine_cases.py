@@ -14,7 +14,7 @@ ENGINE, LOCAL = "transformer_engine", "local"
 def names(teacher: str) -> dict[str, Any]:
     """What the two layer specs call their parts: everything that the package finds by name."""
     from megatron_lrc.clone.sites import CAPTURED_LINEARS
-    from megatron_lrc.mcore.models import layer_input_norms, layers_of, norm_gains, residual_readers
+    from megatron_lrc.mcore.gpt_models import layer_input_norms, layers_of, norm_gains, residual_readers
 
     found: dict[str, Any] = {}
     for impl in (LOCAL, ENGINE):
@@ -53,7 +53,7 @@ def _describe(trained: Any) -> list[Any]:
 @torch.no_grad()
 def values(teacher: str) -> dict[str, bool]:
     """A teacher that is read, and a student that is composed of it, are the same with either spec, bit for bit."""
-    from megatron_lrc.mcore.models import norm_gains
+    from megatron_lrc.mcore.gpt_models import norm_gains
 
     both = {impl: build(teacher, impl) for impl in (LOCAL, ENGINE)}
     generator = torch.Generator().manual_seed(3)
@@ -86,7 +86,7 @@ def values(teacher: str) -> dict[str, bool]:
 
 def construction(teacher: str) -> dict[str, Any]:
     """How modules are set up by the flags."""
-    from megatron_lrc.mcore.models import layers_of
+    from megatron_lrc.mcore.gpt_models import layers_of
 
     def fused(stage: Any) -> dict[str, list[bool]]:
         return {

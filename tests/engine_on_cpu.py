@@ -186,10 +186,9 @@ def build(teacher: str, impl: str, **settings: Any) -> Any:
 
 def train(settings: dict[str, Any]) -> dict[str, int]:
     """A training run by the real loop; how often each thing was done."""
-    from megatron_lrc.config import Config
+    from megatron_lrc.config import Config, validate
     from megatron_lrc.mcore.distributed import world_size
     from megatron_lrc.train import loop
-    from megatron_lrc.validation import validate
 
     stand_in()
     loop.check_machine = lambda config: None

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from megatron_lrc import background_writer
+from megatron_lrc.checkpoints import background_writer
 
 _write = background_writer.write_files
 _start_process = background_writer.BackgroundWriter._start_process

@@ -9,8 +9,7 @@ the teacher. All work is in megatron_lrc/data/index_cache.py.
 
 import sys
 
-from megatron_lrc.arguments import parse_config
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import ConfigError, parse_config
 
 PROGRAM = (
     "python tools/build_index_cache.py [--config FILE] --data-path PREFIX --global-batch-size N [FLAGS]",

@@ -20,8 +20,8 @@ from typing import Any
 from megatron_lrc.comparison.compare import Options, compare
 from megatron_lrc.comparison.contestants import CONTESTANTS, GROUPS
 from megatron_lrc.comparison.material import TeacherSettings
-from megatron_lrc.comparison.plan import Sizes
-from megatron_lrc.comparison.tables import main_table, markdown
+from megatron_lrc.comparison.result_tables import main_table, markdown
+from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -78,7 +78,7 @@ def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool)
     from megatron_lrc.hf.families import CHECKPOINT_FOLDER, describe_teacher
     from megatron_lrc.hf.teacher import TeacherReader
     from megatron_lrc.mcore.streamed_save import Piece, save_pieces
-    from megatron_lrc.verify.models import check_conversion
+    from megatron_lrc.verify.open_models import check_conversion
 
     description = describe_teacher(source)
     if is_converted(description):

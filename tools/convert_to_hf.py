@@ -56,7 +56,7 @@ def convert(flags: argparse.Namespace) -> None:
     from megatron_lrc.hf.safetensors_writer import parse_size
     from megatron_lrc.train.metrics import last_validation
     from megatron_lrc.verify.exporting import export_saved
-    from megatron_lrc.verify.sources import open_student
+    from megatron_lrc.verify.weight_streams import open_student
 
     max_shard_size = parse_size(flags.max_shard_size)
     student, teacher = open_student(flags.load, flags.teacher)

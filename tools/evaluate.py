@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.evaluation.published import NINE_TASKS
+from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 
 if TYPE_CHECKING:
     from megatron_lrc.evaluation.evaluate import EvaluationOptions

@@ -39,11 +39,17 @@ def positive(text: str) -> int:
 
 def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
     """The run that the flags describe, and its teacher's shape."""
-    from megatron_lrc.arguments import parse_config, presets_of
-    from megatron_lrc.estimate.published import TEACHER_SHAPES
+    from megatron_lrc.config import (
+        PUBLISHED_RUNS,
+        check_losses,
+        check_precision,
+        check_ranges,
+        parse_config,
+        presets_of,
+        raise_all,
+    )
+    from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
     from megatron_lrc.hf.families import describe_teacher
-    from megatron_lrc.presets import PUBLISHED_RUNS
-    from megatron_lrc.validation import check_losses, check_precision, check_ranges, raise_all
 
     config = parse_config(flags)
     raise_all([*check_ranges(config), *check_losses(config), *check_precision(config)])

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.report.page import write_report
+from megatron_lrc.report.run_page import write_report
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -47,7 +47,7 @@ def verify(flags: argparse.Namespace) -> bool:
     import torch  # imported here with the rest, so that --help answers at once
 
     from megatron_lrc.hf.comparison import TOLERANCES
-    from megatron_lrc.verify.models import compare_models, open_model, rounding_of
+    from megatron_lrc.verify.open_models import compare_models, open_model, rounding_of
 
     dtype = getattr(torch, flags.dtype)
     tolerance = TOLERANCES[dtype] if flags.tolerance is None else flags.tolerance

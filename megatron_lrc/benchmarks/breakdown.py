@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.flops import head_flops, layer_flops, step_flops
-from megatron_lrc.mcore.models import layers_of
-from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train.step import Run
 
 COMPOSE, TEACHER, STUDENT, CLONE = "compose", "teacher forward", "student forward", "clone losses, forward"

@@ -21,8 +21,8 @@ from megatron_lrc.benchmarks.measure import Spread, table
 from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
 from megatron_lrc.clone.sites import select
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train.step import Run
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from megatron_lrc.benchmarks.corpus import Corpus, read_corpus, write_corpus
 from megatron_lrc.benchmarks.measure import Measured, Spread, measure, table
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.checks import read_indexed_file
+from megatron_lrc.data.data_checks import read_indexed_file
 from megatron_lrc.data.megatron_pattern import reference_tokens
 from megatron_lrc.data.verification import read_index
 

@@ -26,10 +26,9 @@ from megatron_lrc.benchmarks.measure import Measured, Spread, measure, table
 from megatron_lrc.benchmarks.models import add_student_flags, add_teacher_flags, config_of, open_base
 from megatron_lrc.benchmarks.naive import all_weights
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint, total_bytes
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import ConfigError, validate_against_teacher
 from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.validation import validate_against_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "convert_to_hf.py")

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_lrc.benchmarks.measure import Spread, table
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
 from megatron_lrc.config import ConfigError
-from megatron_lrc.train.memory import memory_bytes
+from megatron_lrc.train.process_memory import memory_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEMPERATURE = 40.0

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.config import Config, ConfigError, ModelShape
-from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.build import build_stages_of_method
-from megatron_lrc.train.initial_weights import InitialWeights
 from megatron_lrc.train.step import Run
 
 

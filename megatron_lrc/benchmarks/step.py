@@ -37,19 +37,24 @@ from megatron_lrc.benchmarks.models import (
 )
 from megatron_lrc.benchmarks.naive import NaiveClone, NaiveReport
 from megatron_lrc.benchmarks.naive_process import NaiveProcess, Order
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import (
+    SETTINGS,
+    Config,
+    ConfigError,
+    check_precision,
+    convert,
+    raise_all,
+    validate_against_teacher,
+)
 from megatron_lrc.estimate.flops import StepFlops, step_flops
 from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.kernels import check_machine, describe_kernels
 from megatron_lrc.mcore.optimizer import parameter_dtype
-from megatron_lrc.mcore.paired_model import PairedModel
-from megatron_lrc.precision_checks import check_precision
-from megatron_lrc.schema import SETTINGS, convert
-from megatron_lrc.train.initial_weights import InitialWeights
+from megatron_lrc.methods.lrc.paired_model import PairedModel
+from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.step import Run, StepReport, train_step
-from megatron_lrc.validation import raise_all, validate_against_teacher
 
 LRC, ORDINARY, NAIVE = CONTESTANTS = ("lrc", "ordinary", "naive")
 NAMES = {LRC: "LRC", ORDINARY: "ordinary", NAIVE: "naive LRC"}

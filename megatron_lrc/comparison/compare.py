@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megatron_lrc.arguments import parse_config
-from megatron_lrc.comparison import contestants, figures, page, plan, results, tables
+from megatron_lrc.comparison import comparison_page as page
+from megatron_lrc.comparison import contestants, figures, results
+from megatron_lrc.comparison import result_tables as tables
+from megatron_lrc.comparison import run_plan as plan
 from megatron_lrc.comparison.contestants import Contestant
 from megatron_lrc.comparison.material import Material, TeacherSettings, make_material
-from megatron_lrc.comparison.plan import Run, Sizes
 from megatron_lrc.comparison.results import Result
+from megatron_lrc.comparison.run_plan import Run, Sizes
 from megatron_lrc.comparison.runner import Outcome, Runner, call_logged, flags_of
-from megatron_lrc.config import ConfigError
-from megatron_lrc.validation import validate
+from megatron_lrc.config import ConfigError, parse_config, validate
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lrc.arguments import parse_config
-from megatron_lrc.config import ConfigError
-from megatron_lrc.schema import suggest
-from megatron_lrc.settings import CLONE_TERMS
+from megatron_lrc.config import CLONE_TERMS, ConfigError, parse_config, suggest
 
 #: The contestant whose need for tokens is asked: it gets --ordinary-times as many.
 ORDINARY = "ordinary"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lrc.comparison import results
+from megatron_lrc.comparison.result_tables import Comparison
 from megatron_lrc.comparison.results import ORDINARY, Group
-from megatron_lrc.comparison.tables import Comparison
 from megatron_lrc.config import ConfigError
-from megatron_lrc.report.page import COLORS
+from megatron_lrc.report.run_page import COLORS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lrc.arguments import load_yaml, parse_config
 from megatron_lrc.comparison.material import last_step
-from megatron_lrc.comparison.plan import Run
-from megatron_lrc.config import ConfigError
+from megatron_lrc.comparison.run_plan import Run
+from megatron_lrc.config import ConfigError, load_yaml, parse_config
 from megatron_lrc.train.jsonl import read_records
 from megatron_lrc.train.progress import count, duration
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megatron_lrc.config import Config
-from megatron_lrc.data import checks
+from megatron_lrc.data import data_checks as checks
 from megatron_lrc.data.datasets import build_datasets, num_calibration_batches
 from megatron_lrc.data.verification import read_index
 

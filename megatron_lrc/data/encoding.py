@@ -26,8 +26,8 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.input_files import Source, is_divisible
 from megatron_lrc.data.restart import Position
-from megatron_lrc.data.sources import Source, is_divisible
 from megatron_lrc.data.tokenizers import ChatTemplate, Encode
 
 CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory

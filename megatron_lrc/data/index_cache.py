@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import numpy
 
-from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.data.checks import check_sizes, plan_data
+from megatron_lrc.config import Config, ConfigError, check_ranges, raise_all
+from megatron_lrc.data.data_checks import check_sizes, plan_data
 from megatron_lrc.data.datasets import Request, resolve_train_iters
-from megatron_lrc.validation import check_ranges, raise_all
 
 
 def build_index_cache(

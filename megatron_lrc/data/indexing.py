@@ -18,8 +18,8 @@ from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.byte_pair import fastest
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
+from megatron_lrc.data.input_files import find_files
 from megatron_lrc.data.restart import Done, Journal
-from megatron_lrc.data.sources import find_files
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
 from megatron_lrc.data.writing import DatasetWriter, make_folder_of, publish

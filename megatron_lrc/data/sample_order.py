@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy
 
-from megatron_lrc.data.checks import Blend, IndexedFile, read_indexed_file
+from megatron_lrc.data.data_checks import Blend, IndexedFile, read_indexed_file
 
 _FORMAT = 1  # of what the maps hold; part of every identity
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.checks import IndexedFile, read_indexed_file
+from megatron_lrc.data.data_checks import IndexedFile, read_indexed_file
 
 _COUNTS = struct.Struct("<QQ")  # end of the header: sequences, documents + 1
 _PIECE = 1 << 22  # entries of the .idx, or token ids, looked at together

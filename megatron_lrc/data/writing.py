@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.checks import HEADER, MAGIC, TOKEN_DTYPES
+from megatron_lrc.data.data_checks import HEADER, MAGIC, TOKEN_DTYPES
 from megatron_lrc.data.verification import pieces
 
 

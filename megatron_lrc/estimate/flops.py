@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_lrc.clone.sites import LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
-from megatron_lrc.mcore.models import padded_vocab_size
+from megatron_lrc.mcore.gpt_models import padded_vocab_size
 
 
 @dataclass(frozen=True, slots=True)

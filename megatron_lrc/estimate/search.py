@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    ModelShape,
+    check_batches,
+    check_layout,
+    divisors,
+    validate_against_teacher,
+)
 from megatron_lrc.estimate.devices import GIB, Gpu
-from megatron_lrc.estimate.memory import MemoryParts, peak_memory
+from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.speed import SECONDS_PER_DAY, StepTime, step_time
-from megatron_lrc.layout_checks import check_batches, check_layout, divisors
-from megatron_lrc.validation import validate_against_teacher
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 #: (--recompute-granularity, --recompute-modules)

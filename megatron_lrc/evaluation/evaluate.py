@@ -11,11 +11,11 @@ import torch
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.tokenizers import load_tokenizer
+from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, load_model
 from megatron_lrc.evaluation.harness import check_harness, run_tasks
 from megatron_lrc.evaluation.heldout import Corpus, Part, read_indexed, read_text
 from megatron_lrc.evaluation.language_modeling import Figures, figures_of, measure
-from megatron_lrc.evaluation.models import as_hugging_face, choose_device, load_model
-from megatron_lrc.evaluation.published import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
+from megatron_lrc.evaluation.nine_tasks import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
 
 Report = Callable[[str], None]
 

@@ -22,7 +22,7 @@ import transformers
 import yaml
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.evaluation.published import NINE_TASKS
+from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 
 #: Names of the harness's settings that hold the name of a split.
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")

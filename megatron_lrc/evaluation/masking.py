@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
+from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, load_model
 from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
-from megatron_lrc.evaluation.models import as_hugging_face, choose_device, load_model
 from megatron_lrc.evaluation.neurons import (
     Scope,
     down_projections,

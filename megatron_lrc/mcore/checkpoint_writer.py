@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_lrc.background_writer import BackgroundWriter
+from megatron_lrc.checkpoints.background_writer import BackgroundWriter
 from megatron_lrc.checkpoints.files import Bucket, FileSum, Written, reason, write_files
 from megatron_lrc.checkpoints.run_directory import (
     RunState,

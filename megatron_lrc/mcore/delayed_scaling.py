@@ -14,7 +14,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from torch import Tensor
 
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
-from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import PipelineStage
 
 

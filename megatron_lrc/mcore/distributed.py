@@ -17,10 +17,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_lrc import peers, torchrun
 from megatron_lrc.config import Config
+from megatron_lrc.launch import peers, torchrun
+from megatron_lrc.launch.peer_hub import Hub
 from megatron_lrc.mcore import cpu
-from megatron_lrc.peer_hub import Hub
 
 _ADDRESS_BYTES = 512
 

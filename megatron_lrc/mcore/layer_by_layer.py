@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, select
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains
+from megatron_lrc.mcore.gpt_models import build_stage, head_layout, layers_of, norm_gains
 
 HEAD_ROWS = 8192  # rows of an LM head that are widened at once
 

@@ -4,14 +4,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.attention import find_documents
-from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.stages import PipelineStage
 
 Batch = dict[str, Tensor]
@@ -66,18 +64,3 @@ def own_part_of_sequence(batch: Batch, group: ProcessGroup) -> Batch:
         name: whole if name == "documents" else whole.unflatten(1, (2 * size, -1))[:, pieces].flatten(1, 2)
         for name, whole in batch.items()
     }
-
-
-@torch.no_grad()
-def forward_teacher(
-    stages: list[PairedModel], batches: Iterator[Batch], config: Config, *, num_microbatches: int
-) -> None:
-    """Run only the teacher over some micro-batches (calibration: whoever needs its activations has hooks in place)."""
-    forward_backward(
-        stages,
-        batches,
-        config,
-        num_microbatches=num_microbatches,
-        forward_only=True,
-        forward_step=PairedModel.forward_teacher,
-    )

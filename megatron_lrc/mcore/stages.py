@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -195,3 +196,11 @@ def run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) 
     """[s/tp, b, h]: the residual stream after this stage; after the final norm on the last."""
     model.set_input_tensor(hidden)
     return model(batch["tokens"], batch["position_ids"], batch.get("documents"))
+
+
+def whole_sequence(hidden: Tensor, *, is_trained: bool = True) -> Tensor:
+    """[s, b, h] on every tensor parallel rank, of [s/tp, b, h] shards of it under sequence parallelism.
+
+    is_trained: then each rank's gradient is a partial sum (of its part of the vocabulary), added up on the way back.
+    """
+    return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_trained)

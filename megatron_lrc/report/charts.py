@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 
 from megatron_lrc.report import png
-from megatron_lrc.report.axes import Axis, number, tick_text
+from megatron_lrc.report.chart_axes import Axis, number, tick_text
 from megatron_lrc.report.thinning import Point, average_rows, kept_indices, thin
 
 WIDTH, HEIGHT = 560, 230

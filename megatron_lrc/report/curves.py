@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_lrc.config import CLONE_TERMS, TINYBERT_TERMS
 from megatron_lrc.report.charts import Chart, Series, draw, draw_heat_map
 from megatron_lrc.report.run_files import RunFiles
 from megatron_lrc.report.thinning import Point
-from megatron_lrc.settings import CLONE_TERMS, TINYBERT_TERMS
 
 TRAIN, VALID, TEACHER, TEACHER_VALID = 0, 1, 2, 3  # colours of the same thing in every chart
 PARTS = ("teacher_forward", "student_forward", "student_backward", "projections")

@@ -8,8 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_lrc.arguments import load_yaml
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, load_yaml
 from megatron_lrc.train.jsonl import read_records
 from megatron_lrc.train.starts import STARTS_FILE
 

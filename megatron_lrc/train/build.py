@@ -10,14 +10,14 @@ from megatron_lrc.config import Config
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.models import GPTModel, layers_of, norm_gains, padded_vocab_size
-from megatron_lrc.mcore.paired_model import PairedModel
-from megatron_lrc.mcore.sheared_model import ShearedModel
-from megatron_lrc.mcore.single_model import SingleModel
+from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, padded_vocab_size
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
-from megatron_lrc.pruning.masks import Masks, MaskSettings, masks_between
-from megatron_lrc.train.calibration import Batches, initialize
-from megatron_lrc.train.initial_weights import InitialWeights
+from megatron_lrc.methods.lrc.calibration import Batches, initialize
+from megatron_lrc.methods.lrc.paired_model import PairedModel
+from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
+from megatron_lrc.methods.ordinary.single_model import SingleModel
+from megatron_lrc.methods.sheared.masks import Masks, MaskSettings, masks_between
+from megatron_lrc.methods.sheared.sheared_model import ShearedModel
 
 
 def build_stages_of_method(

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_lrc.arguments import DryRun, describe_changes
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
-from megatron_lrc.estimate.memory import MemoryParts, peak_memory
+from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.speed import DEFAULT_MFU, SECONDS_PER_DAY, step_time
 from megatron_lrc.estimate.stage import parameter_count
-from megatron_lrc.train.checks import check, describe_tying
+from megatron_lrc.train.start_checks import check, describe_tying
 from megatron_lrc.train.throughput import known_peak_tflops
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_lrc.clone.initialization import SecondMoment
 from megatron_lrc.mcore.distributed import Groups, reduce_over_stage, sum_over_world
-from megatron_lrc.mcore.models import layer_input_norms
+from megatron_lrc.mcore.gpt_models import layer_input_norms
 from megatron_lrc.mcore.stages import PipelineStage
 
 T = TypeVar("T")

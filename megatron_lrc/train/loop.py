@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from megatron_lrc.arguments import describe_changes, save_yaml
-from megatron_lrc.config import Config, ConfigError, RunStopped
+from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
 from megatron_lrc.data.batches import BatchIterator, build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
@@ -23,19 +22,19 @@ from megatron_lrc.mcore.kernels import (
     stop_userbuffers,
 )
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
-from megatron_lrc.mcore.paired_model import PairedModel
-from megatron_lrc.mcore.sheared_model import ShearedModel
 from megatron_lrc.mcore.stages import count_trained
+from megatron_lrc.methods.lrc.paired_model import PairedModel
+from megatron_lrc.methods.sheared.sheared_model import ShearedModel
 from megatron_lrc.train.build import build_stages_of_method
-from megatron_lrc.train.checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.garbage import collect_what_was_replaced, what_is_there_stays
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
-from megatron_lrc.train.memory import largest_memory_gib
 from megatron_lrc.train.metrics import RunLog, Stopwatch
+from megatron_lrc.train.process_memory import largest_memory_gib
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.saving import Saving
+from megatron_lrc.train.start_checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_lrc.arguments import describe_changes
 from megatron_lrc.checkpoints.saved_student import SavedStudent
+from megatron_lrc.config import describe_changes
 from megatron_lrc.hf.export import Source, export_model, export_student
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.forward import fixed_tokens
 from megatron_lrc.hf.student_config import Arch, model_card, own_model_card, student_family
-from megatron_lrc.verify.sources import student_weight
+from megatron_lrc.verify.weight_streams import student_weight
 
 CARD_SECTIONS = (
     "projection",

@@ -19,7 +19,7 @@ from megatron_lrc.hf.checkpoint_reader import CheckpointReader
 from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.models import padded_vocab_size, transformer_config
+from megatron_lrc.mcore.gpt_models import padded_vocab_size, transformer_config
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from tools_path import convert_from_hf, convert_to_hf

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from test_stopping import steps_of, wait_until
 
-from megatron_lrc import peers
-from megatron_lrc.peer_hub import ANSWER_WITHIN, Hub, _Rank
+from megatron_lrc.launch import peers
+from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Hub, _Rank
 from worlds import World, training_flags
 
 HOST = socket.gethostname()

@@ -12,11 +12,10 @@ import pytest
 from test_training import make_config, records
 
 from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint, read_state
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.index_cache import build_index_cache
 from megatron_lrc.train import loop
-from megatron_lrc.validation import validate
 from ranks import run_ranks
 from tiny_data import write_dataset
 

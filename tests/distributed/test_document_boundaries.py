@@ -32,7 +32,7 @@ from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.schedules import forward_teacher
+from megatron_lrc.methods.lrc.calibration import forward_teacher
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from reference import in_fp64, positions_in_documents

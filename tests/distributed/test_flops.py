@@ -18,8 +18,8 @@ from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.flops import StepFlops, step_flops
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.paired_model import PairedModel
 from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
 from ranks import run_ranks
 

@@ -8,7 +8,7 @@ from test_training import make_config, on_layout
 from torch import nn
 
 from megatron_lrc.config import Config
-from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import PipelineStage
 from megatron_lrc.train import loop
 from ranks import run_ranks

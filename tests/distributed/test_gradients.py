@@ -11,14 +11,13 @@ from transformers import AutoModelForCausalLM
 from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.clone.initialization import initialize_random
 from megatron_lrc.clone.projections import Projections
-from megatron_lrc.config import Config
+from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_stages
-from megatron_lrc.validation import validate
 from ranks import run_ranks
 from reference import Reference, document_numbers, positions_in_documents
 

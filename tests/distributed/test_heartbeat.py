@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_training import assert_same_parameters, make_config, records, train
 
-from megatron_lrc.arguments import save_yaml
+from megatron_lrc.config import save_yaml
 
 pytest.importorskip("nvidia_resiliency_ext")
 pytestmark = pytest.mark.distributed

@@ -16,11 +16,11 @@ from test_training import make_config, on_layout
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_lrc.config import Config
-from megatron_lrc.estimate.memory import CPU_ALLOCATOR, MemoryParts, peak_memory
+from megatron_lrc.estimate.peak_memory import CPU_ALLOCATOR, MemoryParts, peak_memory
 from megatron_lrc.estimate.stage import stages_of
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.paired_model import PairedModel
+from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
 from ranks import run_ranks
 from tiny_data import write_dataset

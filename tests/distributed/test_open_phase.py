@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_qwen2
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
-from megatron_lrc.config import MATRICES, Config, ConfigError
+from megatron_lrc.config import MATRICES, Config, ConfigError, validate
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
-from megatron_lrc.validation import validate
 from ranks import run_ranks
 from tools_path import convert_to_hf, load_tool
 

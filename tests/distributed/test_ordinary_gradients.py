@@ -16,16 +16,14 @@ import megatron_lrc
 from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, select
-from megatron_lrc.config import Config
+from megatron_lrc.config import Config, LossConfig, ProjectionConfig, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.stages import Trained
-from megatron_lrc.settings import LossConfig, ProjectionConfig
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_single_model
-from megatron_lrc.validation import validate
 from ranks import run_ranks
 from reference import causal_mask, in_fp64
 

@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM
 from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.estimate.flops import head_flops, layer_flops
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.train import loop
-from megatron_lrc.validation import validate
-from megatron_lrc.verify.sources import open_student
+from megatron_lrc.verify.weight_streams import open_student
 from ranks import run_ranks
 from tools_path import convert_to_hf
 

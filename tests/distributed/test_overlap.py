@@ -15,8 +15,9 @@ from test_training import continued, make_config, on_layout, records, train, wit
 
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.config import Config
-from megatron_lrc.mcore import checkpoint, paired_model
+from megatron_lrc.mcore import checkpoint
 from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.methods.lrc import paired_model
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import Run
 from ranks import run_ranks

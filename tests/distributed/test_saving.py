@@ -15,7 +15,7 @@ import torch
 from test_training import assert_same_parameters, make_config, on_layout, records, train, without_times
 
 import slow_writers
-from megatron_lrc import background_writer
+from megatron_lrc.checkpoints import background_writer
 from megatron_lrc.checkpoints.run_directory import (
     checkpoint_path,
     checkpoints,

@@ -13,18 +13,16 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama, write_qwen2, write_qwen3
-from megatron_lrc.config import Config
+from megatron_lrc.config import Config, LossConfig, ProjectionConfig, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.stages import Shapes
-from megatron_lrc.pruning.hard_concrete import sample
-from megatron_lrc.pruning.masks import Masks
-from megatron_lrc.settings import LossConfig, ProjectionConfig
+from megatron_lrc.methods.sheared.hard_concrete import sample
+from megatron_lrc.methods.sheared.masks import Masks
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_sheared_model
-from megatron_lrc.validation import validate
 from ranks import run_ranks
 from reference import causal_mask, in_fp64
 

@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM
 from hf_teachers import write_qwen2
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.train import loop
 from megatron_lrc.train.dry_run import dry_run
-from megatron_lrc.validation import validate
 from tools_path import convert_to_hf, load_tool
 
 pytestmark = pytest.mark.distributed

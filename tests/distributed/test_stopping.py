@@ -21,7 +21,7 @@ from test_training import assert_same_parameters, continued, make_config, on_lay
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.train import loop, stopping
 from ranks import PRELOAD, run_ranks
 

@@ -9,10 +9,9 @@ import torch
 
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.train import loop
 from megatron_lrc.train.metrics import MEASURED
-from megatron_lrc.validation import validate
 from ranks import run_ranks
 
 STUDENT = 24

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_teachers import write_llama
-from megatron_lrc.comparison import plan
+from megatron_lrc.comparison import run_plan as plan
 from megatron_lrc.comparison.contestants import CONTESTANTS
 from megatron_lrc.comparison.runner import is_complete
 from tiny_data import make_texts, write_counting, write_jsonl

@@ -12,7 +12,7 @@ from test_workflow import ROOT, run
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama
-from megatron_lrc.arguments import parse_config
+from megatron_lrc.config import parse_config
 from megatron_lrc.data.batches import build_datasets
 from tiny_data import make_texts, write_jsonl
 from tools_path import load_tool

@@ -5,17 +5,21 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_lrc.arguments import (
+from megatron_lrc.config import (
+    PRESETS,
+    PUBLISHED_RUNS,
+    SETTINGS,
     TRAINING,
+    Config,
+    ConfigError,
     build_parser,
+    convert,
     describe_changes,
+    flag_of,
     load_yaml,
     parse_config,
     save_yaml,
 )
-from megatron_lrc.config import Config, ConfigError, flag_of
-from megatron_lrc.presets import PRESETS, PUBLISHED_RUNS
-from megatron_lrc.schema import SETTINGS, convert
 
 
 def errors_of(*argv):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_lrc.clone.attention_loss import AttentionLoss
+from megatron_lrc.methods.tinybert.attention_loss import AttentionLoss
 
 S, B, HEADS, GROUPS, DIM = 5, 2, 4, 2, 3
 

@@ -17,7 +17,7 @@ from megatron_lrc.benchmarks.export import Copied, Exported, Round, Sizes
 from megatron_lrc.benchmarks.measure import Measured
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.train.initial_weights import InitialWeights
+from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from tools_path import convert_to_hf, load_tool
 
 benchmark = load_tool("benchmark").main

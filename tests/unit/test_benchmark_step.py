@@ -14,7 +14,7 @@ from hf_teachers import WRITERS
 from megatron_lrc.benchmarks import step
 from megatron_lrc.benchmarks.breakdown import PARTS
 from megatron_lrc.benchmarks.models import add_teacher_flags, open_base
-from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from naive_variants import (
     Ending,
     Failing,

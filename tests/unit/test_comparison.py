@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lrc.comparison import contestants, figures, page, plan, results, tables
+from megatron_lrc.comparison import comparison_page as page
+from megatron_lrc.comparison import contestants, figures, results
+from megatron_lrc.comparison import result_tables as tables
+from megatron_lrc.comparison import run_plan as plan
 from megatron_lrc.comparison.contestants import ABLATED, CONTESTANTS, GROUPS, Contestant
 from megatron_lrc.comparison.material import Material
-from megatron_lrc.comparison.plan import Sizes
 from megatron_lrc.comparison.results import Reached, Result, tokens_to_reach
+from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.comparison.runner import Outcome
 from megatron_lrc.config import ConfigError
 

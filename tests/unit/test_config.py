@@ -5,9 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lrc.config import Config, ConfigError, ModelShape, flag_of
-from megatron_lrc.layout_checks import divisors
-from megatron_lrc.validation import parse_split, validate, validate_against_teacher
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    ModelShape,
+    divisors,
+    flag_of,
+    parse_split,
+    validate,
+    validate_against_teacher,
+)
 
 SMOLLM2 = ModelShape(
     num_layers=30,

@@ -15,9 +15,9 @@ from test_disk_full import small_disk  # noqa: F401 (a fixture)
 
 from full_size_teachers import write_full_size_teacher
 from megatron_lrc.__main__ import main
-from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.config import PUBLISHED_RUNS
+from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.presets import PUBLISHED_RUNS
 from tiny_data import write_dataset
 
 ROOT = Path(__file__).parents[2]

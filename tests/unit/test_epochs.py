@@ -7,11 +7,9 @@ import pytest
 import torch
 from test_batches import CPU, make_config, numbered
 
-from megatron_lrc.arguments import load_yaml, save_yaml
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, load_yaml, save_yaml, validate
 from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
 from megatron_lrc.data.datasets import resolve_train_iters
-from megatron_lrc.validation import validate
 
 SECOND = 40000  # token ids from here on are the second dataset's
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_teachers import write_llama
-from megatron_lrc.evaluation.published import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
+from megatron_lrc.evaluation.nine_tasks import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
 from tools_path import load_tool
 
 evaluate: Callable[[list[str]], int] = load_tool("evaluate").main

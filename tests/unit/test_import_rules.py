@@ -1,4 +1,4 @@
-"""Imports go one way: config below all; clone <- checkpoints <- mcore <- train; hf and data know nothing of train.
+"""Imports go one way: config < clone < checkpoints < mcore < methods < train; hf and data know nothing of train.
 
 Read from the syntax trees, so that an import inside a function counts too and nothing has to be installed.
 """
@@ -49,27 +49,18 @@ def imports_of(*folders: str) -> list[tuple[str, str]]:
     return [(module_name(path), imported) for path in files for imported in imported_modules(path)]
 
 
-def test_settings_and_config_import_only_the_standard_library():
-    for importer, imported in imports_of("settings", "config"):
-        below = is_within(imported, "megatron_lrc.settings")
-        assert below or imported.partition(".")[0] in sys.stdlib_module_names, (importer, imported)
-
-
 def test_the_front_end_answers_without_torch():
     allowed = {*sys.stdlib_module_names, "yaml"}
-    front_end = (
-        "settings",
-        "config",
-        "schema",
-        "presets",
-        "arguments",
-        "validation",
-        "layout_checks",
-        "precision_checks",
-    )
-    ours = (*(f"megatron_lrc.{name}" for name in front_end), "megatron_lrc.__version__")
-    for importer, imported in imports_of(*front_end):
-        assert imported.partition(".")[0] in allowed or is_within(imported, *ours), (importer, imported)
+    for importer, imported in imports_of("config"):
+        ours = is_within(imported, "megatron_lrc.config", "megatron_lrc.__version__")
+        assert ours or imported.partition(".")[0] in allowed, (importer, imported)
+
+
+def test_settings_are_imported_through_one_door():
+    for importer, imported in imports_of():
+        if not is_within(importer, "megatron_lrc.config"):
+            inside = [f"megatron_lrc.config.{path.stem}" for path in (PACKAGE / "config").glob("*.py")]
+            assert not is_within(imported, *inside), (importer, imported)
 
 
 def test_clone_imports_only_torch_and_config():
@@ -79,11 +70,10 @@ def test_clone_imports_only_torch_and_config():
         assert ours or imported.partition(".")[0] in allowed, (importer, imported)
 
 
-@pytest.mark.parametrize("folder", ["checkpoints", "pruning"])
-def test_what_stands_on_clone_imports_only_torch_and_what_is_below(folder):
+def test_checkpoints_import_only_torch_and_what_is_below():
     allowed = {*sys.stdlib_module_names, "torch", "megatron_lrc.__version__"}
-    for importer, imported in imports_of(folder):
-        ours = is_within(imported, *(f"megatron_lrc.{name}" for name in (folder, "checkpoints", "clone", "config")))
+    for importer, imported in imports_of("checkpoints"):
+        ours = is_within(imported, *(f"megatron_lrc.{name}" for name in ("checkpoints", "clone", "config")))
         assert ours or imported in allowed or imported.partition(".")[0] in allowed, (importer, imported)
 
 
@@ -109,12 +99,13 @@ def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
 @pytest.mark.parametrize(
     ("folder", "above"),
     [
-        ("hf", ["train", "verify", "evaluation"]),
-        ("data", ["train", "verify", "evaluation"]),
-        ("mcore", ["train", "verify", "estimate", "evaluation"]),
+        ("methods", ["train", "verify", "estimate", "evaluation"]),
+        ("hf", ["methods", "train", "verify", "evaluation"]),
+        ("data", ["methods", "train", "verify", "evaluation"]),
+        ("mcore", ["methods", "train", "verify", "estimate", "evaluation"]),
         ("estimate", ["train", "verify", "data", "evaluation"]),
         ("verify", ["train", "evaluation"]),
-        ("clone", ["mcore", "train", "hf", "data", "verify", "evaluation"]),
+        ("clone", ["mcore", "methods", "train", "hf", "data", "verify", "evaluation"]),
         ("report", ["clone", "mcore", "hf", "data", "verify", "evaluation"]),  # and of train what needs no torch
         ("train", ["report", "evaluation", "comparison"]),
         ("evaluation", ["train", "report", "estimate", "benchmarks"]),  # nothing but tools stands above it
@@ -158,7 +149,8 @@ def test_a_tool_answers_help_without_loading_torch(path):
 
 
 def test_the_walker_resolves_relative_imports():
-    assert "megatron_lrc.config.ConfigError" in dict.fromkeys(imported_modules(PACKAGE / "arguments.py"))
+    arguments = PACKAGE / "config" / "arguments.py"
+    assert "megatron_lrc.config.config.ConfigError" in dict.fromkeys(imported_modules(arguments))
     assert "megatron_lrc.train.loop" in dict.fromkeys(imported_modules(PACKAGE / "__main__.py"))
 
 

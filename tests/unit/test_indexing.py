@@ -254,7 +254,7 @@ def test_tool_as_a_program(tmp_path, tokenizer_folder):
 
 def test_starting_imports_neither_torch_nor_transformers():
     program = (
-        "import sys; import preprocess_data, megatron_lrc.data.checks;"
+        "import sys; import preprocess_data, megatron_lrc.data.data_checks;"
         "print([name for name in ('torch', 'transformers', 'megatron.core', 'sentencepiece') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools")])}

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from megatron_lrc.__main__ import main
 from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero_gradient
-from megatron_lrc.config import ConfigError
-from megatron_lrc.estimate.memory import peak_memory
+from megatron_lrc.config import ConfigError, validate, validate_against_teacher
+from megatron_lrc.estimate.peak_memory import peak_memory
 from megatron_lrc.mcore import kernels
 from megatron_lrc.mcore.compat import set_step
-from megatron_lrc.validation import validate, validate_against_teacher
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said where there is no GPU")
 FP8 = {"fp8_format": "hybrid", "bf16": True}

@@ -12,7 +12,7 @@ from megatron_lrc.hf.comparison import compare_logits
 from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
 from megatron_lrc.hf.teacher import TeacherReader
-from megatron_lrc.verify.sources import stream_logits, teacher_weights
+from megatron_lrc.verify.weight_streams import stream_logits, teacher_weights
 
 TOKENS = fixed_tokens(301)
 

@@ -12,7 +12,7 @@ from test_inspection import write_sequences
 import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import merging, verification
-from megatron_lrc.data.checks import read_indexed_file
+from megatron_lrc.data.data_checks import read_indexed_file
 from tools_path import load_tool
 
 merge_datasets = load_tool("merge_datasets").main

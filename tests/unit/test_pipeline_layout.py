@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 from test_config import SMOLLM2
 
-from megatron_lrc.arguments import parse_config
-from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.config import Config, ConfigError, parse_config
+from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.stage import stages_of
-from megatron_lrc.mcore.models import check_pipeline_layout, layers_per_stage
+from megatron_lrc.mcore.gpt_models import check_pipeline_layout, layers_per_stage
 
 
 def check(layout: str | None, *, pp: int = 2, chunks: int | None = None) -> None:

@@ -5,15 +5,12 @@ import json
 import pytest
 
 from full_size_teachers import write_full_size_teacher
-from megatron_lrc.arguments import parse_config
-from megatron_lrc.config import Config
+from megatron_lrc.config import PUBLISHED_RUNS, Config, parse_config, validate, validate_against_teacher
 from megatron_lrc.estimate.devices import GIB, GPUS, gpu_named
-from megatron_lrc.estimate.memory import peak_memory
-from megatron_lrc.estimate.published import TEACHER_SHAPES
+from megatron_lrc.estimate.peak_memory import peak_memory
+from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.search import Plan, candidates, find_plans
 from megatron_lrc.estimate.speed import step_time
-from megatron_lrc.presets import PUBLISHED_RUNS
-from megatron_lrc.validation import validate, validate_against_teacher
 from tools_path import load_tool
 
 plan_main = load_tool("plan").main

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_lrc.config import ModelShape
-from megatron_lrc.pruning.hard_concrete import likely, probability_kept, sample
-from megatron_lrc.pruning.masks import Mask, Masks, MaskSettings, masks_between
+from megatron_lrc.methods.sheared.hard_concrete import likely, probability_kept, sample
+from megatron_lrc.methods.sheared.masks import Mask, Masks, MaskSettings, masks_between
 
 SETTINGS = MaskSettings(pruning_steps=100, seed=3, lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8)
 

@@ -15,14 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lrc.arguments import save_yaml
-from megatron_lrc.config import Config
+from megatron_lrc.config import CLONE_TERMS, Config, save_yaml
 from megatron_lrc.report import charts, png
-from megatron_lrc.report.axes import Axis, number, tick_text
-from megatron_lrc.report.page import render
+from megatron_lrc.report.chart_axes import Axis, number, tick_text
 from megatron_lrc.report.run_files import read_run
+from megatron_lrc.report.run_page import render
 from megatron_lrc.report.thinning import MAX_BUCKETS, MAX_COLUMNS, average_rows, thin
-from megatron_lrc.settings import CLONE_TERMS
 from tools_path import load_tool
 
 NOW = datetime(2025, 2, 1, 12, 0, 0, tzinfo=timezone.utc)
@@ -226,9 +224,8 @@ def test_the_tool_writes_the_page_beside_the_run_or_where_it_is_told(run, tmp_pa
 
 
 def test_the_report_loads_neither_torch_nor_numpy():
-    code = (
-        "import sys, megatron_lrc.report.page; print([m for m in ('torch', 'numpy', 'megatron') if m in sys.modules])"
-    )
+    heavy = "('torch', 'numpy', 'megatron')"
+    code = f"import sys, megatron_lrc.report.run_page; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -11,7 +11,7 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
-from megatron_lrc.data.sources import find_files, kind_of
+from megatron_lrc.data.input_files import find_files, kind_of
 from megatron_lrc.data.tokenizers import load_tokenizer
 
 TEXTS = tiny_data.make_texts(400)

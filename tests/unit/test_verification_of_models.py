@@ -30,7 +30,7 @@ from megatron_lrc.hf import export
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.output_folder import copy_files
 from megatron_lrc.mcore.layer_by_layer import LayerByLayer
-from megatron_lrc.verify.models import check_conversion
+from megatron_lrc.verify.open_models import check_conversion
 from students import random_student
 from tools_path import convert_to_hf, load_tool
 

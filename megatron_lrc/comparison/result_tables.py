@@ -9,8 +9,8 @@ from typing import Any
 from megatron_lrc import __version__
 from megatron_lrc.comparison import results
 from megatron_lrc.comparison.material import Material
-from megatron_lrc.comparison.plan import Sizes
 from megatron_lrc.comparison.results import Group, Reached, Result
+from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.comparison.runner import Outcome
 from megatron_lrc.train.progress import count
 

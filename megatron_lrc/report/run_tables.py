@@ -7,9 +7,8 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from megatron_lrc.arguments import describe_changes
-from megatron_lrc.config import Config
-from megatron_lrc.report.axes import number
+from megatron_lrc.config import Config, describe_changes
+from megatron_lrc.report.chart_axes import number
 from megatron_lrc.report.curves import get
 from megatron_lrc.report.run_files import RunFiles, parse_time
 from megatron_lrc.train.progress import count, duration

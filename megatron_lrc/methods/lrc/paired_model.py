@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
@@ -28,10 +26,16 @@ from megatron_lrc.clone.projections import (
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
-from megatron_lrc.mcore.clone_captures import CloneLosses
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size, tie_ends
-from megatron_lrc.mcore.own_matrices import TrainedWeights, own_parameters, renew_parameters
+from megatron_lrc.mcore.gpt_models import (
+    GPTModel,
+    build_stage,
+    head_layout,
+    layers_of,
+    norm_gains,
+    padded_vocab_size,
+    tie_ends,
+)
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
@@ -43,8 +47,11 @@ from megatron_lrc.mcore.stages import (
     Trained,
     leave_alone,
     run_stage,
+    whole_sequence,
 )
-from megatron_lrc.mcore.tinybert_losses import TinyBertLosses
+from megatron_lrc.methods.lrc.clone_captures import CloneLosses
+from megatron_lrc.methods.lrc.own_matrices import TrainedWeights, own_parameters, renew_parameters
+from megatron_lrc.methods.tinybert.tinybert_losses import TinyBertLosses
 
 
 class PairedModel(PipelineStage):
@@ -296,8 +303,8 @@ class PairedModel(PipelineStage):
         self, teacher_hidden: Tensor, student_hidden: Tensor, labels: Tensor, token_weight: Tensor
     ) -> Tensor:
         if self.student.config.sequence_parallel:
-            teacher_hidden = gather_from_sequence_parallel_region(teacher_hidden, tensor_parallel_output_grad=False)
-            student_hidden = gather_from_sequence_parallel_region(student_hidden, tensor_parallel_output_grad=True)
+            teacher_hidden = whole_sequence(teacher_hidden, is_trained=False)
+            student_hidden = whole_sequence(student_hidden)
         loss, sums = lm_and_kl_loss(
             student_hidden.flatten(0, 1),  # [s*b, d]
             teacher_hidden.flatten(0, 1),  # [s*b, D]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
+from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.kernels import own_precision
-from megatron_lrc.mcore.models import layers_of
 
 if TYPE_CHECKING:
-    from megatron_lrc.mcore.paired_model import PairedModel
+    from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 SITES_OF: dict[str, list[Site]] = {
     linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS

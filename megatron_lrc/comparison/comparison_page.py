@@ -4,11 +4,12 @@ from datetime import datetime
 from html import escape
 
 from megatron_lrc import __version__
-from megatron_lrc.comparison import figures, tables
-from megatron_lrc.comparison.tables import Comparison
+from megatron_lrc.comparison import figures
+from megatron_lrc.comparison import result_tables as tables
+from megatron_lrc.comparison.result_tables import Comparison
 from megatron_lrc.report.charts import Chart, Series, draw
-from megatron_lrc.report.page import document, section
-from megatron_lrc.report.tables import table
+from megatron_lrc.report.run_page import document, section
+from megatron_lrc.report.run_tables import table
 
 
 def render(found: Comparison, now: datetime) -> str:

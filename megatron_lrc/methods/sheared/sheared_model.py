@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero_gradient
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.mcore.single_model import SingleModel
 from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained, leave_alone
-from megatron_lrc.pruning.axes import AXES, gain_factor, mask_gradients, masked, masks_of, view
-from megatron_lrc.pruning.masks import GROUPS, HIDDEN, KINDS, NEURONS, Masks, mask_name
+from megatron_lrc.methods.ordinary.single_model import SingleModel
+from megatron_lrc.methods.sheared.mask_axes import AXES, gain_factor, mask_gradients, masked, masks_of, view
+from megatron_lrc.methods.sheared.masks import GROUPS, HIDDEN, KINDS, NEURONS, Masks, mask_name
 
 #: What a checkpoint calls the masks' state.
 MASKS = "masks."

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import HeadLayout, select
-from megatron_lrc.pruning.masks import GROUPS, HIDDEN, NEURONS, mask_name
+from megatron_lrc.methods.sheared.masks import GROUPS, HIDDEN, NEURONS, mask_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
-from megatron_lrc.report import tables
+from megatron_lrc.report import run_tables as tables
 from megatron_lrc.report.curves import Curves
 from megatron_lrc.report.run_files import RunFiles, read_run
 from megatron_lrc.report.thinning import RULE

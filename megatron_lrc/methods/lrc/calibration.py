@@ -26,9 +26,9 @@ from megatron_lrc.mcore.distributed import (
     reduce_over_stage,
     sum_over_world,
 )
-from megatron_lrc.mcore.models import norm_gains, residual_readers
-from megatron_lrc.mcore.paired_model import PairedModel
-from megatron_lrc.mcore.schedules import forward_teacher
+from megatron_lrc.mcore.gpt_models import norm_gains, residual_readers
+from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -107,6 +107,19 @@ def run_teacher(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def forward_teacher(stages: list[PairedModel], batches: Batches, config: Config, *, num_microbatches: int) -> None:
+    """Run only the teacher over some micro-batches (calibration: whoever needs its activations has hooks in place)."""
+    forward_backward(
+        stages,
+        batches,
+        config,
+        num_microbatches=num_microbatches,
+        forward_only=True,
+        forward_step=PairedModel.forward_teacher,
+    )
 
 
 def _look_at_input(look: Callable[[Tensor], None], module: nn.Module, inputs: tuple) -> None:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megatron_lrc.clone.attention_loss import AttentionLoss
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss
 from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.config import TINYBERT_TERMS
-from megatron_lrc.mcore.models import layers_of
+from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import MAPS, Trained
+from megatron_lrc.methods.tinybert.attention_loss import AttentionLoss
 
 if TYPE_CHECKING:
-    from megatron_lrc.mcore.paired_model import PairedModel
+    from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 EMBEDDING, HIDDEN, ATTENTION = range(len(TINYBERT_TERMS))
 

@@ -18,16 +18,15 @@ from megatron_lrc.checkpoints.run_directory import (
     read_state,
     step_of,
 )
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import Config, ConfigError, ModelShape, check_schedule, raise_all, validate_against_teacher
 from megatron_lrc.data.batches import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Reader
-from megatron_lrc.mcore.models import check_pipeline_layout
+from megatron_lrc.mcore.gpt_models import check_pipeline_layout
+from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.boards import check_boards
-from megatron_lrc.train.initial_weights import InitialWeights
-from megatron_lrc.validation import check_schedule, raise_all, validate_against_teacher
 
 CONFIG_FILE = "config.yaml"
 

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from . import __version__
+from megatron_lrc import __version__
+
 from .config import Config, ConfigError, flag_of
 from .presets import PRESETS, PUBLISHED_RUNS
 from .schema import SECTIONS, SETTINGS, Setting, convert, parse_number, suggest

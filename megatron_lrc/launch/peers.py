@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_lrc import torchrun
-from megatron_lrc.peer_hub import ANSWER_WITHIN, Connection, Verdict, keep_alive
+from megatron_lrc.launch import torchrun
+from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Connection, Verdict, keep_alive
 
 #: Seconds for a connection to rank 0.
 CONNECT_WITHIN = 10.0

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_lrc.checkpoints.files import Bucket, Written, write_files
 
 #: What the process runs, with the descriptors of its end of the connection and of the shared memory, and its parent.
-ENTRY = "megatron_lrc.background_writer:serve"
+ENTRY = "megatron_lrc.checkpoints.background_writer:serve"
 
 _PR_SET_PDEATHSIG = 1
 _ALIGNMENT = 64  # bytes; more than any dtype needs

@@ -10,8 +10,6 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints.layout import SITES, key_of
@@ -20,7 +18,15 @@ from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HE
 from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_loss
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.models import build_stage, head_layout, layers_of, norm_gains, padded_vocab_size, tie_ends
+from megatron_lrc.mcore.gpt_models import (
+    GPTModel,
+    build_stage,
+    head_layout,
+    layers_of,
+    norm_gains,
+    padded_vocab_size,
+    tie_ends,
+)
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
@@ -30,6 +36,7 @@ from megatron_lrc.mcore.stages import (
     Shapes,
     Trained,
     run_stage,
+    whole_sequence,
 )
 
 
@@ -100,7 +107,7 @@ class SingleModel(PipelineStage):
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            hidden = whole_sequence(hidden)
         token_weight = batch["loss_mask"].t().flatten()
         loss, sums = lm_loss(
             hidden.flatten(0, 1),  # [s*b, d]

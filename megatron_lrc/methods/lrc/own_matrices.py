@@ -6,14 +6,13 @@ ordinary training gives them (`single_model.trained_parameters`); norm gains sta
 
 from collections.abc import Iterator
 
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import nn
 
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.config import MATRICES, ModelShape
-from megatron_lrc.mcore.models import norm_gains
-from megatron_lrc.mcore.single_model import trained_parameters
+from megatron_lrc.mcore.gpt_models import GPTModel, norm_gains
 from megatron_lrc.mcore.stages import Trained
+from megatron_lrc.methods.ordinary.single_model import trained_parameters
 
 
 def own_parameters(student: GPTModel, shape: ModelShape, own: frozenset[str]) -> Iterator[Trained]:

@@ -13,7 +13,7 @@ from megatron_lrc.hf.checkpoint_reader import RECORD_FILE, open_teacher
 from megatron_lrc.hf.comparison import Difference, compare_logits, find_difference
 from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
-from megatron_lrc.verify.sources import open_student, stream_logits, student_weights, teacher_weights
+from megatron_lrc.verify.weight_streams import open_student, stream_logits, student_weights, teacher_weights
 
 #: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]
 Logits = Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]

@@ -16,7 +16,7 @@ from megatron_lrc.checkpoints.run_directory import STATE_FILE, checkpoints, find
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.forward import load_pretrained
 from megatron_lrc.verify.exporting import export_saved
-from megatron_lrc.verify.sources import open_student
+from megatron_lrc.verify.weight_streams import open_student
 
 DTYPES = ("float32", "bfloat16", "float16")
 

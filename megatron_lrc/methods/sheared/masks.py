@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.config import ModelShape
-from megatron_lrc.pruning.hard_concrete import likely, probability_kept, sample
+from megatron_lrc.methods.sheared.hard_concrete import likely, probability_kept, sample
 
 HIDDEN, GROUPS, NEURONS = KINDS = ("hidden", "groups", "neurons")
 

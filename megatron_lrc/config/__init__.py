@@ -1,0 +1,72 @@
+"""What a run is made from: its settings, how they are read, and what of them can be refused at once.
+
+The one door: whoever is outside imports from here. `settings.py` has the fields, a flag each; `config.py` what follows
+from them; `arguments.py` reads flags and YAML; `validation.py`, `layout_checks.py` and `precision_checks.py` refuse.
+Nothing in this package imports torch, so that `--help` answers at once.
+"""
+
+from .arguments import (
+    TRAINING,
+    DryRun,
+    build_parser,
+    describe_changes,
+    load_yaml,
+    parse_config,
+    presets_of,
+    save_yaml,
+    take_dry_run,
+)
+from .config import MATRICES, Config, ConfigError, ModelShape, RunStopped, flag_of
+from .layout_checks import check_batches, check_layout, divisors
+from .precision_checks import check_precision
+from .presets import PRESETS, PUBLISHED_RUNS
+from .schema import SETTINGS, convert, suggest
+from .settings import CLONE_TERMS, TINYBERT_TERMS, CheckpointConfig, LossConfig, ProjectionConfig
+from .validation import (
+    check_losses,
+    check_ranges,
+    check_schedule,
+    parse_split,
+    raise_all,
+    validate,
+    validate_against_teacher,
+)
+
+__all__ = [
+    "CLONE_TERMS",
+    "MATRICES",
+    "PRESETS",
+    "PUBLISHED_RUNS",
+    "SETTINGS",
+    "TINYBERT_TERMS",
+    "TRAINING",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DryRun",
+    "LossConfig",
+    "ModelShape",
+    "ProjectionConfig",
+    "RunStopped",
+    "build_parser",
+    "check_batches",
+    "check_layout",
+    "check_losses",
+    "check_precision",
+    "check_ranges",
+    "check_schedule",
+    "convert",
+    "describe_changes",
+    "divisors",
+    "flag_of",
+    "load_yaml",
+    "parse_config",
+    "parse_split",
+    "presets_of",
+    "raise_all",
+    "save_yaml",
+    "suggest",
+    "take_dry_run",
+    "validate",
+    "validate_against_teacher",
+]

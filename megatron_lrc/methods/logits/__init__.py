@@ -1,0 +1,1 @@
+"""Distillation of logits alone, into a new student."""

@@ -1,0 +1,1 @@
+"""Low-Rank Clone: the student's weights are projections of a frozen teacher's."""

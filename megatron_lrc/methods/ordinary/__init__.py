@@ -1,0 +1,1 @@
+"""Ordinary training of one model by itself."""

@@ -1,0 +1,1 @@
+"""Sheared-LLaMA: a model is pruned with learnt masks, then trained on."""

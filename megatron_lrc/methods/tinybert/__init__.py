@@ -1,0 +1,1 @@
+"""TinyBERT's losses between layers, beside LM and KL."""
