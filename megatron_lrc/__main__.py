@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_lrc import __version__
 from megatron_lrc.config import TRAINING, Config, ConfigError, RunStopped, parse_config, take_dry_run, validate
 from megatron_lrc.launch import peers, torchrun
+from megatron_lrc.methods import method_of
 
 USAGE = """usage: python -m megatron_lrc COMMAND FLAGS
 
@@ -73,7 +74,7 @@ def run_command(command: str, flags: Sequence[str]) -> None:
     config = parse_config(flags, (TRAINING[0].replace(" train ", f" {command} "), TRAINING[1]))
     if torchrun.restarts():
         config.checkpoint.load = checkpoint_to_restart_from(config)
-    validate(config, world_size=world_size)
+    validate(method_of(config), world_size=world_size)
     config = config.resolved(world_size)
 
     from megatron_lrc.train import loop  # imports torch, so it comes after what can fail at once

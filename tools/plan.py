@@ -50,10 +50,12 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
     )
     from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
     from megatron_lrc.hf.families import describe_teacher
+    from megatron_lrc.methods import method_of
 
     config = parse_config(flags)
-    raise_all([*check_ranges(config), *check_losses(config), *check_precision(config)])
-    if not config.has_teacher or config.is_tinybert:
+    method = method_of(config)
+    raise_all([*check_ranges(config), *check_losses(method), *check_precision(config)])
+    if not method.is_estimated:
         raise ConfigError(
             f"--method {config.model.method}: its memory and time are not estimated. Plan for lrc or logits; "
             "--dry-run N of a training estimates FLOPs and disk of ordinary and tinybert too."
@@ -73,12 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     options, flags = parse_options(argv)
     from megatron_lrc.estimate.devices import GIB, gpu_named
     from megatron_lrc.estimate.search import find_plans
+    from megatron_lrc.methods import method_of
 
     try:
         if not 0 < options.mfu <= 1:
             raise ConfigError(f"--mfu {options.mfu} is not a share of the GPUs' peak above 0 and at most 1.")
         config, teacher = read_run(flags)
-        student, gpu = config.student_shape(teacher), gpu_named(options.gpu)
+        student, gpu = method_of(config).student_shape(teacher), gpu_named(options.gpu)
         plans = find_plans(config, teacher, student, world_size=options.gpus, gpu=gpu, mfu=options.mfu)
     except ConfigError as error:
         for line in str(error).splitlines():

@@ -29,6 +29,7 @@ from megatron_lrc.checkpoints.run_directory import newest_checkpoint, total_byte
 from megatron_lrc.config import ConfigError, validate_against_teacher
 from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.reader import Reader
+from megatron_lrc.methods import method_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = str(ROOT / "tools" / "convert_to_hf.py")
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     """0. ConfigError for what a training would refuse too, or where an export fails."""
     base, reader = open_base(arguments)
     values = vars(arguments) | {"teacher": str(base.directory), "seq_length": _SEQ_LENGTH}
-    validate_against_teacher(config_of(argparse.Namespace(**values)), base.shape)
+    validate_against_teacher(method_of(config_of(argparse.Namespace(**values))), base.shape)
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         teacher = Path(arguments.teacher).absolute() if arguments.teacher else folder / "teacher"

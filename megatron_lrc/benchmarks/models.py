@@ -19,8 +19,9 @@ from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.methods import method_of
+from megatron_lrc.methods.method import Materials
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
-from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.step import Run
 
 
@@ -125,8 +126,9 @@ def build_run(
 ) -> Run:
     """base, reader: of the teacher, or with --method ordinary of the model to train."""
     dtype = parameter_dtype(config)
-    stages = build_stages_of_method(config, base, reader, groups, dtype, lambda: batches, is_new=True)
-    return Run(config, groups, stages, StageOptimizer(config, stages, groups), config.num_microbatches(1))
+    method = method_of(config)
+    stages = method.build_stages(Materials(base, reader, groups, dtype, lambda: batches, is_new=True))
+    return Run(method, groups, stages, StageOptimizer(config, stages, groups), config.num_microbatches(1))
 
 
 def same_batch(config: Config, vocab_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:

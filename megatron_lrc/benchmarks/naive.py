@@ -20,6 +20,7 @@ from megatron_lrc.config import Config
 from megatron_lrc.hf.families import TeacherDescription, expected_weights
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.student_config import student_config, student_family
+from megatron_lrc.methods import method_of
 
 MODULES = {
     "q": "self_attn.q_proj",
@@ -80,7 +81,7 @@ class NaiveClone:
             eps=settings.adam_eps,
             weight_decay=settings.weight_decay,
         )
-        shape = config.student_shape(teacher.shape)
+        shape = method_of(config).student_shape(teacher.shape)
         family = student_family(teacher, shape.hidden_size)
         values = dict(student_config(teacher, shape, family, dtype=dtype))
         self.student = _empty_model(AutoConfig.for_model(values.pop("model_type"), **values), dtype, device)

@@ -52,6 +52,7 @@ from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.kernels import check_machine, describe_kernels
 from megatron_lrc.mcore.optimizer import parameter_dtype
+from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.step import Run, StepReport, train_step
@@ -155,7 +156,7 @@ def _config_of(arguments: argparse.Namespace, base: TeacherDescription) -> Confi
         except ValueError as error:
             raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
     raise_all(list(check_precision(config)))
-    validate_against_teacher(config, base.shape)
+    validate_against_teacher(method_of(config), base.shape)
     check_machine(config)
     return config.resolved(1)
 
@@ -176,7 +177,7 @@ class Bench:
         self.config, self.base, self.device, self.report = config, base, groups.device, report
         self.dtype, self.num_microbatches = parameter_dtype(config), config.num_microbatches(1)
         self.batches = same_batch(config, base.shape.vocab_size, groups.device)
-        self.student_shape = config.student_shape(base.shape)
+        self.student_shape = method_of(config).student_shape(base.shape)
         self.flops = step_flops(config, base.shape, self.student_shape)
         self.ordinary_flops = step_flops(_ordinary(config), base.shape, self.student_shape)
         self.runs: dict[str, Run] = {}
@@ -283,7 +284,7 @@ class Bench:
         }
 
     def summary(self, parts: dict[str, list[float]]) -> list[str]:
-        kernels = describe_kernels(self.config, self.dtype)
+        kernels = describe_kernels(self.config, self.dtype, "student")
         training, student = self.config.training, self.student_shape.hidden_size
         lines = [
             "",
@@ -331,7 +332,7 @@ def _ordinary(config: Config) -> Config:
 def differences(lrc: object, naive: object, config: Config) -> dict[str, float]:
     """Relative differences of two first steps; of the clone terms, one for each layer and matrix, the largest."""
     assert isinstance(lrc, StepReport) and isinstance(naive, NaiveReport)
-    losses, means = lrc.losses, lrc.losses.means(config)
+    losses, means = lrc.losses, lrc.losses.means(method_of(config))
     pairs = {
         "LM": (means["lm_loss"], naive.lm),
         "KL": (means["kl_loss"], naive.kl),

@@ -48,8 +48,7 @@ class RunState:
     teacher_fingerprint: str = ""
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0
-    opened_at: int | None = None  # the step after which --open-after opened the student
-    pruned_at: int | None = None  # the step after which --method sheared cut the model
+    changed_at: int | None = None  # the step after which the method changed what is trained (`Method.change`)
 
 
 # ------------------------------------------------------------------------------------------------ what there is
@@ -89,12 +88,22 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
     """run.json of a checkpoint: counters, the configuration it was trained with, the student's shape."""
     try:
         values = _read_record(path)
-        return RunState(**values["state"]), Config.from_dict(values["config"]), ModelShape(**values["student_shape"])
+        return (
+            RunState(**_renamed(values["state"])),
+            Config.from_dict(values["config"]),
+            ModelShape(**values["student_shape"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path / STATE_FILE} cannot be read ({error}): written by another version, or damaged. "
             "Use a checkpoint of this version of megatron_lrc, or an older one of the same run."
         ) from None
+
+
+def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+    """With today's names. Version 0.1 had a name for each method's change, of which a run can have one."""
+    older = [state.pop(name, None) for name in ("opened_at", "pruned_at")]
+    return {"changed_at": next((step for step in older if step is not None), None), **state}
 
 
 def _read_record(path: Path) -> dict[str, Any]:

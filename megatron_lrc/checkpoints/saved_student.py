@@ -110,8 +110,7 @@ class SavedStudent:
     projections: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
-    opened_at: int | None = None  # the step after which --open-after made some of them its own
-    pruned_at: int | None = None  # the step after which --method sheared cut the model
+    changed_at: int | None = None  # the step after which the method changed what is trained
 
     @property
     def is_composed(self) -> bool:
@@ -150,6 +149,5 @@ def open_checkpoint(run: str) -> SavedStudent:
         projections=_Tensors(reader, tensors, PROJECTIONS),
         norms=_Tensors(reader, tensors, NORMS),
         weights=_Weights(_Reader(path, index), index, shape),
-        opened_at=state.opened_at,
-        pruned_at=state.pruned_at,
+        changed_at=state.changed_at,
     )

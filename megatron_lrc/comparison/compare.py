@@ -22,6 +22,7 @@ from megatron_lrc.comparison.results import Result
 from megatron_lrc.comparison.run_plan import Run, Sizes
 from megatron_lrc.comparison.runner import Outcome, Runner, call_logged, flags_of
 from megatron_lrc.config import ConfigError, parse_config, validate
+from megatron_lrc.methods import method_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def _check_flags(chosen: Sequence[Contestant], options: Options, material: Mater
     for one in chosen:
         run = plan.make_run(one, 1.0, options.seeds[0], None, sizes=options.sizes, material=material)
         try:
-            validate(parse_config(flags_of(run, options.output / "runs" / run.name)), world_size=1)
+            config = parse_config(flags_of(run, options.output / "runs" / run.name))
+            validate(method_of(config), world_size=1)
         except ConfigError as error:
             raise ConfigError(f"contestant {one.name}: {'; '.join(str(error).splitlines())}") from error
 

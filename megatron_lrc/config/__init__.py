@@ -16,16 +16,19 @@ from .arguments import (
     save_yaml,
     take_dry_run,
 )
-from .config import MATRICES, Config, ConfigError, ModelShape, RunStopped, flag_of
+from .config import MATRICES, Config, ConfigError, ModelShape, RunStopped, flag_of, parse_clone_term
 from .layout_checks import check_batches, check_layout, divisors
 from .precision_checks import check_precision
 from .presets import PRESETS, PUBLISHED_RUNS
 from .schema import SETTINGS, convert, suggest
-from .settings import CLONE_TERMS, TINYBERT_TERMS, CheckpointConfig, LossConfig, ProjectionConfig
+from .settings import CLONE_TERMS, TINYBERT_TERMS, CheckpointConfig, LossConfig, ProjectionConfig, PruningConfig
 from .validation import (
+    check_directory,
     check_losses,
     check_ranges,
     check_schedule,
+    fields_of,
+    flags_set,
     parse_split,
     raise_all,
     validate,
@@ -47,9 +50,11 @@ __all__ = [
     "LossConfig",
     "ModelShape",
     "ProjectionConfig",
+    "PruningConfig",
     "RunStopped",
     "build_parser",
     "check_batches",
+    "check_directory",
     "check_layout",
     "check_losses",
     "check_precision",
@@ -58,8 +63,11 @@ __all__ = [
     "convert",
     "describe_changes",
     "divisors",
+    "fields_of",
     "flag_of",
+    "flags_set",
     "load_yaml",
+    "parse_clone_term",
     "parse_config",
     "parse_split",
     "presets_of",

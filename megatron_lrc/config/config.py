@@ -1,18 +1,18 @@
 """`Config`: everything a run is made from, and what follows from it. Also the two errors that users get to read.
 
-The sections of settings are in `settings.py`; here are the sizes that follow from them (data-parallel size, warmup
-steps, the student's shape). `validation.validate()` reports every impossible combination that can be seen without the
-teacher, `validation.validate_against_teacher()` the rest; both run before any process group or model exists, and give
+The sections of settings are in `settings.py`; here are the sizes that follow from them (data-parallel size,
+warmup steps). What follows from --method is asked of its `Method` (`megatron_lrc.methods`).
+`validation.validate()` reports every impossible combination that can be seen without the teacher,
+`validation.validate_against_teacher()` the rest; both run before any process group or model exists, and give
 the same answer on every rank. Nothing here imports torch: `--help` answers at once.
 """
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .settings import (
     CLONE_TERMS,
-    TINYBERT_TERMS,
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
@@ -113,55 +113,9 @@ class Config:
         """Model chunks (virtual stages) on each pipeline rank."""
         return self.parallel.num_virtual_stages_per_pipeline_rank or 1
 
-    @property
-    def has_teacher(self) -> bool:
-        """Whether a teacher runs beside the student."""
-        return self.model.method not in ("ordinary", "sheared")
-
-    @property
-    def is_clone(self) -> bool:
-        """Whether the student's weights are made of the teacher's, at least to begin with."""
-        return self.model.method == "lrc"
-
-    @property
-    def is_tinybert(self) -> bool:
-        return self.model.method == "tinybert"
-
-    @property
-    def layer_terms(self) -> tuple[str, ...]:
-        """Losses between the layers of teacher and student, weighted by alpha."""
-        return TINYBERT_TERMS if self.is_tinybert else CLONE_TERMS
-
-    @property
-    def is_sheared(self) -> bool:
-        """Whether --teacher is pruned to become the student."""
-        return self.model.method == "sheared"
-
-    @property
-    def open_step(self) -> int | None:
-        """After which step --open-after opens the student; None: never."""
-        after = self.projection.open_after
-        return None if after is None else self._step_of(after)
-
-    @property
-    def prune_step(self) -> int | None:
-        """After which step --method sheared cuts the model; None: never."""
-        return self._step_of(self.pruning.prune_after) if self.is_sheared else None
-
-    def _step_of(self, after: float) -> int:
-        """A number of steps, or below 1 a fraction of all, in steps."""
+    def step_of(self, after: float) -> int:
+        """A number of steps, or below 1 a fraction of all of --train-iters, in steps."""
         return int(after) if after >= 1 else int(after * self.training.train_iters + 0.5)
-
-    def own_matrices(self, *, is_open: bool) -> frozenset[str]:
-        """Matrices, of MATRICES, that the student beside a teacher has as its own; the others are composed.
-
-        is_open: whether --open-after has come.
-        """
-        if not self.is_clone:
-            return frozenset(MATRICES)
-        if not is_open:
-            return frozenset()
-        return frozenset(("gate", "up", "down") if self.projection.open_matrices == "mlp" else MATRICES)
 
     @property
     def base_model(self) -> str | None:
@@ -172,18 +126,9 @@ class Config:
     def total_kl_weight(self) -> float:
         """What tau^2 * KL, mean over tokens, is multiplied by: --kl-weight, converted by --kl-reduction."""
         loss = self.loss
-        if not self.has_teacher:
-            return 0.0
         if loss.kl_reduction == "sequence-sum":
             return loss.kl_weight * self.training.seq_length / loss.kl_temperature**2
         return loss.kl_weight
-
-    def clone_terms_of(self, layer: int) -> set[str]:
-        """Names, of `layer_terms`, of the terms that are on in a layer (from 0); none if alpha is 0."""
-        if self.is_tinybert:
-            return set(TINYBERT_TERMS[layer > 0 :]) if self.loss.alpha else set()
-        terms = map(parse_clone_term, self.loss.clone_terms if self.loss.alpha and self.is_clone else [])
-        return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of both models (DP): what tensor, pipeline and context parallelism leave over."""
@@ -209,43 +154,20 @@ class Config:
         config.training.global_batch_size = self.global_batch_size(world_size)
         return config
 
+    def describe_layout(self, world_size: int, devices: str) -> str:
+        """One line: how the models lie on the devices, and what a step takes. devices: "8 GPUs", "cpu"."""
+        parallel, training = self.parallel, self.training
+        cp = f" x CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+        return (
+            f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{cp} x DP "
+            f"{self.data_parallel_size(world_size)} on {devices}; {self.num_microbatches(world_size)} micro-batches of "
+            f"{training.micro_batch_size} x {training.seq_length} tokens per step"
+        )
+
     def num_microbatches(self, world_size: int) -> int:
         """Forward passes of one replica per optimizer step (gradient accumulation)."""
         sequences_at_once = self.training.micro_batch_size * self.data_parallel_size(world_size)
         return self.global_batch_size(world_size) // sequences_at_once
-
-    def is_student_tied(self, teacher: ModelShape) -> bool:
-        """Whether one projection serves embedding and LM head: the rule of --untie-embeddings-and-output-weights."""
-        if self.model.untie_embeddings_and_output_weights is not None:
-            return not self.model.untie_embeddings_and_output_weights
-        return teacher.is_tied and not (self.is_clone and self.projection.is_closed_form)
-
-    def student_shape(self, teacher: ModelShape) -> ModelShape:
-        """The student's shape: the teacher's but for the hidden size, and maybe the tying; with --student that model's,
-        which is what is given then."""
-        if self.model.student is not None:
-            return teacher
-        if self.is_sheared:
-            return self._pruned_shape(teacher)
-        assert self.model.student_hidden_size is not None, "student_shape() needs a validated config"
-        return replace(teacher, hidden_size=self.model.student_hidden_size, is_tied=self.is_student_tied(teacher))
-
-    def _pruned_shape(self, full: ModelShape) -> ModelShape:
-        """What --method sheared cuts the model to. A KV group goes with its query heads."""
-        pruning = self.pruning
-        groups = pruning.pruned_num_query_groups or full.num_query_groups
-        assert self.model.student_hidden_size is not None, "student_shape() needs a validated config"
-        return replace(
-            full,
-            hidden_size=self.model.student_hidden_size,
-            num_query_groups=groups,
-            num_attention_heads=groups * (full.num_attention_heads // full.num_query_groups),
-            ffn_hidden_size=pruning.pruned_ffn_hidden_size or full.ffn_hidden_size,
-        )
-
-    def trained_shape(self, base: ModelShape, *, is_pruned: bool) -> ModelShape:
-        """The shape that the student has by now: with --method sheared the full one until the model is cut."""
-        return base if self.is_sheared and not is_pruned else self.student_shape(base)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (section -> field -> value), for YAML and JSON.

@@ -98,7 +98,7 @@ def check_batches(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
+def check_tensor_parallel(config: Config, teacher: ModelShape, *, has_projections: bool) -> Iterator[str]:
     """Heads, KV heads and FFN are split by megatron-core, the projections by us on d_T. The vocabulary is padded."""
     tp = config.parallel.tensor_model_parallel_size
     sizes = {
@@ -106,7 +106,7 @@ def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
         "KV heads": teacher.num_query_groups,
         "FFN features": teacher.ffn_hidden_size,
     }
-    if config.is_clone:
+    if has_projections:
         sizes["hidden features"] = teacher.hidden_size
     undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
     if undivided:
@@ -117,29 +117,6 @@ def check_tensor_parallel(config: Config, teacher: ModelShape) -> Iterator[str]:
             "needs whole heads and KV heads (they are not replicated) and an equal share of the rest: "
             f"{join_or(possible)}. "
             f"Use --tensor-model-parallel-size {use}."
-        )
-
-
-def check_pruned_shape(config: Config, full: ModelShape) -> Iterator[str]:
-    """What --method sheared prunes to: no more than there is, and what TP divides. full: the teacher."""
-    pruned, tp = config.student_shape(full), config.parallel.tensor_model_parallel_size
-    sizes = {
-        "student_hidden_size": (pruned.hidden_size, full.hidden_size),
-        "pruned_num_query_groups": (pruned.num_query_groups, full.num_query_groups),
-        "pruned_ffn_hidden_size": (pruned.ffn_hidden_size, full.ffn_hidden_size),
-    }
-    for name, (size, most) in sizes.items():
-        if size > most:
-            yield f"{flag_of(name)} {size} is above the teacher's {most}; pruning only takes away. Use at most {most}."
-        elif name != "student_hidden_size" and size % tp:
-            yield (
-                f"{flag_of(name)} {size} is not divisible by --tensor-model-parallel-size {tp}: each process needs an "
-                f"equal part. Use a multiple of {tp}."
-            )
-    if all(size == most for size, most in sizes.values()):
-        yield (
-            "--method sheared with the teacher's own sizes prunes nothing. Use a smaller --student-hidden-size, "
-            "--pruned-num-query-groups or --pruned-ffn-hidden-size."
         )
 
 
@@ -170,11 +147,10 @@ def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
     )
 
 
-def check_overlap(config: Config, base: ModelShape) -> Iterator[str]:
+def check_overlap(config: Config, student: ModelShape) -> Iterator[str]:
     """With the distributed optimizer the sum leaves each process its own part only, and the two ends' parts differ."""
     parallel = config.parallel
-    is_tied = config.student_shape(base).is_tied
-    if not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer and is_tied):
+    if not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer and student.is_tied):
         return
     if parallel.pipeline_model_parallel_size > 1:
         yield (

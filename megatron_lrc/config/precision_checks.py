@@ -78,11 +78,6 @@ def check_userbuffers(config: Config) -> Iterator[str]:
             f"--tp-comm-overlap cannot go with --fp8-format {config.compute.fp8_format}: its buffers are made in half "
             "precision only. Leave one of them out."
         )
-    if config.is_sheared:
-        yield (
-            "--tp-comm-overlap cannot go with --method sheared, whose hidden size changes when the model is cut: its "
-            "buffers are of one size. Leave it out."
-        )
 
 
 def check_fp8(config: Config) -> Iterator[str]:
@@ -111,17 +106,14 @@ def check_fp8(config: Config) -> Iterator[str]:
             "--teacher-fp8 cannot go with --fp8-recipe delayed: its scales follow from passes with gradients, of which "
             "the frozen teacher has none. Use another recipe, such as tensorwise."
         )
-    if compute.teacher_fp8 and not config.has_teacher:
-        yield f"--teacher-fp8 cannot go with --method {config.model.method}, which has no teacher. Leave it out."
 
 
-def check_fp8_sizes(config: Config, base: ModelShape) -> Iterator[str]:
+def check_fp8_sizes(config: Config, base: ModelShape, student: ModelShape) -> Iterator[str]:
     """Each side of each matrix product on a rank. base: the teacher, or the model that ordinary training trains."""
     compute, parallel = config.compute, config.parallel
     if compute.fp8_format is None:
         return
     multiple, tp = FP8_MULTIPLE[compute.fp8_recipe], parallel.tensor_model_parallel_size
-    student = config.student_shape(base)
     heads, groups = base.num_attention_heads, base.num_query_groups
     at_once = config.training.micro_batch_size * config.training.seq_length
     divisor = parallel.context_parallel_size * (tp if parallel.sequence_parallel else 1)

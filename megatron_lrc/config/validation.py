@@ -1,9 +1,10 @@
 """Refuses impossible configurations before any process group or model exists.
 
-`validate()` needs only the Config and the number of processes, `validate_against_teacher()` the teacher's shape too.
-Each collects every error and raises one `ConfigError` with a line per error: what is wrong, with its value; what is
-expected and why; what to do, in flag spelling. No torch and no communication, so that every rank comes to the same
-answer. What the data holds (files, tokenizer, vocabulary) is checked where it is read.
+`validate()` needs only the flags and the number of processes, `validate_against_teacher()` the teacher's
+shape too. What only one --method refuses is in its folder (`megatron_lrc.methods`), and is asked for here.
+Each collects every error and raises one `ConfigError` with a line per error: what is wrong, with its value;
+what is expected and why; what to do, in flag spelling. No torch and no communication, so that every rank
+comes to the same answer. What the data holds (files, tokenizer, vocabulary) is checked where it is read.
 """
 
 import math
@@ -17,11 +18,11 @@ from .layout_checks import (
     check_layout,
     check_overlap,
     check_pipeline,
-    check_pruned_shape,
     check_tensor_parallel,
 )
 from .precision_checks import check_fp8_sizes, check_precision
-from .settings import CLONE_TERMS, LossConfig, ProjectionConfig, PruningConfig
+from .rules import Rules
+from .settings import CLONE_TERMS
 
 
 def raise_all(errors: list[str]) -> None:
@@ -29,14 +30,15 @@ def raise_all(errors: list[str]) -> None:
         raise ConfigError("\n".join(errors))
 
 
-def validate(config: Config, *, world_size: int = 1) -> None:
+def validate(method: Rules, *, world_size: int = 1) -> None:
     """Everything that can be seen without the teacher. world_size: processes of the whole run, all nodes together."""
+    config = method.config
     errors = list(check_ranges(config))
     if not errors:  # the rest divides by these numbers
         errors += check_layout(config, world_size)
         errors += check_batches(config, world_size)
-    errors += check_model(config)
-    errors += check_losses(config)
+    errors += method.check()
+    errors += check_losses(method)
     errors += check_precision(config)
     errors += check_schedule(config)
     errors += check_data(config)
@@ -44,19 +46,19 @@ def validate(config: Config, *, world_size: int = 1) -> None:
     raise_all(errors)
 
 
-def validate_against_teacher(config: Config, teacher: ModelShape) -> list[str]:
+def validate_against_teacher(method: Rules, teacher: ModelShape) -> list[str]:
     """What depends on the teacher's sizes. Returns warnings: allowed, but probably not what was meant."""
+    config, student = method.config, method.student_shape(teacher)
     raise_all(
         [
-            *check_tensor_parallel(config, teacher),
+            *check_tensor_parallel(config, teacher, has_projections=method.has_projections),
             *check_pipeline(config, teacher),
-            *check_overlap(config, teacher),
-            *check_student(config, teacher),
-            *check_clone_layers(config, teacher),
-            *check_fp8_sizes(config, teacher),
+            *check_overlap(config, student),
+            *method.check_against(teacher),
+            *check_fp8_sizes(config, teacher, student),
         ]
     )
-    return list(warn_about_sizes(config, teacher))
+    return [*method.warn_against(teacher), *warn_about_positions(method, teacher)]
 
 
 # ------------------------------------------------------------------------------------------------ without the teacher
@@ -80,53 +82,9 @@ def check_ranges(config: Config) -> Iterator[str]:
 RANGE_WORDS = {"at_least": "at least", "above": "above", "below": "below"}
 
 
-def check_model(config: Config) -> Iterator[str]:
-    if config.is_sheared:
-        yield from check_sheared(config)
-        return
-    if given := flags_set(config, {field.name for field in fields(PruningConfig)}):
-        yield f"{given} cannot go with --method {config.model.method}, which prunes nothing. Leave it out."
-    if not config.has_teacher:
-        yield from check_ordinary(config)
-        return
-    if config.model.student is not None:
-        yield (
-            f"--student {config.model.student} is the model that --method ordinary trains. Add that, or give --teacher "
-            "and --student-hidden-size for a clone."
-        )
-    teacher = config.model.teacher
-    if teacher is None:
-        yield "--teacher is missing: the Hugging Face directory of the model to clone."
-    else:
-        yield from check_directory("--teacher", teacher)
-    if config.model.student_hidden_size is None:
-        yield "--student-hidden-size is missing: the student's hidden size, below the teacher's."
-    if not config.is_clone:
-        if given := flags_set(config, CLONE_ONLY - ({"alpha"} if config.is_tinybert else set())):
-            yield f"{given} cannot go with --method {config.model.method}, which has no projections. Leave it out."
-        if config.is_tinybert:
-            yield from check_tinybert(config)
-        return
-    yield from check_opening(config)
-    projection = config.projection
-    if projection.is_closed_form and config.model.untie_embeddings_and_output_weights is False:
-        yield (
-            f"--no-untie-embeddings-and-output-weights cannot go with --init {projection.init}, whose closed form "
-            "needs a projection for the embedding and another for the LM head. Leave it out, or use --init random."
-        )
-    if not projection.is_calibrated and projection.calibration_tokens != type(projection)().calibration_tokens:
-        yield (
-            f"--calibration-tokens {projection.calibration_tokens} means nothing with --init {projection.init}, which "
-            "reads no tokens. Leave it out, or use --init channel, pca or ridge."
-        )
-
-
-#: What means something only for projections and the clone loss.
-CLONE_ONLY = {*(field.name for field in fields(ProjectionConfig))} - {"init_method_std"} | {
-    *("alpha", "clone_terms", "clone_attention_output", "detach_clone_targets")
-}
-#: What means something only where there is a teacher, but its model flags.
-TEACHER_ONLY = CLONE_ONLY | {field.name for field in fields(LossConfig)} - {"loss_chunk_tokens"}
+def fields_of(section: type) -> frozenset[str]:
+    """Names of the settings of one section of the configuration."""
+    return frozenset(field.name for field in fields(section))
 
 
 def flags_set(config: Config, names: Collection[str]) -> str:
@@ -137,83 +95,6 @@ def flags_set(config: Config, names: Collection[str]) -> str:
         for field in fields(section)
         if field.name in names and getattr(section, field.name) != getattr(type(section)(), field.name)
     )
-
-
-def check_tinybert(config: Config) -> Iterator[str]:
-    """What its losses on whole layers and on attention scores cannot go with."""
-    parallel = config.parallel
-    given = [
-        flag
-        for flag, is_given in (
-            ("--context-parallel-size", parallel.context_parallel_size > 1),
-            ("--recompute-granularity", parallel.recompute_granularity is not None),
-            ("--reset-attention-mask", config.data.reset_attention_mask),
-        )
-        if is_given
-    ]
-    if given:
-        yield (
-            f"{' and '.join(given)} cannot go with --method tinybert, which compares whole layers and the attention "
-            "scores of whole sequences. Leave it out."
-        )
-
-
-def check_opening(config: Config) -> Iterator[str]:
-    after = config.projection.open_after
-    if after is None:
-        if given := flags_set(config, {"open_matrices", "open_lr"}):
-            yield f"{given} needs --open-after, which says when. Set that too, or leave it out."
-    elif after >= 1 and after != int(after):
-        yield f"--open-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
-
-
-def check_ordinary(config: Config) -> Iterator[str]:
-    """--method ordinary: a model to start from, or the shape of a new one; and nothing that needs a teacher."""
-    model = config.model
-    if model.student is not None:
-        shape = ("teacher", "student_hidden_size", "untie_embeddings_and_output_weights")
-        given = [flag_of(name) for name in shape if getattr(model, name) is not None]
-        if given:
-            yield (
-                f"--student {model.student} is the model to train, in its own shape: {' and '.join(given)} cannot go "
-                "with it. Keep one."
-            )
-        yield from check_directory("--student", model.student)
-    elif model.teacher is None or model.student_hidden_size is None:
-        yield (
-            "--method ordinary needs a model: --student DIR to go on from its weights, or --teacher DIR (its "
-            "config.json) and --student-hidden-size N to start anew."
-        )
-    else:
-        yield from check_directory("--teacher", model.teacher)
-    if given := flags_set(config, TEACHER_ONLY):
-        yield f"{given} cannot go with --method ordinary, which has no teacher. Leave it out."
-
-
-def check_sheared(config: Config) -> Iterator[str]:
-    """--method sheared: a model to prune, what it is pruned to, and nothing that needs a teacher beside a student."""
-    model, after = config.model, config.pruning.prune_after
-    if model.student is not None:
-        yield f"--student {model.student}: the model that --method sheared prunes is --teacher. Give it there."
-    if model.teacher is None:
-        yield "--teacher is missing: the Hugging Face directory of the model to prune."
-    else:
-        yield from check_directory("--teacher", model.teacher)
-    if model.student_hidden_size is None:
-        yield "--student-hidden-size is missing: the hidden size to prune to; the teacher's leaves it as it is."
-    if model.untie_embeddings_and_output_weights is not None:
-        yield (
-            "--untie-embeddings-and-output-weights cannot go with --method sheared: the pruned model is tied if "
-            "--teacher is. Leave it out."
-        )
-    if given := flags_set(config, TEACHER_ONLY):
-        yield f"{given} cannot go with --method sheared, which has no teacher beside it. Leave it out."
-    if after >= 1 and after != int(after):
-        yield f"--prune-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
-    if config.checkpoint.pretrained_checkpoint is not None:
-        yield "--pretrained-checkpoint cannot go with --method sheared, which starts from --teacher. Leave it out."
-    if config.compute.fp8_format is not None:
-        yield "--fp8-format cannot go with --method sheared: its scales are those of the uncut model. Leave it out."
 
 
 def check_directory(flag: str, path: str) -> Iterator[str]:
@@ -227,9 +108,9 @@ def check_directory(flag: str, path: str) -> Iterator[str]:
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
-def check_losses(config: Config) -> Iterator[str]:
-    loss = config.loss
-    if not (loss.lm_weight or loss.kl_weight or (loss.alpha and config.model.method in ("lrc", "tinybert"))):
+def check_losses(method: Rules) -> Iterator[str]:
+    config, loss = method.config, method.config.loss
+    if not (loss.lm_weight or loss.kl_weight or (loss.alpha and method.has_layer_losses)):
         yield "--lm-weight, --kl-weight and --alpha are all 0: nothing is left to train on. Give one a weight."
     for text in loss.clone_terms:
         try:
@@ -329,49 +210,10 @@ def parse_split(text: str) -> tuple[float, float, float] | None:
 # --------------------------------------------------------------------------------------------------- with the teacher
 
 
-def check_student(config: Config, teacher: ModelShape) -> Iterator[str]:
-    student_hidden_size = config.model.student_hidden_size
-    if config.is_sheared:
-        yield from check_pruned_shape(config, teacher)
-    if not config.has_teacher:
-        return
-    assert student_hidden_size is not None, "validate() comes first"
-    if config.projection.is_closed_form and student_hidden_size > teacher.hidden_size:
-        yield (
-            f"--student-hidden-size {student_hidden_size} is above the teacher's {teacher.hidden_size}: --init "
-            f"{config.projection.init} takes that many orthogonal directions out of {teacher.hidden_size}. Use at most "
-            f"{teacher.hidden_size}."
-        )
-    if config.is_clone and config.is_student_tied(teacher) and not teacher.is_tied:
-        yield (
-            "--no-untie-embeddings-and-output-weights cannot tie the student: the teacher's embedding and LM head are "
-            "two matrices, so what one projection makes of them differs. Leave it out."
-        )
-
-
-def check_clone_layers(config: Config, teacher: ModelShape) -> Iterator[str]:
-    for text in config.loss.clone_terms:
-        _, ranges = parse_clone_term(text)
-        if any(layers[-1] >= teacher.num_layers for layers in ranges or []):
-            yield (
-                f"--clone-terms {text} names a layer that the teacher does not have: its {teacher.num_layers} layers "
-                f"are 0-{teacher.num_layers - 1}."
-            )
-
-
-def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
-    student_hidden_size, seq_length = config.model.student_hidden_size, config.training.seq_length
-    is_wide = student_hidden_size is not None and student_hidden_size >= teacher.hidden_size
-    cut, steps = config.prune_step, config.training.train_iters
-    if cut is not None and 0 < steps <= cut:
-        yield f"--prune-after {cut} is not before --train-iters {steps}: this run ends before its model is cut."
-    if config.is_clone and config.projection.init == "random" and is_wide:
-        yield (
-            f"--student-hidden-size {student_hidden_size} is not below the teacher's {teacher.hidden_size}: "
-            "the student will not be smaller."
-        )
+def warn_about_positions(method: Rules, teacher: ModelShape) -> Iterator[str]:
+    seq_length = method.config.training.seq_length
     if teacher.max_position_embeddings and seq_length > teacher.max_position_embeddings:
         yield (
             f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the teacher was "
-            + ("trained for: its targets beyond them may be poor." if config.has_teacher else "made for.")
+            + ("trained for: its targets beyond them may be poor." if method.has_teacher else "made for.")
         )

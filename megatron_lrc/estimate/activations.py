@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.stage import Stage
+from megatron_lrc.methods import method_of
 
 FP32 = 4
 
@@ -123,7 +124,7 @@ def stage_bytes(stage: Stage, *, on_cuda: bool) -> StageBytes:
     narrow = stage.student.hidden_size * e / stage.tp
     kept = forward = at_once = backward = 0.0
     for place, layer in enumerate(index for chunk in stage.layers for index in chunk):
-        terms = config.clone_terms_of(layer)
+        terms = method_of(config).terms_of(layer)
         attention = attention_bytes(config, stage.teacher, terms, on_cuda=on_cuda)
         mlp = mlp_bytes(config, stage.teacher, terms, on_cuda=on_cuda)
         rope = 4 * stage.teacher.head_dim * e / config.training.micro_batch_size  # cos and sin, of q and of k

@@ -8,6 +8,7 @@ from megatron_lrc.config import MATRICES, Config, ModelShape
 from megatron_lrc.estimate.activations import FP32, bytes_per_element
 from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.hf.families import site_shape
+from megatron_lrc.methods import method_of
 
 
 def trained_elements(teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()) -> int:
@@ -35,10 +36,9 @@ class DiskNeed:
 def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskNeed:
     """A checkpoint holds what is trained and the optimizer's state, whatever the layout; nothing of W_T, and of W_S
     only where that is what is trained. With --open-after it is of the student's end that this speaks."""
-    own = config.own_matrices(is_open=config.open_step is not None)
-    trained = trained_elements(teacher, student, own)
-    if config.is_tinybert:  # maps of hidden states and embeddings
-        trained += (student.num_layers + 1) * teacher.hidden_size * student.hidden_size
+    method = method_of(config)
+    own = method.own_matrices(has_changed=method.change_step is not None)
+    trained = trained_elements(teacher, student, own) + method.num_beside(teacher, student)
     e = bytes_per_element(config)
     state = (2 if e == FP32 else 3) * FP32
     return DiskNeed(trained * (e + state), _num_kept(config))

@@ -17,6 +17,7 @@ from megatron_lrc.clone.sites import LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
 from megatron_lrc.mcore.gpt_models import padded_vocab_size
+from megatron_lrc.methods import Method, method_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +40,30 @@ class StepFlops:
 
 
 def step_flops(
-    config: Config, teacher: ModelShape, student: ModelShape, *, replicas: int = 1, is_open: bool = False
+    config: Config, teacher: ModelShape, student: ModelShape, *, replicas: int = 1, has_changed: bool = False
 ) -> StepFlops:
     """FLOPs of one optimizer step. config: resolved, so that it has its global batch size.
 
     replicas: model copies (DP x CP) that compose and pull back, each for itself. 1 counts the work that the method
-    needs; the others repeat it. is_open: whether --open-after has come.
+    needs; the others repeat it. has_changed: whether the method has changed what is trained (--open-after).
     """
-    training, own = config.training, config.own_matrices(is_open=is_open) if config.has_teacher else frozenset()
+    training, method = config.training, method_of(config)
+    own = method.own_matrices(has_changed=has_changed)
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
     keys = (training.seq_length + 1) / 2
-    clone_forward, clone_backward = _clone_flops(config, teacher, student, own)
+    clone_forward, clone_backward = _clone_flops(method, teacher, student, own)
     student_layers = layer_flops(student, keys) * student.num_layers
     student_head = head_flops(student)
-    teacher_head = head_flops(teacher) if config.total_kl_weight else 0.0  # without KL its logits are not made
-    teacher_layers = layer_flops(teacher, keys) * teacher.num_layers if config.has_teacher else 0.0
+    teacher_layers = teacher_head = 0.0
+    if method.has_teacher:
+        teacher_layers = layer_flops(teacher, keys) * teacher.num_layers
+        teacher_head = head_flops(teacher) if config.total_kl_weight else 0.0  # without KL its logits are not made
     return StepFlops(
         teacher_forward=tokens * (teacher_layers + teacher_head),
         student_forward=tokens * (student_layers + student_head + clone_forward),
         student_backward=tokens * (2 * (student_layers + student_head) + clone_backward),
-        projections=replicas * projection_flops(config, teacher, student, own) if config.has_teacher else 0.0,
+        projections=replicas * projection_flops(config, teacher, student, own),
     )
 
 
@@ -90,16 +94,16 @@ def projection_flops(
     return 2 * 2.0 * elements * student.hidden_size
 
 
-def _clone_flops(config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:
+def _clone_flops(method: Method, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:
     """(forward, backward) FLOPs per token of the clone loss's products, all layers together.
 
     Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the student's
     attention from the teacher's o, which is frozen.
     """
-    loss, forward, backward = config.loss, 0.0, 0.0
+    loss, forward, backward = method.config.loss, 0.0, 0.0
     target = 2.0 * teacher.hidden_size * student.hidden_size
     for layer in range(teacher.num_layers):
-        terms = config.clone_terms_of(layer)
+        terms = method.terms_of(layer)
         if "o" in terms and loss.clone_attention_output == "teacher":
             through_teacher = 2.0 * teacher.num_attention_heads * teacher.head_dim * teacher.hidden_size
             forward, backward = forward + through_teacher, backward + through_teacher

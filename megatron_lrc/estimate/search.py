@@ -21,6 +21,7 @@ from megatron_lrc.config import (
 from megatron_lrc.estimate.devices import GIB, Gpu
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.speed import SECONDS_PER_DAY, StepTime, step_time
+from megatron_lrc.methods import method_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 #: (--recompute-granularity, --recompute-modules)
@@ -166,7 +167,7 @@ def _is_allowed(config: Config, teacher: ModelShape, world_size: int) -> bool:
     if any(check_layout(config, world_size)) or any(check_batches(config, world_size)):
         return False
     try:
-        validate_against_teacher(config, teacher)
+        validate_against_teacher(method_of(config), teacher)
     except ConfigError:
         return False
     return True

@@ -11,6 +11,7 @@ from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, S
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
 from megatron_lrc.mcore.gpt_models import layers_per_stage, padded_vocab_size
+from megatron_lrc.methods import method_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ class Stage:
     @property
     def own(self) -> frozenset[str]:
         """The student's own matrices; of a run with --open-after those at its end."""
-        return self.config.own_matrices(is_open=self.config.open_step is not None)
+        method = method_of(self.config)
+        return method.own_matrices(has_changed=method.change_step is not None)
 
     @property
     def own_elements(self) -> int:
@@ -109,7 +111,7 @@ class Stage:
         """Sites, layer by layer, whose outputs the clone loss takes from the teacher through a P."""
         through = {"down"} if self.config.loss.clone_attention_output == "teacher" else {"o", "down"}
         layers = (layer for chunk in self.layers for layer in chunk)
-        return [name for layer in layers for name in self.config.clone_terms_of(layer) & through]
+        return [name for layer in layers for name in method_of(self.config).terms_of(layer) & through]
 
     @property
     def trained_elements(self) -> int:

@@ -109,7 +109,7 @@ def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Re
         figures[corpus.name], sums = measure(model, batches, teacher=teacher, vocab_size=vocab_size)
         total = total + sums
     if len(corpora) > 1:
-        figures["all"] = figures_of(total, has_teacher=teacher is not None)
+        figures["all"] = figures_of(total, with_teacher=teacher is not None)
     for name, found in figures.items():
         for line in describe(name, found):
             report(line)

@@ -56,8 +56,8 @@ def measure(
             teacher_logits = student_logits if teacher is None else _logits(teacher, tokens, columns)
             parts = (tensor.split(TOKENS_AT_ONCE) for tensor in (student_logits, teacher_logits, _labels(tokens)))
             for part in zip(*parts, strict=True):
-                sums += _sums_of(*part, has_teacher=teacher is not None)
-    return figures_of(sums, has_teacher=teacher is not None), sums
+                sums += _sums_of(*part, with_teacher=teacher is not None)
+    return figures_of(sums, with_teacher=teacher is not None), sums
 
 
 def _logits(model: Any, tokens: Tensor, vocab_size: int) -> Tensor:
@@ -70,7 +70,7 @@ def _labels(tokens: Tensor) -> Tensor:
     return tokens[:, 1:].flatten()
 
 
-def _sums_of(student: Tensor, teacher: Tensor, labels: Tensor, *, has_teacher: bool) -> Tensor:
+def _sums_of(student: Tensor, teacher: Tensor, labels: Tensor, *, with_teacher: bool) -> Tensor:
     """float64 [7]: tokens, loss, hits; the teacher's loss, hits; KL, agreeing places. The last four 0 without one.
 
     student, teacher: logits [t, v]. labels: [t].
@@ -78,7 +78,7 @@ def _sums_of(student: Tensor, teacher: Tensor, labels: Tensor, *, has_teacher: b
     log_q = F.log_softmax(student.float(), dim=-1)
     guess = student.argmax(-1)
     by_token = [torch.ones_like(labels), F.nll_loss(log_q, labels, reduction="none"), guess == labels]
-    if has_teacher:
+    if with_teacher:
         log_p = F.log_softmax(teacher.float(), dim=-1)
         other = teacher.argmax(-1)
         by_token += [F.nll_loss(log_p, labels, reduction="none"), other == labels]
@@ -88,12 +88,12 @@ def _sums_of(student: Tensor, teacher: Tensor, labels: Tensor, *, has_teacher: b
     return torch.stack([values.double().sum() for values in by_token])
 
 
-def figures_of(sums: Tensor, *, has_teacher: bool) -> Figures:
+def figures_of(sums: Tensor, *, with_teacher: bool) -> Figures:
     """Means from the sums of `measure`."""
     tokens, *totals = sums.tolist()
     loss, hits, teacher_loss, teacher_hits, kl, agreeing = (total / tokens for total in totals)
     compared: dict[str, float] = {}
-    if has_teacher:
+    if with_teacher:
         compared = {
             "teacher_lm_loss": teacher_loss,
             "teacher_perplexity": perplexity_of(teacher_loss),

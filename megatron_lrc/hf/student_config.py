@@ -16,6 +16,7 @@ import transformers
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
+from megatron_lrc.methods import method_of
 
 Arch = Literal["auto", "native", "llama"]
 ARCHS: tuple[Arch, ...] = get_args(Arch)
@@ -172,7 +173,7 @@ def _origin(config: Config, name: str, opened_at: int | None, pruned_at: int | N
             f"all of its weights, on the\nlanguage-modelling loss alone. It started as `{name}`, which was pruned "
             f"after {pruned_at:,} steps with\nlearnt masks (arXiv 2310.06694)."
         )
-    if config.has_teacher:
+    if method_of(config).has_teacher:
         return config.model.method, f"all of its weights, beside\nits teacher `{name}`. {anew}"
     if config.model.student is None:
         return "new", f"all of its weights, on the\nlanguage-modelling loss alone. {anew}"

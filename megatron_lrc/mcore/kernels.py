@@ -106,8 +106,11 @@ def stop_userbuffers(config: Config) -> None:
         base.destroy_ub()
 
 
-def describe_kernels(config: Config, dtype: torch.dtype) -> str | None:
-    """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU."""
+def describe_kernels(config: Config, dtype: torch.dtype, trained: str) -> str | None:
+    """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU.
+
+    trained: what the trained model is called, `student` or `model`.
+    """
     if not uses_transformer_engine(config):
         return None
     compute, attention = config.compute, "its own" if uses_engine_attention(config, dtype) else "torch's"
@@ -116,7 +119,7 @@ def describe_kernels(config: Config, dtype: torch.dtype) -> str | None:
         line += ", the student's exchanges over TP beside its products"
     if compute.fp8_format is None:
         return line
-    models = "teacher and student" if compute.teacher_fp8 else "student" if config.has_teacher else "model"
+    models = "teacher and student" if compute.teacher_fp8 else trained
     return f"{line}; {models} in FP8, {compute.fp8_format}, {compute.fp8_recipe}"
 
 

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from megatron_lrc.config import Config, describe_changes
+from megatron_lrc.methods import method_of
 from megatron_lrc.report.chart_axes import number
 from megatron_lrc.report.curves import get
 from megatron_lrc.report.run_files import RunFiles, parse_time
@@ -41,14 +42,7 @@ def header(run: RunFiles, now: datetime) -> str:
 def _what_it_trains(config: Config | None) -> str:
     if config is None:
         return "Its configuration is not known"
-    model = config.model
-    if config.has_teacher:
-        return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}"
-    if config.is_sheared:
-        return f"Structured pruning of {model.teacher} to hidden size {model.student_hidden_size}"
-    if model.student:
-        return f"Ordinary training of {model.student}"
-    return f"Ordinary training from scratch: {model.teacher}'s shape with hidden size {model.student_hidden_size}"
+    return method_of(config).title
 
 
 def _pace(run: RunFiles, now: datetime) -> str:

@@ -19,7 +19,9 @@ from megatron_lrc.estimate.flops import step_flops
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.speed import DEFAULT_MFU, SECONDS_PER_DAY, step_time
 from megatron_lrc.estimate.stage import parameter_count
-from megatron_lrc.train.start_checks import check, describe_tying
+from megatron_lrc.methods import Method, method_of
+from megatron_lrc.methods.method import describe_tying
+from megatron_lrc.train.start_checks import check
 from megatron_lrc.train.throughput import known_peak_tflops
 
 
@@ -30,23 +32,22 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     """
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process answers
         return
-    if config.is_sheared:
-        raise ConfigError(
-            "--dry-run has no estimates for --method sheared yet. Leave it out; for the model after the cut, estimate "
-            "--method ordinary at that shape."
-        )
+    method = method_of(config)
+    if refusal := method.why_no_dry_run():
+        raise ConfigError(refusal)
     checked = check(config, world_size)
     config, shape = checked.config, checked.teacher.shape
-    student = config.student_shape(shape)
+    method = method_of(config)
+    student = method.student_shape(shape)
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
     for line in describe_changes(config):
         print(line)
-    if not config.has_teacher or config.is_tinybert:
-        dry_run_ordinary(config, shape, student, world_size, checked.warnings)
+    if not method.is_estimated:
+        dry_run_unestimated(config, shape, student, world_size, checked.warnings)
         return
     peaks = peak_memory(config, shape, student, world_size=world_size)
     for lines in (
-        describe_models(config, shape, student),
+        describe_models(method, shape, student),
         describe_layout(config, world_size),
         describe_flops(config, shape, student),
         describe_memory(peaks, gpu),
@@ -60,7 +61,7 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     print("dry run: every check passed, nothing was started")
 
 
-def dry_run_ordinary(
+def dry_run_unestimated(
     config: Config, base: ModelShape, student: ModelShape, world_size: int, warnings: list[str]
 ) -> None:
     """The same of a method for whose memory and time there is no estimate yet."""
@@ -97,29 +98,23 @@ def gpu_here() -> Gpu:
     )
 
 
-def describe_models(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
+def describe_models(method: Method, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
     for name, shape in (("teacher", teacher), ("student", student)):
         yield (
             f"{name}: {parameter_count(shape) / 1e9:.2f}B parameters, hidden size {shape.hidden_size}, "
             f"{shape.num_layers} layers, {describe_tying(shape)}"
         )
-    if config.is_clone:
-        yield f"trained: {trained_elements(teacher, student) / 1e6:.1f}M parameters in projections and norm gains"
-    if own := config.own_matrices(is_open=config.open_step is not None):
-        count = f"{trained_elements(teacher, student, own) / 1e6:.1f}M parameters"
-        later = f"trained from step {config.open_step} on: {count}, of which memory and disk space below are"
-        yield later if config.is_clone else f"trained: {count}, all of the student"
+
+    def count(has_changed: bool) -> int:
+        return trained_elements(teacher, student, method.own_matrices(has_changed=has_changed))
+
+    yield from method.describe_trained(count)
 
 
 def describe_layout(config: Config, world_size: int) -> Iterator[str]:
-    parallel, training = config.parallel, config.training
+    training = config.training
     assert training.global_batch_size is not None
-    cp = f" x CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
-    yield (
-        f"layout: TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{cp} x DP "
-        f"{config.data_parallel_size(world_size)} on {world_size} GPUs; {config.num_microbatches(world_size)} "
-        f"micro-batches of {training.micro_batch_size} x {training.seq_length} tokens per step"
-    )
+    yield f"layout: {config.describe_layout(world_size, f'{world_size} GPUs')}"
     tokens = training.global_batch_size * training.seq_length
     steps = training.train_iters
     yield f"training: {steps} steps of {tokens} tokens, {steps * tokens / 1e9:.3f}B in all"

@@ -1,7 +1,5 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from megatron_lrc.mcore.kernels import (
 )
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
-from megatron_lrc.methods.lrc.paired_model import PairedModel
-from megatron_lrc.methods.sheared.sheared_model import ShearedModel
-from megatron_lrc.train.build import build_stages_of_method
+from megatron_lrc.methods import method_of
+from megatron_lrc.methods.method import Materials
+from megatron_lrc.train.checkpoint_checks import CONFIG_FILE
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.garbage import collect_what_was_replaced, what_is_there_stays
 from megatron_lrc.train.guard import Guard
@@ -34,7 +32,7 @@ from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.process_memory import largest_memory_gib
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.saving import Saving
-from megatron_lrc.train.start_checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
+from megatron_lrc.train.start_checks import Checked, check, naming_the_student
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
@@ -49,7 +47,7 @@ def train(config: Config) -> None:
     groups = distributed.start(config)
     distributed.watch_peers(groups)
     checked = _fall_back_past_damage(config, checked)
-    start_userbuffers(config, config.student_shape(checked.teacher.shape), parameter_dtype(config))
+    start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
     Trainer(checked.config, checked, groups).train()
     stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
@@ -70,37 +68,36 @@ class Trainer:
     """One process's part of a run: the objects, and where it stands."""
 
     def __init__(self, config: Config, checked: Checked, groups: Groups):
-        self.config, self.groups = config, groups
+        self.config, self.method, self.groups = config, method_of(config), groups
         self.state = replace(checked.state)
         self.stopping = Stopping(config, self.state, groups)
         self.heartbeat = Heartbeat()
         self.train_data, self.valid_data = build_datasets(
             config, step=self.state.step, consumed_samples=self.state.consumed_samples
         )
+        materials = Materials(
+            base=checked.teacher,
+            reader=checked.reader,
+            groups=groups,
+            dtype=parameter_dtype(config),
+            calibration=lambda: self._batches(self.train_data, 0),
+            is_new=not checked.resume_from and not checked.weights_from,
+            has_changed=self._has_changed,
+        )
         with naming_the_student(config):
-            stages = build_stages_of_method(
-                config,
-                checked.teacher,
-                checked.reader,
-                groups,
-                parameter_dtype(config),
-                lambda: self._batches(self.train_data, 0),
-                is_new=not checked.resume_from and not checked.weights_from,
-                is_open=self.state.opened_at is not None,
-                is_pruned=self.state.pruned_at is not None,
-            )
-        optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
+            stages = self.method.build_stages(materials)
+        optimizer = StageOptimizer(self._config_of_phase, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
-            has_changed = self.state.opened_at is not None or self.state.pruned_at is not None
-            optimizer.is_to_start_moments = has_changed and self.state.grad_norm_count == 0  # no step since then
+            # No step has been taken since the method changed what is trained.
+            optimizer.is_to_start_moments = self._has_changed and self.state.grad_norm_count == 0
         elif checked.weights_from:
             load_weights(checked.weights_from, stages, optimizer)
         self.guard = Guard(config, self.state, stages)
         at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
-        self.run = Run(config, groups, stages, optimizer, self.global_batch_size // at_once)
+        self.run = Run(self.method, groups, stages, optimizer, self.global_batch_size // at_once)
         # A run may also continue another one's checkpoint.
         save, resume_from = config.checkpoint.save, checked.resume_from
         is_same_run = save and resume_from and resume_from.parent.resolve() == Path(save).resolve()
@@ -135,11 +132,8 @@ class Trainer:
         stopwatch = Stopwatch()
         interval = Interval(self.run.stages[0].sums.clone.shape, self.groups.device)
         while state.step < config.training.train_iters:
-            if self._is_to_open() or self._is_to_prune():
-                if self.config.is_sheared:
-                    self._prune()
-                else:
-                    self._open()
+            if self._is_to_change():
+                self._change()
                 if log:
                     log.throughput = self._throughput()
             lr = self.run.optimizer.lr
@@ -163,7 +157,7 @@ class Trainer:
             self._look_at(report)
             interval.add(report)
             if is_logged:
-                record = interval.record(config)  # waits for the device, so before the clock is read
+                record = interval.record(self.method)  # waits for the device, so before the clock is read
                 seconds = stopwatch.lap(interval.steps)
                 slowest = self.stragglers.record(interval.steps)
                 self._log_step(log, report, record, lr, seconds, slowest)
@@ -179,65 +173,38 @@ class Trainer:
                 return
             stopwatch.resume()
 
+    @property
+    def _has_changed(self) -> bool:
+        """Whether the method has changed what is trained."""
+        return self.state.changed_at is not None
+
+    @property
     def _config_of_phase(self) -> Config:
-        """With the learning rate of now."""
-        open_lr = self.config.projection.open_lr
-        if self.state.opened_at is None or open_lr is None:
-            return self.config
-        return replace(self.config, optimizer=replace(self.config.optimizer, lr=open_lr))
+        return self.method.config_of_phase(has_changed=self._has_changed)
 
-    def _is_to_open(self) -> bool:
-        step = self.config.open_step
-        return step is not None and self.state.opened_at is None and self.state.step >= step
+    def _is_to_change(self) -> bool:
+        step = self.method.change_step
+        return step is not None and not self._has_changed and self.state.step >= step
 
-    def _open(self) -> None:
-        """--open-after: from here on the student's own matrices are trained, from the values that they have."""
-        self.state.opened_at = self.state.step
-        with self._training_something_else(with_moments=True):
-            for stage in self.run.stages:
-                assert isinstance(stage, PairedModel), "validate() has passed"
-                stage.open(self.config.own_matrices(is_open=True))
-        what = {"mlp": "the MLPs", "all": "all layers and both ends"}[self.config.projection.open_matrices]
-        self._say(
-            f"step {self.state.step}: projections of {what} dropped, the student's own matrices are trained from here "
-            f"on; trained: {self._count_trained() / 1e6:.1f}M parameters"
-        )
-
-    def _is_to_prune(self) -> bool:
-        step = self.config.prune_step
-        return step is not None and self.state.pruned_at is None and self.state.step >= step
-
-    def _prune(self) -> None:
-        """--method sheared: from here on what the masks leave of the model is trained, by itself."""
-        self.state.pruned_at = self.state.step
-        shapes = self.run.stages[0].shapes
-        student = self.config.student_shape(shapes.student)
-        with self._training_something_else(with_moments=False):
-            for stage in self.run.stages:
-                assert isinstance(stage, ShearedModel), "build_stages_of_method() has made them"
-                stage.prune(replace(shapes, teacher=student, student=student))
-        self._say(
-            f"step {self.state.step}: cut to hidden size {student.hidden_size}, {student.num_query_groups} KV groups, "
-            f"FFN width {student.ffn_hidden_size}; trained from here on: {self._count_trained() / 1e6:.1f}M parameters"
-        )
-
-    @contextlib.contextmanager
-    def _training_something_else(self, *, with_moments: bool) -> Iterator[None]:
-        """Round a change of the stages in the middle of the run: what trains them, and is saved, is new afterwards."""
-        self.saving.expect_other_tensors()
+    def _change(self) -> None:
+        """From here on something else is trained: what trains it, and is saved, is new afterwards."""
+        self.state.changed_at = self.state.step
         self.state.grad_norm_mean, self.state.grad_norm_count = 0.0, 0  # of other gradients
+        self.saving.expect_other_tensors()
         before = self.run.optimizer
         before.await_parameters()
-        yield
-        self.run.optimizer = StageOptimizer(self._config_of_phase(), self.run.stages, self.groups)
-        self.run.optimizer.take_over(before, with_moments=with_moments)
+        self.method.change(self.run.stages)
+        self.run.optimizer = StageOptimizer(self._config_of_phase, self.run.stages, self.groups)
+        self.run.optimizer.take_over(before, with_moments=self.method.keeps_moments)
         del before
         collect_what_was_replaced()
+        student = self.run.stages[0].shapes.student
+        self._say(f"step {self.state.step}: {self.method.describe_change(student, self._count_trained())}")
 
-    def _count_trained(self) -> float:
+    def _count_trained(self) -> int:
         """Over all ranks, each parameter once. Collective."""
         count = torch.tensor(count_trained(self.run.stages), dtype=torch.float64, device=self.groups.device)
-        return distributed.sum_over_world(count).item() / self.groups.dp_cp.size()
+        return round(distributed.sum_over_world(count).item() / self.groups.dp_cp.size())
 
     def _look_at(self, report: StepReport) -> None:
         """Say why a step was skipped; after too many in a row save what there is and stop."""
@@ -286,7 +253,7 @@ class Trainer:
 
         def losses() -> dict[str, Any]:
             totals = evaluate(self.run, batches, num_batches=self.config.logging.eval_iters)
-            return totals.means(self.config) | totals.agreement(self.config)
+            return totals.means(self.method) | totals.agreement(self.method)
 
         if self.config.logging.log_effective_rank:
             found, ranks = measure_effective_rank(losses, self.run.stages, self.groups)
@@ -332,37 +299,23 @@ class Trainer:
 
     def _throughput(self) -> Throughput:
         shapes, peak = self.run.stages[0].shapes, peak_tflops(self.config, self.groups.device)
-        world_size = distributed.world_size()
-        is_open = self.state.opened_at is not None
         return Throughput(
-            self.config, shapes.teacher, shapes.student, world_size=world_size, peak=peak, is_open=is_open
+            self.config,
+            shapes.teacher,
+            shapes.student,
+            world_size=distributed.world_size(),
+            peak=peak,
+            has_changed=self._has_changed,
         )
 
     def _announce(self, checked: Checked) -> None:
         """The lines at a run's start: what differs from the defaults, both models, the layout."""
         for line in describe_changes(self.config):
             self._say(line)
-        shapes = self.run.stages[0].shapes
-        trained = self._count_trained()
-        student = f"{shapes.student.hidden_size} ({describe_tying(shapes.student)}), {shapes.student.num_layers} layers"
-        if self.config.is_clone and self.state.opened_at is not None:
-            models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", opened"
-        elif self.config.has_teacher and not self.config.is_clone:
-            models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", ", all of the student's"
-        elif self.config.is_sheared and self.state.pruned_at is None:
-            models, where = f"pruning to d {self.config.model.student_hidden_size} a model of hidden size", ""
-        elif self.config.has_teacher:
-            models, where = f"teacher d_T {shapes.teacher.hidden_size}, student d_S", " in projections and norm gains"
-        else:
-            models, where = "ordinary training of a model of hidden size", ", all that there are"
-        self._say(f"{models} {student}; trained: {trained / 1e6:.1f}M parameters{where}")
-        cp = f" x CP {self.groups.cp.size()}" if self.groups.cp.size() > 1 else ""
-        self._say(
-            f"TP {self.groups.tp.size()} x PP {self.groups.pp.size()}{cp} x DP {self.groups.dp.size()} on "
-            f"{self.groups.device.type}; {self.run.num_microbatches} micro-batches of "
-            f"{self.config.training.micro_batch_size} x {self.config.training.seq_length} tokens per step"
-        )
-        if kernels := describe_kernels(self.config, parameter_dtype(self.config)):
+        shapes, trained = self.run.stages[0].shapes, self._count_trained()
+        self._say(self.method.headline(shapes.teacher, shapes.student, trained, has_changed=self._has_changed))
+        self._say(self.config.describe_layout(distributed.world_size(), self.groups.device.type))
+        if kernels := describe_kernels(self.config, parameter_dtype(self.config), self.method.noun):
             self._say(kernels)
         for warning in checked.warnings:
             self._say(f"warning: {warning}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from megatron_lrc.config import Config
+from megatron_lrc.methods import Method
 from megatron_lrc.train.step import LossTotals, StepReport
 
 
@@ -27,7 +27,7 @@ class Interval:
         if report.is_finite:
             self._totals += report.losses
 
-    def record(self, config: Config) -> dict[str, Any]:
+    def record(self, method: Method) -> dict[str, Any]:
         """Losses as means over the interval's tokens, and `skipped_steps`. Waits for the device."""
-        by_layer = {"clone_by_layer": self._totals.clone_by_layer(config)} if self._shape[0] else {}
-        return {**self._totals.means(config), **by_layer, "skipped_steps": self.skipped}
+        by_layer = {"clone_by_layer": self._totals.clone_by_layer(method)} if self._shape[0] else {}
+        return {**self._totals.means(method), **by_layer, "skipped_steps": self.skipped}

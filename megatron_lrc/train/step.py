@@ -15,6 +15,7 @@ from megatron_lrc.mcore.gradient_norms import group_gradient_norms
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.mcore.stages import PipelineStage
+from megatron_lrc.methods import Method
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -23,11 +24,15 @@ Batches = Iterator[dict[str, Tensor]]
 class Run:
     """What a training step works on."""
 
-    config: Config
+    method: Method
     groups: Groups
     stages: Sequence[PipelineStage]
     optimizer: StageOptimizer
     num_microbatches: int
+
+    @property
+    def config(self) -> Config:
+        return self.method.config
 
     def zero_student_grads(self) -> None:
         for stage in self.stages:
@@ -79,35 +84,25 @@ class LossTotals:
         """Whether they are: 0 or 1, fp64, still on the device."""
         return (self.lm + self.kl + self.clone.sum()).isfinite().double()
 
-    def clone_by_layer(self, config: Config) -> dict[str, list[float | None]]:
+    def clone_by_layer(self, method: Method) -> dict[str, list[float | None]]:
         """Term -> its clone loss in each layer, a mean over tokens; None where it is off. Waits for the device."""
         means = (self.clone / self.tokens).tolist()
-        terms_on = [config.clone_terms_of(layer) for layer in range(len(means))]
+        terms_on = [method.terms_of(layer) for layer in range(len(means))]
         return {
             term: [row[column] if term in on else None for row, on in zip(means, terms_on, strict=True)]
-            for column, term in enumerate(config.layer_terms)
+            for column, term in enumerate(method.layer_terms)
         }
 
-    def means(self, config: Config) -> dict[str, float | None]:
+    def means(self, method: Method) -> dict[str, float | None]:
         """`loss` and its terms, and the teacher's own LM loss, as means over tokens; without a teacher only what there
         is. Waits for the device."""
-        lm, kl, teacher_lm, clone = (
-            (value / self.tokens).item() for value in (self.lm, self.kl, self.teacher_lm, self.clone.sum())
+        return method.losses(
+            *((value / self.tokens).item() for value in (self.lm, self.kl, self.clone.sum(), self.teacher_lm))
         )
-        if not config.has_teacher:
-            return {"loss": lm, "lm_loss": lm}
-        total = config.loss.lm_weight * lm + config.total_kl_weight * kl + config.loss.alpha * clone
-        return {
-            "loss": total,
-            "lm_loss": lm,
-            "kl_loss": kl,
-            "clone_loss": clone,
-            "teacher_lm_loss": teacher_lm or None,
-        }
 
-    def agreement(self, config: Config) -> dict[str, float]:
+    def agreement(self, method: Method) -> dict[str, float]:
         """Of a validation: how far the student agrees with its teacher; empty without one. Waits for the device."""
-        if not config.has_teacher:
+        if not method.has_teacher:
             return {}
         return {
             "teacher_kl": (self.teacher_kl / self.tokens).item(),

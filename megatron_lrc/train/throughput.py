@@ -57,7 +57,7 @@ def peak_tflops(config: Config, device: torch.device) -> float | None:
 class Throughput:
     """Turns seconds per step into a record's fields. teacher, student: the shapes; peak: TFLOP/s of one device.
 
-    is_open: whether --open-after has come.
+    has_changed: whether the method has changed what is trained.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class Throughput:
         *,
         world_size: int,
         peak: float | None,
-        is_open: bool = False,
+        has_changed: bool = False,
     ):
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self._tokens = config.training.global_batch_size * config.training.seq_length
-        flops = step_flops(config, teacher, student, is_open=is_open)
+        flops = step_flops(config, teacher, student, has_changed=has_changed)
         self._tflops = {name: value / world_size / 1e12 for name, value in asdict(flops).items()}
         self._peak = peak
 

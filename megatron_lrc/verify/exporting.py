@@ -14,6 +14,7 @@ from megatron_lrc.hf.export import Source, export_model, export_student
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.forward import fixed_tokens
 from megatron_lrc.hf.student_config import Arch, model_card, own_model_card, student_family
+from megatron_lrc.methods import method_of
 from megatron_lrc.verify.weight_streams import student_weight
 
 CARD_SECTIONS = (
@@ -86,8 +87,8 @@ def export_saved(
                     base=base,
                     shape=shape,
                     config=student.config,
-                    opened_at=student.opened_at,
-                    pruned_at=student.pruned_at,
+                    opened_at=student.changed_at if method_of(student.config).has_teacher else None,
+                    pruned_at=None if method_of(student.config).has_teacher else student.changed_at,
                     **described,
                 ),
                 **common,

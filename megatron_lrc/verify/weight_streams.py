@@ -16,6 +16,7 @@ from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.hf.reader import Reader
+from megatron_lrc.methods import method_of
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -94,10 +95,11 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     --student or --teacher named, of which only config.json and what is copied into an export are needed.
     """
     student = open_checkpoint(load)
-    if student.config.is_sheared and student.pruned_at is None:
-        raise ConfigError(_not_yet_pruned(student))
+    method = method_of(student.config)
+    if refusal := method.why_no_student(student.path, student.step, student.changed_at):
+        raise ConfigError(refusal)
     base = teacher or str(student.config.base_model)
-    if not student.config.has_teacher:
+    if not method.has_teacher:
         description = describe_teacher(base, needs_weights=False)
         if description.config_fingerprint != student.teacher_fingerprint:
             raise ConfigError(
@@ -114,14 +116,3 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
             "that teacher with --teacher."
         )
     return student, description
-
-
-def _not_yet_pruned(student: SavedStudent) -> str:
-    config = student.config
-    is_known = config.pruning.prune_after >= 1 or config.training.train_iters > 0
-    when = f"step {config.prune_step}" if is_known else "that part of its steps"
-    return (
-        f"{student.path} is of step {student.step} of a run with --method sheared, which cuts its model in the step "
-        f"after {when} (--prune-after {config.pruning.prune_after:g}): there is no pruned student yet. Give a later "
-        "checkpoint."
-    )

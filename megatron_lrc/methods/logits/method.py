@@ -1,0 +1,36 @@
+"""--method logits: a new student, all of it, on the LM and KL losses beside the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_lrc.config import flags_set
+from megatron_lrc.methods.method import CLONE_ONLY, Materials, Method
+from megatron_lrc.methods.ordinary.method import started_anew
+
+if TYPE_CHECKING:
+    from megatron_lrc.mcore.stages import PipelineStage
+
+
+class LogitDistillation(Method):
+    #: What this method refuses.
+    foreign_flags = frozenset(CLONE_ONLY)
+
+    def check_models(self) -> Iterator[str]:
+        yield from super().check_models()
+        if given := flags_set(self.config, self.foreign_flags):
+            yield f"{given} cannot go with --method {self.name}, which has no projections. Leave it out."
+
+    @property
+    def title(self) -> str:
+        model = self.config.model
+        return f"Distillation of {model.teacher}'s logits to hidden size {model.student_hidden_size}"
+
+    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
+        return self.name, f"all of its weights, beside\nits teacher `{base_name}`. {started_anew(base_name)}"
+
+    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
+        from megatron_lrc.methods.logits.building import build_stages
+
+        return build_stages(self, materials)

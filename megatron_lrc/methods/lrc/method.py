@@ -1,0 +1,171 @@
+"""--method lrc: the student's matrices are the teacher's, multiplied by trained projections (arXiv 2505.12781).
+
+With --open-after the projections are dropped in the middle of the run, and the matrices that they have made are trained
+themselves, on the same losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_lrc.config import MATRICES, Config, ModelShape, flags_set, parse_clone_term
+from megatron_lrc.methods.method import Materials, Method
+
+if TYPE_CHECKING:
+    from megatron_lrc.mcore.stages import PipelineStage
+
+
+class LowRankClone(Method):
+    has_projections = True
+    has_layer_losses = True
+
+    # --- checks of flags ------------------------------------------------------------------------------------------
+
+    def check_models(self) -> Iterator[str]:
+        yield from super().check_models()
+        yield from self._check_opening()
+        projection = self.config.projection
+        if projection.is_closed_form and self.config.model.untie_embeddings_and_output_weights is False:
+            yield (
+                f"--no-untie-embeddings-and-output-weights cannot go with --init {projection.init}, whose closed form "
+                "needs a projection for the embedding and another for the LM head. Leave it out, or use --init random."
+            )
+        if not projection.is_calibrated and projection.calibration_tokens != type(projection)().calibration_tokens:
+            yield (
+                f"--calibration-tokens {projection.calibration_tokens} means nothing with --init {projection.init}, "
+                "which reads no tokens. Leave it out, or use --init channel, pca or ridge."
+            )
+
+    def _check_opening(self) -> Iterator[str]:
+        after = self.config.projection.open_after
+        if after is None:
+            if given := flags_set(self.config, {"open_matrices", "open_lr"}):
+                yield f"{given} needs --open-after, which says when. Set that too, or leave it out."
+        elif after >= 1 and after != int(after):
+            yield f"--open-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
+
+    def check_against(self, base: ModelShape) -> Iterator[str]:
+        width, projection = self.config.model.student_hidden_size, self.config.projection
+        assert width is not None, "validate() comes first"
+        if projection.is_closed_form and width > base.hidden_size:
+            yield (
+                f"--student-hidden-size {width} is above the teacher's {base.hidden_size}: --init {projection.init} "
+                f"takes that many orthogonal directions out of {base.hidden_size}. Use at most {base.hidden_size}."
+            )
+        if self._is_tied(base) and not base.is_tied:
+            yield (
+                "--no-untie-embeddings-and-output-weights cannot tie the student: the teacher's embedding and LM head "
+                "are two matrices, so what one projection makes of them differs. Leave it out."
+            )
+        for text in self.config.loss.clone_terms:
+            _, ranges = parse_clone_term(text)
+            if any(layers[-1] >= base.num_layers for layers in ranges or []):
+                yield (
+                    f"--clone-terms {text} names a layer that the teacher does not have: its {base.num_layers} layers "
+                    f"are 0-{base.num_layers - 1}."
+                )
+
+    def warn_against(self, base: ModelShape) -> Iterator[str]:
+        width = self.config.model.student_hidden_size
+        if self.config.projection.init == "random" and width is not None and width >= base.hidden_size:
+            yield (
+                f"--student-hidden-size {width} is not below the teacher's {base.hidden_size}: the student will not be "
+                "smaller."
+            )
+
+    # --- the student, and its losses ------------------------------------------------------------------------------
+
+    def _is_tied(self, base: ModelShape) -> bool:
+        is_given = self.config.model.untie_embeddings_and_output_weights is not None
+        return super()._is_tied(base) and (is_given or not self.config.projection.is_closed_form)
+
+    def own_matrices(self, *, has_changed: bool) -> frozenset[str]:
+        if not has_changed:
+            return frozenset()
+        return frozenset(("gate", "up", "down") if self.config.projection.open_matrices == "mlp" else MATRICES)
+
+    def terms_of(self, layer: int) -> set[str]:
+        loss = self.config.loss
+        terms = map(parse_clone_term, loss.clone_terms if loss.alpha else [])
+        return {term for term, ranges in terms if ranges is None or any(layer in layers for layers in ranges)}
+
+    # --- the opening ----------------------------------------------------------------------------------------------
+
+    @property
+    def change_step(self) -> int | None:
+        after = self.config.projection.open_after
+        return None if after is None else self.config.step_of(after)
+
+    def config_of_phase(self, *, has_changed: bool) -> Config:
+        open_lr = self.config.projection.open_lr
+        if not has_changed or open_lr is None:
+            return self.config
+        return replace(self.config, optimizer=replace(self.config.optimizer, lr=open_lr))
+
+    def describe_change(self, student: ModelShape, trained: int) -> str:
+        what = {"mlp": "the MLPs", "all": "all layers and both ends"}[self.config.projection.open_matrices]
+        return (
+            f"projections of {what} dropped, the student's own matrices are trained from here on; trained: "
+            f"{trained / 1e6:.1f}M parameters"
+        )
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def check_continues(self, before: Method, base: ModelShape, *, path: Path, changed_at: int | None) -> str | None:
+        then, now = before.config.projection, self.config.projection
+        if changed_at is None or (now.open_after is not None and now.open_matrices == then.open_matrices):
+            return None
+        return (
+            f"{path} holds a student that was opened after step {changed_at}, and stays so. Repeat "
+            f"--open-after {then.open_after:g} and --open-matrices {then.open_matrices}."
+        )
+
+    def why_no_start(self, path: Path, changed_at: int | None) -> str | None:
+        if changed_at is None:
+            return None
+        return (
+            f"--pretrained-checkpoint {path} holds a student that was opened after step {changed_at}: it has "
+            "matrices that no projection makes, and cannot start another clone. Continue that run with --load, or "
+            "export it with tools/convert_to_hf.py and train the result with --method ordinary --student."
+        )
+
+    # --- what it says of itself -----------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        model = self.config.model
+        return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}"
+
+    def trained_where(self, *, has_changed: bool) -> str:
+        return ", opened" if has_changed else " in projections and norm gains"
+
+    def describe_trained(self, count: Callable[[bool], int]) -> Iterator[str]:
+        yield f"trained: {count(False) / 1e6:.1f}M parameters in projections and norm gains"
+        if self.change_step is not None:
+            yield (
+                f"trained from step {self.change_step} on: {count(True) / 1e6:.1f}M parameters, of which memory and "
+                "disk space below are"
+            )
+
+    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
+        assert changed_at is not None
+        opened = "those of the MLPs" if self.config.projection.open_matrices == "mlp" else "all of them"
+        return "LRC-opened", (
+            f"for\n{changed_at:,} steps its matrices were those of `{base_name}`, multiplied by trained projections "
+            f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
+        )
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
+        from megatron_lrc.methods.lrc.building import build_stages
+
+        return build_stages(self, materials)
+
+    def change(self, stages: Sequence[PipelineStage]) -> None:
+        from megatron_lrc.methods.lrc.building import open_student
+
+        open_student(stages, self.own_matrices(has_changed=True))

@@ -1,0 +1,92 @@
+"""--method ordinary: one model by itself, all of it, on the LM loss; from a model's weights, or anew in its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_lrc.config import ModelShape, check_directory, flag_of, flags_set
+from megatron_lrc.methods.method import TEACHER_ONLY, Materials, Method, width_and_depth
+
+if TYPE_CHECKING:
+    from megatron_lrc.mcore.stages import PipelineStage
+
+
+class WithoutTeacher(Method):
+    """A model that is trained by itself, on the LM loss alone."""
+
+    has_teacher = False
+    noun = "model"
+    is_estimated = False
+
+    def check_no_teacher(self, why: str) -> Iterator[str]:
+        """Flags that mean nothing without a teacher beside the student. why: the end of a clause."""
+        if given := flags_set(self.config, TEACHER_ONLY):
+            yield f"{given} cannot go with --method {self.name}, which {why}. Leave it out."
+        if self.config.compute.teacher_fp8:
+            yield f"--teacher-fp8 cannot go with --method {self.name}, which has no teacher. Leave it out."
+
+    def headline(self, base: ModelShape, student: ModelShape, trained: int, *, has_changed: bool) -> str:
+        return (
+            f"ordinary training of a model of hidden size {width_and_depth(student)}; "
+            f"trained: {trained / 1e6:.1f}M parameters, all that there are"
+        )
+
+    def losses(self, lm: float, kl: float, clone: float, teacher_lm: float) -> dict[str, float | None]:
+        return {"loss": lm, "lm_loss": lm}
+
+
+class OrdinaryTraining(WithoutTeacher):
+    def check_models(self) -> Iterator[str]:
+        """A model to start from, or the shape of a new one; and nothing that needs a teacher."""
+        model = self.config.model
+        if model.student is not None:
+            shape = ("teacher", "student_hidden_size", "untie_embeddings_and_output_weights")
+            given = [flag_of(name) for name in shape if getattr(model, name) is not None]
+            if given:
+                yield (
+                    f"--student {model.student} is the model to train, in its own shape: {' and '.join(given)} cannot "
+                    "go with it. Keep one."
+                )
+            yield from check_directory("--student", model.student)
+        elif model.teacher is None or model.student_hidden_size is None:
+            yield (
+                "--method ordinary needs a model: --student DIR to go on from its weights, or --teacher DIR (its "
+                "config.json) and --student-hidden-size N to start anew."
+            )
+        else:
+            yield from check_directory("--teacher", model.teacher)
+        yield from self.check_no_teacher("has no teacher")
+
+    @property
+    def starts_anew(self) -> bool:
+        return self.config.model.student is None
+
+    def student_shape(self, base: ModelShape) -> ModelShape:
+        """With --student that model's own shape."""
+        return super().student_shape(base) if self.starts_anew else base
+
+    @property
+    def title(self) -> str:
+        model = self.config.model
+        if self.starts_anew:
+            return (
+                f"Ordinary training from scratch: {model.teacher}'s shape with hidden size {model.student_hidden_size}"
+            )
+        return f"Ordinary training of {model.student}"
+
+    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
+        how = "all of its weights, on the\nlanguage-modelling loss alone."
+        if self.starts_anew:
+            return "new", f"{how} {started_anew(base_name)}"
+        return "trained", f"{how} It started from the weights of `{base_name}`."
+
+    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
+        from megatron_lrc.methods.ordinary.building import build_stages
+
+        return build_stages(self, materials)
+
+
+def started_anew(base_name: str) -> str:
+    """A model card's sentence."""
+    return f"It started anew, in the shape of `{base_name}` but for its hidden size."
