@@ -1,6 +1,7 @@
 """From a Config to the objects of a run: the stages of its method, weights in place, projections initialised."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,14 @@ from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, padded_vocab_size
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
 from megatron_lrc.methods.lrc.calibration import Batches, initialize
+from megatron_lrc.methods.lrc.clone_captures import CloneLosses
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.methods.ordinary.single_model import SingleModel
 from megatron_lrc.methods.sheared.masks import Masks, MaskSettings, masks_between
 from megatron_lrc.methods.sheared.sheared_model import ShearedModel
+from megatron_lrc.methods.tinybert.tinybert_losses import TinyBertLosses
 
 
 def build_stages_of_method(
@@ -101,12 +105,25 @@ def build_stages(
     own: the student's own matrices (`Config.own_matrices`), which have no values yet either.
     """
     shapes = Shapes(teacher.shape, config.student_shape(teacher.shape), rope_inverse_frequencies(teacher))
-    stages = [PairedModel(config, shapes, groups, dtype, chunk, own) for chunk in range(config.num_chunks)]
+    losses = layer_losses_of(config)
+    stages = [
+        PairedModel(config, shapes, groups, dtype, chunk, own, layer_losses=losses)
+        for chunk in range(config.num_chunks)
+    ]
     for stage in stages:
         load_weights(stage, stage.teacher, reader)
         load_frozen(stage, stage.teacher, reader)
         load_frozen(stage, stage.student, reader)
     return stages
+
+
+def layer_losses_of(config: Config) -> LayerLossesFactory:
+    """What makes the losses between layers that --method and --alpha ask for."""
+    if config.loss.alpha and config.is_clone:
+        return partial(CloneLosses, terms_of=config.clone_terms_of)
+    if config.loss.alpha and config.is_tinybert:
+        return TinyBertLosses
+    return LayerLosses
 
 
 def initialize_own_matrices(config: Config, stages: list[PairedModel], base: TeacherDescription) -> None:
@@ -116,7 +133,7 @@ def initialize_own_matrices(config: Config, stages: list[PairedModel], base: Tea
     for stage in stages:
         load_weights(stage, stage.student, initial)
         load_frozen(stage, stage.student, initial)
-        stage.initialize_maps(config.training.seed)
+        stage.initialize_layer_losses(config.training.seed)
 
 
 @torch.no_grad()
