@@ -8,7 +8,7 @@ step goes, on every stage:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,13 @@ class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
 
     main [6]: the sums of `lm_and_kl_loss`, and tokens; counted on one tensor parallel rank of the last stage.
-    clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks.
+    clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks. terms: the columns' names.
     """
 
-    def __init__(self, num_layers: int, device: torch.device, num_terms: int = len(LAYER_SITES)):
+    def __init__(self, device: torch.device, num_layers: int = 0, terms: Sequence[str] = ()):
+        self.terms = terms
         self.main = torch.zeros(6, dtype=torch.float64, device=device)
-        self.clone = torch.zeros(num_layers, num_terms, dtype=torch.float64, device=device)
+        self.clone = torch.zeros(num_layers, len(terms), dtype=torch.float64, device=device)
 
     def reset(self) -> None:
         self.main.zero_()

@@ -93,7 +93,7 @@ def find_fault(stages: Sequence[PipelineStage]) -> str:
 def _faults(stage: PipelineStage) -> Iterator[tuple[tuple[int, int, int], str]]:
     """(place in the order of computation, description) of what is not finite on this rank: losses, then gradients."""
     for layer, index in (~stage.sums.clone.isfinite()).nonzero().tolist():
-        yield (0, layer, index), f"the clone loss of layer {layer}, term {stage.settings.layer_terms[index]},"
+        yield (0, layer, index), f"the clone loss of layer {layer}, term {stage.sums.terms[index]},"
     for index, name in enumerate(("LM", "KL")):
         if not stage.sums.main[index].isfinite():
             yield (1, 0, index), f"the {name} loss"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from megatron_lrc.hf.families import rope_inverse_frequencies
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
 from megatron_lrc.methods.lrc.calibration import initialize
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.method import Materials, Method
 from megatron_lrc.methods.weights import load_frozen, load_weights
@@ -12,19 +13,23 @@ from megatron_lrc.methods.weights import load_frozen, load_weights
 
 def build_stages(method: Method, materials: Materials) -> list[PairedModel]:
     """Stages of both models. What is not loaded from a checkpoint later, projections get from --init."""
-    stages = build_paired_stages(method, materials)
+    losses = partial(CloneLosses, terms_of=method.terms_of) if method.config.loss.alpha else LayerLosses
+    stages = build_paired_stages(method, materials, losses)
     if materials.is_new:
         initialize(method.config, stages, materials.calibration, materials.groups)
     return stages
 
 
-def build_paired_stages(method: Method, materials: Materials) -> list[PairedModel]:
+def build_paired_stages(
+    method: Method, materials: Materials, layer_losses: LayerLossesFactory = LayerLosses
+) -> list[PairedModel]:
     """The teacher read into its shards; projections are still zero, and the student's own matrices have no values."""
     config, base, reader = method.config, materials.base, materials.reader
     shapes = Shapes(base.shape, method.student_shape(base.shape), rope_inverse_frequencies(base))
     own = method.own_matrices(has_changed=materials.has_changed)
     stages = [
-        PairedModel(config, shapes, materials.groups, materials.dtype, chunk, own) for chunk in range(config.num_chunks)
+        PairedModel(config, shapes, materials.groups, materials.dtype, chunk, own, layer_losses=layer_losses)
+        for chunk in range(config.num_chunks)
     ]
     for stage in stages:
         load_weights(stage, stage.teacher, reader)

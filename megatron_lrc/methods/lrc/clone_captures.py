@@ -7,21 +7,20 @@ teacher's part is computed again too.
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
+from megatron_lrc.config import CLONE_TERMS
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.kernels import own_precision
-
-if TYPE_CHECKING:
-    from megatron_lrc.methods.lrc.paired_model import PairedModel
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
 
 SITES_OF: dict[str, list[Site]] = {
     linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS
@@ -61,21 +60,25 @@ class Place:
         return self.teacher_layer.get_submodule(self.block)
 
 
-class CloneLosses:
-    """The clone losses of one stage. Micro-batches pass one after the other: `begin`, both models, `end`."""
+class CloneLosses(LayerLosses):
+    """The clone losses of one stage. Micro-batches pass one after the other: `begin`, both models, `end`.
 
-    def __init__(self, stage: "PairedModel"):
-        self._stage, self._settings = stage, stage.settings
+    terms_of: names, of `terms`, of the losses that are on in a layer (global, from 0).
+    """
+
+    terms = CLONE_TERMS
+
+    def __init__(self, stage: TwoModels, *, terms_of: Callable[[int], set[str]]):
+        super().__init__(stage)
+        self._settings, self._terms_of = stage.settings, terms_of
         self._micro_batch: MicroBatch | None = None  # the one in progress
         self._inverse_widths: dict[tuple, Tensor] = {}
         self._capture_activations()
 
     def begin(self, token_weight: Tensor) -> None:
-        """token_weight: [s, b]."""
         self._micro_batch = MicroBatch(token_weight)
 
     def end(self, student_hidden: Tensor) -> Tensor:
-        """The student's output, through which backward will enter this micro-batch."""
         micro_batch = self._micro_batch
         assert micro_batch is not None
         assert not micro_batch.activations, "a student layer did not meet its teacher's activation"
@@ -84,7 +87,6 @@ class CloneLosses:
         return student_hidden
 
     def forget(self) -> None:
-        """The teacher alone has passed."""
         self._micro_batch = None
 
     def enter_backward(self, micro_batch: MicroBatch) -> None:
@@ -93,7 +95,6 @@ class CloneLosses:
 
     @property
     def target_names(self) -> list[str]:
-        """Projections through which the teacher's outputs are compared."""
         return [
             f"layers.{place.layer}.{place.sites[0].name}"
             for place in self._places()
@@ -104,7 +105,7 @@ class CloneLosses:
         """Where clone losses are."""
         teacher_layers = dict(layers_of(self._stage.teacher))
         for index, _ in layers_of(self._stage.student):
-            terms = self._settings.clone_terms_of(index)
+            terms = self._terms_of(index)
             for linear in CAPTURED_LINEARS:
                 if sites := [site for site in SITES_OF[linear] if site.name in terms]:
                     yield Place(index, linear, teacher_layers[index], sites)

@@ -1,8 +1,8 @@
 """PairedModel: one pipeline stage of the teacher and of the student, and what of the student is trained.
 
 What travels between stages is [teacher_hidden, student_hidden] side by side; the configuration that megatron-core's
-schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without autograd; clone losses are
-attached as the student meets what it has left behind (`clone_captures.py`).
+schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without autograd; losses between the
+layers are attached as the student meets what it has left behind (`layer_losses.py`).
 
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a linear layer's features; `/tp` split.
 """
@@ -39,7 +39,6 @@ from megatron_lrc.mcore.gpt_models import (
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
-    MAPS,
     NORMS,
     LossSums,
     PipelineStage,
@@ -49,16 +48,16 @@ from megatron_lrc.mcore.stages import (
     run_stage,
     whole_sequence,
 )
-from megatron_lrc.methods.lrc.clone_captures import CloneLosses
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
 from megatron_lrc.methods.lrc.own_matrices import TrainedWeights, own_parameters, renew_parameters
-from megatron_lrc.methods.tinybert.tinybert_losses import TinyBertLosses
 
 
 class PairedModel(PipelineStage):
     """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
 
     chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
-    own: the student's matrices, by name, that are its own and trained themselves (`Config.own_matrices`).
+    own: the student's matrices, by name, that are its own and trained themselves; the others are composed.
+    layer_losses: makes the losses between the two models' layers.
     """
 
     def __init__(
@@ -69,6 +68,8 @@ class PairedModel(PipelineStage):
         dtype: torch.dtype,
         chunk: int = 0,
         own: frozenset[str] = frozenset(),
+        *,
+        layer_losses: LayerLossesFactory = LayerLosses,
     ):
         super().__init__()
         self.settings, self.shapes, self.groups = config, shapes, groups
@@ -89,13 +90,13 @@ class PairedModel(PipelineStage):
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
         self.heads = head_layout(shapes.teacher)
-        self.sums = LossSums(shapes.teacher.num_layers, groups.device, len(config.layer_terms))
+        self._layer_losses = layer_losses(self)
+        self.sums = LossSums(groups.device, shapes.teacher.num_layers, self._layer_losses.terms)
         self.vocabulary = VocabularyShard.of(
             shapes.teacher.vocab_size, padded_vocab_size(shapes.teacher.vocab_size, groups.tp.size()), groups.tp
         )
         self._input: Tensor | None = None
         self._compose_is_due: Callable[[], None] | None = None
-        self._layer_losses = TinyBertLosses(self) if config.is_tinybert and config.loss.alpha else CloneLosses(self)
         self._choose_trained(own)
 
     # --- construction -------------------------------------------------------------------------------------------
@@ -124,9 +125,10 @@ class PairedModel(PipelineStage):
         )
         for name in targets:
             self.projections.add_target(name, is_detached=self.settings.loss.detach_clone_targets)
-        self._own_parameters = list(own_parameters(self.student, self.shapes.student, own))
-        if isinstance(self._layer_losses, TinyBertLosses):
-            self._own_parameters += self._layer_losses.trained()
+        self._own_parameters = [
+            *own_parameters(self.student, self.shapes.student, own),
+            *self._layer_losses.trained(),
+        ]
         self._trained_weights = TrainedWeights(self.projections, self._own_parameters)
         self._set_trainable()
 
@@ -194,10 +196,9 @@ class PairedModel(PipelineStage):
             yield Trained(name, layout.NORMS + name, gain, (NORMS,))
         yield from self._own_parameters
 
-    def initialize_maps(self, seed: int) -> None:
-        """Of --method tinybert, if that is what trains."""
-        if isinstance(self._layer_losses, TinyBertLosses):
-            self._layer_losses.initialize(seed)
+    def initialize_layer_losses(self, seed: int) -> None:
+        """Give the losses between layers their first values, if they train anything of their own."""
+        self._layer_losses.initialize(seed)
 
     def fixed(self) -> Iterator[Trained]:
         """Projections that generate nothing any more but the clone loss's targets."""
@@ -212,8 +213,7 @@ class PairedModel(PipelineStage):
     @property
     def gradient_groups(self) -> tuple[str, ...]:
         has_biases = self.shapes.student.has_qkv_bias and self.own.issuperset(MATRICES)
-        has_maps = isinstance(self._layer_losses, TinyBertLosses)
-        return (*GRADIENT_GROUPS, *[BIASES] * has_biases, *[MAPS] * has_maps)
+        return (*GRADIENT_GROUPS, *[BIASES] * has_biases, *self._layer_losses.gradient_groups)
 
     @property
     def models(self) -> Mapping[str, GPTModel]:

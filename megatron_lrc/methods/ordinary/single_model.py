@@ -49,7 +49,7 @@ class SingleModel(PipelineStage):
         self._dtype, self._chunk = dtype, chunk
         self.pre_process = groups.is_first_rank and chunk == 0
         self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
-        self.sums = LossSums(0, groups.device)
+        self.sums = LossSums(groups.device)
         self._input: Tensor | None = None
         self._build(shapes)
 
