@@ -1,10 +1,12 @@
 """A paired stage from a teacher's files, its projections initialised; and what --open-after makes of it."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_lrc.hf.families import rope_inverse_frequencies
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
 from megatron_lrc.methods.lrc.calibration import initialize
+from megatron_lrc.methods.lrc.clone_captures import CloneLosses
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.method import Materials, Method
