@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import make_config, on_layout, records, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +13,7 @@ from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import effective_rank
 from ranks import run_ranks
+from runs import make_config, on_layout, records, train
 from tools_path import convert_to_hf
 
 LAYERS = 4

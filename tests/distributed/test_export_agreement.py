@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_training import make_config, on_layout, train
 from torch import Tensor
 
 from megatron_lrc.config import Config
+from runs import make_config, on_layout, train
 from tools_path import convert_to_hf
 
 STEPS, AGREEMENT = 20, 1e-4

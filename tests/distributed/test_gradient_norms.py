@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_training import make_config, on_layout
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
@@ -12,6 +11,7 @@ from megatron_lrc.mcore.stages import GRADIENT_GROUPS
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import StepReport, train_step
 from ranks import run_ranks
+from runs import make_config, on_layout
 
 
 def one_step(config: Config) -> StepReport:

@@ -4,10 +4,10 @@ parameters and gradients are fp32."""
 from dataclasses import replace
 
 import pytest
-from test_training import continued, make_config, on_layout, records, train
 
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config
+from runs import continued, make_config, on_layout, records, train
 
 
 @pytest.fixture

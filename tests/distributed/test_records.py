@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_guard import train_spoiled
-from test_training import make_config, on_layout, records, train
 
+from disturbed_training import train_spoiled
 from megatron_lrc.config import Config
 from megatron_lrc.train.boards import scalars
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.step import LossTotals, StepReport
 from ranks import run_ranks
+from runs import make_config, on_layout, records, train
 
 LOSSES = ("loss", "lm_loss", "kl_loss", "clone_loss", "teacher_lm_loss")
 OWN = ("step", "tokens", "grad_norm", "grad_norm_by_group", "lr")

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_training import continued, make_config, on_layout, records
 
 from megatron_lrc.config import Config
 from megatron_lrc.report.run_page import write_report
 from megatron_lrc.train import loop
 from megatron_lrc.train.boards import WANDB_ID_FILE
 from ranks import run_ranks
+from runs import continued, make_config, on_layout, records
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import make_config, on_layout, records
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import make_config, on_layout, records
 
 NAP, SLOW = 0.03, 1
 
