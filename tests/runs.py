@@ -119,7 +119,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
-def assert_same_student(first: Path, second: Path) -> None:
+def assert_same_opened_student(first: Path, second: Path) -> None:
     """Two opened clones: projections, gains and the weights of their own."""
     assert_same_parameters(first, second)
     one, two = open_checkpoint(str(first)), open_checkpoint(str(second))

@@ -17,7 +17,7 @@ from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from method_runs import OPENED, opened_config
 from ranks import run_ranks
-from runs import assert_same_student, continued, make_config, on_layout, records, saved_in, train, without_times
+from runs import assert_same_opened_student, continued, make_config, on_layout, records, saved_in, train, without_times
 from tools_path import convert_to_hf, load_tool
 
 pytestmark = pytest.mark.distributed
@@ -103,7 +103,7 @@ def test_a_stop_before_at_or_after_the_opening_changes_nothing(
     assert (open_checkpoint(str(tmp_path / "stopped")).opened_at is None) == (stop <= OPENED)
     train(continued(stopped, steps=4), ranks)
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
-    assert_same_student(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_opened_student(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from config_cases import change
 from disturbed_training import train_spoiled, train_with_slow_writers
 from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
@@ -253,9 +254,7 @@ def test_a_checkpoint_is_refused_by_the_other_method_and_for_another_model(tiny_
 )
 def test_flags_that_contradict_the_method_are_refused(tiny_llama, tiny_text, tmp_path, values, message):
     config = ordinary_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1)
-    for name, value in values.items():
-        section = next(s for s in (config.model, config.loss, config.projection) if hasattr(s, name))
-        setattr(section, name, value)
+    change(config, **values)
     with pytest.raises(ConfigError) as caught:
         validate(config)
     assert message in str(caught.value)

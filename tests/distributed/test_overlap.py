@@ -18,7 +18,7 @@ from megatron_lrc.train import loop
 from megatron_lrc.train.step import Run
 from method_runs import opened_config, ordinary_config, sheared_config
 from ranks import run_ranks
-from runs import assert_same_student, continued, make_config, on_layout, records, train, without_times
+from runs import assert_same_opened_student, continued, make_config, on_layout, records, train, without_times
 
 pytestmark = pytest.mark.distributed
 
@@ -159,7 +159,7 @@ def test_runs_are_those_without_overlapped_gathers(tiny_llama, tiny_text, tmp_pa
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert without_times(records(overlapped, name)) == without_times(records(plain, name))
     assert len(records(plain)) == 4
-    assert_same_student(plain, overlapped)
+    assert_same_opened_student(plain, overlapped)
 
 
 def note_order_of_gathers(config: Config) -> None:

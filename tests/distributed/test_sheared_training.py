@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from config_cases import change
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import ConfigError, validate
@@ -155,9 +156,7 @@ def test_masks_reach_their_sizes_and_the_cut_model_learns(tied_qwen, tiny_text, 
 )
 def test_flags_that_contradict_the_method_are_refused(tied_qwen, tiny_text, tmp_path, values, message):
     config = sheared_config(tied_qwen, tiny_text, tmp_path / "run")
-    for name, value in values.items():
-        sections = (getattr(config, section) for section in config.to_dict())
-        setattr(next(section for section in sections if hasattr(section, name)), name, value)
+    change(config, **values)
     with pytest.raises(ConfigError) as caught:
         validate(config)
     assert message in str(caught.value)
