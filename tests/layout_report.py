@@ -7,19 +7,15 @@ the layouts of the test suite this has four-rank ones that are slow on small mac
 """
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "distributed")]
-
-from test_gradients import VOCAB, Layout, Variant, expected, gradients_of_one_step, make_config  # noqa: E402
-
-from hf_teachers import write_llama, write_qwen2, write_qwen3  # noqa: E402
-from ranks import run_ranks  # noqa: E402
+from gradient_cases import VOCAB, Layout, Variant, clone_gradients, gradient_config, reference_gradients
+from hf_teachers import write_llama, write_qwen2, write_qwen3
+from ranks import run_ranks
 
 LAYOUTS = {
     "1 rank, 4 micro-batches": Layout(),
@@ -53,9 +49,9 @@ TEACHERS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 
 
 def largest_error(teacher: str, layout: Layout) -> float:
-    ranks = run_ranks(layout.world, gradients_of_one_step, make_config(teacher, layout, untie=True))
+    ranks = run_ranks(layout.world, clone_gradients, gradient_config(teacher, layout, untie=True))
     names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
-    _, projections, norms = expected(teacher, names, Variant())
+    _, projections, norms = reference_gradients(teacher, names, Variant())
     errors = []
     for _, matrices, gains in ranks:
         for name, (tp_rank, grad, _) in matrices.items():

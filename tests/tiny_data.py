@@ -59,3 +59,46 @@ def write_counting(prefix: Path) -> str:
         steps = generator.choice([1, 1, 1, 2, 5], size=50)
         documents.append(((generator.integers(64) + numpy.cumsum(steps)) % 64 + 100).tolist())
     return write_dataset(prefix, documents)
+
+
+def numbered(prefix: Path, num_documents: int, *, first: int = 0, length: int = 40) -> str:
+    """A dataset in which every token id says where it stands, so that samples can be told apart."""
+    ids = range(first, first + num_documents * length)
+    documents = [list(ids[start : start + length]) for start in range(0, len(ids), length)]
+    return write_dataset(prefix, documents)
+
+
+def write_sequences(prefix: Path, documents: list[list[list[int]]], dtype: type = numpy.int32) -> str:
+    """A dataset of megatron-core's own builder with several sequences per document."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(numpy.concatenate(document), [len(sequence) for sequence in document])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def read_documents(prefix: object) -> list[list[int]]:
+    """The token ids of each document, of one sequence each."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    bounds = dataset.document_indices
+    assert len(bounds) == len(dataset) + 1
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def write_zst(path: Path, parts: list[bytes]) -> None:
+    """One frame for each part, as tools that append do."""
+    import zstandard
+
+    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in parts))
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"id": list(range(len(texts))), "text": texts}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=90)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from test_memory_estimate import Case, config_of
 
 from megatron_lrc.estimate.disk import disk_need
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.train import loop
+from memory_cases import Case, memory_config
 from ranks import run_ranks
 
 
@@ -17,7 +17,7 @@ from ranks import run_ranks
 )
 def test_a_checkpoint_takes_the_space_that_is_estimated(tmp_path, layout):
     case = Case(384, 6, 2, 256, 2, 512, student=256, sequence=32, micro_batch=1, **layout)
-    config = config_of(case, tmp_path / "case")
+    config = memory_config(case, tmp_path / "case")
     config.training.train_iters, config.checkpoint.save = 1, str(tmp_path / "run")
     run_ranks(case.ranks, loop.train, config)
     (checkpoint,) = Path(config.checkpoint.save).glob("iter_*")

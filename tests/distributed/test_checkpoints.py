@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_saving import make_trainer, saving
-from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
@@ -26,6 +24,17 @@ from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import Run, train_step
 from ranks import run_ranks
+from runs import (
+    assert_same_parameters,
+    continued,
+    make_config,
+    make_trainer,
+    on_layout,
+    records,
+    saving,
+    train,
+    without_times,
+)
 
 pytestmark = pytest.mark.distributed
 

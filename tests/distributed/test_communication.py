@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import make_config, on_layout
 from torch import Tensor
 from torch.nn.attention import bias
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from ranks import run_ranks
+from runs import make_config, on_layout
 
 pytestmark = pytest.mark.distributed
 

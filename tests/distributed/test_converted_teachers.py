@@ -10,7 +10,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import load_file
-from test_training import assert_same_parameters, continued, make_config, on_layout, train
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import WRITERS
@@ -22,6 +21,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import padded_vocab_size, transformer_config
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
+from runs import assert_same_parameters, continued, make_config, on_layout, train
 from tools_path import convert_from_hf, convert_to_hf
 
 VOCAB = 301

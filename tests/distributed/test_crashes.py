@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_stopping import steps_of, wait_until
 
 from megatron_lrc.launch import peers
 from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Hub, _Rank
+from runs import steps_of
+from waiting import wait_until
 from worlds import World, training_flags
 
 HOST = socket.gethostname()

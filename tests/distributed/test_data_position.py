@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy
 import pytest
-from test_training import make_config, records
 
 from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint, read_state
 from megatron_lrc.config import Config, ConfigError, validate
@@ -17,6 +16,7 @@ from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.index_cache import build_index_cache
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import make_config, records
 from tiny_data import write_dataset
 
 Samples = list[list[int]]

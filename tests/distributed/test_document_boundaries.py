@@ -10,21 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import (
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradient_cases import (
     VOCAB,
     Layout,
     Sizes,
     Variant,
+    clone_gradients,
     compare_with_the_reference,
     global_batch,
-    gradients_of_one_step,
-    make_config,
+    gradient_config,
 )
-from test_training import make_config as make_run
-from test_training import on_layout, records, train
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from hf_teachers import write_llama, write_qwen3
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data.batches import build_datasets, check_data
@@ -36,6 +34,7 @@ from megatron_lrc.methods.lrc.calibration import forward_teacher
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from reference import in_fp64, positions_in_documents
+from runs import make_config, on_layout, records, train
 from tiny_data import make_texts, write_dataset, write_jsonl, write_tokenizer
 
 EOD, NEVER = 3, 50
@@ -69,7 +68,7 @@ def test_without_an_eod_both_flags_change_no_bit_of_losses_and_gradients(tiny_ll
     teacher = tiny_llama(num_layers=4, vocab_size=VOCAB, dtype=torch.float64)
     on, off = (
         run_ranks(
-            layout.world, gradients_of_one_step, make_config(teacher, layout, untie=True, variant=variant, sizes=sizes)
+            layout.world, clone_gradients, gradient_config(teacher, layout, untie=True, variant=variant, sizes=sizes)
         )
         for variant in (BOTH, Variant())
     )
@@ -104,7 +103,7 @@ def test_each_packed_document_has_the_logits_that_it_has_alone(tmp_path, write):
     layout = Layout(micro=2)
 
     def logits(variant: Variant) -> Tensor:
-        config = make_config(str(tmp_path), layout, untie=True, variant=variant)
+        config = gradient_config(str(tmp_path), layout, untie=True, variant=variant)
         return run_ranks(1, teacher_logits, config, tokens)[0]
 
     packed, alone = logits(BOTH), in_fp64(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64))
@@ -122,7 +121,7 @@ def test_each_packed_document_has_the_logits_that_it_has_alone(tmp_path, write):
 def run(tiny_llama, tmp_path) -> Config:
     """A run of one step over documents that end with an EOD."""
     teacher = tiny_llama()
-    return make_run(teacher, index_texts(teacher, tmp_path / "texts", append_eod=True), tmp_path / "run", steps=1)
+    return make_config(teacher, index_texts(teacher, tmp_path / "texts", append_eod=True), tmp_path / "run", steps=1)
 
 
 def index_texts(tokenizer: str, prefix: Path, *, append_eod: bool) -> str:

@@ -1,11 +1,9 @@
 """The effective rank of hidden states against singular values of the same states, and the same on every layout."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import make_config, on_layout, records, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -14,13 +12,14 @@ from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import effective_rank
 from ranks import run_ranks
+from runs import make_config, on_layout, records, saved_in, train
 from tools_path import convert_to_hf
 
 LAYERS = 4
 
 
 @pytest.fixture
-def config(tiny_llama, tiny_text, tmp_path) -> Config:
+def effective_rank_config(tiny_llama, tiny_text, tmp_path) -> Config:
     """A run of two steps, so that the student differs from layer to layer, validated before and after."""
     config = make_config(tiny_llama(num_layers=LAYERS), tiny_text, tmp_path / "run", steps=2)
     config.logging.log_effective_rank = True
@@ -54,13 +53,13 @@ def expected(model_directory: str | Path, tokens: Tensor) -> list[float]:
 
 
 @pytest.mark.distributed
-def test_effective_ranks_are_those_of_the_singular_values(config, tmp_path):
-    train(config)
-    (tokens,) = run_ranks(1, validation_tokens, config)
+def test_effective_ranks_are_those_of_the_singular_values(effective_rank_config, tmp_path):
+    train(effective_rank_config)
+    (tokens,) = run_ranks(1, validation_tokens, effective_rank_config)
     assert convert_to_hf(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "hf"), "--no-verify"]) == 0
     before, after = (line["effective_rank"] for line in records(tmp_path / "run", "validation.jsonl"))
     assert len(after["teacher"]) == len(after["student"]) == LAYERS + 1
-    assert after["teacher"] == pytest.approx(expected(config.model.teacher, tokens), rel=1e-4)
+    assert after["teacher"] == pytest.approx(expected(effective_rank_config.model.teacher, tokens), rel=1e-4)
     assert after["student"] == pytest.approx(expected(tmp_path / "hf", tokens), rel=1e-4)
     assert before["teacher"] == after["teacher"] and before["student"] != after["student"]
 
@@ -71,10 +70,10 @@ def test_effective_ranks_are_those_of_the_singular_values(config, tmp_path):
     [(2, {"tp": 2}), (2, {"pp": 2}), (2, {"pp": 2, "chunks": 2}), (2, {"cp": 2}), (2, {})],
     ids=["TP2+SP", "PP2", "PP2-interleaved-x2", "CP2", "DP2"],
 )
-def test_effective_ranks_do_not_depend_on_the_layout(config, tmp_path, ranks, layout):
-    config.training.train_iters = 0
-    train(config)
-    other = replace(config, checkpoint=replace(config.checkpoint, save=str(tmp_path / "other")))
+def test_effective_ranks_do_not_depend_on_the_layout(effective_rank_config, tmp_path, ranks, layout):
+    effective_rank_config.training.train_iters = 0
+    train(effective_rank_config)
+    other = saved_in(effective_rank_config, tmp_path / "other")
     train(on_layout(other, **layout), ranks)
     (line,), (reference,) = (records(tmp_path / run, "validation.jsonl") for run in ("other", "run"))
     for model in ("teacher", "student"):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_training import make_config, on_layout, train
 from torch import Tensor
 
 from megatron_lrc.config import Config
+from runs import make_config, on_layout, train
 from tools_path import convert_to_hf
 
 STEPS, AGREEMENT = 20, 1e-4
@@ -32,7 +32,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def config(tiny_llama, tiny_text) -> Config:
+def four_rank_config(tiny_llama, tiny_text) -> Config:
     """A run with every loss; its teacher has a layer and a KV head for each of four ranks."""
     config = make_config(tiny_llama(num_layers=4, num_kv_heads=4), tiny_text, Path("unset"), steps=STEPS)
     config.logging.eval_iters = 0
@@ -53,13 +53,17 @@ def differences(found: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(config, tmp_path_factory) -> dict[str, Tensor]:
-    return train_and_export(config, tmp_path_factory.mktemp("one-rank"))
+def on_one_rank(four_rank_config, tmp_path_factory) -> dict[str, Tensor]:
+    return train_and_export(four_rank_config, tmp_path_factory.mktemp("one-rank"))
 
 
 @pytest.mark.distributed
-def test_twenty_steps_move_every_exported_tensor_by_far_more_than_layouts_may_differ(config, on_one_rank, tmp_path):
-    untrained = train_and_export(replace(config, training=replace(config.training, train_iters=0)), tmp_path)
+def test_twenty_steps_move_every_exported_tensor_by_far_more_than_layouts_may_differ(
+    four_rank_config, on_one_rank, tmp_path
+):
+    untrained = train_and_export(
+        replace(four_rank_config, training=replace(four_rank_config.training, train_iters=0)), tmp_path
+    )
     assert len(untrained) == 4 * 9 + 3
     moved = differences(on_one_rank, untrained)
     assert min(moved.values()) > 50 * AGREEMENT, min(moved, key=moved.__getitem__)
@@ -68,17 +72,18 @@ def test_twenty_steps_move_every_exported_tensor_by_far_more_than_layouts_may_di
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks, layout, micro_batch", LAYOUTS)
 def test_after_twenty_steps_the_exported_student_is_that_of_one_rank(
-    config, on_one_rank, tmp_path, ranks, layout, micro_batch
+    four_rank_config, on_one_rank, tmp_path, ranks, layout, micro_batch
 ):
-    training = replace(config.training, micro_batch_size=micro_batch)
-    assert_same_student(replace(on_layout(config, **layout), training=training), ranks, on_one_rank, tmp_path)
+    training = replace(four_rank_config.training, micro_batch_size=micro_batch)
+    config = replace(on_layout(four_rank_config, **layout), training=training)
+    assert_same_student(config, ranks, on_one_rank, tmp_path)
 
 
 @pytest.mark.distributed
 def test_after_twenty_steps_with_full_recomputation_the_exported_student_is_that_of_one_rank(
-    config, on_one_rank, tmp_path
+    four_rank_config, on_one_rank, tmp_path
 ):
-    config = on_layout(config, pp=2)
+    config = on_layout(four_rank_config, pp=2)
     config.parallel.recompute_granularity = "full"
     assert_same_student(config, 2, on_one_rank, tmp_path)
 

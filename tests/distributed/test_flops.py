@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_training import make_config, on_layout
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +21,7 @@ from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import make_config, on_layout
 
 
 @dataclass(frozen=True)

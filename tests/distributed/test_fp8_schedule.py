@@ -4,7 +4,6 @@ validation batch, on every stage and chunk, and its teacher's at the first of th
 from dataclasses import replace
 
 import pytest
-from test_training import make_config, on_layout
 from torch import nn
 
 from megatron_lrc.config import Config
@@ -12,6 +11,7 @@ from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import PipelineStage
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import make_config, on_layout
 
 MODELS = ("teacher", "student")
 

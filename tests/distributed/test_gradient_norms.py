@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_training import make_config, on_layout
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
@@ -12,6 +11,7 @@ from megatron_lrc.mcore.stages import GRADIENT_GROUPS
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import StepReport, train_step
 from ranks import run_ranks
+from runs import make_config, on_layout
 
 
 def one_step(config: Config) -> StepReport:
@@ -31,7 +31,7 @@ def norms_of(report: StepReport) -> dict[str, float]:
 
 
 @pytest.fixture
-def config(tiny_text, tmp_path) -> Config:
+def one_step_config(tiny_text, tmp_path) -> Config:
     config = make_config("", tiny_text, tmp_path / "run", steps=1)
     config.checkpoint.save, config.logging.eval_iters = None, 0
     return config
@@ -53,18 +53,20 @@ def config(tiny_text, tmp_path) -> Config:
         "TP2+SPxDP2-distributed-optimizer",
     ],
 )
-def test_group_norms_are_those_of_one_process_and_make_up_the_gradient_norm(tiny_llama, config, ranks, layout, is_tied):
-    config.model.teacher = tiny_llama(is_tied=is_tied, num_layers=4)
-    (reference,) = reports(config)
+def test_group_norms_are_those_of_one_process_and_make_up_the_gradient_norm(
+    tiny_llama, one_step_config, ranks, layout, is_tied
+):
+    one_step_config.model.teacher = tiny_llama(is_tied=is_tied, num_layers=4)
+    (reference,) = reports(one_step_config)
     assert ("lm_head" in norms_of(reference)) != is_tied and all(norms_of(reference).values())
-    for report in (reference, *reports(config, ranks, **layout)):
+    for report in (reference, *reports(one_step_config, ranks, **layout)):
         assert math.hypot(*norms_of(report).values()) == pytest.approx(report.grad_norm, rel=1e-5)
         assert norms_of(report) == pytest.approx(norms_of(reference), rel=1e-4)
 
 
 @pytest.mark.distributed
-def test_group_norms_make_up_the_gradient_norm_of_a_bf16_run(tiny_llama, config):
-    config = replace(config, training=replace(config.training, bf16=True))
+def test_group_norms_make_up_the_gradient_norm_of_a_bf16_run(tiny_llama, one_step_config):
+    config = replace(one_step_config, training=replace(one_step_config.training, bf16=True))
     config.model.teacher = tiny_llama(is_tied=True)
     for report in reports(config, 2, dist_opt=True):
         assert math.hypot(*norms_of(report).values()) == pytest.approx(report.grad_norm, rel=1e-5)

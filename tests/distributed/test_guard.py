@@ -5,44 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same_parameters, continued, make_config, on_layout, records, train
 
-from megatron_lrc.config import Config, RunStopped
+from disturbed_training import train_spoiled
+from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.train import loop
 from ranks import run_ranks
-
-
-class SpoilGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.inf
-
-
-def train_spoiled(config: Config, layer: int, kind: str, steps: tuple[int, ...]) -> str:
-    """Train; in these steps spoil the input of a student layer's FFN, or its gradient. Returns what stopped the run."""
-    checked = loop.check(config, distributed.world_size())
-    trainer = loop.Trainer(config, checked, distributed.start(config))
-
-    def spoil(module, inputs):
-        if trainer.state.step + 1 not in steps or not torch.is_grad_enabled():
-            return None
-        return (inputs[0] * torch.inf if kind == "loss" else SpoilGradient.apply(inputs[0]), *inputs[1:])
-
-    for stage in trainer.run.stages:
-        for index, student_layer in layers_of(stage.student):
-            if index == layer:
-                student_layer.mlp.linear_fc1.register_forward_pre_hook(spoil)
-    try:
-        trainer.train()
-    except RunStopped as stopped:
-        return str(stopped)
-    return ""
+from runs import assert_same_parameters, continued, make_config, on_layout, records, train
 
 
 def spoiled_run(tiny_llama, tiny_text, run: Path, kind: str, steps: tuple[int, ...], limit: int) -> list[str]:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import assert_same_parameters, make_config, records, train
 
 from megatron_lrc.config import save_yaml
+from runs import assert_same_parameters, make_config, records, train
 
 pytest.importorskip("nvidia_resiliency_ext")
 pytestmark = pytest.mark.distributed

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import make_config, on_layout, records, train
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
@@ -19,6 +18,7 @@ from megatron_lrc.mcore.checkpoint import load_checkpoint
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
+from runs import make_config, on_layout, records, train
 from tools_path import convert_to_hf
 
 VOCAB = 301

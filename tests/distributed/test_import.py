@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import make_config, on_layout
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from megatron_lrc.methods.lrc.calibration import forward_teacher
 from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from reference import in_fp64
+from runs import make_config, on_layout
 
 VOCAB, SEQUENCE = 301, 16
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

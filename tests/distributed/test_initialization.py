@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import assert_same_parameters, make_config, on_layout, records, train
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -16,6 +15,7 @@ from megatron_lrc.clone.ridge import RIDGE
 from megatron_lrc.config import Config
 from megatron_lrc.data.batches import build_datasets
 from ranks import run_ranks
+from runs import assert_same_parameters, make_config, on_layout, records, train
 
 WIDTH = 48  # the tiny teacher's
 INITS = ["orthogonal", "channel", "pca", "ridge"]

@@ -7,13 +7,10 @@ a model is measured too, by a run of a model of no size.
 import ctypes
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy
 import pytest
-from test_training import make_config, on_layout
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_lrc.config import Config
 from megatron_lrc.estimate.peak_memory import CPU_ALLOCATOR, MemoryParts, peak_memory
@@ -22,35 +19,11 @@ from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
+from memory_cases import Case, memory_config
 from ranks import run_ranks
-from tiny_data import write_dataset
+from runs import make_config, on_layout
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Case:
-    """A teacher's sizes, the student's, a batch and a layout."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    layers: int
-    vocab: int
-    student: int
-    sequence: int
-    micro_batch: int
-    num_microbatches: int = 1
-    is_tied: bool = False
-    bf16: bool = False
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
 
 
 CASES = {
@@ -78,34 +51,6 @@ CASES = {
 NO_SIZE = Case(32, 2, 1, 32, 2, 64, student=16, sequence=16, micro_batch=1)
 
 
-def write_teacher(case: Case, folder: Path) -> str:
-    config = LlamaConfig(
-        hidden_size=case.hidden,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.kv_heads,
-        head_dim=64,
-        intermediate_size=case.ffn,
-        num_hidden_layers=case.layers,
-        vocab_size=case.vocab,
-        tie_word_embeddings=case.is_tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def config_of(case: Case, folder: Path) -> Config:
-    folder.mkdir()
-    tokens = numpy.random.default_rng(0).integers(0, case.vocab, size=40 * case.sequence).tolist()
-    data = write_dataset(folder / "data", [tokens], dtype=numpy.int32)
-    config = make_config(write_teacher(case, folder / "teacher"), data, folder / "run", steps=2)
-    config.model.student_hidden_size = case.student
-    config.training.seq_length, config.training.micro_batch_size = case.sequence, case.micro_batch
-    config.training.global_batch_size = case.micro_batch * case.num_microbatches * case.dp
-    config.training.bf16 = case.bf16
-    config.checkpoint.save, config.logging.eval_iters, config.data.split = None, 0, "1,0,0"
-    return on_layout(config, tp=case.tp, pp=case.pp, dist_opt=case.dp > 1).resolved(case.ranks)
-
-
 def measure_peak(config: Config, gives_back: bool) -> int:
     """On a rank: a whole run; bytes. gives_back: the allocator keeps nothing of what is freed."""
     if gives_back:
@@ -119,8 +64,8 @@ def measure_peak(config: Config, gives_back: bool) -> int:
 
 def measured_and_estimated(case: Case, folder: Path, *, gives_back: bool = False) -> list[tuple[int, MemoryParts]]:
     """For each rank."""
-    config = config_of(case, folder / "case")
-    (empty,) = run_ranks(1, measure_peak, config_of(NO_SIZE, folder / "empty"), gives_back)
+    config = memory_config(case, folder / "case")
+    (empty,) = run_ranks(1, measure_peak, memory_config(NO_SIZE, folder / "empty"), gives_back)
     # Where a processor has no products in bf16 the steps take a minute.
     measured = run_ranks(case.ranks, measure_peak, config, gives_back, timeout=240.0)
     shape = describe_teacher(config.model.teacher or "").shape

@@ -8,38 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_ordinary_training import saved_in
-from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 from transformers import AutoModelForCausalLM
 
-from hf_teachers import write_qwen2
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import MATRICES, Config, ConfigError, validate
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
+from method_runs import OPENED, opened_config
 from ranks import run_ranks
+from runs import assert_same_opened_student, continued, make_config, on_layout, records, saved_in, train, without_times
 from tools_path import convert_to_hf, load_tool
 
 pytestmark = pytest.mark.distributed
 
-OPENED = 2  # steps, of 4
 verify_model = load_tool("verify_model").main
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory) -> str:
-    """A tied Qwen2, with q, k and v biases."""
-    folder = tmp_path_factory.mktemp("qwen")
-    write_qwen2(folder, is_tied=True, num_layers=4)
-    return str(folder)
-
-
-def opened_config(teacher: str, data: str, run: Path, matrices: Any, *, steps: int = 4) -> Config:
-    config = make_config(teacher, data, run, steps=steps)
-    config.projection.open_after, config.projection.open_matrices = OPENED, matrices
-    config.optimizer.adam_eps = 1e-5  # gradients of rounding alone move nothing
-    return config
 
 
 def config_of(how: Any, teacher: str, data: str, run: Path) -> Config:
@@ -65,14 +48,6 @@ def assert_close(first: Path, second: Path) -> None:
             assert difference <= 1e-4 * torch.linalg.norm(tensors[name]), name
 
 
-def assert_equal(first: Path, second: Path) -> None:
-    assert_same_parameters(first, second)
-    one, two = open_checkpoint(str(first)), open_checkpoint(str(second))
-    assert set(one.weights) == set(two.weights)
-    for name in one.weights:
-        assert torch.equal(one.weights[name], two.weights[name]), name
-
-
 LAYOUTS = {
     "TP2+SP": (2, {"tp": 2}),
     "PP2": (2, {"pp": 2}),
@@ -94,9 +69,9 @@ QUICK = {
         for name, place in LAYOUTS.items()
     ],
 )
-def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, how, ranks, layout):
-    train(config_of(how, qwen, tiny_text, tmp_path / "one"))
-    train(on_layout(config_of(how, qwen, tiny_text, tmp_path / "other"), **layout), ranks)
+def test_runs_are_the_same_on_every_layout(tied_qwen, tiny_text, tmp_path, how, ranks, layout):
+    train(config_of(how, tied_qwen, tiny_text, tmp_path / "one"))
+    train(on_layout(config_of(how, tied_qwen, tiny_text, tmp_path / "other"), **layout), ranks)
     for line, reference in zip(records(tmp_path / "other"), records(tmp_path / "one"), strict=True):
         for key in ("loss", "lm_loss", "kl_loss", "clone_loss"):
             assert line[key] == pytest.approx(reference[key], rel=1e-5), key
@@ -117,9 +92,9 @@ def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, how, ranks
 )
 @pytest.mark.parametrize("stop", [OPENED - 1, OPENED, OPENED + 1])
 def test_a_stop_before_at_or_after_the_opening_changes_nothing(
-    qwen, tiny_text, tmp_path, stop, ranks, layout, precision
+    tied_qwen, tiny_text, tmp_path, stop, ranks, layout, precision
 ):
-    config = on_layout(opened_config(qwen, tiny_text, tmp_path / "whole", "mlp"), **layout)
+    config = on_layout(opened_config(tied_qwen, tiny_text, tmp_path / "whole", "mlp"), **layout)
     if precision != "fp32":
         config.training = replace(config.training, **{precision: True})
     train(config, ranks)
@@ -128,14 +103,14 @@ def test_a_stop_before_at_or_after_the_opening_changes_nothing(
     assert (open_checkpoint(str(tmp_path / "stopped")).opened_at is None) == (stop <= OPENED)
     train(continued(stopped, steps=4), ranks)
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
-    assert_equal(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_opened_student(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["mlp", "all"])
-def test_a_checkpoint_loads_on_another_layout_and_in_the_background(qwen, tiny_text, tmp_path, how):
+def test_a_checkpoint_loads_on_another_layout_and_in_the_background(tied_qwen, tiny_text, tmp_path, how):
     """Saved every step, so that what is planned changes between two saves."""
-    config = opened_config(qwen, tiny_text, tmp_path / "whole", how)
+    config = opened_config(tied_qwen, tiny_text, tmp_path / "whole", how)
     train(config)
     first = saved_in(config, tmp_path / "moved", async_save=True, save_interval=1)
     train(replace(on_layout(first, dist_opt=True), training=replace(config.training, train_iters=3)), 2)
@@ -178,10 +153,10 @@ def look_at_opening(config: Config) -> dict[str, float]:
     }
 
 
-def test_opening_changes_nothing_but_what_is_trained(qwen, tiny_text, tmp_path):
+def test_opening_changes_nothing_but_what_is_trained(tied_qwen, tiny_text, tmp_path):
     """Losses and gradients of the student's matrices are those of before; and the first step has Adam's usual length
     at a momentum of one gradient, 0.1 learning rates, though the run counts its thousandth step."""
-    config = opened_config(qwen, tiny_text, tmp_path / "run", "mlp")
+    config = opened_config(tied_qwen, tiny_text, tmp_path / "run", "mlp")
     config.optimizer.clip_grad, config.optimizer.lr_decay_style, config.optimizer.lr_warmup_iters = 0.0, "constant", 0
     config.optimizer.adam_eps = 1e-12
     (found,) = run_ranks(1, look_at_opening, config.resolved(1))
@@ -194,10 +169,10 @@ def test_opening_changes_nothing_but_what_is_trained(qwen, tiny_text, tmp_path):
 @pytest.mark.parametrize(
     "how", ["mlp", *[pytest.param(how, marks=pytest.mark.slow) for how in ("all", "logits", "tinybert")]]
 )
-def test_the_student_is_exported_and_verified(qwen, tiny_text, tmp_path, capsys, how):
+def test_the_student_is_exported_and_verified(tied_qwen, tiny_text, tmp_path, capsys, how):
     """The export's own check compares it with the checkpoint in megatron-core, and verify_model.py once more."""
     run, output = str(tmp_path / "run"), str(tmp_path / "exported")
-    train(config_of(how, qwen, tiny_text, tmp_path / "run"))
+    train(config_of(how, tied_qwen, tiny_text, tmp_path / "run"))
     saved = open_checkpoint(run)
     own = {name.rpartition(".")[2] for name in saved.weights}
     assert own == {
@@ -214,8 +189,8 @@ def test_the_student_is_exported_and_verified(qwen, tiny_text, tmp_path, capsys,
     assert "has matrices of its own" in capsys.readouterr().err
 
 
-def test_an_opened_run_cannot_go_on_closed(qwen, tiny_text, tmp_path):
-    config = opened_config(qwen, tiny_text, tmp_path / "run", "mlp", steps=3)
+def test_an_opened_run_cannot_go_on_closed(tied_qwen, tiny_text, tmp_path):
+    config = opened_config(tied_qwen, tiny_text, tmp_path / "run", "mlp", steps=3)
     train(config)
     again = continued(config, steps=4)
     for changes in ({"open_after": None}, {"open_matrices": "all"}):
@@ -238,12 +213,12 @@ def first_step_of_tinybert(config: Config) -> tuple[list[torch.Tensor], dict[str
     return tokens, report.losses.clone_by_layer(config), maps
 
 
-def test_hidden_losses_of_tinybert_are_those_of_transformers_hidden_states(qwen, tiny_text, tmp_path):
+def test_hidden_losses_of_tinybert_are_those_of_transformers_hidden_states(tied_qwen, tiny_text, tmp_path):
     """transformers gives the last layer's hidden state after the final norm only, so that one is left out."""
-    config = config_of("tinybert", qwen, tiny_text, tmp_path / "run").resolved(1)
+    config = config_of("tinybert", tied_qwen, tiny_text, tmp_path / "run").resolved(1)
     ((tokens, by_layer, maps),) = run_ranks(1, first_step_of_tinybert, config)
     assert convert_to_hf(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "student")]) == 0
-    models = [AutoModelForCausalLM.from_pretrained(path) for path in (qwen, tmp_path / "student")]
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (tied_qwen, tmp_path / "student")]
     inputs = torch.cat(tokens)
     with torch.no_grad():
         teacher, student = (model(inputs, output_hidden_states=True).hidden_states for model in models)
@@ -257,8 +232,8 @@ def test_hidden_losses_of_tinybert_are_those_of_transformers_hidden_states(qwen,
     assert all(value > 0 for value in by_layer["attention"])
 
 
-def test_tinybert_refuses_what_it_cannot_compare(qwen, tiny_text, tmp_path):
-    config = config_of("tinybert", qwen, tiny_text, tmp_path / "run")
+def test_tinybert_refuses_what_it_cannot_compare(tied_qwen, tiny_text, tmp_path):
+    config = config_of("tinybert", tied_qwen, tiny_text, tmp_path / "run")
     config.parallel.recompute_granularity = "full"
     with pytest.raises(ConfigError, match="--recompute-granularity cannot go with --method tinybert"):
         validate(config)

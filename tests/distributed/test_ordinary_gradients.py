@@ -1,29 +1,26 @@
 """Ordinary training: the LM loss and every gradient on every layout against transformers and autograd in fp64."""
 
 import functools
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import SIZES, Layout, global_batch, make_config, own_micro_batches
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import megatron_lrc
+from gradient_cases import SIZES, Layout, global_batch, gradient_config, own_micro_batches, weight_parts
 from hf_teachers import write_llama, write_qwen2, write_qwen3
-from megatron_lrc.checkpoints.layout import SITES
-from megatron_lrc.clone.sites import EMBED, LM_HEAD, select
-from megatron_lrc.config import Config, LossConfig, ProjectionConfig, validate
+from megatron_lrc.clone.sites import EMBED, LM_HEAD
+from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
-from megatron_lrc.mcore.stages import Trained
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_single_model
+from method_runs import ordinary
 from ranks import run_ranks
 from reference import causal_mask, in_fp64
 
@@ -34,28 +31,6 @@ MODELS = {
     "tied qwen2": functools.partial(write_qwen2, num_layers=4, is_tied=True),
     "qwen3": functools.partial(write_qwen3, num_layers=4),
 }
-
-
-def ordinary(config: Config, model: str) -> Config:
-    """The same run, but that it trains this model by itself."""
-    chosen = replace(config.model, method="ordinary", student=model, teacher=None, student_hidden_size=None)
-    chosen.untie_embeddings_and_output_weights = None
-    loss = LossConfig(loss_chunk_tokens=config.loss.loss_chunk_tokens)
-    return replace(config, model=chosen, loss=loss, projection=ProjectionConfig())
-
-
-def parts(trained: Trained, tensor: Tensor, stage) -> Iterator[tuple[str, int | None, Tensor]]:
-    """(our name, dimension that TP splits, part in Hugging Face's order of rows) of each weight in a parameter."""
-    layer = "" if trained.layer is None else f"layers.{trained.layer[0]}."
-    if trained.groups == ("biases",):
-        for site in "qkv":
-            yield f"{layer}{site}_bias", 0, select(SITES[site], tensor, stage.heads).flatten()
-    elif trained.groups == ("norms",):
-        yield trained.name, None, tensor
-    else:
-        for group in trained.groups:
-            part = select(SITES[group], tensor, stage.heads)
-            yield layer + group, trained.split, part.flatten(0, 1) if part.dim() == 3 else part
 
 
 def gradients_of_one_step(config: Config) -> tuple[Tensor, dict[str, tuple[int | None, int, Tensor]]]:
@@ -74,7 +49,7 @@ def gradients_of_one_step(config: Config) -> tuple[Tensor, dict[str, tuple[int |
     found = {}
     for stage in stages:
         for trained in stage.trained():
-            for name, split, grad in parts(trained, trained.parameter.main_grad, stage):
+            for name, split, grad in weight_parts(trained, trained.parameter.main_grad, stage):
                 found[name] = (split, groups.tp.rank(), grad.clone())
     return losses.lm / losses.tokens, found
 
@@ -108,7 +83,7 @@ def model_named(tmp_path_factory):
 
 
 def assert_equal_to_the_reference(model: str, layout: Layout) -> None:
-    config = ordinary(make_config("", layout, untie=None), model)
+    config = ordinary(gradient_config("", layout, untie=None), model)
     validate(config, world_size=layout.world)
     ranks = run_ranks(layout.world, gradients_of_one_step, config)
     loss, gradients = expected(model)

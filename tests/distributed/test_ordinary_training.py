@@ -6,54 +6,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_guard import train_spoiled
-from test_ordinary_gradients import ordinary
-from test_saving import train_with_slow_writers
-from test_training import continued, make_config, on_layout, records, train, without_times
 from transformers import AutoModelForCausalLM
 
+from config_cases import change
+from disturbed_training import train_spoiled, train_with_slow_writers
 from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
-from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.estimate.flops import head_flops, layer_flops
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.train import loop
 from megatron_lrc.verify.weight_streams import open_student
+from method_runs import ordinary, ordinary_config
 from ranks import run_ranks
+from runs import (
+    assert_same_weights,
+    continued,
+    for_steps,
+    make_config,
+    on_layout,
+    records,
+    saved_in,
+    train,
+    weights_of,
+    without_times,
+)
 from tools_path import convert_to_hf
 
 pytestmark = pytest.mark.distributed
 
 
-def ordinary_config(model: str, data: str, run: Path, *, steps: int) -> Config:
-    return ordinary(make_config("", data, run, steps=steps), model)
-
-
 def from_scratch(config: Config, teacher: str, hidden_size: int) -> Config:
     model = replace(config.model, student=None, teacher=teacher, student_hidden_size=hidden_size)
     return replace(config, model=model, projection=replace(config.projection, init_method_std=0.05))
-
-
-def saved_in(config: Config, run: Path, **flags: object) -> Config:
-    return replace(config, checkpoint=replace(config.checkpoint, save=str(run), **flags))
-
-
-def for_steps(config: Config, steps: int) -> Config:
-    return replace(config, training=replace(config.training, train_iters=steps))
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    saved = open_checkpoint(str(run)).weights
-    assert saved is not None
-    return dict(saved)
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    one, two = weights_of(first), weights_of(second)
-    assert set(one) == set(two)
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
 
 
 @pytest.fixture(scope="session")
@@ -269,9 +254,7 @@ def test_a_checkpoint_is_refused_by_the_other_method_and_for_another_model(tiny_
 )
 def test_flags_that_contradict_the_method_are_refused(tiny_llama, tiny_text, tmp_path, values, message):
     config = ordinary_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1)
-    for name, value in values.items():
-        section = next(s for s in (config.model, config.loss, config.projection) if hasattr(s, name))
-        setattr(section, name, value)
+    change(config, **values)
     with pytest.raises(ConfigError) as caught:
         validate(config)
     assert message in str(caught.value)

@@ -8,10 +8,6 @@ from unittest.mock import patch
 
 import pytest
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from test_open_phase import assert_equal, opened_config
-from test_ordinary_training import ordinary_config
-from test_sheared_training import sheared_config
-from test_training import continued, make_config, on_layout, records, train, without_times
 
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.config import Config
@@ -20,7 +16,9 @@ from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.methods.lrc import paired_model
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import Run
+from method_runs import opened_config, ordinary_config, sheared_config
 from ranks import run_ranks
+from runs import assert_same_opened_student, continued, make_config, on_layout, records, train, without_times
 
 pytestmark = pytest.mark.distributed
 
@@ -161,7 +159,7 @@ def test_runs_are_those_without_overlapped_gathers(tiny_llama, tiny_text, tmp_pa
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert without_times(records(overlapped, name)) == without_times(records(plain, name))
     assert len(records(plain)) == 4
-    assert_equal(plain, overlapped)
+    assert_same_opened_student(plain, overlapped)
 
 
 def note_order_of_gathers(config: Config) -> None:

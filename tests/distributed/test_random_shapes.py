@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from test_gradients import Layout, Sizes, compare_with_the_reference, global_batch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from gradient_cases import Layout, Sizes, compare_with_the_reference, global_batch
 from hf_teachers import LLAMA3_ROPE, _write
 
 FAMILIES = {

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_guard import train_spoiled
-from test_training import make_config, on_layout, records, train
 
+from disturbed_training import train_spoiled
 from megatron_lrc.config import Config
 from megatron_lrc.train.boards import scalars
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.step import LossTotals, StepReport
 from ranks import run_ranks
+from runs import make_config, on_layout, records, train
 
 LOSSES = ("loss", "lm_loss", "kl_loss", "clone_loss", "teacher_lm_loss")
 OWN = ("step", "tokens", "grad_norm", "grad_norm_by_group", "lr")
 
 
 @pytest.fixture
-def config(tiny_llama, tiny_text, tmp_path) -> Config:
+def seven_step_config(tiny_llama, tiny_text, tmp_path) -> Config:
     """A run of seven steps, a record each."""
     config = make_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "each", steps=7)
     config.logging.eval_iters, config.training.max_skipped_steps = 0, 5
@@ -47,9 +47,9 @@ def assert_means_of(line: dict, steps: list[dict]) -> None:
 
 
 @pytest.mark.distributed
-def test_losses_are_means_over_the_steps_since_the_last_record(config, tmp_path):
-    train(on_layout(config, pp=2), 2)
-    train(on_layout(every_third_step(config, tmp_path / "third"), pp=2), 2)
+def test_losses_are_means_over_the_steps_since_the_last_record(seven_step_config, tmp_path):
+    train(on_layout(seven_step_config, pp=2), 2)
+    train(on_layout(every_third_step(seven_step_config, tmp_path / "third"), pp=2), 2)
     steps, lines = records(tmp_path / "each"), records(tmp_path / "third")
     assert [line["step"] for line in lines] == [3, 6, 7]
     for line, since in zip(lines, (steps[:3], steps[3:6], steps[6:]), strict=True):
@@ -62,8 +62,10 @@ def test_losses_are_means_over_the_steps_since_the_last_record(config, tmp_path)
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind, without_loss", [("loss", (2, 4, 5, 6)), ("gradient", ())])
-def test_skipped_steps_are_counted_and_left_out_of_losses_that_they_would_spoil(config, tmp_path, kind, without_loss):
-    for run in (config, every_third_step(config, tmp_path / "third")):
+def test_skipped_steps_are_counted_and_left_out_of_losses_that_they_would_spoil(
+    seven_step_config, tmp_path, kind, without_loss
+):
+    for run in (seven_step_config, every_third_step(seven_step_config, tmp_path / "third")):
         run = on_layout(run, pp=2).resolved(2)
         assert run_ranks(2, train_spoiled, run, 2, kind, (2, 4, 5, 6)) == ["", ""]
     steps, lines = records(tmp_path / "each"), records(tmp_path / "third")

@@ -5,9 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_stopping import checkpoints, steps_of, wait_until
-from test_training import assert_same_parameters, records, without_times
 
+from runs import assert_same_parameters, checkpoint_names, records, steps_of, without_times
+from waiting import wait_until
 from worlds import LaunchedWorld, World, training_flags
 
 STEPS = 40
@@ -79,4 +79,4 @@ def test_processes_whose_torchrun_is_killed_save_and_end(tiny_llama, tiny_text, 
         world.wait(10)
         wait_until(lambda: not world.living(), 20)
         assert f"SIGTERM; go on with --load {run}" in world.said()
-    assert len(checkpoints(run)) == 1
+    assert len(checkpoint_names(run)) == 1

@@ -6,15 +6,14 @@ import os
 import resource
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from test_training import assert_same_parameters, make_config, on_layout, records, train, without_times
 
 import slow_writers
+from disturbed_training import train_with_slow_writers
 from megatron_lrc.checkpoints import background_writer
 from megatron_lrc.checkpoints.run_directory import (
     checkpoint_path,
@@ -27,12 +26,9 @@ from megatron_lrc.config import Config
 from megatron_lrc.mcore import checkpoint_writer
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import assert_same_parameters, make_config, make_trainer, on_layout, records, saving, train, without_times
 
 pytestmark = pytest.mark.distributed
-
-
-def saving(config: Config, **flags: object) -> Config:
-    return replace(config, checkpoint=replace(config.checkpoint, **flags))
 
 
 def steps_on_disk(run: Path) -> list[int]:
@@ -40,11 +36,6 @@ def steps_on_disk(run: Path) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ in the background
-
-
-def train_with_slow_writers(config: Config) -> None:
-    slow_writers.use("slow_writers:serve_slowly")
-    loop.train(config)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +90,6 @@ def watch_the_second_step(config: Config) -> list[tuple[int, list[int], bool]]:
     trainer.train()
     seen.append((3, steps_on_disk(Path(config.checkpoint.save or "")), trainer.saving._writer.is_writing))
     return seen
-
-
-def make_trainer(config: Config) -> loop.Trainer:
-    checked = loop.check(config, 1)
-    return loop.Trainer(checked.config, checked, loop.distributed.start(config))
 
 
 def test_a_writer_that_dies_fails_its_save_and_not_the_run(tiny_llama, tiny_text, tmp_path):

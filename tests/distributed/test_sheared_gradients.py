@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradients import SIZES, Layout, global_batch, make_config, own_micro_batches
-from test_ordinary_gradients import parts
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from gradient_cases import SIZES, Layout, global_batch, gradient_config, own_micro_batches, weight_parts
 from hf_teachers import write_llama, write_qwen2, write_qwen3
-from megatron_lrc.config import Config, LossConfig, ProjectionConfig, validate
+from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
@@ -23,6 +22,7 @@ from megatron_lrc.methods.sheared.hard_concrete import sample
 from megatron_lrc.methods.sheared.masks import Masks
 from megatron_lrc.train import step
 from megatron_lrc.train.build import build_sheared_model
+from method_runs import sheared
 from ranks import run_ranks
 from reference import causal_mask, in_fp64
 
@@ -50,14 +50,6 @@ def model_named(tmp_path_factory):
         return str(folder)
 
     return directory
-
-
-def sheared(config: Config, *, hidden: int = 28, groups: int | None = 1, neurons: int | None = 50) -> Config:
-    """The same run by --method sheared, of the model in --teacher."""
-    model = replace(config.model, method="sheared", student_hidden_size=hidden)
-    pruning = replace(config.pruning, pruned_num_query_groups=groups, pruned_ffn_hidden_size=neurons)
-    loss = LossConfig(loss_chunk_tokens=config.loss.loss_chunk_tokens)
-    return replace(config, model=model, pruning=pruning, loss=loss, projection=ProjectionConfig())
 
 
 def build(config: Config, base) -> step.Run:
@@ -89,7 +81,7 @@ def gradients_of_one_step(config: Config) -> tuple[Tensor, dict, dict, dict]:
     found = {}
     for stage in run.stages:
         for trained in stage.trained():
-            for name, split, grad in parts(trained, trained.parameter.main_grad, stage):
+            for name, split, grad in weight_parts(trained, trained.parameter.main_grad, stage):
                 found[name] = (split, run.groups.tp.rank(), grad.clone())
     of_masks = masks.by_mask(distributed.sum_over_world(masks.gradient.clone()) / losses.tokens)
     numbers = {mask.name: masks._numbers(mask, 0) for mask in masks.masks}
@@ -132,7 +124,7 @@ def expected(model: str, numbers: dict[str, Tensor], values: Tensor) -> tuple[Te
 @pytest.mark.parametrize("name, is_tied, groups, layout", CASES, ids=str)
 def test_gradients_of_weights_and_masks_are_those_of_autograd(model_named, name, is_tied, groups, layout):
     model = model_named(name, is_tied)
-    config = sheared(make_config(model, layout, untie=None), groups=groups)
+    config = sheared(gradient_config(model, layout, untie=None), groups=groups)
     validate(config, world_size=layout.world)
     ranks = run_ranks(layout.world, gradients_of_one_step, config)
     numbers = ranks[0][3]
@@ -179,7 +171,7 @@ def masked_and_cut(config: Config) -> tuple[float, float, int]:
 
 @pytest.mark.parametrize("name, is_tied, groups, layout", CASES, ids=str)
 def test_with_hard_masks_the_full_model_is_the_cut_one(model_named, name, is_tied, groups, layout):
-    config = sheared(make_config(model_named(name, is_tied), layout, untie=None), groups=groups)
+    config = sheared(gradient_config(model_named(name, is_tied), layout, untie=None), groups=groups)
     losses = run_ranks(layout.world, masked_and_cut, config)
     for before, after, size in losses:
         assert after == pytest.approx(before, rel=1e-9) and size == 28

@@ -2,44 +2,36 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ordinary_training import assert_same_weights, for_steps, saved_in, weights_of
-from test_sheared_gradients import sheared
-from test_training import continued, make_config, on_layout, records, train, without_times
 from transformers import AutoModelForCausalLM
 
-from hf_teachers import write_qwen2
+from config_cases import change
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
-from megatron_lrc.config import Config, ConfigError, validate
+from megatron_lrc.config import ConfigError, validate
 from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.train import loop
 from megatron_lrc.train.dry_run import dry_run
+from method_runs import CUT, sheared_config
+from runs import (
+    assert_same_weights,
+    continued,
+    for_steps,
+    on_layout,
+    records,
+    saved_in,
+    train,
+    weights_of,
+    without_times,
+)
 from tools_path import convert_to_hf, load_tool
 
 pytestmark = pytest.mark.distributed
 
-CUT = 2  # steps, of 4
 verify_model = load_tool("verify_model").main
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory) -> str:
-    """A tied Qwen2, with q, k and v biases; 4 layers, 48 hidden, 2 KV groups of 2 heads, 80 neurons."""
-    folder = tmp_path_factory.mktemp("qwen")
-    write_qwen2(folder, is_tied=True, num_layers=4)
-    return str(folder)
-
-
-def sheared_config(teacher: str, data: str, run: Path, *, steps: int = 4, **sizes: int | None) -> Config:
-    config = sheared(make_config(teacher, data, run, steps=steps), **sizes)
-    config.pruning.prune_after = CUT
-    config.optimizer.adam_eps = 1e-5  # gradients of rounding alone move nothing
-    return config
 
 
 @pytest.mark.parametrize(
@@ -53,9 +45,9 @@ def sheared_config(teacher: str, data: str, run: Path, *, steps: int = 4, **size
         pytest.param(4, {"tp": 2, "pp": 2, "chunks": 2}, id="TP2+SPxPP2x2", marks=pytest.mark.slow),
     ],
 )
-def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, ranks, layout):
+def test_runs_are_the_same_on_every_layout(tied_qwen, tiny_text, tmp_path, ranks, layout):
     groups = None if "tp" in layout else 1
-    config = sheared_config(qwen, tiny_text, tmp_path / "one", groups=groups)
+    config = sheared_config(tied_qwen, tiny_text, tmp_path / "one", groups=groups)
     train(config)
     train(on_layout(saved_in(config, tmp_path / "other"), **layout), ranks)
     for name in ("metrics.jsonl", "validation.jsonl"):
@@ -80,8 +72,10 @@ def test_runs_are_the_same_on_every_layout(qwen, tiny_text, tmp_path, ranks, lay
     ],
 )
 @pytest.mark.parametrize("stop", [CUT, *[pytest.param(stop, marks=pytest.mark.slow) for stop in (CUT - 1, CUT + 1)]])
-def test_a_stop_before_at_or_after_the_cut_changes_nothing(qwen, tiny_text, tmp_path, stop, ranks, layout, precision):
-    config = on_layout(sheared_config(qwen, tiny_text, tmp_path / "whole"), **layout)
+def test_a_stop_before_at_or_after_the_cut_changes_nothing(
+    tied_qwen, tiny_text, tmp_path, stop, ranks, layout, precision
+):
+    config = on_layout(sheared_config(tied_qwen, tiny_text, tmp_path / "whole"), **layout)
     if precision != "fp32":
         config.training = replace(config.training, **{precision: True})
         config.training.initial_loss_scale = 2.0**8
@@ -96,9 +90,9 @@ def test_a_stop_before_at_or_after_the_cut_changes_nothing(qwen, tiny_text, tmp_
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_checkpoint_loads_on_another_layout(qwen, tiny_text, tmp_path):
+def test_a_checkpoint_loads_on_another_layout(tied_qwen, tiny_text, tmp_path):
     """Saved every step, so that what is planned changes between two saves."""
-    config = sheared_config(qwen, tiny_text, tmp_path / "whole")
+    config = sheared_config(tied_qwen, tiny_text, tmp_path / "whole")
     train(config)
     moved = saved_in(config, tmp_path / "moved", save_interval=1)
     train(on_layout(for_steps(moved, 1), pp=2), 2)
@@ -109,9 +103,9 @@ def test_a_checkpoint_loads_on_another_layout(qwen, tiny_text, tmp_path):
 
 
 @pytest.mark.parametrize("groups, neurons", [(1, 50), (None, None)], ids=["all-widths", "hidden"])
-def test_the_cut_model_is_exported_and_verified(qwen, tiny_text, tmp_path, capsys, groups, neurons):
+def test_the_cut_model_is_exported_and_verified(tied_qwen, tiny_text, tmp_path, capsys, groups, neurons):
     run, output = tmp_path / "run", tmp_path / "exported"
-    config = sheared_config(qwen, tiny_text, run, groups=groups, neurons=neurons)
+    config = sheared_config(tied_qwen, tiny_text, run, groups=groups, neurons=neurons)
     config.checkpoint.save_interval = 1
     train(config)
     before = str(checkpoint_path(run, CUT))
@@ -130,9 +124,9 @@ def test_the_cut_model_is_exported_and_verified(qwen, tiny_text, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_masks_reach_their_sizes_and_the_cut_model_learns(qwen, tiny_text, tmp_path):
+def test_masks_reach_their_sizes_and_the_cut_model_learns(tied_qwen, tiny_text, tmp_path):
     """100 steps of pruning; what is cut away is no more than a later step makes good."""
-    config = sheared_config(qwen, tiny_text, tmp_path / "run", steps=160, neurons=40)
+    config = sheared_config(tied_qwen, tiny_text, tmp_path / "run", steps=160, neurons=40)
     config.pruning.prune_after, config.optimizer.lr, config.optimizer.lr_decay_iters = 100.0, 2e-3, None
     config.logging.log_interval, config.logging.eval_interval = 10, 10
     train(config)
@@ -160,11 +154,9 @@ def test_masks_reach_their_sizes_and_the_cut_model_learns(qwen, tiny_text, tmp_p
         ({"method": "logits"}, "--pruned-num-query-groups and --pruned-ffn-hidden-size and --prune-after cannot go"),
     ],
 )
-def test_flags_that_contradict_the_method_are_refused(qwen, tiny_text, tmp_path, values, message):
-    config = sheared_config(qwen, tiny_text, tmp_path / "run")
-    for name, value in values.items():
-        sections = (getattr(config, section) for section in config.to_dict())
-        setattr(next(section for section in sections if hasattr(section, name)), name, value)
+def test_flags_that_contradict_the_method_are_refused(tied_qwen, tiny_text, tmp_path, values, message):
+    config = sheared_config(tied_qwen, tiny_text, tmp_path / "run")
+    change(config, **values)
     with pytest.raises(ConfigError) as caught:
         validate(config)
     assert message in str(caught.value)
@@ -180,15 +172,15 @@ def test_flags_that_contradict_the_method_are_refused(qwen, tiny_text, tmp_path,
         ({"hidden": 48, "groups": None, "neurons": 80}, {}, "with the teacher's own sizes prunes nothing"),
     ],
 )
-def test_shapes_that_cannot_be_pruned_to_are_refused(qwen, tiny_text, tmp_path, sizes, layout, message):
-    config = on_layout(sheared_config(qwen, tiny_text, tmp_path / "run", **sizes), **layout)
+def test_shapes_that_cannot_be_pruned_to_are_refused(tied_qwen, tiny_text, tmp_path, sizes, layout, message):
+    config = on_layout(sheared_config(tied_qwen, tiny_text, tmp_path / "run", **sizes), **layout)
     with pytest.raises(ConfigError) as caught:
         loop.check(config.resolved(1), 1)
     assert message in str(caught.value)
 
 
-def test_a_run_cannot_go_on_to_another_shape_and_there_are_no_estimates(qwen, tiny_text, tmp_path):
-    config = sheared_config(qwen, tiny_text, tmp_path / "run", steps=1)
+def test_a_run_cannot_go_on_to_another_shape_and_there_are_no_estimates(tied_qwen, tiny_text, tmp_path):
+    config = sheared_config(tied_qwen, tiny_text, tmp_path / "run", steps=1)
     train(config)
     for changes in ({"pruned_num_query_groups": None}, {"pruned_ffn_hidden_size": 40}):
         again = continued(config, steps=4)

@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_training import continued, make_config, on_layout, records
 
 from megatron_lrc.config import Config
 from megatron_lrc.report.run_page import write_report
 from megatron_lrc.train import loop
 from megatron_lrc.train.boards import WANDB_ID_FILE
 from ranks import run_ranks
+from runs import continued, make_config, on_layout, records
 
 
 @pytest.fixture
-def config(tiny_llama, tiny_text, tmp_path) -> Config:
+def five_step_config(tiny_llama, tiny_text, tmp_path) -> Config:
     config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=5)
     config.checkpoint.save_interval = 3
     return config
@@ -42,8 +42,8 @@ def train_with_a_crash(config: Config, **environment: str) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_start_says_what_it_goes_on_from_and_what_was_lost(config):
-    logged = train_with_a_crash(config) / "metrics.jsonl"
+def test_a_start_says_what_it_goes_on_from_and_what_was_lost(five_step_config):
+    logged = train_with_a_crash(five_step_config) / "metrics.jsonl"
     first, second = (json.loads(line) for line in logged.with_name("starts.jsonl").read_text().splitlines())
     assert (first["step"], first["checkpoint"], first["lost_steps"], first["lost_seconds"]) == (0, None, 0, 0)
     assert (second["step"], second["lost_steps"], second["train_iters"]) == (3, 2, 7)
@@ -61,10 +61,10 @@ def test_a_start_says_what_it_goes_on_from_and_what_was_lost(config):
 
 
 @pytest.mark.distributed
-def test_a_continued_run_is_the_same_run_of_weights_and_biases(config):
+def test_a_continued_run_is_the_same_run_of_weights_and_biases(five_step_config):
     pytest.importorskip("wandb")
-    config.logging.wandb_project, config.logging.wandb_exp_name = "clones", "first"
-    run = train_with_a_crash(config, WANDB_MODE="offline")
+    five_step_config.logging.wandb_project, five_step_config.logging.wandb_exp_name = "clones", "first"
+    run = train_with_a_crash(five_step_config, WANDB_MODE="offline")
     name = (run / WANDB_ID_FILE).read_text().strip()
     kept = sorted((run / "wandb").glob("offline-run-*"))
     assert len(kept) == 2 and all(folder.name.endswith(name) for folder in kept)
@@ -73,11 +73,11 @@ def test_a_continued_run_is_the_same_run_of_weights_and_biases(config):
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_without_weights_and_biases_when_that_fails(config, tmp_path):
+def test_a_run_goes_on_without_weights_and_biases_when_that_fails(five_step_config, tmp_path):
     pytest.importorskip("wandb")
-    config.logging.wandb_project = "clones"
+    five_step_config.logging.wandb_project = "clones"
     nobody = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
-    train(config, WANDB_MODE="online", **nobody)
+    train(five_step_config, WANDB_MODE="online", **nobody)
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 

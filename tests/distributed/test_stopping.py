@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.train import loop, stopping
 from ranks import PRELOAD, run_ranks
+from runs import (
+    assert_same_parameters,
+    checkpoint_names,
+    continued,
+    make_config,
+    on_layout,
+    records,
+    saved_in,
+    steps_of,
+    train,
+    without_times,
+)
+from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "examples/pretrain_lrc.sh")
@@ -84,14 +95,6 @@ def signal_its_group(number: int) -> None:
     until_noted(number)
 
 
-def checkpoints(run: Path) -> list[str]:
-    return sorted(path.name for path in run.glob("iter_*"))
-
-
-def saved_in(config: Config, run: Path) -> Config:
-    return replace(config, checkpoint=replace(config.checkpoint, save=str(run)))
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout, rank, ask",
@@ -113,7 +116,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_run_goes_on_bit_f
     number = ask.args[0]
     run = tmp_path / "stopped"
     assert line == f"stopped at step 3 of 5: {signal.Signals(number).name}; go on with --load {run}"
-    assert step == other_step == 3 and checkpoints(run) == ["iter_0000002", "iter_0000003"]
+    assert step == other_step == 3 and checkpoint_names(run) == ["iter_0000002", "iter_0000003"]
 
     train(continued(stopped, steps=5), 2)
     assert without_times(records(run)) == without_times(records(tmp_path / "whole"))
@@ -141,7 +144,7 @@ def test_a_signal_is_heard_at_any_time_and_no_step_is_begun_or_saved_twice(
     config.logging.eval_interval = config.checkpoint.save_interval = 2
     ask = partial(signal_this_process, signal.SIGTERM)
     ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), moment, at, 0, ask)
-    assert step == at and checkpoints(tmp_path / "run") == saved
+    assert step == at and checkpoint_names(tmp_path / "run") == saved
     assert line.startswith("stopped at step") == (at < 4)
     assert [line["step"] for line in records(tmp_path / "run", "validation.jsonl")] == validated
 
@@ -152,7 +155,7 @@ def test_a_stop_file_ends_the_run_and_is_removed(tiny_llama, tiny_text, tmp_path
     ask = partial(Path.touch, tmp_path / "run" / "stop")
     ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), "step", 2, 0, ask)
     assert (step, line.partition("; ")[0]) == (2, "stopped at step 2 of 4: the file stop")
-    assert checkpoints(tmp_path / "run") == ["iter_0000002"] and not (tmp_path / "run" / "stop").exists()
+    assert checkpoint_names(tmp_path / "run") == ["iter_0000002"] and not (tmp_path / "run" / "stop").exists()
 
 
 @pytest.mark.distributed
@@ -168,7 +171,7 @@ def test_the_time_limit_and_the_exit_interval_end_a_run_each_time_it_goes_on(tin
     lines = [run_ranks(1, train_and_ask, config.resolved(1), *never)[0][1] for _ in range(3)]
     reasons = [line.partition(";")[0] for line in lines]
     assert reasons[:2] == [f"stopped at step {step} of 5: --exit-interval" for step in (2, 4)]
-    assert lines[2].startswith("saved") and checkpoints(tmp_path / "run")[-1] == "iter_0000005"
+    assert lines[2].startswith("saved") and checkpoint_names(tmp_path / "run")[-1] == "iter_0000005"
 
 
 @pytest.mark.distributed
@@ -238,13 +241,6 @@ def test_a_data_loader_outlives_a_signal_to_its_parents_group_and_ends_when_it_i
     assert run_ranks(1, start_a_child_while_watching) == [(True, True, -signal.SIGTERM)]
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -266,14 +262,8 @@ def test_a_signal_to_torchrun_ends_in_a_checkpoint(tiny_llama, tiny_text, tmp_pa
             torchrun.kill()
             if run.exists():
                 (run / "stop").touch()  # for training processes that a failing torchrun has left behind
-    (checkpoint,) = checkpoints(run)
+    (checkpoint,) = checkpoint_names(run)
     step = int(checkpoint.removeprefix("iter_"))
     said = (tmp_path / "output").read_text()
     assert f"stopped at step {step} of 100000: {number.name}; go on with --load {run}" in said
     assert steps_of(run)[-1] == step and "forcefully" not in said
-
-
-def steps_of(run: Path) -> list[int]:
-    """Steps on record, so far."""
-    file = run / "metrics.jsonl"
-    return [line["step"] for line in records(run)] if file.exists() and file.read_text().endswith("\n") else []

@@ -5,13 +5,13 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import make_config, on_layout, records
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import make_config, on_layout, records
 
 NAP, SLOW = 0.03, 1
 
@@ -49,7 +49,7 @@ def train_with_a_slow_rank(config: Config, kind: str) -> None:
 
 
 @pytest.fixture
-def config(tiny_llama, tiny_text, tmp_path) -> Config:
+def straggler_config(tiny_llama, tiny_text, tmp_path) -> Config:
     config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=6)
     config.logging.log_interval, config.logging.eval_iters, config.logging.log_straggler = 3, 0, True
     return config
@@ -57,8 +57,8 @@ def config(tiny_llama, tiny_text, tmp_path) -> Config:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["data", "compute"])
-def test_the_slow_rank_is_named_with_what_it_is_slow_in(config, tmp_path, kind):
-    run_ranks(2, train_with_a_slow_rank, config.resolved(2), kind)
+def test_the_slow_rank_is_named_with_what_it_is_slow_in(straggler_config, tmp_path, kind):
+    run_ranks(2, train_with_a_slow_rank, straggler_config.resolved(2), kind)
     lines = records(tmp_path / "run")
     assert [line["step"] for line in lines] == [3, 6]
     for line in lines:
@@ -72,12 +72,12 @@ def test_the_slow_rank_is_named_with_what_it_is_slow_in(config, tmp_path, kind):
 
 
 @pytest.mark.distributed
-def test_memory_is_that_of_the_rank_with_the_most(config, tmp_path):
-    config.logging.log_straggler = False
-    run_ranks(2, train_with_a_slow_rank, on_layout(config, pp=2).resolved(2), "none")
+def test_memory_is_that_of_the_rank_with_the_most(straggler_config, tmp_path):
+    straggler_config.logging.log_straggler = False
+    run_ranks(2, train_with_a_slow_rank, on_layout(straggler_config, pp=2).resolved(2), "none")
     without = records(tmp_path / "run")[-1]
-    config.checkpoint.save = str(tmp_path / "memory")
-    run_ranks(2, train_with_a_slow_rank, on_layout(config, pp=2).resolved(2), "memory")
+    straggler_config.checkpoint.save = str(tmp_path / "memory")
+    run_ranks(2, train_with_a_slow_rank, on_layout(straggler_config, pp=2).resolved(2), "memory")
     line = records(tmp_path / "memory")[-1]
     assert line["memory_gib"]["now"] > without["memory_gib"]["now"] + 0.2  # a quarter GiB, on the second rank only
     assert line["memory_gib"]["peak"] >= line["memory_gib"]["now"]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_training import make_config, on_layout
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from ranks import run_ranks
+from runs import make_config, on_layout
 
 
 def tied_projection_after_training(config: Config, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,78 +1,15 @@
 """Whole runs through the training loop: the same on every layout, and after a stop the same as without one."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
-from megatron_lrc.config import Config, ConfigError, validate
+from megatron_lrc.config import ConfigError
 from megatron_lrc.train import loop
-from megatron_lrc.train.metrics import MEASURED
-from ranks import run_ranks
-
-STUDENT = 24
-
-
-def make_config(teacher: str, data: str, run: Path, *, steps: int) -> Config:
-    config = Config()
-    config.model.teacher, config.model.student_hidden_size = teacher, STUDENT
-    config.projection.init_method_std = 0.1
-    config.training.seq_length, config.training.micro_batch_size, config.training.global_batch_size = 16, 2, 8
-    config.training.train_iters, config.optimizer.lr_decay_iters = steps, 20
-    config.optimizer.lr = 1e-3
-    config.data.data_path, config.data.split = [data], "90,10,0"
-    config.logging.log_interval, config.logging.eval_iters = 1, 2
-    config.checkpoint.save = str(run)
-    return config
-
-
-def on_layout(
-    config: Config, *, tp: int = 1, pp: int = 1, cp: int = 1, chunks: int = 1, dist_opt: bool = False
-) -> Config:
-    parallel = replace(
-        config.parallel,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
-        sequence_parallel=tp > 1,
-        use_distributed_optimizer=dist_opt,
-    )
-    return replace(config, parallel=parallel)
-
-
-def continued(config: Config, *, steps: int) -> Config:
-    """The same run, gone on from its last checkpoint."""
-    return replace(
-        config,
-        training=replace(config.training, train_iters=steps),
-        checkpoint=replace(config.checkpoint, load=config.checkpoint.save),
-    )
-
-
-def train(config: Config, ranks: int = 1) -> None:
-    validate(config, world_size=ranks)
-    run_ranks(ranks, loop.train, config.resolved(ranks))
-
-
-def records(run: str | Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
-
-
-def without_times(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
-
-
-def assert_same_parameters(first: str | Path, second: str | Path) -> None:
-    one, two = open_checkpoint(str(first)), open_checkpoint(str(second))
-    for tensors, others in ((one.projections, two.projections), (one.norms, two.norms)):
-        assert set(tensors) == set(others)
-        for name in tensors:
-            assert torch.equal(tensors[name], others[name]), name
+from runs import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 
 
 @pytest.mark.distributed

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_workflow import ROOT, run
 from transformers import AutoModelForCausalLM
 
+from command_line import ROOT, run
 from hf_teachers import write_llama
 from megatron_lrc.config import parse_config
 from megatron_lrc.data.batches import build_datasets

@@ -1,28 +1,15 @@
 """The README's four steps as a user types them, on a tiny teacher: text, training in two processes, resume, export."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command_line import ROOT, run
 from hf_teachers import write_llama
 from tiny_data import make_texts, write_jsonl
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: str, **environment: str) -> str:
-    """What the command printed; it must succeed. A newcomer's environment: the package is found without an install."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    settings = {**clean, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.distributed

@@ -11,32 +11,15 @@ import pytest
 import torch
 
 import tiny_data
+from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data import datasets
 from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
+from tiny_data import numbered
 
 VOCABULARY = 320
 CPU = torch.device("cpu")
-
-
-def make_config(**values: object) -> Config:
-    """A Config with fields set by name, whatever their section; 6 steps of 8 sequences of 16 tokens."""
-    config = Config()
-    values = {"train_iters": 6, "global_batch_size": 8, "seq_length": 16, "eval_iters": 2, **values}
-    for name, value in values.items():
-        (section,) = (part for part in vars_of(config) if name in part.__slots__)
-        setattr(section, name, value)
-    return config
-
-
-def vars_of(config: Config) -> list:
-    return [getattr(config, name) for name in config.__slots__]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -50,13 +33,6 @@ def prepared(tmp_path, tokenizer_folder):
     )
     index_documents(options, report=lambda line: None)
     return str(tmp_path / "o_text_document")
-
-
-def numbered(prefix: Path, num_documents: int, *, first: int = 0, length: int = 40) -> str:
-    """A dataset in which every token id says where it stands, so that samples can be told apart."""
-    ids = range(first, first + num_documents * length)
-    documents = [list(ids[start : start + length]) for start in range(0, len(ids), length)]
-    return tiny_data.write_dataset(prefix, documents)
 
 
 def iterate(dataset, *, micro: int = 2, dp_rank: int = 0, dp_size: int = 1, consumed: int = 0, workers: int = 0):
@@ -84,35 +60,35 @@ def refusal(config: Config, *, vocabulary: int = VOCABULARY) -> str:
 
 
 def test_good_data_passes(prepared, tokenizer_folder):
-    check_data(make_config(data_path=[prepared], split="80,20,0", teacher=tokenizer_folder), VOCABULARY)
+    check_data(data_config(data_path=[prepared], split="80,20,0", teacher=tokenizer_folder), VOCABULARY)
 
 
 def test_training_without_data_is_refused():
-    assert "--train-iters above 0 needs training data" in refusal(make_config())
-    assert "--init pca (for its calibration) needs" in refusal(make_config(train_iters=0, init="pca"))
-    assert "--init ridge (for its calibration) needs" in refusal(make_config(train_iters=0, init="ridge"))
-    check_data(make_config(train_iters=0), VOCABULARY)
-    check_data(make_config(train_iters=0, init="orthogonal"), VOCABULARY)
-    check_data(make_config(train_iters=0, init="pca", load="run"), VOCABULARY)
+    assert "--train-iters above 0 needs training data" in refusal(data_config())
+    assert "--init pca (for its calibration) needs" in refusal(data_config(train_iters=0, init="pca"))
+    assert "--init ridge (for its calibration) needs" in refusal(data_config(train_iters=0, init="ridge"))
+    check_data(data_config(train_iters=0), VOCABULARY)
+    check_data(data_config(train_iters=0, init="orthogonal"), VOCABULARY)
+    check_data(data_config(train_iters=0, init="pca", load="run"), VOCABULARY)
 
 
 @pytest.mark.parametrize("flag", ["data_path", "train_data_path"])
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_missing_file_is_named(prepared, flag, suffix):
     os.remove(prepared + suffix)
-    assert f"There is no {prepared}{suffix}" in refusal(make_config(**{flag: [prepared]}))
+    assert f"There is no {prepared}{suffix}" in refusal(data_config(**{flag: [prepared]}))
 
 
 def test_missing_validation_data_is_refused(tmp_path):
     train = numbered(tmp_path / "train", 10)
-    config = make_config(train_data_path=[train], valid_data_path=["nowhere"])
+    config = data_config(train_data_path=[train], valid_data_path=["nowhere"])
     assert f"There is no {os.path.abspath('nowhere')}.idx" in refusal(config, vocabulary=1000)
 
 
 def test_truncated_bin_is_refused_with_both_sizes(prepared):
     size = os.path.getsize(f"{prepared}.bin")
     os.truncate(f"{prepared}.bin", size - 2)
-    message = refusal(make_config(data_path=[prepared]))
+    message = refusal(data_config(data_path=[prepared]))
     assert f"{prepared}.bin has {size - 2} bytes where {prepared}.idx says {size}" in message
 
 
@@ -120,71 +96,71 @@ def test_truncated_index_is_refused(prepared):
     size = os.path.getsize(f"{prepared}.idx")
     os.truncate(f"{prepared}.idx", size - 8)
     assert f"{prepared}.idx has {size - 8} bytes where its header says {size}" in refusal(
-        make_config(data_path=[prepared])
+        data_config(data_path=[prepared])
     )
 
 
 @pytest.mark.parametrize("content", [b"", b"MMIDIDX", b"PK\x03\x04" + bytes(60), b"MMIDIDX\x00\x00" + bytes(60)])
 def test_index_of_another_format_is_refused(prepared, content):
     Path(f"{prepared}.idx").write_bytes(content)
-    assert "is not an index of megatron-core's format" in refusal(make_config(data_path=[prepared]))
+    assert "is not an index of megatron-core's format" in refusal(data_config(data_path=[prepared]))
 
 
 def test_wrong_tokenizer_is_refused_naming_both(prepared, tokenizer_folder, tmp_path):
     other = tiny_data.write_tokenizer(tmp_path / "other", words=["something", "else"])
-    message = refusal(make_config(data_path=[prepared], teacher=tokenizer_folder, tokenizer_model=other))
+    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder, tokenizer_model=other))
     assert f"{prepared} was made with the tokenizer {tokenizer_folder}" in message
     assert f"the run's is that of --tokenizer-model {other}" in message
-    message = refusal(make_config(data_path=[prepared], teacher=other))
+    message = refusal(data_config(data_path=[prepared], teacher=other))
     assert f"the run's is that of --teacher {other}" in message
 
 
 def test_tokenizer_larger_than_the_teacher_is_refused(prepared, tokenizer_folder):
-    message = refusal(make_config(data_path=[prepared], teacher=tokenizer_folder), vocabulary=100)
+    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder), vocabulary=100)
     assert "token ids, but the teacher" in message and "has 100" in message
 
 
 def test_token_ids_beyond_the_teacher_are_refused_without_a_manifest(tmp_path, caplog):
     prefix = numbered(tmp_path / "n", 10)
     with caplog.at_level(logging.WARNING):
-        check_data(make_config(data_path=[prefix], split="1,1"), 400)
+        check_data(data_config(data_path=[prefix], split="1,1"), 400)
     assert f"{prefix}.json does not exist" in caplog.text
-    message = refusal(make_config(data_path=[prefix], split="1,1"), vocabulary=399)
+    message = refusal(data_config(data_path=[prefix], split="1,1"), vocabulary=399)
     assert "token id 399, but the teacher's ids are 0 to 398" in message
 
 
 def test_manifest_of_another_dataset_is_refused(prepared):
     manifest = json.loads(Path(f"{prepared}.json").read_text())
     Path(f"{prepared}.json").write_text(json.dumps({**manifest, "documents": 59}))
-    assert "describes 59 documents" in refusal(make_config(data_path=[prepared]))
+    assert "describes 59 documents" in refusal(data_config(data_path=[prepared]))
     Path(f"{prepared}.json").write_text("[]")
-    assert "is not a manifest" in refusal(make_config(data_path=[prepared]))
+    assert "is not a manifest" in refusal(data_config(data_path=[prepared]))
 
 
 def test_too_few_tokens_for_one_sample_is_refused(tmp_path):
     prefix = numbered(tmp_path / "n", 10, length=10)
-    message = refusal(make_config(data_path=[prefix], split="90,10,0"), vocabulary=1000)
+    message = refusal(data_config(data_path=[prefix], split="90,10,0"), vocabulary=1000)
     assert "The validation part of --split 90,10,0" in message and "has 10 tokens (1 of 10 documents)" in message
-    message = refusal(make_config(data_path=[prefix], split="99,1,0"), vocabulary=1000)
+    message = refusal(data_config(data_path=[prefix], split="99,1,0"), vocabulary=1000)
     assert "has 0 tokens" in message  # megatron-core would count epochs of nothing forever
-    check_data(make_config(data_path=[prefix], split="99,1,0", eval_iters=0), 1000)
-    message = refusal(make_config(train_data_path=[prefix], seq_length=100), vocabulary=1000)
+    check_data(data_config(data_path=[prefix], split="99,1,0", eval_iters=0), 1000)
+    message = refusal(data_config(train_data_path=[prefix], seq_length=100), vocabulary=1000)
     assert "The training part of" in message and "one sample takes 101" in message
 
 
 def test_data_flags_that_contradict_are_refused(prepared):
-    assert "excludes" in refusal(make_config(data_path=[prepared], train_data_path=[prepared]))
-    assert "--valid-data-path stands beside" in refusal(make_config(valid_data_path=[prepared]))
-    assert "do not alternate" in refusal(make_config(data_path=["1", prepared, prepared, prepared]))
-    assert "not above 0" in refusal(make_config(data_path=["0", prepared, "1", prepared]))
+    assert "excludes" in refusal(data_config(data_path=[prepared], train_data_path=[prepared]))
+    assert "--valid-data-path stands beside" in refusal(data_config(valid_data_path=[prepared]))
+    assert "do not alternate" in refusal(data_config(data_path=["1", prepared, prepared, prepared]))
+    assert "not above 0" in refusal(data_config(data_path=["0", prepared, "1", prepared]))
     for split in ("a,b", "0,1", "-1,2", "1,1,1,1", ""):
-        assert f"--split {split}: expected" in refusal(make_config(data_path=[prepared], split=split))
+        assert f"--split {split}: expected" in refusal(data_config(data_path=[prepared], split=split))
 
 
 def test_eod_mask_loss_needs_an_eod(tmp_path):
     endless = tiny_data.write_tokenizer(tmp_path / "no_eos", eos=False)
     prefix = numbered(tmp_path / "n", 8)
-    config = make_config(data_path=[prefix], split="1,1", teacher=endless, eod_mask_loss=True)
+    config = data_config(data_path=[prefix], split="1,1", teacher=endless, eod_mask_loss=True)
     assert "--eod-mask-loss needs an end-of-document token" in refusal(config)
 
 
@@ -192,7 +168,7 @@ def test_eod_mask_loss_needs_an_eod(tmp_path):
 
 
 def test_samples_are_consecutive_tokens_with_shifted_labels(tmp_path):
-    train, valid = build_datasets(make_config(data_path=[numbered(tmp_path / "n", 20)], split="80,20,0"))
+    train, valid = build_datasets(data_config(data_path=[numbered(tmp_path / "n", 20)], split="80,20,0"))
     assert len(train) >= 48 and len(valid) >= 16
     seen = set()
     for sample in (train[index] for index in range(48)):
@@ -206,14 +182,14 @@ def test_samples_are_consecutive_tokens_with_shifted_labels(tmp_path):
 
 def test_split_with_an_empty_part(tmp_path):
     prefix = numbered(tmp_path / "n", 20)
-    assert build_datasets(make_config(data_path=[prefix], split="100,0,0"))[1] is None
-    assert build_datasets(make_config(data_path=[prefix], split="80,20,0", eval_iters=0))[1] is None
-    assert build_datasets(make_config(data_path=[prefix]))[1] is not None  # 969,30,1: no document left for testing
-    assert build_datasets(make_config(train_iters=0)) == (None, None)
+    assert build_datasets(data_config(data_path=[prefix], split="100,0,0"))[1] is None
+    assert build_datasets(data_config(data_path=[prefix], split="80,20,0", eval_iters=0))[1] is None
+    assert build_datasets(data_config(data_path=[prefix]))[1] is not None  # 969,30,1: no document left for testing
+    assert build_datasets(data_config(train_iters=0)) == (None, None)
 
 
 def test_eod_mask_loss_masks_predictions_from_eod(prepared, tokenizer_folder):
-    config = make_config(data_path=[prepared], split="1,1", teacher=tokenizer_folder, eod_mask_loss=True)
+    config = data_config(data_path=[prepared], split="1,1", teacher=tokenizer_folder, eod_mask_loss=True)
     check_data(config, VOCABULARY)
     train, _ = build_datasets(config)
     eod = json.loads(Path(f"{prepared}.json").read_text())["tokenizer"]["eod"]
@@ -224,7 +200,7 @@ def test_eod_mask_loss_masks_predictions_from_eod(prepared, tokenizer_folder):
 
 def test_calibration_lengthens_the_training_data(tmp_path):
     prefix = numbered(tmp_path / "n", 20)
-    config = make_config(data_path=[prefix], split="1,1", train_iters=0, init="pca", calibration_tokens=16 * 8 * 3 + 1)
+    config = data_config(data_path=[prefix], split="1,1", train_iters=0, init="pca", calibration_tokens=16 * 8 * 3 + 1)
     train, _ = build_datasets(config)
     assert datasets.num_calibration_batches(config) == 4
     assert len(list(iterate(train))) >= 4 * 4
@@ -232,10 +208,10 @@ def test_calibration_lengthens_the_training_data(tmp_path):
 
 def test_separate_training_and_validation_data(tmp_path):
     train_prefix, valid_prefix = numbered(tmp_path / "t", 20), numbered(tmp_path / "v", 5, first=5000)
-    train, valid = build_datasets(make_config(train_data_path=[train_prefix], valid_data_path=[valid_prefix]))
+    train, valid = build_datasets(data_config(train_data_path=[train_prefix], valid_data_path=[valid_prefix]))
     assert train[0]["tokens"].max() < 5000 <= valid[0]["tokens"].min()
     assert len(valid) >= 16  # 200 tokens, repeated
-    assert build_datasets(make_config(train_data_path=[train_prefix]))[1] is None
+    assert build_datasets(data_config(train_data_path=[train_prefix]))[1] is None
 
 
 def share_of_second(dataset) -> float:
@@ -244,9 +220,9 @@ def share_of_second(dataset) -> float:
 
 def test_blend_follows_weights_or_tokens(tmp_path):
     first, second = numbered(tmp_path / "a", 60), numbered(tmp_path / "b", 20, first=5000)
-    weighted, _ = build_datasets(make_config(data_path=["1", first, "4", second], split="1,1"))
+    weighted, _ = build_datasets(data_config(data_path=["1", first, "4", second], split="1,1"))
     assert share_of_second(weighted) == pytest.approx(0.8, abs=0.05)
-    by_tokens, _ = build_datasets(make_config(train_data_path=[first, second], train_iters=100))
+    by_tokens, _ = build_datasets(data_config(train_data_path=[first, second], train_iters=100))
     assert len(by_tokens) >= 800  # more than one pass
     assert share_of_second(by_tokens) == pytest.approx(0.25, abs=0.01)
 
@@ -256,20 +232,20 @@ def test_blend_of_many_uneven_weights(tmp_path):
     paths = ["91", numbered(tmp_path / "big", 2, length=17)]
     for number in range(9):
         paths += ["1", numbered(tmp_path / f"small{number}", 2, length=17)]
-    train, _ = build_datasets(make_config(train_data_path=paths, train_iters=2, global_batch_size=5))
+    train, _ = build_datasets(data_config(train_data_path=paths, train_iters=2, global_batch_size=5))
     assert len(train) >= 10
 
 
 def test_data_written_anew_does_not_meet_old_maps(tmp_path):
     prefix = numbered(tmp_path / "n", 40)
-    build_datasets(make_config(train_data_path=[prefix]))
+    build_datasets(data_config(train_data_path=[prefix]))
     numbered(tmp_path / "n", 4, first=7000)
-    train, _ = build_datasets(make_config(train_data_path=[prefix]))
+    train, _ = build_datasets(data_config(train_data_path=[prefix]))
     assert all(train[index]["tokens"].min() >= 7000 for index in range(48))
 
 
 def test_maps_are_cached_whole_and_found_again(tmp_path, monkeypatch):
-    config = make_config(train_data_path=[numbered(tmp_path / "n", 20)], data_cache_path=str(tmp_path / "maps"))
+    config = data_config(train_data_path=[numbered(tmp_path / "n", 20)], data_cache_path=str(tmp_path / "maps"))
     first, _ = build_datasets(config)
     (folder,) = (tmp_path / "maps").iterdir()
     assert ".tmp" not in folder.name
@@ -279,7 +255,7 @@ def test_maps_are_cached_whole_and_found_again(tmp_path, monkeypatch):
 
 
 def test_failed_build_leaves_no_maps(tmp_path, monkeypatch):
-    config = make_config(train_data_path=[numbered(tmp_path / "n", 20)])
+    config = data_config(train_data_path=[numbered(tmp_path / "n", 20)])
     original = datasets.Request.write_maps
 
     def write_then_fail(self, folder):
@@ -295,7 +271,7 @@ def test_failed_build_leaves_no_maps(tmp_path, monkeypatch):
 def test_cache_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     prefix = numbered(tmp_path / "n", 20)
-    config = make_config(train_data_path=[prefix], data_cache_path=str(tmp_path / "file" / "maps"))
+    config = data_config(train_data_path=[prefix], data_cache_path=str(tmp_path / "file" / "maps"))
     with pytest.raises(ConfigError, match="Give --data-cache-path a folder"):
         build_datasets(config)
 
@@ -312,7 +288,7 @@ def build_on_rank(rank: int, meeting: str, config: Config, results: multiprocess
 @pytest.mark.timeout(180)
 def test_all_ranks_build_the_same_datasets(tmp_path):
     first, second = numbered(tmp_path / "a", 20), numbered(tmp_path / "b", 20, first=5000)
-    config = make_config(data_path=["1", first, "2", second], split="1,1,0")
+    config = data_config(data_path=["1", first, "2", second], split="1,1,0")
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     arguments = (str(tmp_path / "meeting"), config, results)
@@ -338,7 +314,7 @@ def test_all_ranks_build_the_same_datasets(tmp_path):
 @pytest.fixture(scope="module")
 def train_dataset(tmp_path_factory):
     prefix = numbered(tmp_path_factory.mktemp("data") / "n", 40)
-    return build_datasets(make_config(train_data_path=[prefix]))[0]
+    return build_datasets(data_config(train_data_path=[prefix]))[0]
 
 
 def tokens_of(batches) -> list[list[int]]:
@@ -347,7 +323,7 @@ def tokens_of(batches) -> list[list[int]]:
 
 def test_batches_have_shape_dtype_and_only_the_known_keys(tmp_path):
     paths = [numbered(tmp_path / "a", 20), numbered(tmp_path / "b", 20)]
-    train, _ = build_datasets(make_config(train_data_path=paths))
+    train, _ = build_datasets(data_config(train_data_path=paths))
     batch = next(iterate(train))
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in batch.items()} == {
         "tokens": (torch.int64, (2, 16)),
@@ -396,4 +372,4 @@ def test_iteration_leaves_torchs_random_state_alone(train_dataset):
 def test_missing_compiled_helpers_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
     with pytest.raises(ConfigError, match="no compiled dataset helpers for this Python"):
-        build_datasets(make_config(train_data_path=[numbered(tmp_path / "n", 20)]))
+        build_datasets(data_config(train_data_path=[numbered(tmp_path / "n", 20)]))

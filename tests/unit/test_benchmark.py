@@ -18,11 +18,6 @@ from tools_path import load_tool
 benchmark = load_tool("benchmark").main
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> str:
-    return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.mark.slow
 def test_the_table_the_json_and_the_equal_outputs(tokenizer_folder, tmp_path, capsys):
     """300 KB of this environment's text, Megatron-LM's pattern and ours."""

@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
-from test_batches import make_config, numbered
 
+from config_cases import data_config
 from megatron_lrc.data import sample_order
 from megatron_lrc.data.datasets import OrderedDataset, build_datasets
 from megatron_lrc.data.tokenizers import TokenizerIdentity
-from tiny_data import write_dataset
+from tiny_data import numbered, write_dataset
 
 SECOND = 30000  # token ids from here on are the second dataset's
 
 
 def training_data(**values: object) -> OrderedDataset:
-    train, _ = build_datasets(make_config(**values))
+    train, _ = build_datasets(data_config(**values))
     assert train is not None
     return train
 
@@ -43,7 +43,7 @@ def test_training_and_validation_blends_each_keep_their_own_weights(two, tmp_pat
     first, second = two
     third, fourth = numbered(tmp_path / "c", 9), numbered(tmp_path / "d", 9, first=SECOND)
     train, valid = build_datasets(
-        make_config(
+        data_config(
             train_data_path=["1", first, "3", second],
             valid_data_path=["3", third, "2", fourth],
             train_iters=10,
@@ -163,7 +163,7 @@ def test_a_resumed_run_has_the_samples_behind_its_position(two):
     """2 steps of 8 were taken; the other 3 of 6 or of 32 follow, whatever 5 steps of that size would have been."""
     weighted = ["1", two[0], "3", two[1]]
     for batch_size in (6, 32):
-        config = make_config(train_data_path=weighted, train_iters=5, global_batch_size=batch_size)
+        config = data_config(train_data_path=weighted, train_iters=5, global_batch_size=batch_size)
         train, _ = build_datasets(config, step=2, consumed_samples=16)
         assert train is not None and len(train) == 16 + 3 * batch_size
 

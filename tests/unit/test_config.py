@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from config_cases import SMOLLM2, change, errors_of
 from megatron_lrc.config import (
     Config,
     ConfigError,
-    ModelShape,
     divisors,
     flag_of,
     parse_split,
@@ -16,50 +16,10 @@ from megatron_lrc.config import (
     validate_against_teacher,
 )
 
-SMOLLM2 = ModelShape(
-    num_layers=30,
-    hidden_size=576,
-    num_attention_heads=9,
-    num_query_groups=3,
-    head_dim=64,
-    ffn_hidden_size=1536,
-    vocab_size=49152,
-    norm_epsilon=1e-5,
-    is_tied=True,
-    max_position_embeddings=8192,
-)
 
-
-@pytest.fixture
-def config(tmp_path):
-    """A configuration with nothing wrong, for one process; each test spoils it in one way."""
-    teacher = tmp_path / "teacher"
-    teacher.mkdir()
-    (teacher / "config.json").write_text("{}")
-    config = Config()
-    config.model.teacher = str(teacher)
-    config.model.student_hidden_size = 384
-    config.training.train_iters = 100
-    config.data.data_path = ["text"]
-    return config
-
-
-def change(config, **values):
-    """Sets fields by their unique names, whatever section they are in."""
-    for name, value in values.items():
-        section = next(s for s in config.to_dict() if hasattr(getattr(config, s), name))
-        setattr(getattr(config, section), name, value)
-
-
-def errors_of(check, *args, **kwargs):
-    with pytest.raises(ConfigError) as caught:
-        check(*args, **kwargs)
-    return str(caught.value).splitlines()
-
-
-def test_the_fixture_is_valid(config):
-    validate(config, world_size=1)
-    assert validate_against_teacher(config, SMOLLM2) == []
+def test_the_fixture_is_valid(valid_config):
+    validate(valid_config, world_size=1)
+    assert validate_against_teacher(valid_config, SMOLLM2) == []
 
 
 @pytest.mark.parametrize(
@@ -138,39 +98,39 @@ def test_the_fixture_is_valid(config):
         ),
     ],
 )
-def test_validate_refuses_with_one_line(config, values, world_size, expected):
-    change(config, **values)
-    errors = errors_of(validate, config, world_size=world_size)
+def test_validate_refuses_with_one_line(valid_config, values, world_size, expected):
+    change(valid_config, **values)
+    errors = errors_of(validate, valid_config, world_size=world_size)
     assert len(errors) == 1, errors
     assert expected in errors[0]
 
 
-def test_sums_during_backward_are_refused_where_a_tied_embedding_is_on_two_stages(config):
-    change(config, method="ordinary", teacher=None, student_hidden_size=None, overlap_grad_reduce=True)
-    change(config, student="model", use_distributed_optimizer=True)
-    assert validate_against_teacher(config, SMOLLM2) == []
-    change(config, pipeline_model_parallel_size=2)
-    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+def test_sums_during_backward_are_refused_where_a_tied_embedding_is_on_two_stages(valid_config):
+    change(valid_config, method="ordinary", teacher=None, student_hidden_size=None, overlap_grad_reduce=True)
+    change(valid_config, student="model", use_distributed_optimizer=True)
+    assert validate_against_teacher(valid_config, SMOLLM2) == []
+    change(valid_config, pipeline_model_parallel_size=2)
+    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     assert "--overlap-grad-reduce with --use-distributed-optimizer and several pipeline stages cannot" in error
-    assert validate_against_teacher(config, replace(SMOLLM2, is_tied=False)) == []
+    assert validate_against_teacher(valid_config, replace(SMOLLM2, is_tied=False)) == []
 
 
-def test_validate_lists_every_error_at_once(config):
-    change(config, teacher=None, student_hidden_size=-1, kl_temperature=-1.0, load="/no/such")
-    errors = errors_of(validate, config)
+def test_validate_lists_every_error_at_once(valid_config):
+    change(valid_config, teacher=None, student_hidden_size=-1, kl_temperature=-1.0, load="/no/such")
+    errors = errors_of(validate, valid_config)
     flags = ("--teacher", "--student-hidden-size", "--kl-temperature", "--load")
     assert len(errors) == 4
     assert all(any(error.startswith(flag) for error in errors) for flag in flags)
 
 
-def test_sequence_parallel_without_tensor_parallel_is_harmless(config):
-    change(config, sequence_parallel=True)
-    validate(config, world_size=1)
+def test_sequence_parallel_without_tensor_parallel_is_harmless(valid_config):
+    change(valid_config, sequence_parallel=True)
+    validate(valid_config, world_size=1)
 
 
-def test_writing_the_untrained_student_needs_no_data(config):
-    change(config, train_iters=0, save="run", data_path=[])
-    validate(config)
+def test_writing_the_untrained_student_needs_no_data(valid_config):
+    change(valid_config, train_iters=0, save="run", data_path=[])
+    validate(valid_config)
 
 
 @pytest.mark.parametrize(
@@ -199,51 +159,51 @@ def test_writing_the_untrained_student_needs_no_data(config):
         ({"student_hidden_size": 600, "init": "orthogonal"}, "--init orthogonal takes that many"),
     ],
 )
-def test_validate_against_teacher_refuses(config, values, expected):
-    change(config, **values)
-    errors = errors_of(validate_against_teacher, config, SMOLLM2)
+def test_validate_against_teacher_refuses(valid_config, values, expected):
+    change(valid_config, **values)
+    errors = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     assert len(errors) == 1, errors
     assert expected in errors[0]
 
 
 @pytest.mark.parametrize("pipeline_size", range(2, 31))
-def test_the_suggested_last_stage_is_accepted(config, pipeline_size):
-    change(config, pipeline_model_parallel_size=pipeline_size)
+def test_the_suggested_last_stage_is_accepted(valid_config, pipeline_size):
+    change(valid_config, pipeline_model_parallel_size=pipeline_size)
     if 30 % pipeline_size == 0:
-        validate_against_teacher(config, SMOLLM2)
+        validate_against_teacher(valid_config, SMOLLM2)
         return
-    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     last = int(error.split("--decoder-last-pipeline-num-layers ")[1].split()[0])
-    change(config, decoder_last_pipeline_num_layers=last)
-    validate_against_teacher(config, SMOLLM2)
+    change(valid_config, decoder_last_pipeline_num_layers=last)
+    validate_against_teacher(valid_config, SMOLLM2)
 
 
-def test_uneven_stages_are_accepted_when_the_rest_divides(config):
-    change(config, pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=5)
+def test_uneven_stages_are_accepted_when_the_rest_divides(valid_config):
+    change(valid_config, pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=5)
     with pytest.raises(ConfigError):
-        validate_against_teacher(config, SMOLLM2)  # 25 layers on 3 stages
-    change(config, decoder_last_pipeline_num_layers=7)
-    validate_against_teacher(config, SMOLLM2)  # 18 layers on 2 stages
+        validate_against_teacher(valid_config, SMOLLM2)  # 25 layers on 3 stages
+    change(valid_config, decoder_last_pipeline_num_layers=7)
+    validate_against_teacher(valid_config, SMOLLM2)  # 18 layers on 2 stages
 
 
-def test_a_student_as_wide_as_its_teacher_warns_with_random_and_passes_with_pca(config):
-    change(config, student_hidden_size=576)
-    (warning,) = validate_against_teacher(config, SMOLLM2)
+def test_a_student_as_wide_as_its_teacher_warns_with_random_and_passes_with_pca(valid_config):
+    change(valid_config, student_hidden_size=576)
+    (warning,) = validate_against_teacher(valid_config, SMOLLM2)
     assert "--student-hidden-size 576 is not below the teacher's 576" in warning
-    change(config, init="pca")
-    assert validate_against_teacher(config, SMOLLM2) == []
+    change(valid_config, init="pca")
+    assert validate_against_teacher(valid_config, SMOLLM2) == []
 
 
-def test_a_sequence_beyond_the_teachers_positions_warns(config):
-    change(config, seq_length=8193)
-    (warning,) = validate_against_teacher(config, SMOLLM2)
+def test_a_sequence_beyond_the_teachers_positions_warns(valid_config):
+    change(valid_config, seq_length=8193)
+    (warning,) = validate_against_teacher(valid_config, SMOLLM2)
     assert "--seq-length 8193 is above the 8192 positions" in warning
 
 
-def test_an_untied_teacher_cannot_have_a_tied_student(config):
+def test_an_untied_teacher_cannot_have_a_tied_student(valid_config):
     untied = replace(SMOLLM2, is_tied=False)
-    change(config, untie_embeddings_and_output_weights=False)
-    (error,) = errors_of(validate_against_teacher, config, untied)
+    change(valid_config, untie_embeddings_and_output_weights=False)
+    (error,) = errors_of(validate_against_teacher, valid_config, untied)
     assert "cannot tie the student" in error
 
 
@@ -259,36 +219,36 @@ def test_an_untied_teacher_cannot_have_a_tied_student(config):
         (False, "pca", None, False),
     ],
 )
-def test_tying_of_the_student(config, is_teacher_tied, init, untie, is_student_tied):
+def test_tying_of_the_student(valid_config, is_teacher_tied, init, untie, is_student_tied):
     teacher = replace(SMOLLM2, is_tied=is_teacher_tied)
-    change(config, init=init, untie_embeddings_and_output_weights=untie)
-    student = config.student_shape(teacher)
+    change(valid_config, init=init, untie_embeddings_and_output_weights=untie)
+    student = valid_config.student_shape(teacher)
     assert (student.hidden_size, student.is_tied) == (384, is_student_tied)
     assert (student.num_layers, student.head_dim, student.ffn_hidden_size) == (30, 64, 1536)
 
 
-def test_batch_sizes_follow_from_the_world_size(config):
-    change(config, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, micro_batch_size=3)
-    assert config.data_parallel_size(16) == 4
-    assert config.global_batch_size(16) == 12
-    assert config.num_microbatches(16) == 1
-    assert config.resolved(16).training.global_batch_size == 12
-    assert config.training.global_batch_size is None
-    change(config, global_batch_size=60)
-    assert config.num_microbatches(16) == 5
+def test_batch_sizes_follow_from_the_world_size(valid_config):
+    change(valid_config, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, micro_batch_size=3)
+    assert valid_config.data_parallel_size(16) == 4
+    assert valid_config.global_batch_size(16) == 12
+    assert valid_config.num_microbatches(16) == 1
+    assert valid_config.resolved(16).training.global_batch_size == 12
+    assert valid_config.training.global_batch_size is None
+    change(valid_config, global_batch_size=60)
+    assert valid_config.num_microbatches(16) == 5
 
 
-def test_warmup_is_a_rounded_fraction_of_the_decay_unless_given(config):
-    assert (config.decay_iters, config.warmup_iters) == (100, 1)  # 0.005 * 100, rounded half up
-    change(config, train_iters=1000, lr_decay_iters=700, lr_warmup_fraction=0.07)
-    assert (config.decay_iters, config.warmup_iters) == (700, 49)
-    change(config, lr_warmup_fraction=None, lr_warmup_iters=0)
-    assert config.warmup_iters == 0
+def test_warmup_is_a_rounded_fraction_of_the_decay_unless_given(valid_config):
+    assert (valid_config.decay_iters, valid_config.warmup_iters) == (100, 1)  # 0.005 * 100, rounded half up
+    change(valid_config, train_iters=1000, lr_decay_iters=700, lr_warmup_fraction=0.07)
+    assert (valid_config.decay_iters, valid_config.warmup_iters) == (700, 49)
+    change(valid_config, lr_warmup_fraction=None, lr_warmup_iters=0)
+    assert valid_config.warmup_iters == 0
 
 
-def test_config_survives_its_dict(config):
-    change(config, data_path=["0.3", "a"], lr_warmup_iters=4)
-    assert Config.from_dict(config.to_dict()) == config
+def test_config_survives_its_dict(valid_config):
+    change(valid_config, data_path=["0.3", "a"], lr_warmup_iters=4)
+    assert Config.from_dict(valid_config.to_dict()) == valid_config
 
 
 @pytest.mark.parametrize(
@@ -325,35 +285,35 @@ def test_small_helpers():
         ({"alpha": 0.0, "kl_weight": 0.0, "lm_weight": 0.0}, "nothing is left to train on"),
     ],
 )
-def test_losses_that_cannot_be_meant_are_refused(config, values, expected):
-    change(config, **values)
-    (error,) = errors_of(validate, config)
+def test_losses_that_cannot_be_meant_are_refused(valid_config, values, expected):
+    change(valid_config, **values)
+    (error,) = errors_of(validate, valid_config)
     assert expected in error
 
 
-def test_clone_terms_cover_the_layers_they_name(config):
-    change(config, clone_terms=["q", "gate:0-2,7"])
-    assert [config.clone_terms_of(layer) for layer in (2, 3, 7)] == [{"q", "gate"}, {"q"}, {"q", "gate"}]
-    (error,) = errors_of(validate_against_teacher, config, replace(SMOLLM2, num_layers=7))
+def test_clone_terms_cover_the_layers_they_name(valid_config):
+    change(valid_config, clone_terms=["q", "gate:0-2,7"])
+    assert [valid_config.clone_terms_of(layer) for layer in (2, 3, 7)] == [{"q", "gate"}, {"q"}, {"q", "gate"}]
+    (error,) = errors_of(validate_against_teacher, valid_config, replace(SMOLLM2, num_layers=7))
     assert "--clone-terms gate:0-2,7 names a layer" in error and "0-6" in error
-    change(config, alpha=0.0)
-    assert config.clone_terms_of(0) == set()
+    change(valid_config, alpha=0.0)
+    assert valid_config.clone_terms_of(0) == set()
 
 
-def test_the_released_codes_kl_is_the_sum_over_a_sequence(config):
-    change(config, kl_reduction="sequence-sum", seq_length=2048)
-    assert config.total_kl_weight == pytest.approx(1.28)
+def test_the_released_codes_kl_is_the_sum_over_a_sequence(valid_config):
+    change(valid_config, kl_reduction="sequence-sum", seq_length=2048)
+    assert valid_config.total_kl_weight == pytest.approx(1.28)
 
 
-def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(config):
-    change(config, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, global_batch_size=3)
-    (error,) = errors_of(validate, config, world_size=2)
+def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(valid_config):
+    change(valid_config, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, global_batch_size=3)
+    (error,) = errors_of(validate, valid_config, world_size=2)
     assert "multiples of --pipeline-model-parallel-size 2" in error and "Use --global-batch-size 4" in error
-    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     assert "30 layers cannot be divided alike over the 4 stages" in error
-    validate_against_teacher(config, replace(SMOLLM2, num_layers=8))
-    change(config, account_for_embedding_in_pipeline_split=True)
-    validate_against_teacher(config, replace(SMOLLM2, num_layers=7))
-    change(config, global_batch_size=4, decoder_first_pipeline_num_layers=2)
-    (error,) = errors_of(validate, config, world_size=2)
+    validate_against_teacher(valid_config, replace(SMOLLM2, num_layers=8))
+    change(valid_config, account_for_embedding_in_pipeline_split=True)
+    validate_against_teacher(valid_config, replace(SMOLLM2, num_layers=7))
+    change(valid_config, global_batch_size=4, decoder_first_pipeline_num_layers=2)
+    (error,) = errors_of(validate, valid_config, world_size=2)
     assert "two ways to divide the layers" in error

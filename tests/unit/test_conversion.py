@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_disk_full import fill as fill_disk
-from test_disk_full import small_disk  # noqa: F401 (a fixture)
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from convert_tool import convert, refused_conversion
+from damage import change_config
 from hf_teachers import WRITERS, write_llama, write_qwen2
 from megatron_lrc.checkpoints.layout import all_boxes
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
@@ -21,6 +21,7 @@ from megatron_lrc.hf import conversion
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record, open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
+from small_disks import fill_disk
 from tools_path import convert_from_hf
 
 
@@ -37,21 +38,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def damaged(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy of the converted teacher, to damage."""
     return Path(shutil.copytree(pair[1], tmp_path / "teacher"))
-
-
-def convert(source: Path, output: Path, *flags: str) -> None:
-    assert convert_from_hf(["--hf-model", str(source), "--output", str(output), *flags]) == 0
-
-
-def refused_conversion(capsys: pytest.CaptureFixture[str], source: Path, output: Path, *flags: str) -> str:
-    """The one line that it is refused with; nothing is left behind."""
-    capsys.readouterr()  # of the teacher's making
-    before = sorted(output.parent.iterdir())
-    assert convert_from_hf(["--hf-model", str(source), "--output", str(output), *flags]) == 2
-    assert sorted(output.parent.iterdir()) == before
-    *progress, message = capsys.readouterr().err.splitlines()
-    assert message.startswith("convert_from_hf.py: ") and all("|" in line or not line for line in progress)
-    return message
 
 
 def refusal(directory: Path) -> str:
@@ -201,7 +187,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_full_disk_is_one_sentence(pair: tuple[Path, Path], capsys, small_disk: Path) -> None:  # noqa: F811
+def test_a_full_disk_is_one_sentence(pair: tuple[Path, Path], capsys, small_disk: Path) -> None:
     fill_disk(small_disk, 64 * 1024)
     assert "could not be written; the disk may be full" in refused_conversion(capsys, pair[0], small_disk / "output")
 
@@ -258,13 +244,13 @@ def test_a_damaged_record_is_refused(damaged: Path, content: str) -> None:
     ],
 )
 def test_a_config_that_disagrees_with_the_stored_shapes_is_refused(damaged: Path, field, value, words) -> None:
-    edit_config(damaged, **{field: value})
+    change_config(damaged, **{field: value})
     assert words in refusal(damaged)
 
 
 def test_another_config_of_the_same_shapes_is_another_teacher(damaged: Path) -> None:
     before = open_teacher(describe_teacher(damaged)).fingerprint()
-    edit_config(damaged, rms_norm_eps=1e-5)
+    change_config(damaged, rms_norm_eps=1e-5)
     assert open_teacher(describe_teacher(damaged)).fingerprint() != before
 
 
@@ -281,8 +267,3 @@ def test_the_index_runs_no_code(damaged: Path, tmp_path: Path, monkeypatch: pyte
     Record.of(path.parent, fingerprint=record["fingerprint"], config_values=values).write(damaged)
     assert "is not the index of a checkpoint" in refusal(damaged)
     assert not (tmp_path / "harm").exists()
-
-
-def edit_config(directory: Path, **values) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))

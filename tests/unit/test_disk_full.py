@@ -4,56 +4,26 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_indexing import REPOSITORY, file_names, run_tool
 
 import tiny_data
+from command_line import ROOT
 from megatron_lrc.data import encoding, restart
+from preprocess_tool import file_names, preprocess
+from small_disks import PAGE, fill_disk
 from tools_path import load_tool
 
 merge_datasets = load_tool("merge_datasets").main
 
-PAGE = 4096  # what a tmpfs gives at a time
 FINAL = {"o_text_document.bin", "o_text_document.idx", "o_text_document.json"}
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> str:
-    return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def source(tmp_path) -> str:
     return tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(800))
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of its own, of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk: Path, free: int) -> Path:
-    """A file that leaves `free` bytes."""
-    ballast = disk / "ballast"
-    with open(ballast, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, os.statvfs(disk).f_bavail * PAGE - free)
-    assert os.statvfs(disk).f_bavail * PAGE == free
-    return ballast
 
 
 def often(monkeypatch) -> None:
@@ -63,7 +33,7 @@ def often(monkeypatch) -> None:
 
 def prepare(source: str, tokenizer_folder: str, folder: Path) -> int:
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--append-eod", "--output-prefix", folder / "o")
-    return run_tool(*flags)
+    return preprocess(*flags)
 
 
 def prepared(source: str, tokenizer_folder: str, folder: Path) -> dict[str, bytes]:
@@ -86,7 +56,7 @@ def test_a_disk_full_at_any_page_costs_one_sentence_and_no_byte(
     stages = set()
     num_continued, free, exit_code = 0, 0, 2
     while exit_code == 2:
-        ballast = fill(small_disk, free)
+        ballast = fill_disk(small_disk, free)
         capsys.readouterr()
         exit_code = prepare(source, tokenizer_folder, small_disk)
         if exit_code == 2:
@@ -124,12 +94,12 @@ def test_an_index_or_manifest_that_finds_no_room_costs_one_sentence(
 
 def test_a_bin_that_may_not_grow_costs_one_sentence(source, tokenizer_folder, tmp_path):
     whole = prepared(source, tokenizer_folder, tmp_path / "whole")
-    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", source, "--append-eod"]
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", source, "--append-eod"]
     command += ["--tokenizer-model", tokenizer_folder, "--output-prefix", str(tmp_path / "small" / "o")]
     most = len(whole["o_text_document.bin"]) // 2
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
         capture_output=True,
         text=True,
@@ -153,7 +123,7 @@ def test_a_merge_onto_a_full_disk_costs_one_sentence_at_any_page(
     assert merge(inputs, tmp_path / "whole") == 0
     free, exit_code = 0, 2
     while exit_code == 2:
-        ballast = fill(small_disk, free)
+        ballast = fill_disk(small_disk, free)
         capsys.readouterr()
         exit_code = merge(inputs, small_disk / "all")
         if exit_code == 2:

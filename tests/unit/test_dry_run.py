@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_disk_full import small_disk  # noqa: F401 (a fixture)
 
 from full_size_teachers import write_full_size_teacher
 from megatron_lrc.__main__ import main
@@ -126,7 +125,7 @@ def test_what_cannot_run_is_refused_in_one_sentence_each(dry_run):
         assert code == 2 and errors[0].startswith(f"error: {expected}"), (flags, errors)
 
 
-def test_a_disk_that_holds_no_checkpoint_is_refused(dry_run, small_disk):  # noqa: F811
+def test_a_disk_that_holds_no_checkpoint_is_refused(dry_run, small_disk):
     code, out, (error,) = dry_run("lrc-1.5b", "--dry-run", "8", save=small_disk / "run")
     assert code == 2 and "has 0.00 GB free, and a checkpoint takes 13.02 GB" in error
     assert "every check passed" not in out

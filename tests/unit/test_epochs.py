@@ -5,18 +5,19 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from test_batches import CPU, make_config, numbered
 
+from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError, load_yaml, save_yaml, validate
 from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
 from megatron_lrc.data.datasets import resolve_train_iters
+from tiny_data import numbered
 
 SECOND = 40000  # token ids from here on are the second dataset's
 
 
 def resolved(paths: list[str], num_epochs: int, **values: object) -> Config:
     return resolve_train_iters(
-        make_config(**{"train_data_path": paths, "train_iters": 0, "train_epochs": num_epochs, **values})
+        data_config(**{"train_data_path": paths, "train_iters": 0, "train_epochs": num_epochs, **values})
     )
 
 
@@ -37,7 +38,7 @@ def batches_of(config: Config, *, step: int = 0, consumed_samples: int = 0) -> B
         dp_rank=0,
         dp_size=1,
         consumed_samples=consumed_samples,
-        device=CPU,
+        device=torch.device("cpu"),
         num_workers=0,
     )
 
@@ -82,7 +83,7 @@ def test_steps_are_whole_global_batches_of_all_epochs(tmp_path):
     assert [resolved(paths, epochs).training.train_iters for epochs in (1, 2, 3)] == [7, 15, 22]
     split = {"train_data_path": [], "data_path": paths, "split": "80,20,0"}  # 39 and 9 samples
     assert resolved(paths, 1, **split).training.train_iters == 6
-    config = make_config(train_data_path=paths)
+    config = data_config(train_data_path=paths)
     assert resolve_train_iters(config) is config
 
 
@@ -94,7 +95,7 @@ def test_validation_of_a_blend_passes_over_its_data_as_often_as_needed(tmp_path)
 
 
 def test_a_resumed_run_takes_the_samples_that_are_left(tmp_path):
-    config = make_config(train_data_path=[numbered(tmp_path / "n", 20)], train_iters=0, train_epochs=2)  # 98 samples
+    config = data_config(train_data_path=[numbered(tmp_path / "n", 20)], train_iters=0, train_epochs=2)  # 98 samples
 
     def steps(**position: int) -> int:
         return resolve_train_iters(config, **position).training.train_iters
@@ -115,14 +116,14 @@ def test_epochs_that_cannot_be_exact_are_refused_in_one_sentence(tmp_path):
     assert "which the weights of --train-data-path contradict" in message
     assert "one step takes --global-batch-size 50" in refusal([first], 1, global_batch_size=50)
     with pytest.raises(ConfigError, match="--train-epochs above 0 needs training data"):
-        check_data(make_config(train_iters=0, train_epochs=1), 100)
+        check_data(data_config(train_iters=0, train_epochs=1), 100)
 
 
 def test_validation_of_flags_knows_epochs(tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     (teacher / "config.json").write_text("{}")
-    good = make_config(teacher=str(teacher), student_hidden_size=8, train_iters=0, train_epochs=2, data_path=["text"])
+    good = data_config(teacher=str(teacher), student_hidden_size=8, train_iters=0, train_epochs=2, data_path=["text"])
     validate(good)
 
     def errors(**training: int) -> str:

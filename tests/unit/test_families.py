@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from damage import change_config
 from hf_teachers import (
     LLAMA3_ROPE,
     WRITERS,
@@ -26,11 +27,6 @@ from megatron_lrc.hf.families import describe_teacher, expected_weights, rope_in
 def teacher(tmp_path: Path) -> Path:
     write_llama(tmp_path / "teacher")
     return tmp_path / "teacher"
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_shape_is_read_from_config_json(teacher: Path) -> None:
@@ -100,7 +96,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )
 def test_unsupported_config_is_refused_in_one_line(teacher: Path, changes: dict, words: list[str]) -> None:
-    edit_config(teacher, **changes)
+    change_config(teacher, **changes)
     with pytest.raises(ConfigError) as caught:
         describe_teacher(teacher)
     message = str(caught.value)
@@ -143,7 +139,7 @@ def test_features_that_qwen_may_not_have_are_refused(
     tmp_path: Path, write: Callable, changes: dict, words: str
 ) -> None:
     write(tmp_path)
-    edit_config(tmp_path, **changes)
+    change_config(tmp_path, **changes)
     with pytest.raises(ConfigError, match=words):
         describe_teacher(tmp_path)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_conversion import convert, refused_conversion
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from convert_tool import convert, refused_conversion
 from hf_teachers import write_llama, write_qwen2
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, open_teacher

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy
 import pytest
-from test_batches import make_config, numbered
 
+from config_cases import data_config
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
 from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.datasets import resolve_train_iters
-from tiny_data import write_dataset
+from tiny_data import numbered, write_dataset
 from tools_path import load_tool
 
 build_index_cache = load_tool("build_index_cache").main
@@ -49,7 +49,7 @@ def test_a_run_finds_what_the_tool_has_built(tmp_path, capsys, build_nothing):
     assert capsys.readouterr().out.splitlines()[-1] == f"index maps: {folder} (were there already)"
     build_nothing()
     train, _ = build_datasets(
-        make_config(data_path=["1", first, "3", second], split="80,20,0", train_iters=30, eval_iters=2)
+        data_config(data_path=["1", first, "3", second], split="80,20,0", train_iters=30, eval_iters=2)
     )
     assert train is not None and len(train) == 240
 
@@ -61,7 +61,7 @@ def test_epochs_are_counted_as_the_run_counts_them(tmp_path, capsys, build_nothi
     assert lines[:2] == ["34 steps of 8 samples", "training: 272 samples of 16 tokens"]  # of 2 * (119 + 19)
     assert "234 samples, 1.97 epochs" in lines[2] and "38 samples, 2.00 epochs" in lines[3]
     build_nothing()
-    config = make_config(data_path=paths, split="80,20,0", train_iters=0, train_epochs=2, eval_iters=2)
+    config = data_config(data_path=paths, split="80,20,0", train_iters=0, train_epochs=2, eval_iters=2)
     train, _ = build_datasets(resolve_train_iters(config))
     assert train is not None and len(train) == 276
 
@@ -73,7 +73,7 @@ def test_maps_go_along_with_data_that_is_moved(tmp_path, build_nothing):
     shutil.move(tmp_path / "here", tmp_path / "there")
     build_nothing()
     moved = str(tmp_path / "there" / "n")
-    train, _ = build_datasets(make_config(data_path=[moved], split="80,20,0", train_iters=30, eval_iters=2))
+    train, _ = build_datasets(data_config(data_path=[moved], split="80,20,0", train_iters=30, eval_iters=2))
     assert train is not None and train[0]["tokens"].numel() == 16
 
 
@@ -96,7 +96,7 @@ class Bomb:
 
 def test_a_map_that_would_run_code_or_is_damaged_is_refused(tmp_path):
     prefix = numbered(tmp_path / "a", 60)
-    config = make_config(data_path=[prefix], split="80,20,0", train_iters=30, eval_iters=2)
+    config = data_config(data_path=[prefix], split="80,20,0", train_iters=30, eval_iters=2)
     build_datasets(config)
     (file,) = (tmp_path / "cache").rglob("train-0-shuffle.npy")
     numpy.save(file, numpy.array([Bomb(tmp_path / "it-ran")], dtype=object), allow_pickle=True)

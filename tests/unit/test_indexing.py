@@ -9,36 +9,12 @@ from pathlib import Path
 import pytest
 
 import tiny_data
+from command_line import ROOT
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding, indexing
 from megatron_lrc.data.tokenizers import load_tokenizer
-
-REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY / "tools"))
-
-import preprocess_data  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def run_tool(*arguments: object) -> int:
-    return preprocess_data.main([str(argument) for argument in arguments])
-
-
-def read_documents(prefix: object) -> list[list[int]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(str(prefix))
-    bounds = dataset.document_indices
-    assert len(bounds) == len(dataset) + 1
-    return [dataset[index].tolist() for index in range(len(dataset))]
-
-
-def file_names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()}
+from preprocess_tool import check_refused, file_names, preprocess
+from tiny_data import read_documents
 
 
 def test_documents_equal_the_tokenizers_ids_and_end_with_eod(tmp_path, tokenizer_folder):
@@ -47,8 +23,8 @@ def test_documents_equal_the_tokenizers_ids_and_end_with_eod(tmp_path, tokenizer
     texts = tiny_data.make_texts(50)
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", texts)
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix")
-    assert run_tool(*flags, tmp_path / "out" / "plain") == 0
-    assert run_tool(*flags, tmp_path / "out" / "ended", "--append-eod") == 0
+    assert preprocess(*flags, tmp_path / "out" / "plain") == 0
+    assert preprocess(*flags, tmp_path / "out" / "ended", "--append-eod") == 0
 
     reference = AutoTokenizer.from_pretrained(tokenizer_folder)
     expected = [reference(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -60,7 +36,7 @@ def test_documents_equal_the_tokenizers_ids_and_end_with_eod(tmp_path, tokenizer
 
 def test_manifest_names_tokenizer_counts_and_sources(tmp_path, tokenizer_folder):
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", [*tiny_data.make_texts(10), ""])
-    assert run_tool("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o") == 0
+    assert preprocess("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o") == 0
     documents = read_documents(tmp_path / "o_text_document")
     manifest = json.loads((tmp_path / "o_text_document.json").read_text())
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -81,7 +57,7 @@ def test_output_does_not_depend_on_the_number_of_workers(tmp_path, tokenizer_fol
     for workers in (1, 2):
         folder = tmp_path / f"workers{workers}"
         flags = ("--input", *sources, "--tokenizer-model", tokenizer_folder, "--append-eod", "--workers", workers)
-        assert run_tool(*flags, "--output-prefix", folder / "o", "--log-interval", 1000) == 0
+        assert preprocess(*flags, "--output-prefix", folder / "o", "--log-interval", 1000) == 0
     assert file_names(tmp_path / "workers1") == {"o_text_document.bin", "o_text_document.idx", "o_text_document.json"}
     for name in file_names(tmp_path / "workers1"):
         assert (tmp_path / "workers1" / name).read_bytes() == (tmp_path / "workers2" / name).read_bytes()
@@ -93,7 +69,7 @@ def test_each_json_key_gives_a_dataset(tmp_path, tokenizer_folder):
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "word1", "title": "word2 word3"}\n')
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
-    assert run_tool(*flags, "--json-keys", "text", "title") == 0
+    assert preprocess(*flags, "--json-keys", "text", "title") == 0
     encode = load_tokenizer(tokenizer_folder).encode_batch
     assert read_documents(tmp_path / "o_text_document") == encode(["word1"])
     assert read_documents(tmp_path / "o_title_document") == encode(["word2 word3"])
@@ -109,11 +85,11 @@ def test_sentencepiece_model(tmp_path, capsys):
         )
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", texts[:20])
     flags = ("--input", source, "--tokenizer-type", "SentencePieceTokenizer", "--output-prefix", tmp_path / "o")
-    assert run_tool(*flags, "--tokenizer-model", tmp_path / "sp.model", "--append-eod", "--workers", 2) == 0
+    assert preprocess(*flags, "--tokenizer-model", tmp_path / "sp.model", "--append-eod", "--workers", 2) == 0
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
     expected = [[*reference.encode(text), reference.eos_id()] for text in texts[:20]]
     assert read_documents(tmp_path / "o_text_document") == expected
-    assert run_tool(*flags, "--tokenizer-model", source) == 2
+    assert preprocess(*flags, "--tokenizer-model", source) == 2
     assert "is not a SentencePiece model" in capsys.readouterr().err
 
 
@@ -132,12 +108,12 @@ def test_bad_line_is_fatal_with_its_number_and_leaves_nothing(tmp_path, tokenize
     source = tmp_path / "a.jsonl"
     source.write_bytes(b'{"text": "word1"}\n\n' + line + b'\n{"text": "word2"}\n')
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
-    assert run_tool(*flags) == 2
+    assert preprocess(*flags) == 2
     captured = capsys.readouterr().err
     assert f"{source}:3: {reason}" in captured and captured.count("\n") == 1
     assert file_names(tmp_path) == {"a.jsonl"}
 
-    assert run_tool(*flags, "--on-bad-line", "skip") == 0
+    assert preprocess(*flags, "--on-bad-line", "skip") == 0
     assert f"skipped 1 bad lines, the first being {source}:3: {reason}" in capsys.readouterr().out
     assert read_documents(tmp_path / "o_text_document") == load_tokenizer(tokenizer_folder).encode_batch(
         ["word1", "word2"]
@@ -151,15 +127,9 @@ def test_first_bad_line_is_the_same_with_workers(tmp_path, tokenizer_folder, cap
     lines[3000] = lines[3500] = b"{"
     source.write_bytes(b"\n".join(lines))
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
-    assert run_tool(*flags, "--workers", 2) == 2
+    assert preprocess(*flags, "--workers", 2) == 2
     assert f"{source}:3001: not valid JSON" in capsys.readouterr().err
     assert file_names(tmp_path) == {"a.jsonl"}
-
-
-def check_refused(capsys, message: str, *arguments: object) -> None:
-    assert run_tool(*arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
 
 
 def test_bad_arguments_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):
@@ -197,10 +167,10 @@ def test_failure_keeps_the_older_output(tmp_path, tokenizer_folder):
     source = tmp_path / "a.jsonl"
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
     tiny_data.write_jsonl(source, ["word1"])
-    assert run_tool(*flags) == 0
+    assert preprocess(*flags) == 0
     before = {name: (tmp_path / name).read_bytes() for name in file_names(tmp_path) - {"a.jsonl"}}
     source.write_text("{")
-    assert run_tool(*flags) == 2
+    assert preprocess(*flags) == 2
     assert {name: (tmp_path / name).read_bytes() for name in file_names(tmp_path) - {"a.jsonl"}} == before
 
 
@@ -235,8 +205,8 @@ def test_fingerprint_is_the_vocabulary_not_the_place(tmp_path, tokenizer_folder)
 
 
 def test_tool_as_a_program(tmp_path, tokenizer_folder):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
@@ -257,7 +227,7 @@ def test_starting_imports_neither_torch_nor_transformers():
         "import sys; import preprocess_data, megatron_lrc.data.data_checks;"
         "print([name for name in ('torch', 'transformers', 'megatron.core', 'sentencepiece') if name in sys.modules])"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -268,7 +238,7 @@ def test_token_ids_are_taken_as_they_are_and_checked(tmp_path, tokenizer_folder,
     source = tmp_path / "ids.jsonl"
     source.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in ids))
     flags = ("--tokenizer-model", tokenizer_folder, "--json-keys", "input_ids", "--output-prefix", tmp_path / "out")
-    assert run_tool("--input", source, "--token-ids", *flags) == 0
+    assert preprocess("--input", source, "--token-ids", *flags) == 0
     assert read_documents(tmp_path / "out_input_ids_document") == [[5, 0, 3], [1]]
     assert json.loads((tmp_path / "out_input_ids_document.json").read_text())["options"]["token_ids"]
     for value, expected in (
@@ -278,8 +248,8 @@ def test_token_ids_are_taken_as_they_are_and_checked(tmp_path, tokenizer_folder,
         ("text", "is not a list of token ids, which --token-ids expects"),
     ):
         source.write_text(json.dumps({"input_ids": value}) + "\n")
-        assert run_tool("--input", source, "--token-ids", *flags) == 2
+        assert preprocess("--input", source, "--token-ids", *flags) == 2
         assert expected in capsys.readouterr().err
     source.write_text(json.dumps({"input_ids": [1, 2]}) + "\n")
-    assert run_tool("--input", source, *flags) == 2
+    assert preprocess("--input", source, *flags) == 2
     assert "for a list of token ids add --token-ids" in capsys.readouterr().err

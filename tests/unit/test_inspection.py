@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy
 import pytest
-from test_batches import make_config
 
 import tiny_data
+from config_cases import data_config
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import verification
 from megatron_lrc.data.batches import check_data
 from megatron_lrc.data.inspection import text_histogram
+from tiny_data import write_sequences
 from tools_path import load_tool
 
 HEADER_BYTES = 34
@@ -43,17 +44,6 @@ def copied(corpus, tmp_path) -> str:
     for suffix in (".idx", ".bin", ".json"):
         (tmp_path / f"c{suffix}").write_bytes(Path(corpus + suffix).read_bytes())
     return str(tmp_path / "c")
-
-
-def write_sequences(prefix: Path, documents: list[list[list[int]]], dtype: type = numpy.int32) -> str:
-    """A dataset of megatron-core's own builder with several sequences per document."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(numpy.concatenate(document), [len(sequence) for sequence in document])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
 
 
 def test_a_report_has_counts_sizes_tokenizer_and_lengths(corpus, capsys):
@@ -205,7 +195,7 @@ def test_every_damage_of_the_index_is_refused_by_training_too(corpus, copied):
     """160 other corruptions, the same kinds. In the .bin training sees sizes only: see the next test."""
     tokenizer = str(Path(corpus).parent / "tokenizer")
     vocabulary = json.loads(Path(f"{corpus}.json").read_text())["tokenizer"]["vocab_size"]
-    config = make_config(data_path=[copied], split="1,1", teacher=tokenizer)
+    config = data_config(data_path=[copied], split="1,1", teacher=tokenizer)
     check_data(config, vocabulary)
     whole = {suffix: Path(copied + suffix).read_bytes() for suffix in (".idx", ".bin")}
     generator = random.Random(6)
@@ -224,7 +214,7 @@ def test_what_can_and_cannot_be_seen_of_a_changed_token_id(corpus, copied):
     """Another id of the vocabulary: by nobody. One outside: by --verify; at a run's start only without a manifest."""
     tokenizer = str(Path(corpus).parent / "tokenizer")
     vocabulary = json.loads(Path(f"{corpus}.json").read_text())["tokenizer"]["vocab_size"]
-    config = make_config(data_path=[copied], split="1,1", teacher=tokenizer)
+    config = data_config(data_path=[copied], split="1,1", teacher=tokenizer)
     tokens = numpy.fromfile(f"{copied}.bin", numpy.uint16)
     tokens[100] = (int(tokens[100]) + 1) % vocabulary
     tokens.tofile(f"{copied}.bin")
@@ -248,7 +238,7 @@ def test_megatrons_documents_without_text_train_but_are_not_called_whole(tmp_pat
     for length in (40, 0, 40, 0):
         builder.add_document([5] * length, [length] if length else [])  # type: ignore[arg-type]
     builder.finalize(f"{prefix}.idx")
-    config = make_config(data_path=[prefix], split="1,1")
+    config = data_config(data_path=[prefix], split="1,1")
     check_data(config, 10)
     with pytest.raises(ConfigError, match="Document 1 of .*holds none"):
         verification.read_index(prefix)

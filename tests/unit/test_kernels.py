@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from test_config import SMOLLM2, change, config, errors_of  # noqa: F401 (a fixture)
 from torch import Tensor
 
+from config_cases import SMOLLM2, change, errors_of
 from megatron_lrc.__main__ import main
 from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero_gradient
 from megatron_lrc.config import ConfigError, validate, validate_against_teacher
@@ -41,9 +41,9 @@ TP_OVERLAP = {"tp_comm_overlap": True, "bf16": True, "tensor_model_parallel_size
         ({"attention_backend": "unfused", "reset_attention_mask": True}, "cannot go with --reset-attention-mask"),
     ],
 )
-def test_flags_that_cannot_go_together_are_refused_with_one_line(config, values, expected):  # noqa: F811
-    change(config, **values)
-    (error,) = errors_of(validate, config, world_size=config.parallel.tensor_model_parallel_size)
+def test_flags_that_cannot_go_together_are_refused_with_one_line(valid_config, values, expected):
+    change(valid_config, **values)
+    (error,) = errors_of(validate, valid_config, world_size=valid_config.parallel.tensor_model_parallel_size)
     assert expected in error
 
 
@@ -61,17 +61,17 @@ def test_flags_that_cannot_go_together_are_refused_with_one_line(config, values,
         ({"num_layers_at_start_in_bf16": 31, "first_last_layers_bf16": True}, "31 is more than the 30 layers", 16),
     ],
 )
-def test_sizes_that_fp8_products_cannot_have_are_named(config, values, wrong, multiple):  # noqa: F811
-    change(config, **FP8, **values)
-    (error,) = errors_of(validate_against_teacher, config, SMOLLM2)
+def test_sizes_that_fp8_products_cannot_have_are_named(valid_config, values, wrong, multiple):
+    change(valid_config, **FP8, **values)
+    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     assert wrong in error and ("multiples" not in error or f"needs multiples of {multiple};" in error)
 
 
-def test_the_published_student_of_the_fixture_can_be_trained_in_fp8(config):  # noqa: F811
+def test_the_published_student_of_the_fixture_can_be_trained_in_fp8(valid_config):
     for recipe in ("tensorwise", "blockwise", "mxfp8", "delayed"):
-        change(config, **FP8, fp8_recipe=recipe)
-        validate(config)
-        assert validate_against_teacher(config, SMOLLM2) == []
+        change(valid_config, **FP8, fp8_recipe=recipe)
+        validate(valid_config)
+        assert validate_against_teacher(valid_config, SMOLLM2) == []
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_what_needs_a_gpu_is_refused_in_one_sentence_before_anything_is_built(
 
 
 @without_gpu
-def test_userbuffers_are_refused_without_a_gpu(config):  # noqa: F811
-    change(config, **TP_OVERLAP)
+def test_userbuffers_are_refused_without_a_gpu(valid_config):
+    change(valid_config, **TP_OVERLAP)
     with pytest.raises(ConfigError, match="^--tp-comm-overlap needs Transformer Engine and a CUDA GPU"):
-        kernels.check_machine(config)
+        kernels.check_machine(valid_config)
 
 
 @without_gpu
@@ -134,12 +134,12 @@ def test_a_dry_run_of_fp8_needs_no_gpu(tiny_llama, tiny_text, capsys):
     assert "nothing was started" in capsys.readouterr().out
 
 
-def test_fp8_copies_of_the_layers_are_part_of_the_memory(config):  # noqa: F811
-    change(config, bf16=True, global_batch_size=1)
-    student = config.student_shape(SMOLLM2)
-    (before,) = peak_memory(config, SMOLLM2, student, world_size=1)
-    change(config, fp8_format="e4m3", teacher_fp8=True)
-    (after,) = peak_memory(config, SMOLLM2, student, world_size=1)
+def test_fp8_copies_of_the_layers_are_part_of_the_memory(valid_config):
+    change(valid_config, bf16=True, global_batch_size=1)
+    student = valid_config.student_shape(SMOLLM2)
+    (before,) = peak_memory(valid_config, SMOLLM2, student, world_size=1)
+    change(valid_config, fp8_format="e4m3", teacher_fp8=True)
+    (after,) = peak_memory(valid_config, SMOLLM2, student, world_size=1)
     of_width = 30 * (960 + 576 + 3 * 1536)  # elements of all layers' matrices, for each hidden feature
     assert after.teacher - before.teacher == 576 * of_width
     assert after.student - before.student == 2 * 384 * of_width

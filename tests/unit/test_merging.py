@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy
 import pytest
-from test_indexing import file_names, read_documents
-from test_inspection import write_sequences
 
 import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import merging, verification
 from megatron_lrc.data.data_checks import read_indexed_file
+from preprocess_tool import file_names
+from tiny_data import read_documents, write_sequences
 from tools_path import load_tool
 
 merge_datasets = load_tool("merge_datasets").main

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from test_config import SMOLLM2
 
+from config_cases import SMOLLM2
 from megatron_lrc.config import Config, ConfigError, parse_config
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.stage import stages_of

@@ -10,25 +10,21 @@ import time
 from pathlib import Path
 
 import pytest
-from test_indexing import REPOSITORY, file_names, run_tool
 
 import tiny_data
+from command_line import ROOT
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding, indexing, restart
 from megatron_lrc.data.writing import DatasetWriter
+from preprocess_tool import file_names, preprocess
 
 OUTPUT = {"o_text_document.bin", "o_text_document.idx", "o_text_document.json"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return tiny_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def corpus(tmp_path) -> list[Path]:
     """Plain, packed, table and text: each is gone on with in its own way."""
-    from test_sources import write_parquet, write_zst
+    from tiny_data import write_parquet, write_zst
 
     texts = tiny_data.make_texts(1200)
     plain = Path(tiny_data.write_jsonl(tmp_path / "1.jsonl", texts[:400]))
@@ -176,14 +172,14 @@ def test_two_processes_do_not_write_the_same_dataset(tmp_path):
 def test_killed_at_random_moments_it_comes_out_the_same(tmp_path, tokenizer_folder):
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(15000))
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--append-eod", "--output-prefix")
-    assert run_tool(*flags, tmp_path / "whole" / "o") == 0
+    assert preprocess(*flags, tmp_path / "whole" / "o") == 0
     program = (
         "import sys, preprocess_data; from megatron_lrc.data import encoding, restart;"
         "restart.SECONDS_BETWEEN = 0.0; encoding.CHUNK_BYTES = 50000;"
         "sys.exit(preprocess_data.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, *map(str, flags), str(tmp_path / "again" / "o"), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     generator, kills = random.Random(4), 0
     journal = tmp_path / "again" / "o.unfinished.json"
     while True:
@@ -203,7 +199,7 @@ def test_killed_at_random_moments_it_comes_out_the_same(tmp_path, tokenizer_fold
 
 def test_workers_end_when_their_parent_is_killed(tmp_path, tokenizer_folder):
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(30000))
-    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", source, "--workers", "2"]
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", source, "--workers", "2"]
     command += [
         "--tokenizer-model",
         str(tokenizer_folder),
@@ -212,7 +208,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path, tokenizer_folder):
         "--log-interval",
         "1",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None and process.stdout.readline()  # the workers are at work
     process.kill()

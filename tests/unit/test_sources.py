@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from test_indexing import check_refused, read_documents, run_tool, tokenizer_folder  # noqa: F401
 
 import tiny_data
 from megatron_lrc.config import ConfigError
@@ -13,27 +12,14 @@ from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
 from megatron_lrc.data.input_files import find_files, kind_of
 from megatron_lrc.data.tokenizers import load_tokenizer
+from preprocess_tool import check_refused, preprocess
+from tiny_data import read_documents, write_parquet, write_zst
 
 TEXTS = tiny_data.make_texts(400)
 
 
 def json_lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)).encode()
-
-
-def write_zst(path: Path, parts: list[bytes]) -> None:
-    """One frame for each part, as tools that append do."""
-    import zstandard
-
-    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in parts))
-
-
-def write_parquet(path: Path, texts: list[str]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {"id": list(range(len(texts))), "text": texts}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=90)
 
 
 def write_as(folder: Path, kind: str) -> Path:
@@ -62,11 +48,11 @@ def write_as(folder: Path, kind: str) -> Path:
     [(kind, 1) for kind in (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".anything")]
     + [(".jsonl.zst", 2), (".parquet", 2)],
 )
-def test_every_kind_of_file_gives_the_same_dataset(tmp_path, tokenizer_folder, kind, workers):  # noqa: F811
+def test_every_kind_of_file_gives_the_same_dataset(tmp_path, tokenizer_folder, kind, workers):
     flags = ("--tokenizer-model", tokenizer_folder, "--append-eod", "--workers", workers, "--output-prefix")
     plain = tiny_data.write_jsonl(tmp_path / "plain.jsonl", TEXTS)
-    assert run_tool("--input", plain, *flags, tmp_path / "plain") == 0
-    assert run_tool("--input", write_as(tmp_path, kind), *flags, tmp_path / "other") == 0
+    assert preprocess("--input", plain, *flags, tmp_path / "plain") == 0
+    assert preprocess("--input", write_as(tmp_path, kind), *flags, tmp_path / "other") == 0
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"other_text_document{suffix}").read_bytes() == (
             tmp_path / f"plain_text_document{suffix}"
@@ -105,7 +91,7 @@ def test_a_file_that_is_meant_twice_is_refused(tmp_path):
         find_files([path, str(tmp_path)])
 
 
-def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):  # noqa: F811
+def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):
     flags = ("--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "out")
     for kind, message in (
         (".jsonl.gz", "is damaged"),
@@ -127,7 +113,7 @@ def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_fo
 @pytest.mark.parametrize("workers", [1, 2])
 def test_parts_of_files_are_whole_lines_and_bad_ones_are_named_by_file_and_line(
     tmp_path,
-    tokenizer_folder,  # noqa: F811
+    tokenizer_folder,
     monkeypatch,
     capsys,
     workers,
@@ -142,9 +128,9 @@ def test_parts_of_files_are_whole_lines_and_bad_ones_are_named_by_file_and_line(
     (tmp_path / "c.jsonl").write_text("\n\n" + json.dumps({"text": "word1"}) + "\n" + "{" + "\n\n")
     flags = ["--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
     flags += ["--tokenizer-model", tokenizer_folder, "--workers", workers, "--output-prefix", tmp_path / "out"]
-    assert run_tool(*flags) == 2
+    assert preprocess(*flags) == 2
     assert "a.jsonl:151: not valid JSON" in capsys.readouterr().err
-    assert run_tool(*flags, "--on-bad-line", "skip") == 0
+    assert preprocess(*flags, "--on-bad-line", "skip") == 0
     expected = load_tokenizer(tokenizer_folder).encode_batch([*texts[:150], *texts[151:], "word1"])
     assert read_documents(tmp_path / "out_text_document") == [ids for ids in expected if ids]
     chunks = list(encoding.read_chunks([str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")], ["text"]))
@@ -154,7 +140,7 @@ def test_parts_of_files_are_whole_lines_and_bad_ones_are_named_by_file_and_line(
         "c.jsonl",
     ]
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "word1"}) + "\n" + json.dumps({"text": 1}) + "\n")
-    assert run_tool("--input", tmp_path / "b.jsonl", tmp_path / "c.jsonl", *flags[4:]) == 2
+    assert preprocess("--input", tmp_path / "b.jsonl", tmp_path / "c.jsonl", *flags[4:]) == 2
     assert "c.jsonl:2: the value of 'text' is a int" in capsys.readouterr().err
 
 

@@ -7,12 +7,13 @@ import pydoc_data.topics
 from pathlib import Path
 
 import pytest
-from test_indexing import check_refused, read_documents, run_tool
 
 import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.tiktoken_files import JSON_SPECIAL_TOKENS, PATTERNS, TiktokenOptions
 from megatron_lrc.data.tokenizers import load_tokenizer
+from preprocess_tool import check_refused, preprocess
+from tiny_data import read_documents
 from tools_path import load_tool
 
 TEXTS = list(pydoc_data.topics.topics.values())
@@ -104,8 +105,8 @@ def test_a_rank_file_gives_the_documents_of_the_directory(tmp_path, llama, worke
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", [*AWKWARD, *TEXTS])
     flags = ("--input", source, "--append-eod", "--workers", workers, "--output-prefix")
     of_ranks = ("--tokenizer-type", "TikTokenizer", "--tokenizer-model", ranks, *LLAMA_FLAGS)
-    assert run_tool(*flags, tmp_path / "ranks", *of_ranks) == 0
-    assert run_tool(*flags, tmp_path / "hf", "--tokenizer-model", directory) == 0
+    assert preprocess(*flags, tmp_path / "ranks", *of_ranks) == 0
+    assert preprocess(*flags, tmp_path / "hf", "--tokenizer-model", directory) == 0
     documents = read_documents(tmp_path / "ranks_text_document")
     assert documents == read_documents(tmp_path / "hf_text_document")
     assert documents[0].count(2002) == 2 and documents[0][-1] == 2001
@@ -243,7 +244,7 @@ def test_samples_are_decoded_with_the_tokenizer_that_the_manifest_describes(tmp_
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["the language model"])
     flags = ["--input", source, "--output-prefix", tmp_path / "o", "--tokenizer-model", llama[0]]
     specials = ["--tiktoken-special-tokens", *(LLAMA_OPTIONS.special_tokens or [])]
-    assert run_tool(*flags, "--tokenizer-type", "TikTokenizer", "--tiktoken-pattern", "llama3", *specials) == 0
+    assert preprocess(*flags, "--tokenizer-type", "TikTokenizer", "--tiktoken-pattern", "llama3", *specials) == 0
     assert load_tool("inspect_data").main([str(tmp_path / "o_text_document"), "--samples", "1"]) == 0
     assert '"the language model"' in capsys.readouterr().out
 

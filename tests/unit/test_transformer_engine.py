@@ -89,7 +89,7 @@ def test_userbuffers_are_the_students_and_of_its_width(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def config(tiny_llama, tiny_text, tmp_path) -> Config:
+def engine_config(tiny_llama, tiny_text, tmp_path) -> Config:
     """Four steps of two micro-batches, validations between them."""
     config = Config()
     config.model.teacher, config.model.student_hidden_size = tiny_llama(), 32
@@ -132,15 +132,17 @@ def assert_close(found: list[dict], expected: list[dict], rel: float) -> None:
 
 
 @pytest.mark.parametrize("ordinary", [False, True], ids=["lrc", "ordinary"])
-def test_gradients_that_products_add_to_main_grad_are_those_that_autograd_adds(config, tmp_path, ordinary) -> None:
+def test_gradients_that_products_add_to_main_grad_are_those_that_autograd_adds(
+    engine_config, tmp_path, ordinary
+) -> None:
     """Both are rounded to bf16 in other places. An overwritten or doubled micro-batch would be off by half."""
     if ordinary:
-        config.model.method, config.model.student = "ordinary", config.model.teacher
-        config.model.teacher = config.model.student_hidden_size = None
-        config.projection.init_method_std = 0.02
-    local, _ = train(with_compute(config, transformer_impl=LOCAL), tmp_path / "local")
-    fused, _ = train(config, tmp_path / "fused")
-    plain, _ = train(with_compute(config, gradient_accumulation_fusion=False), tmp_path / "plain")
+        engine_config.model.method, engine_config.model.student = "ordinary", engine_config.model.teacher
+        engine_config.model.teacher = engine_config.model.student_hidden_size = None
+        engine_config.projection.init_method_std = 0.02
+    local, _ = train(with_compute(engine_config, transformer_impl=LOCAL), tmp_path / "local")
+    fused, _ = train(engine_config, tmp_path / "fused")
+    plain, _ = train(with_compute(engine_config, gradient_accumulation_fusion=False), tmp_path / "plain")
     assert_close(fused, local, rel=2e-2)
     assert_close(plain, local, rel=2e-2)
 
@@ -155,14 +157,14 @@ def test_gradients_that_products_add_to_main_grad_are_those_that_autograd_adds(c
     ],
     ids=["TP2+SP", "PP2x2-recompute"],
 )
-def test_every_layout_gives_what_one_process_gives(config, tmp_path, layout) -> None:
+def test_every_layout_gives_what_one_process_gives(engine_config, tmp_path, layout) -> None:
     sizes = _sizes(num_layers=4, is_tied=False) | {"intermediate_size": 96}  # halves are multiples of 16
     _write(tmp_path / "teacher", LlamaForCausalLM, LlamaConfig(**sizes), dtype=torch.float32)
-    config.model.teacher, config.training.global_batch_size = str(tmp_path / "teacher"), 8
-    local, _ = train(with_compute(config, transformer_impl=LOCAL), tmp_path / "local")
+    engine_config.model.teacher, engine_config.training.global_batch_size = str(tmp_path / "teacher"), 8
+    local, _ = train(with_compute(engine_config, transformer_impl=LOCAL), tmp_path / "local")
     for compute in ({}, {"fp8_format": "hybrid", "teacher_fp8": True}):
-        one, _ = train(with_compute(config, **compute), tmp_path / f"one{len(compute)}")
-        split = replace(with_compute(config, **compute), parallel=replace(config.parallel, **layout))
+        one, _ = train(with_compute(engine_config, **compute), tmp_path / f"one{len(compute)}")
+        split = replace(with_compute(engine_config, **compute), parallel=replace(engine_config.parallel, **layout))
         many, counts = train(split, tmp_path / f"many{len(compute)}", ranks=2)
         assert_close(many, one, rel=5e-2 if compute else 2e-2)
         assert_close(one, local, rel=0.2 if compute else 2e-2)
@@ -172,22 +174,22 @@ def test_every_layout_gives_what_one_process_gives(config, tmp_path, layout) -> 
         assert counts.get(f"quantised ({rows}, 48)", 0) == layers * bool(compute)
 
 
-def test_overlapped_sums_and_gathers_give_what_comes_without_them(config, tmp_path) -> None:
+def test_overlapped_sums_and_gathers_give_what_comes_without_them(engine_config, tmp_path) -> None:
     """A weight's gradient is complete when its hook is called, although the product has added it to `main_grad`."""
-    config.training.global_batch_size = 8
-    config.parallel.use_distributed_optimizer = True
-    plain, _ = train(config, tmp_path / "plain", ranks=2)
-    overlap = replace(config.parallel, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=2000)
-    overlapped, _ = train(replace(config, parallel=overlap), tmp_path / "overlapped", ranks=2)
+    engine_config.training.global_batch_size = 8
+    engine_config.parallel.use_distributed_optimizer = True
+    plain, _ = train(engine_config, tmp_path / "plain", ranks=2)
+    overlap = replace(engine_config.parallel, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=2000)
+    overlapped, _ = train(replace(engine_config, parallel=overlap), tmp_path / "overlapped", ranks=2)
     assert_close(overlapped, plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [None, "full", "mlp"])
-def test_a_student_is_quantised_once_a_step_and_its_teacher_once(config, tmp_path, recompute) -> None:
+def test_a_student_is_quantised_once_a_step_and_its_teacher_once(engine_config, tmp_path, recompute) -> None:
     if recompute:
-        config.parallel.recompute_granularity = "full" if recompute == "full" else "selective"
-        config.parallel.recompute_modules = ["mlp"] if recompute == "mlp" else ["core_attn"]
-    fp8 = with_compute(config, fp8_format="hybrid")
+        engine_config.parallel.recompute_granularity = "full" if recompute == "full" else "selective"
+        engine_config.parallel.recompute_modules = ["mlp"] if recompute == "mlp" else ["core_attn"]
+    fp8 = with_compute(engine_config, fp8_format="hybrid")
     only_student, counts = train(fp8, tmp_path / "student")
     of_student, of_teacher = "(128, 32)", "(128, 48)"  # the shapes of linear_qkv in the two models' two layers
     times = 4 + 3  # steps and validations: at 0, 2 and 4
@@ -197,26 +199,28 @@ def test_a_student_is_quantised_once_a_step_and_its_teacher_once(config, tmp_pat
     both, counts = train(with_compute(fp8, teacher_fp8=True), tmp_path / "both")
     assert counts[f"quantised {of_student}"] == 2 * times and counts[f"quantised {of_teacher}"] == 2
     assert f"bf16 product {of_teacher}" not in counts
-    bf16, _ = train(config, tmp_path / "bf16")
+    bf16, _ = train(engine_config, tmp_path / "bf16")
     assert_close(only_student, bf16, rel=0.2)
     assert_close(both, bf16, rel=0.2)
     assert measured(only_student) != measured(bf16) != measured(both)
 
 
-def test_layers_at_the_ends_stay_in_bf16(config) -> None:
-    _, counts = train(with_compute(config, fp8_format="e4m3", first_last_layers_bf16=True, num_layers_at_end_in_bf16=0))
+def test_layers_at_the_ends_stay_in_bf16(engine_config) -> None:
+    _, counts = train(
+        with_compute(engine_config, fp8_format="e4m3", first_last_layers_bf16=True, num_layers_at_end_in_bf16=0)
+    )
     assert counts["bf16 product (128, 32)"] == counts["fp8 product (128, 32)"]
 
 
-def test_the_teachers_attention_output_is_computed_in_the_teachers_precision(config) -> None:
-    config.loss.clone_attention_output = "teacher"
-    _, counts = train(with_compute(config, fp8_format="e4m3"))
+def test_the_teachers_attention_output_is_computed_in_the_teachers_precision(engine_config) -> None:
+    engine_config.loss.clone_attention_output = "teacher"
+    _, counts = train(with_compute(engine_config, fp8_format="e4m3"))
     assert "fp8 product (48, 64)" not in counts and counts["bf16 product (48, 64)"] > counts["bf16 product (128, 48)"]
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
-def test_a_run_in_fp8_goes_on_from_its_checkpoint_bit_for_bit(config, tmp_path, recipe) -> None:
-    config = with_compute(config, fp8_format="e4m3", fp8_recipe=recipe)
+def test_a_run_in_fp8_goes_on_from_its_checkpoint_bit_for_bit(engine_config, tmp_path, recipe) -> None:
+    config = with_compute(engine_config, fp8_format="e4m3", fp8_recipe=recipe)
     if recipe == "delayed":
         config = with_compute(config, fp8_amax_history_len=3, fp8_amax_compute_algo="max")
     whole, _ = train(config, tmp_path / "whole")
@@ -228,8 +232,8 @@ def test_a_run_in_fp8_goes_on_from_its_checkpoint_bit_for_bit(config, tmp_path, 
     assert measured(parts) == measured(whole)
 
 
-def test_a_validation_leaves_the_scales_of_delayed_scaling_as_they_were(config, tmp_path) -> None:
-    config = with_compute(config, fp8_format="e4m3", fp8_recipe="delayed", fp8_amax_history_len=4)
+def test_a_validation_leaves_the_scales_of_delayed_scaling_as_they_were(engine_config, tmp_path) -> None:
+    config = with_compute(engine_config, fp8_format="e4m3", fp8_recipe="delayed", fp8_amax_history_len=4)
     config.compute.fp8_amax_compute_algo = "max"
     validated, _ = train(config, tmp_path / "validated")
     config.logging.eval_iters = 0
@@ -237,14 +241,14 @@ def test_a_validation_leaves_the_scales_of_delayed_scaling_as_they_were(config, 
     assert measured([record for record in validated if "grad_norm" in record]) == measured(alone)
 
 
-def test_a_run_goes_from_one_layer_spec_to_the_other_and_back(config, tmp_path) -> None:
+def test_a_run_goes_from_one_layer_spec_to_the_other_and_back(engine_config, tmp_path) -> None:
     """Checkpoints have the same keys: the loss goes on as it would have."""
-    whole, _ = train(with_compute(config, transformer_impl=LOCAL), tmp_path / "whole")
-    run = replace(config.checkpoint, save=str(tmp_path / "run"))
+    whole, _ = train(with_compute(engine_config, transformer_impl=LOCAL), tmp_path / "whole")
+    run = replace(engine_config.checkpoint, save=str(tmp_path / "run"))
     parts: list[dict] = []
     for steps, impl in ((1, LOCAL), (3, ENGINE), (4, LOCAL)):
-        part = with_compute(config, transformer_impl=impl)
-        training = replace(config.training, train_iters=steps)
+        part = with_compute(engine_config, transformer_impl=impl)
+        training = replace(engine_config.training, train_iters=steps)
         parts, _ = train(replace(part, training=training, checkpoint=replace(run, load="auto")))
     last = [records[-2] for records in (parts, whole)]  # a validation follows
     assert_close(last[:1], last[1:], rel=2e-2)
