@@ -12,6 +12,7 @@ from megatron_lrc.checkpoints.run_directory import RunState, checkpoint_path, pa
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.methods import method_of
 
 
 def write_run(run: Path, teacher: TeacherDescription, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Path:
@@ -27,5 +28,5 @@ def write_run(run: Path, teacher: TeacherDescription, projections: dict[str, Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(tensors, storage_writer=FileSystemWriter(partial), no_dist=True)
-    publish(partial, path, state, config, config.student_shape(teacher.shape), {})
+    publish(partial, path, state, config, method_of(config).student_shape(teacher.shape), {})
     return path

@@ -158,11 +158,11 @@ def build(teacher: str, impl: str, **settings: Any) -> Any:
     """The one stage of a small paired, or single, model."""
     import torch.distributed as dist
 
+    from built_stages import build_stages
     from megatron_lrc.config import Config
     from megatron_lrc.hf.families import describe_teacher
     from megatron_lrc.hf.teacher import TeacherReader
     from megatron_lrc.mcore import distributed
-    from megatron_lrc.train.build import build_single_model, build_stages
 
     config = Config()
     config.model.teacher, config.model.student_hidden_size = teacher, 32
@@ -180,7 +180,7 @@ def build(teacher: str, impl: str, **settings: Any) -> Any:
     description = describe_teacher(teacher)
     if is_single:
         config.model.method, config.model.student = "ordinary", teacher
-        return build_single_model(config, description, TeacherReader(description), build.groups, dtype)[0]
+        return build_stages(config, description, TeacherReader(description), build.groups, dtype, is_new=True)[0]
     return build_stages(config, description, TeacherReader(description), build.groups, dtype)[0]
 
 
@@ -188,12 +188,13 @@ def train(settings: dict[str, Any]) -> dict[str, int]:
     """A training run by the real loop; how often each thing was done."""
     from megatron_lrc.config import Config, validate
     from megatron_lrc.mcore.distributed import world_size
+    from megatron_lrc.methods import method_of
     from megatron_lrc.train import loop
 
     stand_in()
     loop.check_machine = lambda config: None
     config = Config.from_dict(settings)
-    validate(config, world_size=world_size())
+    validate(method_of(config), world_size=world_size())
     loop.train(config.resolved(world_size()))
     return dict(COUNTS)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from built_stages import build_stages
 from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.initialization import initialize_random
 from megatron_lrc.clone.projections import Projections
@@ -19,8 +20,8 @@ from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.stages import Trained
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import step
-from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from reference import Reference, document_numbers, positions_in_documents
 
@@ -140,7 +141,7 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
             gain.data.copy_(some_gain(name, sizes.student))
     optimizer = StageOptimizer(config, stages, groups)
     num_micro_batches = config.num_microbatches(distributed.world_size())
-    run = step.Run(config, groups, stages, optimizer, num_micro_batches)
+    run = step.Run(method_of(config), groups, stages, optimizer, num_micro_batches)
 
     optimizer.zero_grad()
     run.compose()
@@ -197,7 +198,7 @@ def compare_with_the_reference(
 ) -> tuple[str, ...]:
     """One step on this layout, held against the reference. Names of the projections that were compared."""
     config = gradient_config(teacher, layout, untie=not tied, variant=variant, sizes=sizes)
-    validate(config, world_size=layout.world)
+    validate(method_of(config), world_size=layout.world)
     ranks = run_ranks(layout.world, clone_gradients, config, sizes)
     names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
     losses, projections, norms = reference_gradients(teacher, names, variant, sizes)

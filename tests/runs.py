@@ -8,6 +8,7 @@ import torch
 
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, validate
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from megatron_lrc.train.metrics import MEASURED
 from ranks import run_ranks
@@ -67,7 +68,7 @@ def for_steps(config: Config, steps: int) -> Config:
 
 def train(config: Config, ranks: int = 1) -> None:
     """The whole run, on so many ranks."""
-    validate(config, world_size=ranks)
+    validate(method_of(config), world_size=ranks)
     run_ranks(ranks, loop.train, config.resolved(ranks))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_lrc.estimate.disk import disk_need
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from memory_cases import Case, memory_config
 from ranks import run_ranks
@@ -23,6 +24,6 @@ def test_a_checkpoint_takes_the_space_that_is_estimated(tmp_path, layout):
     (checkpoint,) = Path(config.checkpoint.save).glob("iter_*")
     written = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     shape = describe_teacher(config.model.teacher or "").shape
-    need = disk_need(config, shape, config.student_shape(shape))
+    need = disk_need(config, shape, method_of(config).student_shape(shape))
     assert need.count == 1
     assert need.one == pytest.approx(written, rel=0.03)

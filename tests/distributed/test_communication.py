@@ -19,6 +19,7 @@ from megatron_lrc.estimate.communication import traffic
 from megatron_lrc.estimate.stage import stages_of
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from ranks import run_ranks
@@ -96,7 +97,7 @@ def measure(config: Config) -> dict[str, float]:
 def predict(config: Config, rank: int, world_size: int) -> dict[str, float]:
     assert config.model.teacher
     teacher = describe_teacher(config.model.teacher).shape
-    stages = list(stages_of(config, teacher, config.student_shape(teacher)))
+    stages = list(stages_of(config, teacher, method_of(config).student_shape(teacher)))
     place = rank * len(stages) // world_size  # pipeline ranks are the outermost
     sent = traffic(stages[place], world_size=world_size)
     return {"TP": sent.over_tp, "CP": sent.context, "PP": sent.pipeline, "DP": sent.data, "ends": sent.ends}

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from built_stages import build_stages
 from hf_teachers import WRITERS
 from megatron_lrc.config import Config
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader
@@ -19,7 +20,6 @@ from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import padded_vocab_size, transformer_config
-from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from runs import assert_same_parameters, continued, make_config, on_layout, train
 from tools_path import convert_from_hf, convert_to_hf

@@ -14,6 +14,7 @@ from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint
 from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.index_cache import build_index_cache
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from ranks import run_ranks
 from runs import make_config, records
@@ -40,7 +41,7 @@ def train_and_listen(config: Config) -> tuple[list[Samples], str]:
 
 def run(config: Config, ranks: int = 1) -> tuple[Samples, list[str]]:
     """The samples that a run reads, in the order of the data, and its warnings about that data."""
-    validate(config, world_size=ranks)
+    validate(method_of(config), world_size=ranks)
     seen, printed = zip(*run_ranks(ranks, train_and_listen, config.resolved(ranks)), strict=True)
     samples = [sample for at_once in zip(*seen, strict=True) for samples in at_once for sample in samples]
     lines = "".join(printed).splitlines()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from built_stages import build_stages
 from gradient_cases import (
     VOCAB,
     Layout,
@@ -31,7 +32,6 @@ from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.methods.lrc.calibration import forward_teacher
-from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from reference import in_fp64, positions_in_documents
 from runs import make_config, on_layout, records, train

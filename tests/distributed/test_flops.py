@@ -18,6 +18,7 @@ from megatron_lrc.estimate.flops import StepFlops, step_flops
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
 from ranks import run_ranks
@@ -38,7 +39,7 @@ class Counted:
 def count_step(config: Config) -> Counted:
     """On a rank: one step, part by part."""
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
-    if config.open_step is not None:
+    if method_of(config).change_step is not None:
         trainer._open()
     run = trainer.run
 
@@ -77,7 +78,7 @@ def clone_sums(config: Config, teacher: ModelShape, student: ModelShape) -> floa
     heads, groups = teacher.num_attention_heads * teacher.head_dim, teacher.num_query_groups * teacher.head_dim
     at_o = teacher if config.loss.clone_attention_output == "teacher" else student
     for layer in range(teacher.num_layers):
-        terms = config.clone_terms_of(layer)
+        terms = method_of(config).terms_of(layer)
         features += (heads + 2 * groups) if terms & {"q", "k", "v"} else 0  # q, k, v at once, and gate with up
         features += 2 * teacher.ffn_hidden_size if terms & {"gate", "up"} else 0
         features += (at_o.hidden_size if "o" in terms else 0) + (student.hidden_size if "down" in terms else 0)
@@ -157,8 +158,9 @@ def test_flops_of_a_step_are_those_that_torch_counts(tiny_llama, tiny_text, tmp_
     total = Counted(*(sum(getattr(one, name) for one in counted) for name in Counted.__dataclass_fields__))
 
     teacher = describe_teacher(config.model.teacher).shape
-    student = config.student_shape(teacher)
-    estimate = step_flops(config, teacher, student, replicas=replicas, is_open=config.open_step is not None)
+    student = method_of(config).student_shape(teacher)
+    has_changed = method_of(config).change_step is not None
+    estimate = step_flops(config, teacher, student, replicas=replicas, has_changed=has_changed)
     saving = causal_saving(config, teacher)  # the student has the same heads
     head = teacher_head(config, teacher)
     assert estimate.projections == total.compose + total.pull_back
@@ -181,12 +183,12 @@ def teacher_head(config: Config, teacher: ModelShape) -> float:
 def test_the_whole_is_its_parts(tiny_llama, tiny_text, tmp_path):
     config = set_up(tiny_llama(), tiny_text, tmp_path, nothing_special)
     teacher = describe_teacher(config.model.teacher).shape
-    one = step_flops(config, teacher, config.student_shape(teacher))
+    one = step_flops(config, teacher, method_of(config).student_shape(teacher))
     assert one.total == one.teacher_forward + one.student_forward + one.student_backward + one.projections
-    by_time = flops_by_part(config, teacher, config.student_shape(teacher))
+    by_time = flops_by_part(config, teacher, method_of(config).student_shape(teacher))
     assert sum(by_time.values()) == one.total and min(by_time.values()) >= 0
     twice = replace(config, training=replace(config.training, global_batch_size=16))
-    larger = step_flops(twice, teacher, config.student_shape(teacher))
+    larger = step_flops(twice, teacher, method_of(config).student_shape(teacher))
     assert larger == StepFlops(
         2 * one.teacher_forward, 2 * one.student_forward, 2 * one.student_backward, one.projections
     )

@@ -9,6 +9,8 @@ from torch import nn
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import PipelineStage
+from megatron_lrc.methods.lrc.method import LowRankClone
+from megatron_lrc.methods.method import Materials
 from megatron_lrc.train import loop
 from ranks import run_ranks
 from runs import make_config, on_layout
@@ -32,10 +34,10 @@ class Noting(nn.Module):
 def train_and_note(config: Config) -> dict[str, list[list[bool]]]:
     """Model -> for each of this rank's layers, whether each of its passes was told to be a first micro-batch's."""
     notes: dict[str, list[Noting]] = {name: [] for name in MODELS}
-    build_stages = loop.build_stages_of_method
+    build_stages = LowRankClone.build_stages
 
-    def with_notes(*args, **kwargs) -> list[PipelineStage]:
-        stages = build_stages(*args, **kwargs)
+    def with_notes(method: LowRankClone, materials: Materials) -> list[PipelineStage]:
+        stages = build_stages(method, materials)
         for stage in stages:
             for name, model in stage.models.items():
                 # As where FP8 is on; megatron-core without Transformer Engine does nothing more about it.
@@ -47,7 +49,7 @@ def train_and_note(config: Config) -> dict[str, list[list[bool]]]:
                     layer.register_forward_pre_hook(notes[name][-1].note, with_kwargs=True)
         return list(stages)
 
-    loop.build_stages_of_method = with_notes
+    LowRankClone.build_stages = with_notes
     loop.train(config)
     return {name: [noting.seen for noting in of_model] for name, of_model in notes.items()}
 

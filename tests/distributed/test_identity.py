@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from built_stages import build_stages
 from hf_teachers import write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint
 from megatron_lrc.config import Config
@@ -16,7 +17,6 @@ from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import load_checkpoint
 from megatron_lrc.mcore.optimizer import StageOptimizer
-from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from runs import make_config, on_layout, records, train
 from tools_path import convert_to_hf

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from built_stages import build_stages
 from hf_teachers import WRITERS
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.methods.lrc.calibration import forward_teacher
-from megatron_lrc.train.build import build_stages
 from ranks import run_ranks
 from reference import in_fp64
 from runs import make_config, on_layout

@@ -17,6 +17,7 @@ from megatron_lrc.estimate.peak_memory import CPU_ALLOCATOR, MemoryParts, peak_m
 from megatron_lrc.estimate.stage import stages_of
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
+from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
 from memory_cases import Case, memory_config
@@ -69,7 +70,7 @@ def measured_and_estimated(case: Case, folder: Path, *, gives_back: bool = False
     # Where a processor has no products in bf16 the steps take a minute.
     measured = run_ranks(case.ranks, measure_peak, config, gives_back, timeout=240.0)
     shape = describe_teacher(config.model.teacher or "").shape
-    stages = peak_memory(config, shape, config.student_shape(shape), world_size=case.ranks, runtime=empty)
+    stages = peak_memory(config, shape, method_of(config).student_shape(shape), world_size=case.ranks, runtime=empty)
     return [(peak, stages[rank * case.pp // case.ranks]) for rank, peak in enumerate(measured)]
 
 
@@ -128,7 +129,7 @@ def test_a_stage_holds_as_many_elements_as_are_counted(tiny_llama, tiny_text, tm
     config.checkpoint.save = None
     config = on_layout(config, **layout).resolved(ranks)
     shape = describe_teacher(config.model.teacher).shape
-    stages = list(stages_of(config, shape, config.student_shape(shape)))
+    stages = list(stages_of(config, shape, method_of(config).student_shape(shape)))
     for rank, counted in enumerate(run_ranks(ranks, count_elements, config)):
         stage = stages[rank if len(stages) > 1 else 0]
         assert counted == {

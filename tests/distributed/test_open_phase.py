@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import MATRICES, Config, ConfigError, validate
 from megatron_lrc.mcore import distributed
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from method_runs import OPENED, opened_config
@@ -100,7 +101,7 @@ def test_a_stop_before_at_or_after_the_opening_changes_nothing(
     train(config, ranks)
     stopped = saved_in(config, tmp_path / "stopped")
     train(replace(stopped, training=replace(config.training, train_iters=stop)), ranks)
-    assert (open_checkpoint(str(tmp_path / "stopped")).opened_at is None) == (stop <= OPENED)
+    assert (open_checkpoint(str(tmp_path / "stopped")).changed_at is None) == (stop <= OPENED)
     train(continued(stopped, steps=4), ranks)
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
     assert_same_opened_student(tmp_path / "stopped", tmp_path / "whole")
@@ -236,7 +237,7 @@ def test_tinybert_refuses_what_it_cannot_compare(tied_qwen, tiny_text, tmp_path)
     config = config_of("tinybert", tied_qwen, tiny_text, tmp_path / "run")
     config.parallel.recompute_granularity = "full"
     with pytest.raises(ConfigError, match="--recompute-granularity cannot go with --method tinybert"):
-        validate(config)
+        validate(method_of(config))
     config.parallel.recompute_granularity, config.projection.init = None, "pca"
     with pytest.raises(ConfigError, match="--init cannot go with --method tinybert, which has no projections"):
-        validate(config)
+        validate(method_of(config))

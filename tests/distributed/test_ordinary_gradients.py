@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import megatron_lrc
+from built_stages import build_stages
 from gradient_cases import SIZES, Layout, global_batch, gradient_config, own_micro_batches, weight_parts
 from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.clone.sites import EMBED, LM_HEAD
@@ -18,8 +19,8 @@ from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import step
-from megatron_lrc.train.build import build_single_model
 from method_runs import ordinary
 from ranks import run_ranks
 from reference import causal_mask, in_fp64
@@ -38,7 +39,7 @@ def gradients_of_one_step(config: Config) -> tuple[Tensor, dict[str, tuple[int |
     assert Path(megatron_lrc.__file__).is_relative_to(Path(__file__).parents[2])
     groups = distributed.start(config)
     base = describe_teacher(config.model.student)
-    stages = build_single_model(config, base, TeacherReader(base), groups, torch.float64)
+    stages = build_stages(config, base, TeacherReader(base), groups, torch.float64, is_new=True)
     optimizer = StageOptimizer(config, stages, groups)
     num_micro_batches = config.num_microbatches(distributed.world_size())
     optimizer.zero_grad()
@@ -84,7 +85,7 @@ def model_named(tmp_path_factory):
 
 def assert_equal_to_the_reference(model: str, layout: Layout) -> None:
     config = ordinary(gradient_config("", layout, untie=None), model)
-    validate(config, world_size=layout.world)
+    validate(method_of(config), world_size=layout.world)
     ranks = run_ranks(layout.world, gradients_of_one_step, config)
     loss, gradients = expected(model)
     assert {name for _, found in ranks for name in found} == set(gradients)

@@ -15,6 +15,7 @@ from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.estimate.flops import head_flops, layer_flops
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from megatron_lrc.verify.weight_streams import open_student
 from method_runs import ordinary, ordinary_config
@@ -256,7 +257,7 @@ def test_flags_that_contradict_the_method_are_refused(tiny_llama, tiny_text, tmp
     config = ordinary_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1)
     change(config, **values)
     with pytest.raises(ConfigError) as caught:
-        validate(config)
+        validate(method_of(config))
     assert message in str(caught.value)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from built_stages import build_stages
 from gradient_cases import SIZES, Layout, global_batch, gradient_config, own_micro_batches, weight_parts
 from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.config import Config, validate
@@ -18,10 +19,10 @@ from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.stages import Shapes
+from megatron_lrc.methods import method_of
 from megatron_lrc.methods.sheared.hard_concrete import sample
 from megatron_lrc.methods.sheared.masks import Masks
 from megatron_lrc.train import step
-from megatron_lrc.train.build import build_sheared_model
 from method_runs import sheared
 from ranks import run_ranks
 from reference import causal_mask, in_fp64
@@ -54,9 +55,9 @@ def model_named(tmp_path_factory):
 
 def build(config: Config, base) -> step.Run:
     groups = distributed.start(config)
-    stages = build_sheared_model(config, base, TeacherReader(base), groups, torch.float64)
+    stages = build_stages(config, base, TeacherReader(base), groups, torch.float64, is_new=True)
     optimizer = StageOptimizer(config, stages, groups)
-    run = step.Run(config, groups, stages, optimizer, config.num_microbatches(distributed.world_size()))
+    run = step.Run(method_of(config), groups, stages, optimizer, config.num_microbatches(distributed.world_size()))
     return run
 
 
@@ -125,7 +126,7 @@ def expected(model: str, numbers: dict[str, Tensor], values: Tensor) -> tuple[Te
 def test_gradients_of_weights_and_masks_are_those_of_autograd(model_named, name, is_tied, groups, layout):
     model = model_named(name, is_tied)
     config = sheared(gradient_config(model, layout, untie=None), groups=groups)
-    validate(config, world_size=layout.world)
+    validate(method_of(config), world_size=layout.world)
     ranks = run_ranks(layout.world, gradients_of_one_step, config)
     numbers = ranks[0][3]
     close = lambda one, two, what: torch.testing.assert_close(  # noqa: E731
@@ -162,7 +163,7 @@ def masked_and_cut(config: Config) -> tuple[float, float, int]:
         losses = step.evaluate(run, batches, num_batches=1)
         return float(losses.lm / losses.tokens)
 
-    before, shape = loss(), config.student_shape(base.shape)
+    before, shape = loss(), method_of(config).student_shape(base.shape)
     for stage in run.stages:
         stage.prune(Shapes(shape, shape, stage.shapes.inverse_frequencies))
     run.optimizer = StageOptimizer(config, run.stages, run.groups)
@@ -175,4 +176,4 @@ def test_with_hard_masks_the_full_model_is_the_cut_one(model_named, name, is_tie
     losses = run_ranks(layout.world, masked_and_cut, config)
     for before, after, size in losses:
         assert after == pytest.approx(before, rel=1e-9) and size == 28
-    assert config.student_shape(describe_teacher(config.model.teacher).shape).num_attention_heads == 2
+    assert method_of(config).student_shape(describe_teacher(config.model.teacher).shape).num_attention_heads == 2

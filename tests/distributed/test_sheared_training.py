@@ -13,6 +13,7 @@ from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import ConfigError, validate
 from megatron_lrc.estimate.stage import parameter_count
+from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
 from megatron_lrc.train.dry_run import dry_run
 from method_runs import CUT, sheared_config
@@ -83,7 +84,7 @@ def test_a_stop_before_at_or_after_the_cut_changes_nothing(
     stopped = saved_in(config, tmp_path / "stopped", async_save=True)
     train(for_steps(stopped, stop), ranks)
     saved = open_checkpoint(str(tmp_path / "stopped"))
-    assert (saved.pruned_at, saved.shape.hidden_size) == ((None, 48) if stop <= CUT else (CUT, 28))
+    assert (saved.changed_at, saved.shape.hidden_size) == ((None, 48) if stop <= CUT else (CUT, 28))
     train(continued(stopped, steps=4), ranks)
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
     assert records(tmp_path / "stopped", "validation.jsonl")[-1] == records(tmp_path / "whole", "validation.jsonl")[-1]
@@ -158,7 +159,7 @@ def test_flags_that_contradict_the_method_are_refused(tied_qwen, tiny_text, tmp_
     config = sheared_config(tied_qwen, tiny_text, tmp_path / "run")
     change(config, **values)
     with pytest.raises(ConfigError) as caught:
-        validate(config)
+        validate(method_of(config))
     assert message in str(caught.value)
 
 

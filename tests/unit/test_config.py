@@ -15,11 +15,12 @@ from megatron_lrc.config import (
     validate,
     validate_against_teacher,
 )
+from megatron_lrc.methods import method_of
 
 
 def test_the_fixture_is_valid(valid_config):
-    validate(valid_config, world_size=1)
-    assert validate_against_teacher(valid_config, SMOLLM2) == []
+    validate(method_of(valid_config), world_size=1)
+    assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
 
 
 @pytest.mark.parametrize(
@@ -108,11 +109,11 @@ def test_validate_refuses_with_one_line(valid_config, values, world_size, expect
 def test_sums_during_backward_are_refused_where_a_tied_embedding_is_on_two_stages(valid_config):
     change(valid_config, method="ordinary", teacher=None, student_hidden_size=None, overlap_grad_reduce=True)
     change(valid_config, student="model", use_distributed_optimizer=True)
-    assert validate_against_teacher(valid_config, SMOLLM2) == []
+    assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
     change(valid_config, pipeline_model_parallel_size=2)
     (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     assert "--overlap-grad-reduce with --use-distributed-optimizer and several pipeline stages cannot" in error
-    assert validate_against_teacher(valid_config, replace(SMOLLM2, is_tied=False)) == []
+    assert validate_against_teacher(method_of(valid_config), replace(SMOLLM2, is_tied=False)) == []
 
 
 def test_validate_lists_every_error_at_once(valid_config):
@@ -125,12 +126,12 @@ def test_validate_lists_every_error_at_once(valid_config):
 
 def test_sequence_parallel_without_tensor_parallel_is_harmless(valid_config):
     change(valid_config, sequence_parallel=True)
-    validate(valid_config, world_size=1)
+    validate(method_of(valid_config), world_size=1)
 
 
 def test_writing_the_untrained_student_needs_no_data(valid_config):
     change(valid_config, train_iters=0, save="run", data_path=[])
-    validate(valid_config)
+    validate(method_of(valid_config))
 
 
 @pytest.mark.parametrize(
@@ -170,33 +171,33 @@ def test_validate_against_teacher_refuses(valid_config, values, expected):
 def test_the_suggested_last_stage_is_accepted(valid_config, pipeline_size):
     change(valid_config, pipeline_model_parallel_size=pipeline_size)
     if 30 % pipeline_size == 0:
-        validate_against_teacher(valid_config, SMOLLM2)
+        validate_against_teacher(method_of(valid_config), SMOLLM2)
         return
     (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     last = int(error.split("--decoder-last-pipeline-num-layers ")[1].split()[0])
     change(valid_config, decoder_last_pipeline_num_layers=last)
-    validate_against_teacher(valid_config, SMOLLM2)
+    validate_against_teacher(method_of(valid_config), SMOLLM2)
 
 
 def test_uneven_stages_are_accepted_when_the_rest_divides(valid_config):
     change(valid_config, pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=5)
     with pytest.raises(ConfigError):
-        validate_against_teacher(valid_config, SMOLLM2)  # 25 layers on 3 stages
+        validate_against_teacher(method_of(valid_config), SMOLLM2)  # 25 layers on 3 stages
     change(valid_config, decoder_last_pipeline_num_layers=7)
-    validate_against_teacher(valid_config, SMOLLM2)  # 18 layers on 2 stages
+    validate_against_teacher(method_of(valid_config), SMOLLM2)  # 18 layers on 2 stages
 
 
 def test_a_student_as_wide_as_its_teacher_warns_with_random_and_passes_with_pca(valid_config):
     change(valid_config, student_hidden_size=576)
-    (warning,) = validate_against_teacher(valid_config, SMOLLM2)
+    (warning,) = validate_against_teacher(method_of(valid_config), SMOLLM2)
     assert "--student-hidden-size 576 is not below the teacher's 576" in warning
     change(valid_config, init="pca")
-    assert validate_against_teacher(valid_config, SMOLLM2) == []
+    assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
 
 
 def test_a_sequence_beyond_the_teachers_positions_warns(valid_config):
     change(valid_config, seq_length=8193)
-    (warning,) = validate_against_teacher(valid_config, SMOLLM2)
+    (warning,) = validate_against_teacher(method_of(valid_config), SMOLLM2)
     assert "--seq-length 8193 is above the 8192 positions" in warning
 
 
@@ -222,7 +223,7 @@ def test_an_untied_teacher_cannot_have_a_tied_student(valid_config):
 def test_tying_of_the_student(valid_config, is_teacher_tied, init, untie, is_student_tied):
     teacher = replace(SMOLLM2, is_tied=is_teacher_tied)
     change(valid_config, init=init, untie_embeddings_and_output_weights=untie)
-    student = valid_config.student_shape(teacher)
+    student = method_of(valid_config).student_shape(teacher)
     assert (student.hidden_size, student.is_tied) == (384, is_student_tied)
     assert (student.num_layers, student.head_dim, student.ffn_hidden_size) == (30, 64, 1536)
 
@@ -293,11 +294,11 @@ def test_losses_that_cannot_be_meant_are_refused(valid_config, values, expected)
 
 def test_clone_terms_cover_the_layers_they_name(valid_config):
     change(valid_config, clone_terms=["q", "gate:0-2,7"])
-    assert [valid_config.clone_terms_of(layer) for layer in (2, 3, 7)] == [{"q", "gate"}, {"q"}, {"q", "gate"}]
+    assert [method_of(valid_config).terms_of(layer) for layer in (2, 3, 7)] == [{"q", "gate"}, {"q"}, {"q", "gate"}]
     (error,) = errors_of(validate_against_teacher, valid_config, replace(SMOLLM2, num_layers=7))
     assert "--clone-terms gate:0-2,7 names a layer" in error and "0-6" in error
     change(valid_config, alpha=0.0)
-    assert valid_config.clone_terms_of(0) == set()
+    assert method_of(valid_config).terms_of(0) == set()
 
 
 def test_the_released_codes_kl_is_the_sum_over_a_sequence(valid_config):
@@ -311,9 +312,9 @@ def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(valid
     assert "multiples of --pipeline-model-parallel-size 2" in error and "Use --global-batch-size 4" in error
     (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
     assert "30 layers cannot be divided alike over the 4 stages" in error
-    validate_against_teacher(valid_config, replace(SMOLLM2, num_layers=8))
+    validate_against_teacher(method_of(valid_config), replace(SMOLLM2, num_layers=8))
     change(valid_config, account_for_embedding_in_pipeline_split=True)
-    validate_against_teacher(valid_config, replace(SMOLLM2, num_layers=7))
+    validate_against_teacher(method_of(valid_config), replace(SMOLLM2, num_layers=7))
     change(valid_config, global_batch_size=4, decoder_first_pipeline_num_layers=2)
     (error,) = errors_of(validate, valid_config, world_size=2)
     assert "two ways to divide the layers" in error

@@ -10,6 +10,7 @@ from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError, load_yaml, save_yaml, validate
 from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
 from megatron_lrc.data.datasets import resolve_train_iters
+from megatron_lrc.methods import method_of
 from tiny_data import numbered
 
 SECOND = 40000  # token ids from here on are the second dataset's
@@ -124,11 +125,11 @@ def test_validation_of_flags_knows_epochs(tmp_path):
     teacher.mkdir()
     (teacher / "config.json").write_text("{}")
     good = data_config(teacher=str(teacher), student_hidden_size=8, train_iters=0, train_epochs=2, data_path=["text"])
-    validate(good)
+    validate(method_of(good))
 
     def errors(**training: int) -> str:
         with pytest.raises(ConfigError) as caught:
-            validate(replace(good, training=replace(good.training, **training)))
+            validate(method_of(replace(good, training=replace(good.training, **training))))
         return str(caught.value)
 
     assert errors(train_iters=5) == "--train-iters 5 and --train-epochs 2 are both given. Keep one, the other is 0."

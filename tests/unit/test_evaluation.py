@@ -123,7 +123,7 @@ def test_sums_of_corpora_add_up(tmp_path: Path) -> None:
     model, batches = write_llama(tmp_path / "model"), random_batches()
     whole, _ = measure(model, batches, teacher=model)
     parts = [measure(model, [batch], teacher=model)[1] for batch in batches]
-    assert figures_of(parts[0] + parts[1], has_teacher=True) == whole
+    assert figures_of(parts[0] + parts[1], with_teacher=True) == whole
 
 
 def test_padded_vocabulary_does_not_count(tmp_path: Path) -> None:

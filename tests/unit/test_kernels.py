@@ -13,6 +13,7 @@ from megatron_lrc.config import ConfigError, validate, validate_against_teacher
 from megatron_lrc.estimate.peak_memory import peak_memory
 from megatron_lrc.mcore import kernels
 from megatron_lrc.mcore.compat import set_step
+from megatron_lrc.methods import method_of
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said where there is no GPU")
 FP8 = {"fp8_format": "hybrid", "bf16": True}
@@ -70,8 +71,8 @@ def test_sizes_that_fp8_products_cannot_have_are_named(valid_config, values, wro
 def test_the_published_student_of_the_fixture_can_be_trained_in_fp8(valid_config):
     for recipe in ("tensorwise", "blockwise", "mxfp8", "delayed"):
         change(valid_config, **FP8, fp8_recipe=recipe)
-        validate(valid_config)
-        assert validate_against_teacher(valid_config, SMOLLM2) == []
+        validate(method_of(valid_config))
+        assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_a_dry_run_of_fp8_needs_no_gpu(tiny_llama, tiny_text, capsys):
 
 def test_fp8_copies_of_the_layers_are_part_of_the_memory(valid_config):
     change(valid_config, bf16=True, global_batch_size=1)
-    student = valid_config.student_shape(SMOLLM2)
+    student = method_of(valid_config).student_shape(SMOLLM2)
     (before,) = peak_memory(valid_config, SMOLLM2, student, world_size=1)
     change(valid_config, fp8_format="e4m3", teacher_fp8=True)
     (after,) = peak_memory(valid_config, SMOLLM2, student, world_size=1)

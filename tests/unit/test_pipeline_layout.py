@@ -9,6 +9,7 @@ from megatron_lrc.config import Config, ConfigError, parse_config
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.stage import stages_of
 from megatron_lrc.mcore.gpt_models import check_pipeline_layout, layers_per_stage
+from megatron_lrc.methods import method_of
 
 
 def check(layout: str | None, *, pp: int = 2, chunks: int | None = None) -> None:
@@ -61,5 +62,5 @@ def test_the_layers_of_every_stage_are_known_without_process_groups(flags, expec
     config = parse_config([*flags.split(), "--student-hidden-size", "8"])
     shape = replace(TEACHER_SHAPES["Llama-2-7b-chat"], num_layers=12)
     assert layers_per_stage(config, shape) == expected
-    stages = stages_of(config, shape, config.student_shape(shape))
+    stages = stages_of(config, shape, method_of(config).student_shape(shape))
     assert sorted(layer for stage in stages for chunk in stage.layers for layer in chunk) == list(range(12))

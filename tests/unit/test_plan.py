@@ -11,6 +11,7 @@ from megatron_lrc.estimate.peak_memory import peak_memory
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.search import Plan, candidates, find_plans
 from megatron_lrc.estimate.speed import step_time
+from megatron_lrc.methods import method_of
 from tools_path import load_tool
 
 plan_main = load_tool("plan").main
@@ -22,7 +23,7 @@ def published(*flags: str) -> Config:
 
 
 def plans_of(config: Config, gpus: int, gpu: str = "H100-80GB") -> list[Plan]:
-    student = config.student_shape(TEACHER)
+    student = method_of(config).student_shape(TEACHER)
     return find_plans(config, TEACHER, student, world_size=gpus, gpu=gpu_named(gpu), mfu=0.35)
 
 
@@ -33,8 +34,8 @@ def test_every_layout_found_is_one_that_a_run_accepts(tmp_path):
     assert len({plan.flags() for plan in plans}) == len(plans) > 100
     for plan in plans:
         config = published(*common, "--global-batch-size", "48", *plan.flags().split())
-        validate(config, world_size=24)
-        validate_against_teacher(config, TEACHER)
+        validate(method_of(config), world_size=24)
+        validate_against_teacher(method_of(config), TEACHER)
         assert config.parallel == plan.config.parallel and config.training == plan.config.training
 
 
@@ -63,17 +64,16 @@ def test_the_bubble_is_that_of_1f1b(stages):
         **{name: getattr(shape, name) for name in shape.__slots__} | {"vocab_size": 128, "num_layers": 28}
     )
     config = published("--pipeline-model-parallel-size", str(stages), "--global-batch-size", "16")
-    time = step_time(
-        config.resolved(stages), shape, config.student_shape(shape), world_size=stages, gpu=GPUS["H100-80GB"], mfu=0.35
-    )
+    student, gpu = method_of(config).student_shape(shape), GPUS["H100-80GB"]
+    time = step_time(config.resolved(stages), shape, student, world_size=stages, gpu=gpu, mfu=0.35)
     expected = (stages - 1) / (16 + stages - 1)
     assert time.bubble / (time.compute + time.bubble) == pytest.approx(expected, rel=0.06)  # composing has no bubble
 
 
 def test_a_pipeline_stage_holds_less_and_the_first_has_the_most_micro_batches():
     config = published("--pipeline-model-parallel-size", "4").resolved(8)
-    peaks = peak_memory(config, TEACHER, config.student_shape(TEACHER), world_size=8)
-    whole = peak_memory(published().resolved(8), TEACHER, config.student_shape(TEACHER), world_size=8)
+    peaks = peak_memory(config, TEACHER, method_of(config).student_shape(TEACHER), world_size=8)
+    whole = peak_memory(published().resolved(8), TEACHER, method_of(config).student_shape(TEACHER), world_size=8)
     assert len(peaks) == 4 and max(peak.total for peak in peaks) < whole[0].total
     activations = [peak.activations for peak in peaks]
     assert activations == sorted(activations, reverse=True)

@@ -11,6 +11,7 @@ import torch
 
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.estimate.flops import step_flops
+from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import check_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.process_memory import GIB, memory_bytes
@@ -65,8 +66,8 @@ def test_parts_of_the_throughput_add_up_and_are_those_of_the_step_per_device():
     config.training.global_batch_size, config.training.seq_length = 64, 2048
     student = Config()
     student.model.student_hidden_size = 1536
-    flops = step_flops(config, SHAPE, student.student_shape(SHAPE))
-    throughput = Throughput(config, SHAPE, student.student_shape(SHAPE), world_size=8, peak=989.4)
+    flops = step_flops(config, SHAPE, method_of(student).student_shape(SHAPE))
+    throughput = Throughput(config, SHAPE, method_of(student).student_shape(SHAPE), world_size=8, peak=989.4)
     record = throughput.record(2.0)
     assert record["tokens_per_second"] == 64 * 2048 / 2.0
     tflops, mfu = record["tflops"], record["mfu"]
