@@ -101,7 +101,7 @@ def test_the_fixture_is_valid(valid_config):
 )
 def test_validate_refuses_with_one_line(valid_config, values, world_size, expected):
     change(valid_config, **values)
-    errors = errors_of(validate, valid_config, world_size=world_size)
+    errors = errors_of(validate, method_of(valid_config), world_size=world_size)
     assert len(errors) == 1, errors
     assert expected in errors[0]
 
@@ -111,14 +111,14 @@ def test_sums_during_backward_are_refused_where_a_tied_embedding_is_on_two_stage
     change(valid_config, student="model", use_distributed_optimizer=True)
     assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
     change(valid_config, pipeline_model_parallel_size=2)
-    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
+    (error,) = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     assert "--overlap-grad-reduce with --use-distributed-optimizer and several pipeline stages cannot" in error
     assert validate_against_teacher(method_of(valid_config), replace(SMOLLM2, is_tied=False)) == []
 
 
 def test_validate_lists_every_error_at_once(valid_config):
     change(valid_config, teacher=None, student_hidden_size=-1, kl_temperature=-1.0, load="/no/such")
-    errors = errors_of(validate, valid_config)
+    errors = errors_of(validate, method_of(valid_config))
     flags = ("--teacher", "--student-hidden-size", "--kl-temperature", "--load")
     assert len(errors) == 4
     assert all(any(error.startswith(flag) for error in errors) for flag in flags)
@@ -162,7 +162,7 @@ def test_writing_the_untrained_student_needs_no_data(valid_config):
 )
 def test_validate_against_teacher_refuses(valid_config, values, expected):
     change(valid_config, **values)
-    errors = errors_of(validate_against_teacher, valid_config, SMOLLM2)
+    errors = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     assert len(errors) == 1, errors
     assert expected in errors[0]
 
@@ -173,7 +173,7 @@ def test_the_suggested_last_stage_is_accepted(valid_config, pipeline_size):
     if 30 % pipeline_size == 0:
         validate_against_teacher(method_of(valid_config), SMOLLM2)
         return
-    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
+    (error,) = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     last = int(error.split("--decoder-last-pipeline-num-layers ")[1].split()[0])
     change(valid_config, decoder_last_pipeline_num_layers=last)
     validate_against_teacher(method_of(valid_config), SMOLLM2)
@@ -204,7 +204,7 @@ def test_a_sequence_beyond_the_teachers_positions_warns(valid_config):
 def test_an_untied_teacher_cannot_have_a_tied_student(valid_config):
     untied = replace(SMOLLM2, is_tied=False)
     change(valid_config, untie_embeddings_and_output_weights=False)
-    (error,) = errors_of(validate_against_teacher, valid_config, untied)
+    (error,) = errors_of(validate_against_teacher, method_of(valid_config), untied)
     assert "cannot tie the student" in error
 
 
@@ -288,14 +288,14 @@ def test_small_helpers():
 )
 def test_losses_that_cannot_be_meant_are_refused(valid_config, values, expected):
     change(valid_config, **values)
-    (error,) = errors_of(validate, valid_config)
+    (error,) = errors_of(validate, method_of(valid_config))
     assert expected in error
 
 
 def test_clone_terms_cover_the_layers_they_name(valid_config):
     change(valid_config, clone_terms=["q", "gate:0-2,7"])
     assert [method_of(valid_config).terms_of(layer) for layer in (2, 3, 7)] == [{"q", "gate"}, {"q"}, {"q", "gate"}]
-    (error,) = errors_of(validate_against_teacher, valid_config, replace(SMOLLM2, num_layers=7))
+    (error,) = errors_of(validate_against_teacher, method_of(valid_config), replace(SMOLLM2, num_layers=7))
     assert "--clone-terms gate:0-2,7 names a layer" in error and "0-6" in error
     change(valid_config, alpha=0.0)
     assert method_of(valid_config).terms_of(0) == set()
@@ -308,13 +308,13 @@ def test_the_released_codes_kl_is_the_sum_over_a_sequence(valid_config):
 
 def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(valid_config):
     change(valid_config, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, global_batch_size=3)
-    (error,) = errors_of(validate, valid_config, world_size=2)
+    (error,) = errors_of(validate, method_of(valid_config), world_size=2)
     assert "multiples of --pipeline-model-parallel-size 2" in error and "Use --global-batch-size 4" in error
-    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
+    (error,) = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     assert "30 layers cannot be divided alike over the 4 stages" in error
     validate_against_teacher(method_of(valid_config), replace(SMOLLM2, num_layers=8))
     change(valid_config, account_for_embedding_in_pipeline_split=True)
     validate_against_teacher(method_of(valid_config), replace(SMOLLM2, num_layers=7))
     change(valid_config, global_batch_size=4, decoder_first_pipeline_num_layers=2)
-    (error,) = errors_of(validate, valid_config, world_size=2)
+    (error,) = errors_of(validate, method_of(valid_config), world_size=2)
     assert "two ways to divide the layers" in error

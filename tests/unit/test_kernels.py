@@ -44,7 +44,7 @@ TP_OVERLAP = {"tp_comm_overlap": True, "bf16": True, "tensor_model_parallel_size
 )
 def test_flags_that_cannot_go_together_are_refused_with_one_line(valid_config, values, expected):
     change(valid_config, **values)
-    (error,) = errors_of(validate, valid_config, world_size=valid_config.parallel.tensor_model_parallel_size)
+    (error,) = errors_of(validate, method_of(valid_config), world_size=valid_config.parallel.tensor_model_parallel_size)
     assert expected in error
 
 
@@ -64,7 +64,7 @@ def test_flags_that_cannot_go_together_are_refused_with_one_line(valid_config, v
 )
 def test_sizes_that_fp8_products_cannot_have_are_named(valid_config, values, wrong, multiple):
     change(valid_config, **FP8, **values)
-    (error,) = errors_of(validate_against_teacher, valid_config, SMOLLM2)
+    (error,) = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     assert wrong in error and ("multiples" not in error or f"needs multiples of {multiple};" in error)
 
 
