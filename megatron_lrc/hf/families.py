@@ -47,6 +47,11 @@ class Weight:
     is_zero: bool = False
 
     @property
+    def local_name(self) -> str:
+        """Its name within a layer or the model: "q", "q_bias", "input", "embed"."""
+        return self.key.rpartition(".")[2]
+
+    @property
     def is_norm_gain(self) -> bool:
         """Whether training gives the student a gain of its own here."""
         return self.site is None and not self.is_frozen and not self.is_zero

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
@@ -69,6 +70,15 @@ class Reader(ABC):
         is_split = name in FROZEN_BIASES
         tensor = self._part(name, layer, tp_rank, tp_size) if is_split else self._whole(name, layer)
         return self._finite(tensor, name, layer)
+
+    def tensor(self, name: str, layer: int | None, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """Any of the three, by its name within a layer or the model (`Weight.local_name`). Norm gains are not split."""
+        if name in SITES:
+            return self.site(SITES[name], layer, tp_rank=tp_rank, tp_size=tp_size)
+        if name in self.description.family.norms:
+            return self.norm(name, layer)
+        assert layer is not None, f"{name} belongs to a layer"
+        return self.frozen(name, layer, tp_rank=tp_rank, tp_size=tp_size)
 
     def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
         shape = self.description.shape
