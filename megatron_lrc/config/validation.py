@@ -371,7 +371,8 @@ def warn_about_sizes(config: Config, teacher: ModelShape) -> Iterator[str]:
             "the student will not be smaller."
         )
     if teacher.max_position_embeddings and seq_length > teacher.max_position_embeddings:
+        use = "trained for: its targets beyond them may be poor" if config.has_teacher else "made for"
         yield (
-            f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the teacher was "
-            + ("trained for: its targets beyond them may be poor." if config.has_teacher else "made for.")
+            f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the "
+            f"{config.base_role.noun} was {use}."
         )

@@ -57,7 +57,7 @@ class CheckpointReader(Reader):
         self.description = description
         self._heads = HeadLayout.of(description.shape)
         self._folder = description.directory / CHECKPOINT_FOLDER
-        self._record = _read_record(description.directory)
+        self._record = _read_record(description)
         self._check_files()
         try:
             index = read_index(self._folder)
@@ -83,7 +83,7 @@ class CheckpointReader(Reader):
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ConfigError(
-                f"--teacher {self.description.directory}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
+                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
                 "the tensors that config.json implies. Put back the config.json of the conversion, or convert again."
             )
 
@@ -129,10 +129,10 @@ class CheckpointReader(Reader):
                 fault = f"has {path.stat().st_size} bytes, {size} were written"
             else:
                 continue
-            raise ConfigError(f"--teacher {self.description.directory}: {path} {fault}. Copy or convert it again.")
+            raise ConfigError(f"{self.description.given}: {path} {fault}. Copy or convert it again.")
         if _digest_of_samples(self._folder, self._record.files) != self._record.samples_sha256:
             raise ConfigError(
-                f"--teacher {self.description.directory}: the files in {CHECKPOINT_FOLDER}/ are not what the "
+                f"{self.description.given}: the files in {CHECKPOINT_FOLDER}/ are not what the "
                 "conversion wrote. Copy them again, or convert the Hugging Face directory again."
             )
 
@@ -147,16 +147,16 @@ def is_converted(description: TeacherDescription) -> bool:
     return not any((description.directory / name).is_file() for name in WEIGHT_FILES)
 
 
-def _read_record(directory: Path) -> Record:
-    path = directory / RECORD_FILE
+def _read_record(description: TeacherDescription) -> Record:
+    path = description.directory / RECORD_FILE
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
         assert all(Path(name).name == name and isinstance(size, int) for name, size in record.files.items())
         assert INDEX_FILE in record.files
     except (OSError, ValueError, TypeError, AttributeError, AssertionError):
         raise ConfigError(
-            f"--teacher {directory} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py writes beside"
-            " it, is missing or damaged. Give a directory that this tool has written, or the Hugging Face directory."
+            f"{description.given} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py writes beside "
+            "it, is missing or damaged. Give a directory that this tool has written, or the Hugging Face directory."
         ) from None
     return record
 

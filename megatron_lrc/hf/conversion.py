@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_lrc.checkpoints.layout import SITES, Box, all_boxes, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
 from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.hf.output_folder import copy_files
@@ -59,7 +59,7 @@ def finish(directory: Path, reader: TeacherReader, dtypes: Mapping[str, torch.dt
 
 def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:
     """Read every tensor back and compare it with its source, bit for bit: (tensors, parameters), or a ConfigError."""
-    written = CheckpointReader(describe_teacher(directory))
+    written = CheckpointReader(describe_teacher(directory, role=CONVERTED))
     tensors = parameters = 0
     for weight in _stored_weights(reader.description):
         found = written.tensor(weight.local_name, weight.layer)

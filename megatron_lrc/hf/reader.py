@@ -94,7 +94,7 @@ class Reader(ABC):
         if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both
             place = self._place(name if layer is None else f"layers.{layer}.{name}")
             raise ConfigError(
-                f"--teacher {self.description.directory}: tensor {place} holds values that are not finite (NaN or "
-                "infinity). Download or copy the file again, or choose another teacher."
+                f"{self.description.given}: tensor {place} holds values that are not finite (NaN or "
+                f"infinity). Download or copy the file again, or choose another {self.description.role.noun}."
             )
         return tensor

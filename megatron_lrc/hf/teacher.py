@@ -70,7 +70,7 @@ class TeacherReader(Reader):
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ConfigError(
-                f"--teacher {self.description.directory}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
+                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
                 f"the tensors that config.json implies for {family.architecture}. Give a directory whose config.json "
                 "and weights belong together."
             )
@@ -157,7 +157,7 @@ class TeacherReader(Reader):
         starts = range(0, self.description.shape.vocab_size, rows)
         if not is_alike or not all(torch.equal(head[i : i + rows], embedding[i : i + rows]) for i in starts):
             raise ConfigError(
-                f"--teacher {self.description.directory}: config.json has tie_word_embeddings: true, but {name} in "
+                f"{self.description.given}: config.json has tie_word_embeddings: true, but {name} in "
                 f"{self._file_of[name]} differs from the embedding. One of them is wrong. Set tie_word_embeddings to "
                 "false to keep this LM head, or delete the tensor."
             )

@@ -34,7 +34,7 @@ from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.process_memory import largest_memory_gib
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.saving import Saving
-from megatron_lrc.train.start_checks import CONFIG_FILE, Checked, check, describe_tying, naming_the_student
+from megatron_lrc.train.start_checks import CONFIG_FILE, Checked, check, describe_tying
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
@@ -77,18 +77,17 @@ class Trainer:
         self.train_data, self.valid_data = build_datasets(
             config, step=self.state.step, consumed_samples=self.state.consumed_samples
         )
-        with naming_the_student(config):
-            stages = build_stages_of_method(
-                config,
-                checked.teacher,
-                checked.reader,
-                groups,
-                parameter_dtype(config),
-                lambda: self._batches(self.train_data, 0),
-                is_new=not checked.resume_from and not checked.weights_from,
-                is_open=self.state.opened_at is not None,
-                is_pruned=self.state.pruned_at is not None,
-            )
+        stages = build_stages_of_method(
+            config,
+            checked.teacher,
+            checked.reader,
+            groups,
+            parameter_dtype(config),
+            lambda: self._batches(self.train_data, 0),
+            is_new=not checked.resume_from and not checked.weights_from,
+            is_open=self.state.opened_at is not None,
+            is_pruned=self.state.pruned_at is not None,
+        )
         optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)

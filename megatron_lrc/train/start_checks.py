@@ -1,8 +1,7 @@
 """What can be refused before a process group or a model exists: the teacher, the data, the run directories."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -50,10 +49,9 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
     damaged: checkpoints whose contents have been looked at, and what is wrong with them; they are passed over.
     """
     check_boards(config)
-    with naming_the_student(config):
-        teacher, reader = _open_base(config)
-        warnings = validate_against_teacher(config, teacher.shape)
-        check_pipeline_layout(config, teacher.shape)
+    teacher, reader = _open_base(config)
+    warnings = validate_against_teacher(config, teacher.shape)
+    check_pipeline_layout(config, teacher.shape)
     check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         _check_writable(Path(config.checkpoint.save))
@@ -78,7 +76,7 @@ def _open_base(config: Config) -> tuple[TeacherDescription, Reader]:
     """The model that --student or --teacher names, and its weights; those to begin with where only its shape counts."""
     assert config.base_model is not None, "validate() has passed"
     is_new = config.model.method == "ordinary" and config.model.student is None
-    base = describe_teacher(config.base_model, needs_weights=not is_new)
+    base = describe_teacher(config.base_model, needs_weights=not is_new, role=config.base_role)
     if not is_new:
         return base, open_teacher(base)
     shape = config.student_shape(base.shape)
@@ -88,19 +86,6 @@ def _open_base(config: Config) -> tuple[TeacherDescription, Reader]:
 def _fingerprint(config: Config, reader: Reader) -> str:
     """Of what a checkpoint cannot do without: the teacher, or config.json alone, since the weights are in it."""
     return reader.fingerprint() if config.has_teacher else reader.description.config_fingerprint
-
-
-@contextlib.contextmanager
-def naming_the_student(config: Config) -> Iterator[None]:
-    """Have errors about a model speak of --student where that, and no teacher, is what was given."""
-    try:
-        yield
-    except ConfigError as error:
-        if config.model.student is None:
-            raise
-        place = "\0"  # the path may well have "teacher" in it
-        text = str(error).replace(config.model.student, place).replace("teacher", "model")
-        raise ConfigError(text.replace("--model", "--student").replace(place, config.model.student)) from error
 
 
 def _check_writable(run: Path) -> None:
