@@ -75,8 +75,9 @@ def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool)
     """(tensors, parameters) written into `directory` and found equal to the source's; verify: its logits too."""
     from megatron_lrc.hf import conversion
     from megatron_lrc.hf.checkpoint_reader import is_converted
-    from megatron_lrc.hf.families import CHECKPOINT_FOLDER, describe_teacher
+    from megatron_lrc.hf.families import describe_teacher
     from megatron_lrc.hf.teacher import TeacherReader
+    from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
     from megatron_lrc.mcore.streamed_save import Piece, save_pieces
     from megatron_lrc.verify.open_models import check_conversion
 

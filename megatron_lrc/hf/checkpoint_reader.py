@@ -24,9 +24,10 @@ from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_in
 from megatron_lrc.checkpoints.layout import SITES, Box, box_of, rows_box, stored_shapes
 from megatron_lrc.clone.sites import HeadLayout, Site, select
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription
+from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
+from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
 RECORD_FILE = "megatron_lrc.json"
 _SHOWN, _SAMPLE_BYTES, _NUM_SAMPLES = 4, 65536, 16

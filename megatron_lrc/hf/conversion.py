@@ -10,10 +10,11 @@ from megatron_lrc.checkpoints.layout import SITES, Box, all_boxes, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
-from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.hf.output_folder import copy_files
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
 #: Megatron-LM's pointer to the checkpoint in a directory.
 _TRACKER_FILE = "latest_checkpointed_iteration.txt"

@@ -5,15 +5,14 @@ only come again is marked as final in the error file, beside which the files of 
 (.../attempt_0/RANK/error.json): the processes of the next attempt find it and end at once in the same words.
 """
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from megatron_lrc.launch.parent import end_with_parent
+
 _FINAL_EXIT_CODE = "megatron_lrc_exit_code"
 
 
@@ -32,8 +31,7 @@ def stop_with_it() -> None:
     Nobody else would end it, and it would write to a run directory in which the run goes on elsewhere.
     """
     if is_used():
-        with contextlib.suppress(OSError, AttributeError):  # Linux only
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
 
 
 def report_failure(message: str, details: str, *, final_exit_code: int | None = None) -> None:

@@ -18,7 +18,7 @@ from megatron_lrc.checkpoints.run_directory import (
     step_of,
 )
 from megatron_lrc.config import Config, ConfigError, ModelShape, check_schedule, raise_all, validate_against_teacher
-from megatron_lrc.data.batches import check_data
+from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher

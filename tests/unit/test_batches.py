@@ -13,7 +13,8 @@ import torch
 import tiny_data
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data import datasets
-from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
+from megatron_lrc.data.batches import BatchIterator, build_datasets
+from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 
 VOCABULARY = 320

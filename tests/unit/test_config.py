@@ -207,7 +207,8 @@ def test_validate_against_teacher_refuses(config, values, expected):
 
 
 def test_errors_about_sizes_say_teacher_only_where_the_flag_is_teacher(config):
-    change(config, tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=4, seq_length=9000)
+    change(config, tensor_model_parallel_size=2, sequence_parallel=True)
+    change(config, pipeline_model_parallel_size=4, seq_length=9000)
     assert all(" the teacher's " in error for error in errors_of(validate_against_teacher, config, SMOLLM2))
     change(config, method="ordinary", student="DIR", teacher=None, student_hidden_size=None)
     errors = errors_of(validate_against_teacher, config, SMOLLM2)

@@ -8,7 +8,8 @@ import torch
 from test_batches import CPU, make_config, numbered
 
 from megatron_lrc.config import Config, ConfigError, load_yaml, save_yaml, validate
-from megatron_lrc.data.batches import BatchIterator, build_datasets, check_data
+from megatron_lrc.data.batches import BatchIterator, build_datasets
+from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 
 SECOND = 40000  # token ids from here on are the second dataset's
