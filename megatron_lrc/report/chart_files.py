@@ -17,7 +17,7 @@ _STYLE = """text { font: 11.5px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sa
 .grid { stroke: #eceef1; } .base, .tick { stroke: #b9bfc8; } .mark { stroke: #b9bfc8; stroke-dasharray: 2 3; }
 .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; } .area { opacity: .8; } .band { opacity: .18; }
 @media (prefers-color-scheme: dark) { text { fill: #98a1ae; } .paper { fill: #1b1f26; } .ink { fill: #e4e7ec; }
-  .grid { stroke: #262b33; } .base, .tick, .mark { stroke: #59616d; } }
+  .grid { stroke: #2f3640; } .base, .tick, .mark { stroke: #59616d; } }
 """
 
 
@@ -35,10 +35,10 @@ def draw_file(charts: Sequence[Chart], *, title: str, note: str = "") -> str:
     for start in range(0, len(panels), COLUMNS):
         row = panels[start : start + COLUMNS]
         above = max(height for height, _, _ in row)
-        for column, (height, legend, inner) in enumerate(row):
+        for column, (_, legend, inner) in enumerate(row):
             left = GAP + column * (WIDTH + GAP)
-            place = f'transform="translate({left} {top + above - height})"'
-            parts.append(f'<g {place}>{legend}</g><g transform="translate({left} {top + above})">{inner}</g>')
+            parts.append(f'<g transform="translate({left} {top})">{legend}</g>')
+            parts.append(f'<g transform="translate({left} {top + above})">{inner}</g>')
         top += above + HEIGHT + GAP
     width = GAP + min(COLUMNS, max(len(panels), 1)) * (WIDTH + GAP)
     rules = "".join(f".s{place} {{ stroke: {c}; }} .f{place} {{ fill: {c}; }}\n" for place, c in enumerate(COLORS))
