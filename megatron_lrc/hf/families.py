@@ -77,7 +77,12 @@ class TeacherDescription:
     @property
     def config_fingerprint(self) -> str:
         """sha256 of what config.json says: of a model whose weights are not looked at."""
-        return hashlib.sha256(json.dumps(dict(self.config_values), sort_keys=True).encode()).hexdigest()
+        return config_digest(self.config_values)
+
+
+def config_digest(config_values: Mapping[str, Any]) -> str:
+    """sha256 of a config.json's values."""
+    return hashlib.sha256(json.dumps(dict(config_values), sort_keys=True).encode()).hexdigest()
 
 
 def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:

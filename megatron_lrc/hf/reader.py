@@ -15,6 +15,8 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.families import TeacherDescription
 
+_SHOWN = 4  # problems in one message
+
 
 class Reader(ABC):
     """The open files of one teacher. Tensors come in the stored dtype and in Hugging Face's order of rows.
@@ -89,6 +91,15 @@ class Reader(ABC):
         own = self._finite(self._rows(source, start, min(rows, shape.vocab_size - start)), source.name, None)
         padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
         return torch.cat([own, padding]) if len(padding) else own
+
+    def _refuse(self, problems: list[str], whose: str = "", *, remedy: str) -> None:
+        """ConfigError if there are any; it names the first few. whose: goes on about the tensors that are expected."""
+        if problems:
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ConfigError(
+                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly the tensors that "
+                f"config.json implies{whose}. {remedy}"
+            )
 
     def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
         if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both

@@ -25,7 +25,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def stop_with_it() -> None:
+def end_with_torchrun() -> None:
     """Have this process get SIGTERM, so that it saves and ends, when torchrun dies before it.
 
     Nobody else would end it, and it would write to a run directory in which the run goes on elsewhere.

@@ -27,7 +27,7 @@ from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.sheared.sheared_model import ShearedModel
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.effective_rank import measure_effective_rank
-from megatron_lrc.train.garbage import collect_what_was_replaced, what_is_there_stays
+from megatron_lrc.train.garbage import collect_everything, collect_only_new_objects
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
@@ -114,7 +114,7 @@ class Trainer:
     def train(self) -> None:
         """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
-        with what_is_there_stays(is_on=self.config.checkpoint.async_save), self.stopping:
+        with collect_only_new_objects(is_on=self.config.checkpoint.async_save), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
@@ -231,7 +231,7 @@ class Trainer:
         self.run.optimizer = StageOptimizer(self._config_of_phase(), self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=with_moments)
         del before
-        collect_what_was_replaced()
+        collect_everything()
 
     def _count_trained(self) -> float:
         """Over all ranks, each parameter once. Collective."""
