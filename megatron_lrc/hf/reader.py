@@ -97,8 +97,8 @@ class Reader(ABC):
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ConfigError(
-                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly the tensors that "
-                f"config.json implies{whose}. {remedy}"
+                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly the tensors "
+                f"that config.json implies{whose}. {remedy}"
             )
 
     def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
