@@ -52,7 +52,6 @@ setup(
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
         "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py
-        "compare": ["matplotlib"],  # curves.png of tools/compare_methods.py
         "eval": ["lm_eval[hf]>=0.4.13"],  # --tasks of tools/evaluate.py
         "watch": ["wandb"],  # --wandb-project
         "resiliency": ["nvidia-resiliency-ext"],  # ft_launcher, instead of torchrun
@@ -67,7 +66,7 @@ setup(
             "accelerate",
         ],
         "check": ["ruff", "pyright[nodejs]"],
-        "demo": ["gguf", "accelerate", "matplotlib"],
+        "demo": ["gguf", "accelerate"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -86,7 +86,7 @@ def run_command(command: str, flags: Sequence[str]) -> None:
 
         dry_run(config, wanted, world_size)
     else:
-        torchrun.stop_with_it()
+        torchrun.end_with_torchrun()
         loop.train(config)
 
 
@@ -108,20 +108,20 @@ def report_final_failure(message: str, exit_code: int) -> None:
 
 def is_of_another_rank(error: Exception) -> bool:
     """Tell the other ranks of this one's failure. If theirs came first, say so in one line."""
-    verdict = peers.explain(f"{type(error).__name__}: {error}", is_waiting=came_from_others(error))
+    verdict = peers.explain(f"{type(error).__name__}: {error}", is_waiting=is_communication_failure(error))
     if verdict is None or peers.is_of_this_rank(verdict):
         return False
     peers.end_with(verdict)
     return bool(verdict.ranks)  # otherwise nobody knows, and the traceback may help
 
 
-def came_from_others(error: BaseException) -> bool:
+def is_communication_failure(error: BaseException) -> bool:
     """Whether communication failed, which it does when another rank has gone or does not come."""
     is_communication = isinstance(error, RuntimeError) and (
         type(error).__name__.startswith("Dist") or "gloo" in str(error) or "NCCL" in str(error)
     )
     before = error.__cause__ or error.__context__
-    return is_communication or (before is not None and came_from_others(before))
+    return is_communication or (before is not None and is_communication_failure(before))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tools/compare_methods.py --output comparison --contestants ablations --seeds 1 2 3
     python tools/compare_methods.py --output comparison --teacher DIR --data-path PREFIX --student-hidden-size 384
 
-Writes table.md, curves.png, report.html and results.json to --output: held-out loss against tokens, tokens/s, tokens to
+Writes table.md, curves.svg, report.html and results.json to --output: held-out loss against tokens, tokens/s, tokens to
 reach a loss, and how many times the tokens of LRC ordinary training needs to reach LRC's final loss. Each run is a
 process of its own; run the command again to go on after an interruption. All work is in megatron_lrc/comparison/.
 """
@@ -89,7 +89,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher-tokens", "tokens the teacher is trained on", type=whole, default=made.tokens)
     add("--teacher-lr", "peak learning rate of that", type=real, default=made.lr)
     add("--vocab-size", "of the trained tokenizer", type=whole, default=made.vocab_size)
-    add("--no-png", "do not draw curves.png, which needs matplotlib (default: draw it)", action="store_true")
+    add("--no-png", "do not draw curves.svg (default: draw it)", action="store_true")
     return parser.parse_args(argv)
 
 
@@ -138,7 +138,7 @@ def options_of(flags: argparse.Namespace) -> Options:
         jobs=flags.jobs,
         threads=flags.threads,
         target=flags.target_loss,
-        wants_png=not flags.no_png,
+        wants_curves=not flags.no_png,
     )
 
 

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import CONVERTED, ConfigError
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -75,12 +75,13 @@ def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool)
     """(tensors, parameters) written into `directory` and found equal to the source's; verify: its logits too."""
     from megatron_lrc.hf import conversion
     from megatron_lrc.hf.checkpoint_reader import is_converted
-    from megatron_lrc.hf.families import CHECKPOINT_FOLDER, describe_teacher
+    from megatron_lrc.hf.families import describe_teacher
     from megatron_lrc.hf.teacher import TeacherReader
+    from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
     from megatron_lrc.mcore.streamed_save import Piece, save_pieces
     from megatron_lrc.verify.open_models import check_conversion
 
-    description = describe_teacher(source)
+    description = describe_teacher(source, role=CONVERTED)
     if is_converted(description):
         raise ConfigError(f"--hf-model {source} has been converted already: --teacher takes it as it is.")
     reader = TeacherReader(description)
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         convert(parse_flags(argv))
     except (ConfigError, OSError) as error:
-        print(f"convert_from_hf.py: {str(error).replace('--teacher', '--hf-model')}", file=sys.stderr)
+        print(f"convert_from_hf.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("convert_from_hf.py: interrupted; nothing was written", file=sys.stderr)

@@ -3,7 +3,7 @@
     python tools/inspect_data.py data/corpus_text_document --verify --samples 3
 
 prints counts, sizes, tokenizer and document lengths of each dataset. A damaged one costs one sentence and exit code 2.
-All work is in megatron_lrc/data/inspection.py and verification.py.
+All work is in megatron_lrc/data/inspection.py and indexed_files.py.
 """
 
 import argparse

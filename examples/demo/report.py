@@ -1,11 +1,11 @@
-"""Compares teacher, untrained student and trained student, with plain transformers and nothing of megatron_lrc.
+"""Compares teacher, untrained student and trained student: measured with plain transformers, as any user would.
 
     python examples/demo/report.py --teacher DIR --untrained DIR --student DIR --heldout heldout.jsonl \\
         --run RUN --output-dir demo
 
 Prints held-out loss, perplexity and a greedy continuation of one prompt for each model, all on the same tokens, and
-writes report.txt (what was printed), report.json (the figures) and loss_curves.png. The models are loaded as any user
-of the exported directories would load them.
+writes report.txt (what was printed), report.json (the figures) and loss_curves.svg. Nothing of megatron_lrc loads or
+runs the models; it draws the curves.
 """
 
 import argparse
@@ -25,10 +25,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-TERMS = {  # of the loss, as metrics.jsonl names them: title, unit, colour
-    "lm_loss": ("LM loss", "nats per token", "tab:blue"),
-    "kl_loss": ("KL loss", "nats per token, times tau squared", "tab:orange"),
-    "clone_loss": ("clone loss", "squared error, summed over layers", "tab:green"),
+from megatron_lrc.report.chart_files import write_charts
+from megatron_lrc.report.charts import Chart, Series
+
+TERMS = {  # of the loss, as metrics.jsonl names them: title, unit
+    "lm_loss": ("LM loss", "nats per token"),
+    "kl_loss": ("KL loss", "nats per token, times tau squared"),
+    "clone_loss": ("Clone loss", "squared error, summed over layers"),
 }
 
 
@@ -135,61 +138,29 @@ def read_run(run: Path) -> tuple[list[dict], list[dict]]:
     return training, validation
 
 
-def plot(results: dict[str, Result], training: list[dict], validation: list[dict], path: Path) -> None:
-    """Three panels over the tokens trained on, one for each term of the loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tokens = [record["tokens"] / 1e3 for record in training]
-    style = {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.8), width_ratios=[1.5, 1, 1], layout="constrained")
-        for axis, (term, (name, unit, color)) in zip(axes, TERMS.items(), strict=True):
-            axis.plot(tokens, [record[term] for record in training], color=color, alpha=0.75, label="training batches")
-            if validation:
-                places = [record["tokens"] / 1e3 for record in validation]
-                losses = [record[term] for record in validation]
-                axis.plot(
-                    places,
-                    losses,
-                    "o--",
-                    color="black",
-                    markersize=5,
-                    clip_on=False,
-                    label="held-out sample, while training",
-                )
-            axis.set(title=name, xlabel="tokens trained on (thousands)", ylabel=f"{name} ({unit})")
-            axis.set_xlim(left=0)
-        axes[2].set_yscale("log")  # a few tokens with massive activations make single batches leap
-        draw_references(axes[0], results)
-        for axis in axes:
-            low, high = axis.get_ylim()
-            axis.set_ylim(top=high * (high / low) ** 0.2 if axis is axes[2] else high + 0.35 * (high - low))
-            axis.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
-        teacher, student = results["teacher"], results["trained student"]
-        figure.suptitle(
-            f"Low-Rank Clone: hidden size {teacher.hidden_size} -> {student.hidden_size}, "
-            f"{teacher.parameters / 1e6:.1f}M -> {student.parameters / 1e6:.1f}M parameters",
-            fontsize=13,
-        )
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png", dpi=150)
-        pyplot.close(figure)
-    os.replace(partial, path)
-
-
-def draw_references(axis, results: dict[str, Result]) -> None:
-    """Held-out losses of this report as horizontal lines, each with its value in the legend."""
-    lines = {
-        "untrained student": ("tab:red", ":"),
-        "trained student": ("tab:purple", "-."),
-        "teacher": ("tab:gray", "--"),
-    }
-    for name, (color, dashes) in lines.items():
-        loss = results[name].lm_loss
-        axis.axhline(loss, color=color, linestyle=dashes, linewidth=1.4, label=f"{name}, held-out: {loss:.2f}")
+def draw_curves(results: dict[str, Result], training: list[dict], validation: list[dict], path: Path) -> None:
+    """Three charts over the tokens trained on, one for each term of the loss; in the first this report's losses too."""
+    charts = []
+    for term, (name, unit) in TERMS.items():
+        series = [
+            Series("training batches", [(record["tokens"], record[term]) for record in training], 0),
+            Series("held-out sample, while training", [(one["tokens"], one[term]) for one in validation], 1, "dots"),
+        ]
+        if term == "lm_loss":
+            end = training[-1]["tokens"]
+            series += [
+                Series(f"{model}, held out", [(0, result.lm_loss), (end, result.lm_loss)], color, "dashed")
+                for color, (model, result) in enumerate(results.items(), start=2)
+            ]
+        # A few tokens with massive activations make the clone loss of single batches leap.
+        charts.append(Chart(name, unit, series, is_log=term == "clone_loss", x_name="tokens trained on"))
+    teacher, student = results["teacher"], results["trained student"]
+    write_charts(
+        path,
+        charts,
+        title=f"Low-Rank Clone: hidden size {teacher.hidden_size} -> {student.hidden_size}",
+        note=f"{teacher.parameters / 1e6:.1f}M -> {student.parameters / 1e6:.1f}M parameters",
+    )
 
 
 def summary(results: dict[str, Result], training: list[dict], prompt: str, num_tokens: int) -> str:
@@ -242,7 +213,7 @@ def report(args: argparse.Namespace) -> None:
     results = measure_all(models, blocks, tokenizer, prompt=args.prompt, tokens=args.new_tokens)
     num_tokens = blocks[:, 1:].numel()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    plot(results, training, validation, args.output_dir / "loss_curves.png")
+    draw_curves(results, training, validation, args.output_dir / "loss_curves.svg")
     figures = {
         "models": {name: asdict(result) for name, result in results.items()},
         "heldout": {"file": str(args.heldout), "tokens": num_tokens, "block": args.block},
@@ -252,7 +223,7 @@ def report(args: argparse.Namespace) -> None:
     }
     write_text(args.output_dir / "report.json", json.dumps(figures, indent=2) + "\n")
     text = summary(results, training, args.prompt, num_tokens)
-    files = f"Curves: {args.output_dir / 'loss_curves.png'}   figures: {args.output_dir / 'report.json'}"
+    files = f"Curves: {args.output_dir / 'loss_curves.svg'}   figures: {args.output_dir / 'report.json'}"
     text += f"\n\n{files}\nThe trained student, for transformers: {args.student}\n"
     write_text(args.output_dir / "report.txt", text)
     print("\n" + text, end="")
@@ -265,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--student", type=Path, required=True, help="the same of the student after training")
     parser.add_argument("--heldout", type=Path, required=True, help='held-out text, JSON lines with "text"')
     parser.add_argument("--run", type=Path, required=True, help="run directory of the training")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for report.txt, report.json and the PNG")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for report.txt, report.json and the SVG")
     parser.add_argument("--block", type=int, default=256, help="tokens per sequence; take that of training")
     parser.add_argument("--max-tokens", type=int, default=8192, help="held-out tokens to measure the loss on")
     parser.add_argument("--prompt", default="The function returns a list of", help="text that each model continues")

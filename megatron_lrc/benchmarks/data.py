@@ -22,9 +22,8 @@ from typing import Any, BinaryIO
 from megatron_lrc.benchmarks.corpus import Corpus, read_corpus, write_corpus
 from megatron_lrc.benchmarks.measure import Measured, Spread, measure, table
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.data_checks import read_indexed_file
+from megatron_lrc.data.indexed_files import read_index, read_indexed_file
 from megatron_lrc.data.megatron_pattern import reference_tokens
-from megatron_lrc.data.verification import read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = "Megatron-LM's pattern, 2 workers"

@@ -177,13 +177,5 @@ def all_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of every weight of a teacher, in the order of `expected_weights`."""
     teacher = reader.description
     for weight in expected_weights(teacher.family, teacher.shape):
-        name = weight.key.rpartition(".")[2]
-        if weight.site is not None:
-            yield weight.key, reader.site(weight.site, weight.layer)
-        elif weight.is_zero:
-            yield weight.key, torch.zeros(weight.shape)
-        elif weight.is_frozen:
-            assert weight.layer is not None
-            yield weight.key, reader.frozen(name, weight.layer)
-        else:
-            yield weight.key, reader.norm(name, weight.layer)
+        is_zero = weight.is_zero
+        yield weight.key, torch.zeros(weight.shape) if is_zero else reader.tensor(weight.local_name, weight.layer)

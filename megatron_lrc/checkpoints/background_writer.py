@@ -9,7 +9,6 @@ copied first, as long as the fork lives, whatever it does.
 """
 
 import contextlib
-import ctypes
 import mmap
 import os
 import signal
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.files import Bucket, Written, write_files
+from megatron_lrc.launch.parent import end_with_parent
 
 #: What the process runs, with the descriptors of its end of the connection and of the shared memory, and its parent.
 ENTRY = "megatron_lrc.checkpoints.background_writer:serve"
 
-_PR_SET_PDEATHSIG = 1
 _ALIGNMENT = 64  # bytes; more than any dtype needs
 
 
@@ -177,7 +176,6 @@ def _with_tensors(bucket: Any, memory: mmap.mmap) -> Bucket:
 
 
 def _die_with(parent: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere the end of the connection says it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)  # Linux only; elsewhere the end of the connection says it
     if os.getppid() != parent:
         os._exit(1)

@@ -1,6 +1,6 @@
 """The whole comparison: material, learning-rate grid, runs, figures. Everything is written to one folder:
 
-OUTPUT/table.md, curves.png, report.html, results.json
+OUTPUT/table.md, curves.svg, report.html, results.json
 OUTPUT/runs/NAME/       run directories, as `train` writes them; OUTPUT/logs/NAME.log what they printed
 OUTPUT/material-*/      the default teacher and data
 """
@@ -23,6 +23,7 @@ from megatron_lrc.comparison.run_plan import Run, Sizes
 from megatron_lrc.comparison.runner import Outcome, Runner, call_logged, flags_of
 from megatron_lrc.config import ConfigError, parse_config, validate
 from megatron_lrc.methods import method_of
+from megatron_lrc.report.chart_files import write_charts
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,13 @@ class Options:
     jobs: int = 2
     threads: int = 1
     target: float | None = None
-    wants_png: bool = True
+    wants_curves: bool = True
 
 
 def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
     """Train what is not trained yet and write the figures. ConfigError before any run starts, or if none finished."""
     chosen = contestants.choose(options.names, options.added)
     contestants.check(chosen)
-    if options.wants_png:
-        figures.check_matplotlib()
     options.output.mkdir(parents=True, exist_ok=True)
     material = _material(options, say)
     _check_flags(chosen, options, material)
@@ -121,5 +120,6 @@ def _write(found: tables.Comparison, options: Options) -> None:
         partial = options.output / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, options.output / name)
-    if options.wants_png:
-        figures.draw_png(found, options.output / "curves.png")
+    if options.wants_curves:
+        path, seeds = options.output / "curves.svg", ", ".join(map(str, found.seeds))
+        write_charts(path, figures.charts(found), title="Methods compared", note=f"seeds: {seeds}")

@@ -1,132 +1,75 @@
-"""The comparison's charts: the same curves for the page (inline SVG, `report/charts.py`) and for curves.png
-(matplotlib, an optional dependency)."""
+"""The comparison's charts: the same for the page and for curves.svg."""
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_lrc.comparison import results
 from megatron_lrc.comparison.result_tables import Comparison
 from megatron_lrc.comparison.results import ORDINARY, Group
-from megatron_lrc.config import ConfigError
-from megatron_lrc.report.run_page import COLORS
+from megatron_lrc.report.charts import COLORS, Chart, Series
+
+_LEVEL_COLOR = 7  # grey
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """rows: (tokens, mean, lowest, highest over seeds), ascending. is_of_ends: ends of runs, not one run's course."""
-
-    name: str
-    rows: list[tuple[float, float, float, float]]
-    color: int
-    is_of_ends: bool = False
-
-
-def check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "curves.png is drawn with matplotlib, which is not installed. Run pip install 'megatron-lrc[compare]', or "
-            "give --no-png."
-        ) from None
+def charts(found: Comparison) -> list[Chart]:
+    """Loss against tokens over all budgets; at the budget of all; and the learning rates that were tried."""
+    ends, courses = _ends_of_runs(found.groups), _courses(found.groups)
+    places = [x for one in (*ends, *courses) for x, _ in one.points]
+    first = min((x for x in places if x > 0), default=1.0)
+    equal = max(x for one in courses for x, _ in one.points)
+    unit, grid_unit = "LM loss, nats per token; light areas: lowest to highest over seeds", "held-out LM loss, one seed"
+    everything = [*ends, *courses, *_levels(found, first, max(places))]
+    return [
+        Chart("Held-out loss against tokens", unit, everything, is_x_log=True),
+        Chart("The budget of all", unit, [*courses, *_levels(found, 1.0, equal)]),
+        Chart("Learning rates tried", grid_unit, _grid(found), is_x_log=True, x_name="learning rate"),
+    ]
 
 
-def curves(groups: Sequence[Group]) -> list[Curve]:
-    """The course of every contestant's runs at the budget of all; of ordinary training also the ends of its runs."""
+def _ends_of_runs(groups: Sequence[Group]) -> list[Series]:
+    """Of ordinary training, the ends of its runs of several lengths."""
+    ends = sorted((one for one in groups if one.name == ORDINARY), key=lambda one: one.tokens)
+    if len(ends) < 2:
+        return []
+    rows = [(one.tokens, one.losses) for one in ends]
+    return [_series(f"{ORDINARY}, ends of runs", rows, _color(ORDINARY, groups), "dots")]
+
+
+def _courses(groups: Sequence[Group]) -> list[Series]:
+    """The course of every contestant's runs at the budget of all."""
     found = []
-    names = list(dict.fromkeys(one.name for one in groups))
-    ends = [one for one in groups if one.name == ORDINARY]
-    if len(ends) > 1:
-        rows = [_row(one.tokens, one.losses) for one in sorted(ends, key=lambda one: one.tokens)]
-        found.append(Curve(f"{ORDINARY}, ends of runs", rows, names.index(ORDINARY), True))
     for one in groups:
-        if one.times == 1:
-            found.append(Curve(one.name, _course(one), names.index(one.name)))
-    return [Curve(one.name, one.rows, one.color % len(COLORS), one.is_of_ends) for one in found]
+        by_tokens: dict[float, list[float]] = {}
+        for result in one.results if one.times == 1 else ():
+            for tokens, loss in result.points:
+                by_tokens.setdefault(tokens, []).append(loss)
+        if by_tokens:
+            found.append(_series(one.name, sorted(by_tokens.items()), _color(one.name, groups), "line"))
+    return found
 
 
-def _course(one: Group) -> list[tuple[float, float, float, float]]:
-    by_tokens: dict[float, list[float]] = {}
-    for result in one.results:
-        for tokens, loss in result.points:
-            by_tokens.setdefault(tokens, []).append(loss)
-    return [_row(tokens, losses) for tokens, losses in sorted(by_tokens.items())]
+def _color(name: str, groups: Sequence[Group]) -> int:
+    names = list(dict.fromkeys(one.name for one in groups))
+    return names.index(name) % len(COLORS)
 
 
-def _row(tokens: float, losses: Sequence[float]) -> tuple[float, float, float, float]:
-    return tokens, statistics.fmean(losses), min(losses), max(losses)
+def _series(name: str, rows: Sequence[tuple[float, Sequence[float]]], color: int, style: str) -> Series:
+    """rows: (tokens, losses of the seeds)."""
+    means = [(tokens, statistics.fmean(losses)) for tokens, losses in rows]
+    return Series(name, means, color, style, [(tokens, min(losses), max(losses)) for tokens, losses in rows])
 
 
-def draw_png(found: Comparison, path: Path) -> None:
-    """Three panels: loss against tokens, loss at equal tokens, tokens per second; each with its spread over seeds."""
-    from matplotlib.figure import Figure
-
-    lines = curves(found.groups)
-    equal = [one for one in found.groups if one.times == 1]
-    colors = [COLORS[index % len(COLORS)] for index in _colors(equal, found.groups)]
-    height = max(5.0, 1.5 + 0.3 * len(equal))
-    figure = Figure(figsize=(15, height), layout="constrained")
-    loss, bars, speed = figure.subplots(1, 3, width_ratios=[1.9, 1, 0.8])
-    for one in lines:
-        # Before the first step there is no place on a logarithmic axis.
-        tokens, mean, low, high = zip(*(row for row in one.rows if row[0] > 0), strict=True)
-        style = {"marker": "o", "markersize": 5} if one.is_of_ends else {}
-        label = f"{one.name} ({mean[-1]:.3f})"
-        loss.plot(tokens, mean, color=COLORS[one.color], label=label, ls="--" if one.is_of_ends else "-", **style)
-        loss.fill_between(tokens, low, high, color=COLORS[one.color], alpha=0.2, linewidth=0)
-    if found.teacher_loss is not None:
-        loss.axhline(found.teacher_loss, color="#555", lw=1, ls=":", label=f"teacher ({found.teacher_loss:.3f})")
-    loss.set(xscale="log", xlabel="training tokens", ylabel="held-out LM loss, nats per token", title="Loss and tokens")
-    loss.legend(fontsize=8)
-    _dots(bars, equal, [one.losses for one in equal], colors, title="Held-out loss at equal tokens", form="{:.3f}")
-    _dots(speed, equal, [one.rates for one in equal], colors, title="Tokens per second", form="{:,.0f}", from_zero=True)
-    speed.set_yticklabels([])
-    for axis in (loss, bars, speed):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    kinds = f"seeds: {', '.join(map(str, found.seeds))}; shaded and whiskers: lowest and highest over seeds"
-    figure.suptitle(kinds, fontsize=9, color="#555")
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+def _levels(found: Comparison, start: float, end: float) -> list[Series]:
+    """The teacher's loss, for all places."""
+    loss = found.teacher_loss
+    return [] if loss is None else [Series("teacher", [(start, loss), (end, loss)], _LEVEL_COLOR, "dashed")]
 
 
-def _colors(groups: Sequence[Group], everyone: Sequence[Group]) -> list[int]:
-    names = list(dict.fromkeys(one.name for one in everyone))
-    return [names.index(one.name) for one in groups]
-
-
-def _dots(axis, groups: Sequence[Group], values: list[list[float]], colors: list[str], *, title, form, from_zero=False):
-    """Mean as a dot with its figure, lowest to highest as a line, every seed as a tick; first contestant on top."""
-    for place, (found, color) in enumerate(zip(values, colors, strict=True)):
-        finite = [value for value in found if math.isfinite(value)]
-        if not finite:
-            continue
-        mean = statistics.fmean(finite)
-        axis.plot([min(finite), max(finite)], [place, place], color=color, lw=2)
-        axis.plot(finite, [place] * len(finite), "|", color=color, ms=9)
-        axis.plot([mean], [place], "o", color=color)
-        axis.annotate(form.format(mean), (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axis.set(title=title, yticks=range(len(groups)), yticklabels=[one.name for one in groups])
-    axis.set_ylim(len(groups) - 0.5, -0.7)
-    axis.margins(x=0.15)
-    if from_zero:
-        axis.set_xlim(left=0)
-
-
-def reference_lines(found: Comparison) -> list[tuple[str, float]]:
-    """(name, loss) of what is drawn as a level."""
-    return [] if found.teacher_loss is None else [("teacher", found.teacher_loss)]
-
-
-def grid_curves(found: Comparison) -> list[tuple[str, list[tuple[float, float]], int]]:
-    """(name, (learning rate, loss) ascending, colour) of the learning-rate grid."""
+def _grid(found: Comparison) -> list[Series]:
+    """Loss against learning rate, of each contestant and budget for which several were tried."""
     lines = []
     for color, one in enumerate(results.group(found.grid)):
         points = sorted((r.outcome.run.lr, r.loss) for r in one.results if r.outcome.run.lr is not None)
         name = one.name if one.times == 1 else f"{one.name}, {one.times:g} times"
-        lines.append((name, points, color % len(COLORS)))
+        lines.append(Series(name, points, color % len(COLORS), "dots"))
     return lines

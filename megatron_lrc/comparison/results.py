@@ -25,7 +25,7 @@ class Reached:
     tokens: float
     kind: str = "at"
 
-    def times_less_than(self, tokens: float) -> "Reached":
+    def as_multiple_of(self, tokens: float) -> "Reached":
         """The same as a multiple of `tokens`."""
         return Reached(self.tokens / tokens, self.kind)
 
@@ -146,7 +146,7 @@ def ratios(one: Group, groups: Sequence[Group]) -> list[Reached]:
     for result in one.results:
         points = ordinary_points(groups, result.outcome.run.seed)
         if points:
-            found.append(tokens_to_reach(points, result.loss).times_less_than(one.tokens))
+            found.append(tokens_to_reach(points, result.loss).as_multiple_of(one.tokens))
     return found
 
 

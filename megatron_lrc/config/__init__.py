@@ -18,6 +18,7 @@ from .arguments import (
 )
 from .config import MATRICES, Config, ConfigError, ModelShape, RunStopped, flag_of, parse_clone_term
 from .layout_checks import check_batches, check_layout, divisors
+from .model_role import CONVERTED, STUDENT, TEACHER, ModelRole
 from .precision_checks import check_precision
 from .presets import PRESETS, PUBLISHED_RUNS
 from .schema import SETTINGS, convert, suggest
@@ -37,10 +38,13 @@ from .validation import (
 
 __all__ = [
     "CLONE_TERMS",
+    "CONVERTED",
     "MATRICES",
     "PRESETS",
     "PUBLISHED_RUNS",
     "SETTINGS",
+    "STUDENT",
+    "TEACHER",
     "TINYBERT_TERMS",
     "TRAINING",
     "CheckpointConfig",
@@ -48,6 +52,7 @@ __all__ = [
     "ConfigError",
     "DryRun",
     "LossConfig",
+    "ModelRole",
     "ModelShape",
     "ProjectionConfig",
     "PruningConfig",

@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .model_role import STUDENT, TEACHER, ModelRole
 from .settings import (
     CLONE_TERMS,
     CheckpointConfig,
@@ -121,6 +122,11 @@ class Config:
     def base_model(self) -> str | None:
         """The directory whose config.json and tokenizer the student has."""
         return self.model.teacher if self.model.student is None else self.model.student
+
+    @property
+    def base_role(self) -> ModelRole:
+        """How errors name `base_model`."""
+        return TEACHER if self.model.student is None else STUDENT
 
     @property
     def total_kl_weight(self) -> float:

@@ -108,13 +108,13 @@ def check_tensor_parallel(config: Config, teacher: ModelShape, *, has_projection
     }
     if has_projections:
         sizes["hidden features"] = teacher.hidden_size
-    undivided = [f"{size} {name}" for name, size in sizes.items() if size % tp]
+    noun, undivided = config.base_role.noun, [f"{size} {name}" for name, size in sizes.items() if size % tp]
     if undivided:
         possible = divisors(math.gcd(*sizes.values()))
         use = max(size for size in possible if size <= tp)
         yield (
-            f"--tensor-model-parallel-size {tp} does not divide the teacher's {', '.join(undivided)}. Each process "
-            "needs whole heads and KV heads (they are not replicated) and an equal share of the rest: "
+            f"--tensor-model-parallel-size {tp} does not divide the {noun}'s {', '.join(undivided)}. Each "
+            "process needs whole heads and KV heads (they are not replicated) and an equal share of the rest: "
             f"{join_or(possible)}. "
             f"Use --tensor-model-parallel-size {use}."
         )
@@ -123,7 +123,7 @@ def check_tensor_parallel(config: Config, teacher: ModelShape, *, has_projection
 def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
     """Stages given by --decoder-first/last-pipeline-num-layers, then equal shares of what is left for the others."""
     parallel, layers = config.parallel, teacher.num_layers
-    pp, chunks = parallel.pipeline_model_parallel_size, config.num_chunks
+    pp, chunks, noun = parallel.pipeline_model_parallel_size, config.num_chunks, config.base_role.noun
     if parallel.pipeline_model_parallel_layout:
         return  # checked where megatron-core reads it
     counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
@@ -137,11 +137,11 @@ def check_pipeline(config: Config, teacher: ModelShape) -> Iterator[str]:
         return
     if not given:
         remedy = f"Sizes that do: {join_or(divisors(layers))}." + suggest_last_stage(pp, layers)
-        yield f"--pipeline-model-parallel-size {pp} does not divide the teacher's {layers} layers. {remedy}"
+        yield f"--pipeline-model-parallel-size {pp} does not divide the {noun}'s {layers} layers. {remedy}"
         return
     flags = " and ".join(f"--decoder-{end}-pipeline-num-layers {size}" for end, size in given.items())
     yield (
-        f"{flags} {'leaves' if len(given) == 1 else 'leave'} {left} of the teacher's {layers} layers to "
+        f"{flags} {'leaves' if len(given) == 1 else 'leave'} {left} of the {noun}'s {layers} layers to "
         f"{others} other pipeline stage{'s' * (others != 1)}, which need equal shares of at least one."
         f"{suggest_last_stage(pp, layers)}"
     )
@@ -175,7 +175,7 @@ def check_chunks(config: Config, counted: int, layers: int) -> Iterator[str]:
     elif left < 0 or (left if others == 0 else left % (others * chunks) or left < others * chunks):
         extra = f" (counted as {counted} with the ends)" if counted != layers else ""
         yield (
-            f"The teacher's {layers} layers{extra} cannot be divided alike over the {others * chunks} "
+            f"The {config.base_role.noun}'s {layers} layers{extra} cannot be divided alike over the {others * chunks} "
             f"stages that --pipeline-model-parallel-size {pp}, --num-virtual-stages-per-pipeline-rank {chunks} and the "
             f"sizes of the ends leave: {left} are left for them, and a multiple of {max(others * chunks, 1)} is "
             "needed. Change the number of stages, or the layers of the first and last "

@@ -211,9 +211,10 @@ def parse_split(text: str) -> tuple[float, float, float] | None:
 
 
 def warn_about_positions(method: Rules, teacher: ModelShape) -> Iterator[str]:
-    seq_length = method.config.training.seq_length
+    config, seq_length = method.config, method.config.training.seq_length
     if teacher.max_position_embeddings and seq_length > teacher.max_position_embeddings:
+        use = "trained for: its targets beyond them may be poor" if method.has_teacher else "made for"
         yield (
-            f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the teacher was "
-            + ("trained for: its targets beyond them may be poor." if method.has_teacher else "made for.")
+            f"--seq-length {seq_length} is above the {teacher.max_position_embeddings} positions the "
+            f"{config.base_role.noun} was {use}."
         )

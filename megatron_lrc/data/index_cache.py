@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy
 
 from megatron_lrc.config import Config, ConfigError, check_ranges, raise_all
-from megatron_lrc.data.data_checks import check_sizes, plan_data
+from megatron_lrc.data.blends import plan_data
+from megatron_lrc.data.data_checks import check_sizes
 from megatron_lrc.data.datasets import Request, resolve_train_iters
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.indexed_files import Index, check_token_ids, read_index
 from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
 from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
-from megatron_lrc.data.verification import Index, check_token_ids, read_index
+from megatron_lrc.png_charts import check_matplotlib, png_chart
 
 _SAMPLE_TOKENS = 200  # shown of each sample
 _BAR = 50  # characters of the longest bar
@@ -138,30 +139,19 @@ def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
 
 
 def check_drawing() -> None:
-    """--histogram needs matplotlib, which nothing else here does."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "--histogram draws with matplotlib, which is not installed. Run pip install matplotlib, or leave out "
-            "--histogram: the lengths are printed as text in any case."
-        ) from error
+    check_matplotlib("--histogram", "the lengths are printed as text in any case")
 
 
 def draw_histogram(path: str, inspections: list[Inspection]) -> None:
     """Writes a PNG: share of documents by tokens per document, log-spaced bins, a line per dataset."""
-    from matplotlib.figure import Figure
-
     greatest = max(int(inspection.lengths.max()) for inspection in inspections)
     edges = numpy.unique(numpy.ceil(numpy.geomspace(1, max(greatest + 1, 2), 41)))  # lengths are whole: so are bins
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for inspection in inspections:
-        counts, _ = numpy.histogram(inspection.lengths, edges)
-        axes.stairs(counts / len(inspection.lengths), edges, label=os.path.basename(inspection.prefix))
-    axes.set(xscale="log", xlabel="tokens per document", ylabel="share of documents")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    with png_chart(path, inches=(8, 4.5)) as axes:
+        for inspection in inspections:
+            counts, _ = numpy.histogram(inspection.lengths, edges)
+            axes.stairs(counts / len(inspection.lengths), edges, label=os.path.basename(inspection.prefix))
+        axes.set(xscale="log", xlabel="tokens per document", ylabel="share of documents")
+        axes.legend()
 
 
 def _manifest_vocab_size(index: Index) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.verification import Index, read_index
+from megatron_lrc.data.indexed_files import Index, read_index
 from megatron_lrc.data.writing import IndexPart, explain_os_error, make_folder_of, write_index
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there

@@ -23,7 +23,8 @@ from functools import cached_property
 
 import numpy
 
-from megatron_lrc.data.data_checks import Blend, IndexedFile, read_indexed_file
+from megatron_lrc.data.blends import Blend
+from megatron_lrc.data.indexed_files import IndexedFile, read_indexed_file
 
 _FORMAT = 1  # of what the maps hold; part of every identity
 

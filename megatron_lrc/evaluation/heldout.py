@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.data.data_checks import plan_data, read_indexed_file
+from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
+from megatron_lrc.data.indexed_files import read_indexed_file
 from megatron_lrc.data.input_files import find_files
 from megatron_lrc.data.tokenizers import load_tokenizer
 

@@ -31,6 +31,7 @@ from megatron_lrc.evaluation.neurons import (
     random_neurons,
 )
 from megatron_lrc.evaluation.questions import accuracy, encode_questions, in_batches, padded, read_questions
+from megatron_lrc.png_charts import check_matplotlib, png_chart
 
 Report = Callable[[str], None]
 #: Figures of one model under one condition: accuracy, and on text also lm_loss.
@@ -98,6 +99,7 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(options.plot, result)
     return result
 
@@ -134,7 +136,7 @@ def _check(options: MaskingOptions) -> None:
         raise ConfigError(f"--teacher {options.teacher} has no config.json. A Hugging Face directory is expected.")
     check_numbers(options, {"num_seeds": 1, "batch_size": 1, "seq_length": 1, "num_neurons": 1, "max_tokens": 0})
     if options.plot:
-        check_drawing()
+        check_matplotlib("--plot", "the scores are printed as a table in any case")
 
 
 def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directory: Path) -> int:
@@ -205,40 +207,24 @@ def describe(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_drawing() -> None:
-    """--plot needs matplotlib, which nothing else here does."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "--plot draws with matplotlib, which is not installed. Run pip install matplotlib, or leave out --plot: "
-            "the scores are printed as a table in any case."
-        ) from error
-
-
 def draw(path: Path, result: dict[str, Any]) -> None:
     """Writes a PNG: three bars for each model, its scores under the three conditions."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
     places = range(len(result["models"]))
-    for number, condition in enumerate(CONDITIONS):
-        found = [model[condition] for model in result["models"].values()]
-        bars = axes.bar(
-            [place + 0.27 * (number - 1) for place in places],
-            [score["accuracy"] for score in found],
-            width=0.25,
-            yerr=[score.get("accuracy_std", 0.0) for score in found],
-            color=("tab:gray", "tab:red", "tab:blue")[number],
-            label=condition if condition == "unmasked" else f"{condition} masked",
-        )
-        axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
-    axes.set_xticks(list(places), list(result["models"]))
-    axes.set(ylabel=f"score: {result['score']}")
-    where = "" if result["scope"] == "model" else " per layer"
-    axes.set_title(f"{result['num_neurons']} FFN neurons{where} masked", fontsize=11)
-    axes.margins(y=0.12)
-    axes.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=130)
+    with png_chart(path, inches=(6.5, 4.2)) as axes:
+        for number, condition in enumerate(CONDITIONS):
+            found = [model[condition] for model in result["models"].values()]
+            bars = axes.bar(
+                [place + 0.27 * (number - 1) for place in places],
+                [score["accuracy"] for score in found],
+                width=0.25,
+                yerr=[score.get("accuracy_std", 0.0) for score in found],
+                color=("tab:gray", "tab:red", "tab:blue")[number],
+                label=condition if condition == "unmasked" else f"{condition} masked",
+            )
+            axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+        axes.set_xticks(list(places), list(result["models"]))
+        axes.set(ylabel=f"score: {result['score']}")
+        where = "" if result["scope"] == "model" else " per layer"
+        axes.set_title(f"{result['num_neurons']} FFN neurons{where} masked", fontsize=11)
+        axes.margins(y=0.12)
+        axes.legend(fontsize=8, frameon=False)

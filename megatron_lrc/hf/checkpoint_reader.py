@@ -24,12 +24,13 @@ from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_in
 from megatron_lrc.checkpoints.layout import SITES, Box, box_of, rows_box, stored_shapes
 from megatron_lrc.clone.sites import HeadLayout, Site, select
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription
+from megatron_lrc.hf.families import TeacherDescription, config_digest
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
+from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
 RECORD_FILE = "megatron_lrc.json"
-_SHOWN, _SAMPLE_BYTES, _NUM_SAMPLES = 4, 65536, 16
+_SAMPLE_BYTES, _NUM_SAMPLES = 65536, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Record:
     @classmethod
     def of(cls, folder: Path, *, fingerprint: str, config_values: Mapping) -> "Record":
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        return cls(fingerprint, _digest_of_config(config_values), files, _digest_of_samples(folder, files))
+        return cls(fingerprint, config_digest(config_values), files, _digest_of_samples(folder, files))
 
     def write(self, directory: Path) -> None:
         (directory / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -57,7 +58,7 @@ class CheckpointReader(Reader):
         self.description = description
         self._heads = HeadLayout.of(description.shape)
         self._folder = description.directory / CHECKPOINT_FOLDER
-        self._record = _read_record(description.directory)
+        self._record = _read_record(description)
         self._check_files()
         try:
             index = read_index(self._folder)
@@ -80,12 +81,7 @@ class CheckpointReader(Reader):
                 problems.append(f"unexpected tensor {key}")
             elif tuple(stored.size) != expected[key]:
                 problems.append(f"{key} has shape {list(stored.size)}, expected {list(expected[key])}")
-        if problems:
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise ConfigError(
-                f"--teacher {self.description.directory}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
-                "the tensors that config.json implies. Put back the config.json of the conversion, or convert again."
-            )
+        self._refuse(problems, remedy="Put back the config.json of the conversion, or convert again.")
 
     def fingerprint(self) -> str:
         """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if its values
@@ -129,10 +125,10 @@ class CheckpointReader(Reader):
                 fault = f"has {path.stat().st_size} bytes, {size} were written"
             else:
                 continue
-            raise ConfigError(f"--teacher {self.description.directory}: {path} {fault}. Copy or convert it again.")
+            raise ConfigError(f"{self.description.given}: {path} {fault}. Copy or convert it again.")
         if _digest_of_samples(self._folder, self._record.files) != self._record.samples_sha256:
             raise ConfigError(
-                f"--teacher {self.description.directory}: the files in {CHECKPOINT_FOLDER}/ are not what the "
+                f"{self.description.given}: the files in {CHECKPOINT_FOLDER}/ are not what the "
                 "conversion wrote. Copy them again, or convert the Hugging Face directory again."
             )
 
@@ -147,22 +143,18 @@ def is_converted(description: TeacherDescription) -> bool:
     return not any((description.directory / name).is_file() for name in WEIGHT_FILES)
 
 
-def _read_record(directory: Path) -> Record:
-    path = directory / RECORD_FILE
+def _read_record(description: TeacherDescription) -> Record:
+    path = description.directory / RECORD_FILE
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
         assert all(Path(name).name == name and isinstance(size, int) for name, size in record.files.items())
         assert INDEX_FILE in record.files
     except (OSError, ValueError, TypeError, AttributeError, AssertionError):
         raise ConfigError(
-            f"--teacher {directory} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py writes beside"
-            " it, is missing or damaged. Give a directory that this tool has written, or the Hugging Face directory."
+            f"{description.given} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py writes beside "
+            "it, is missing or damaged. Give a directory that this tool has written, or the Hugging Face directory."
         ) from None
     return record
-
-
-def _digest_of_config(config_values: Mapping) -> str:
-    return hashlib.sha256(json.dumps(dict(config_values), sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of_samples(folder: Path, files: Mapping[str, int]) -> str:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from megatron_lrc.checkpoints.layout import SITES, Box, all_boxes, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
-from megatron_lrc.hf.families import CHECKPOINT_FOLDER, TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.hf.output_folder import copy_files
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
 #: Megatron-LM's pointer to the checkpoint in a directory.
 _TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -23,7 +24,7 @@ def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> di
     """Key -> data type to store: `dtype`, or the narrowest that holds every tensor stored under this key exactly."""
     dtypes: dict[str, torch.dtype] = {}
     for weight in _stored_weights(reader.description):
-        key, own = key_of(_name(weight)), dtype or reader.dtype(weight.key)
+        key, own = key_of(weight.local_name), dtype or reader.dtype(weight.key)
         dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
     return dtypes
 
@@ -39,7 +40,7 @@ def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:
         place = filled
         if len(box.names) > 1:
             place = select(SITES[name.removesuffix("_bias")], filled, heads)
-        place.copy_(_read(reader, name, box.layer, part=box.part, parts=box.parts).view(place.shape))
+        place.copy_(reader.tensor(name, box.layer, tp_rank=box.part, tp_size=box.parts).view(place.shape))
     return filled
 
 
@@ -59,11 +60,11 @@ def finish(directory: Path, reader: TeacherReader, dtypes: Mapping[str, torch.dt
 
 def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:
     """Read every tensor back and compare it with its source, bit for bit: (tensors, parameters), or a ConfigError."""
-    written = CheckpointReader(describe_teacher(directory))
+    written = CheckpointReader(describe_teacher(directory, role=CONVERTED))
     tensors = parameters = 0
     for weight in _stored_weights(reader.description):
-        found = _read(written, _name(weight), weight.layer)
-        expected = _read(reader, _name(weight), weight.layer).to(found.dtype)
+        found = written.tensor(weight.local_name, weight.layer)
+        expected = reader.tensor(weight.local_name, weight.layer).to(found.dtype)
         if found.shape != expected.shape or not torch.equal(_bits(found), _bits(expected)):
             raise ConfigError(
                 f"{weight.name} reads back otherwise than it was written; nothing was kept. Check the disk, then try "
@@ -78,24 +79,9 @@ def _stored_weights(description: TeacherDescription) -> Iterator[Weight]:
     return (weight for weight in expected_weights(description.family, description.shape) if not weight.is_zero)
 
 
-def _name(weight: Weight) -> str:
-    """Its name within a layer or the model."""
-    return weight.key.rpartition(".")[2]
-
-
-def _read(reader: Reader, name: str, layer: int | None, *, part: int = 0, parts: int = 1) -> Tensor:
-    """The `part`-th of `parts` tensor parallel shares of a tensor, in Hugging Face's order of rows."""
-    if name in SITES:
-        return reader.site(SITES[name], layer, tp_rank=part, tp_size=parts)
-    if name in reader.description.family.norms:
-        return reader.norm(name, layer)
-    assert layer is not None, f"{name} belongs to a layer"
-    return reader.frozen(name, layer, tp_rank=part, tp_size=parts)
-
-
 def _is_rounded(reader: TeacherReader, key: str, dtype: torch.dtype) -> bool:
     """Whether a tensor under this key loses digits in `dtype`."""
-    weights = (weight for weight in _stored_weights(reader.description) if key_of(_name(weight)) == key)
+    weights = (weight for weight in _stored_weights(reader.description) if key_of(weight.local_name) == key)
     return any(torch.promote_types(reader.dtype(weight.key), dtype) != dtype for weight in weights)
 
 

@@ -1,7 +1,7 @@
 """What a teacher's config.json says of it: its family, its shape, and the tensors that its files must hold.
 
-`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused before a weight is
-read or a process group exists. The families themselves are declared in `architectures.py`.
+`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused (`teacher_checks.py`)
+before a weight is read or a process group exists. The families themselves are declared in `architectures.py`.
 
 A student keeps everything of its teacher's config but the hidden size; `student_config.py` chooses the class that it
 is written as.
@@ -20,11 +20,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
-from megatron_lrc.config import ConfigError, ModelShape
-from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, FROZEN_BIASES, FROZEN_NORMS, Family
-
-#: Where tools/convert_from_hf.py puts a megatron-core checkpoint of the weights; Megatron-LM's name for converted ones.
-CHECKPOINT_FOLDER = "release"
+from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
+from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
+from megatron_lrc.hf.teacher_checks import check_features, check_weight_files, find_family, read_config_file
 
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
@@ -47,6 +45,11 @@ class Weight:
     is_zero: bool = False
 
     @property
+    def local_name(self) -> str:
+        """Its name within a layer or the model: "q", "q_bias", "input", "embed"."""
+        return self.key.rpartition(".")[2]
+
+    @property
     def is_norm_gain(self) -> bool:
         """Whether training gives the student a gain of its own here."""
         return self.site is None and not self.is_frozen and not self.is_zero
@@ -54,18 +57,32 @@ class Weight:
 
 @dataclass(frozen=True)
 class TeacherDescription:
-    """What config.json says of a teacher. `config_values` is the file itself, the base of the student's config.json."""
+    """What config.json says of a teacher, or of another model that errors then name by its `role`.
+
+    config_values: the file itself, the base of the student's config.json.
+    """
 
     directory: Path
     family: Family
     shape: ModelShape
     hf_config: PretrainedConfig = field(repr=False)
     config_values: Mapping[str, Any] = field(repr=False)
+    role: ModelRole = TEACHER
+
+    @property
+    def given(self) -> str:
+        """The flag and the directory, as errors begin."""
+        return f"{self.role.flag} {self.directory}"
 
     @property
     def config_fingerprint(self) -> str:
         """sha256 of what config.json says: of a model whose weights are not looked at."""
-        return hashlib.sha256(json.dumps(dict(self.config_values), sort_keys=True).encode()).hexdigest()
+        return config_digest(self.config_values)
+
+
+def config_digest(config_values: Mapping[str, Any]) -> str:
+    """sha256 of a config.json's values."""
+    return hashlib.sha256(json.dumps(dict(config_values), sort_keys=True).encode()).hexdigest()
 
 
 def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:
@@ -121,26 +138,28 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
     return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
 
 
-def describe_teacher(directory: str | Path, *, needs_weights: bool = True) -> TeacherDescription:
+def describe_teacher(
+    directory: str | Path, *, needs_weights: bool = True, role: ModelRole = TEACHER
+) -> TeacherDescription:
     """Read a teacher's config.json, or say in one ConfigError why this directory cannot be a teacher.
 
-    needs_weights: False for estimates, to which the shape is enough.
+    needs_weights: False for estimates, to which the shape is enough. role: how errors name it.
     """
     path = Path(directory)
-    values = _read_config_file(path)
+    values = read_config_file(path, role)
     if needs_weights:
-        _check_weight_files(path)
-    family = _find_family(path, values)
+        check_weight_files(path, role)
+    family = find_family(path, values, role)
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each transformers version has validation errors of its own
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"--teacher {path}: transformers refuses config.json ({reason}). A plain {family.name} config is expected. "
-            "Correct config.json."
+            f"{role.flag} {path}: transformers refuses config.json ({reason}). A plain {family.name} config is "
+            "expected. Correct config.json."
         ) from error
-    _check_features(path, family, config)
-    description = TeacherDescription(path, family, _read_shape(path, family, config), config, values)
+    check_features(path, family, config, role)
+    description = TeacherDescription(path, family, _read_shape(path, family, config, role), config, values, role)
     rope_settings(description)
     return description
 
@@ -151,14 +170,14 @@ def rope_settings(description: TeacherDescription) -> dict[str, Any]:
     settings.pop("type", None)  # older spelling of rope_type; transformers fills in the new one
     if settings["rope_type"] not in ROPE_TYPES:
         raise ConfigError(
-            f"--teacher {description.directory}: config.json has RoPE type {settings['rope_type']!r}, which depends on "
-            f"the sequence length or scales attention. Supported: {', '.join(ROPE_TYPES)}. Choose another teacher."
+            f"{description.given}: config.json has RoPE type {settings['rope_type']!r}, which depends on the sequence "
+            f"length or scales attention. Supported: {', '.join(ROPE_TYPES)}. Choose another {description.role.noun}."
         )
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
-            f"--teacher {description.directory}: config.json has partial_rotary_factor "
+            f"{description.given}: config.json has partial_rotary_factor "
             f"{settings['partial_rotary_factor']}. Only heads that are rotated whole (1.0) are supported. Choose "
-            "another teacher."
+            f"another {description.role.noun}."
         )
     return settings
 
@@ -176,108 +195,12 @@ def rope_inverse_frequencies(description: TeacherDescription) -> Tensor:
     return frequencies.float()
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
-    """config.json as plain values; refuses what is not a Hugging Face directory on this machine."""
-    if path.suffix == ".gguf":
-        raise ConfigError(_gguf_message(path))
-    if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"--teacher {path} {found}. Expected is a local Hugging Face directory (config.json, *.safetensors, "
-            "tokenizer files): nothing is downloaded here. Download the model first and give its directory."
-        )
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        if any(path.glob("*.gguf")):
-            raise ConfigError(_gguf_message(path))
-        raise ConfigError(
-            f"--teacher {path} holds no config.json. Expected is a Hugging Face directory (config.json, "
-            "*.safetensors, tokenizer files). Give the directory that holds the model's files."
-        )
-    try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{config_file} is not valid JSON ({error}). Download or copy it again.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{config_file} holds no JSON object. Download or copy it again.")
-    return values
-
-
-def _check_weight_files(path: Path) -> None:
-    """Refuse directories whose weights are neither safetensors nor a converted checkpoint."""
-    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
-        return
-    if (path / CHECKPOINT_FOLDER).is_dir():
-        return
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        raise ConfigError(
-            f"--teacher {path} holds pickled weights (.bin, .pt or .pth) only. Those run code when opened, so only "
-            "safetensors are read. Load the model with transformers and write it with save_pretrained(..., "
-            "safe_serialization=True)."
-        )
-    if any(path.glob("*.gguf")):
-        raise ConfigError(_gguf_message(path))
-    raise ConfigError(
-        f"--teacher {path} holds neither model.safetensors nor model.safetensors.index.json. Expected are the "
-        "weights beside config.json. Download or copy them there."
-    )
-
-
-def _gguf_message(path: Path) -> str:
-    return (
-        f"--teacher {path} is a GGUF model. A Hugging Face directory (config.json, *.safetensors, tokenizer files) "
-        "is expected. Write one with tools/convert_from_hf.py --hf-model FILE.gguf --format hf (transformers reads it, "
-        "by gguf_file=...)."
-    )
-
-
-def _find_family(path: Path, values: Mapping[str, Any]) -> Family:
-    architectures = values.get("architectures") or []
-    candidates = [family for family in FAMILIES if architectures == [family.architecture]]
-    if not candidates:
-        supported = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
-        features = dict.fromkeys(what for name, what in FOREIGN_FEATURES.items() if values.get(name))
-        missing = f" with {', '.join(features)}, which is not supported" if features else ""
-        raise ConfigError(
-            f"--teacher {path}: config.json has architectures {architectures}{missing}. Supported: {supported}. Choose "
-            "a teacher of a supported architecture."
-        )
-    exact = [family for family in candidates if all(values.get(name) == value for name, value in family.config.items())]
-    return max(exact or candidates[:1], key=lambda family: len(family.config))
-
-
-def _check_features(path: Path, family: Family, config: PretrainedConfig) -> None:
-    """Refuse what the student would have no place for."""
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(
-            f"--teacher {path}: config.json has a quantization_config. Only plain floating-point weights are read. "
-            "Give the model as it was before quantisation."
-        )
-    for name in family.must_be_off:
-        if getattr(config, name, False):
-            found, wanted = json.dumps(getattr(config, name)), json.dumps(family.config.get(name, False))
-            raise ConfigError(
-                f"--teacher {path}: config.json has {name}: {found}. {family.name} teachers are supported with {name}: "
-                f"{wanted} only, since the student has no place for what it adds. Choose another teacher."
-            )
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        raise ConfigError(
-            f"--teacher {path}: config.json has layer_types {sorted(set(config.layer_types))}. Every layer must have "
-            '"full_attention". Choose another teacher.'
-        )
-    if config.hidden_act != "silu":
-        raise ConfigError(
-            f'--teacher {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is supported. '
-            "Choose another teacher."
-        )
-
-
-def _read_shape(path: Path, family: Family, config: PretrainedConfig) -> ModelShape:
+def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> ModelShape:
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups or head_dim % 2:
         raise ConfigError(
-            f"--teacher {path}: config.json has num_attention_heads {heads}, num_key_value_heads {groups} and "
+            f"{role.flag} {path}: config.json has num_attention_heads {heads}, num_key_value_heads {groups} and "
             f"head_dim {head_dim}. Key-value heads must divide the heads, and head_dim must be even. Correct "
             "config.json."
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
@@ -30,7 +30,7 @@ def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = No
     model = saveable(source.to(dtype or torch.float32))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    reader = TeacherReader(describe_teacher(directory))
+    reader = TeacherReader(describe_teacher(directory, role=CONVERTED))
     names, state, parameters = reader.names(), model.state_dict(), 0
     for name in names:
         written = reader.read(name)

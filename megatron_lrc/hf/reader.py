@@ -9,10 +9,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.families import TeacherDescription
+
+_SHOWN = 4  # problems in one message
 
 
 class Reader(ABC):
@@ -70,6 +73,15 @@ class Reader(ABC):
         tensor = self._part(name, layer, tp_rank, tp_size) if is_split else self._whole(name, layer)
         return self._finite(tensor, name, layer)
 
+    def tensor(self, name: str, layer: int | None, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """Any of the three, by its name within a layer or the model (`Weight.local_name`). Norm gains are not split."""
+        if name in SITES:
+            return self.site(SITES[name], layer, tp_rank=tp_rank, tp_size=tp_size)
+        if name in self.description.family.norms:
+            return self.norm(name, layer)
+        assert layer is not None, f"{name} belongs to a layer"
+        return self.frozen(name, layer, tp_rank=tp_rank, tp_size=tp_size)
+
     def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
         shape = self.description.shape
         rows, remainder = divmod(padded_vocab_size, tp_size)
@@ -80,11 +92,20 @@ class Reader(ABC):
         padding = own.new_zeros(rows - own.shape[0], shape.hidden_size)
         return torch.cat([own, padding]) if len(padding) else own
 
+    def _refuse(self, problems: list[str], whose: str = "", *, remedy: str) -> None:
+        """ConfigError if there are any; it names the first few. whose: goes on about the tensors that are expected."""
+        if problems:
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ConfigError(
+                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly the tensors "
+                f"that config.json implies{whose}. {remedy}"
+            )
+
     def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
         if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both
             place = self._place(name if layer is None else f"layers.{layer}.{name}")
             raise ConfigError(
-                f"--teacher {self.description.directory}: tensor {place} holds values that are not finite (NaN or "
-                "infinity). Download or copy the file again, or choose another teacher."
+                f"{self.description.given}: tensor {place} holds values that are not finite (NaN or "
+                f"infinity). Download or copy the file again, or choose another {self.description.role.noun}."
             )
         return tensor

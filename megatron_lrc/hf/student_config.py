@@ -7,16 +7,15 @@ teacher's, or another one that computes the same from the same tensor names, for
 * some servers take the size of a Qwen2 head to be hidden size / heads, whatever config.json says.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 import transformers
 
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
-from megatron_lrc.methods import method_of
 
 Arch = Literal["auto", "native", "llama"]
 ARCHS: tuple[Arch, ...] = get_args(Arch)
@@ -94,97 +93,41 @@ def student_config(
 
 def model_card(
     *,
-    teacher: TeacherDescription,
-    family: Family,
-    student_hidden_size: int,
-    tokens: int,
-    steps: int,
-    is_tied: bool,
-    losses: Mapping[str, float] | None = None,
-    settings: Iterable[str] = (),
-) -> str:
-    """README.md of an exported student. losses: of the last validation. settings: the run's flags, a line each."""
-    shape, name = teacher.shape, teacher.directory.resolve().name
-    table = _table(family, shape, is_tied=is_tied, tokens=tokens, steps=steps, losses=losses or {})
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- low-rank-clone
----
-
-# {name}-LRC-{student_hidden_size}
-
-A language model of hidden size {student_hidden_size}, made from `{name}` (hidden size {shape.hidden_size})
-with Low-Rank Clone (LRC, arXiv 2505.12781) by megatron_lrc.
-
-Every weight matrix is the teacher's, multiplied by a trained projection of {shape.hidden_size} x {student_hidden_size};
-nothing but the projections and the norm gains was trained. Everything else is the teacher's.
-
-{table}
-`AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The teacher's licence applies.
-{_listed(settings)}"""
-
-
-def own_model_card(
-    *,
     base: TeacherDescription,
     family: Family,
     shape: ModelShape,
+    suffix: str,
+    origin: str,
+    licence: str,
+    tags: Sequence[str] = (),
     tokens: int,
     steps: int,
-    config: Config,
-    opened_at: int | None = None,
-    pruned_at: int | None = None,
     losses: Mapping[str, float] | None = None,
     settings: Iterable[str] = (),
 ) -> str:
-    """README.md of a model that has matrices of its own. base: its teacher, or the model that it started from or has
-    the config.json of. opened_at: the step after which a clone was opened. pruned_at: that after which the model
-    was cut. Other arguments: as of `model_card`."""
-    name, hidden = base.directory.resolve().name, shape.hidden_size
-    table = _table(family, shape, is_tied=shape.is_tied, tokens=tokens, steps=steps, losses=losses or {})
-    suffix, how = _origin(config, name, opened_at, pruned_at)
+    """README.md of an exported student. base: its teacher, or the model whose weights or config.json it began with.
+
+    What differs by method: suffix, a word for its name; origin, how "A language model of hidden size N, " goes on;
+    licence, a sentence; tags. losses: of the last validation. settings: the run's flags, a line each.
+    """
+    hidden = shape.hidden_size
+    table = _table(family, shape, tokens=tokens, steps=steps, losses=losses or {})
+    tag_lines = "".join(f"\n- {tag}" for tag in tags)
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: text-generation{f"{chr(10)}tags:{tag_lines}" if tags else ""}
 ---
 
-# {name}-{suffix}-{hidden}
+# {base.directory.resolve().name}-{suffix}-{hidden}
 
-A language model of hidden size {hidden}, trained with megatron_lrc by the method `{config.model.method}`: {how}
+A language model of hidden size {hidden}, {origin}
 
 {table}
-`AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. The licence of `{name}` may apply.
+`AutoModelForCausalLM.from_pretrained` loads it; no code of megatron_lrc is needed. {licence}
 {_listed(settings)}"""
 
 
-def _origin(config: Config, name: str, opened_at: int | None, pruned_at: int | None) -> tuple[str, str]:
-    """A word for the model's name, and the rest of a sentence."""
-    anew = f"It started anew, in the shape of `{name}` but for its hidden size."
-    if opened_at is not None:
-        opened = "those of the MLPs" if config.projection.open_matrices == "mlp" else "all of them"
-        return "LRC-opened", (
-            f"for\n{opened_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
-            f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
-        )
-    if pruned_at is not None:
-        return "sheared", (
-            f"all of its weights, on the\nlanguage-modelling loss alone. It started as `{name}`, which was pruned "
-            f"after {pruned_at:,} steps with\nlearnt masks (arXiv 2310.06694)."
-        )
-    if method_of(config).has_teacher:
-        return config.model.method, f"all of its weights, beside\nits teacher `{name}`. {anew}"
-    if config.model.student is None:
-        return "new", f"all of its weights, on the\nlanguage-modelling loss alone. {anew}"
-    return "trained", (
-        f"all of its weights, on the\nlanguage-modelling loss alone. It started from the weights of `{name}`."
-    )
-
-
-def _table(
-    family: Family, shape: ModelShape, *, is_tied: bool, tokens: int, steps: int, losses: Mapping[str, float]
-) -> str:
+def _table(family: Family, shape: ModelShape, *, tokens: int, steps: int, losses: Mapping[str, float]) -> str:
     heads = f"{shape.num_attention_heads} query, {shape.num_query_groups} key-value, {shape.head_dim} features each"
     return f"""| | |
 |---|---|
@@ -193,7 +136,7 @@ def _table(
 | heads | {heads} |
 | FFN width | {shape.ffn_hidden_size} |
 | vocabulary | {shape.vocab_size} |
-| embedding and LM head | {"tied" if is_tied else "untied"} |
+| embedding and LM head | {"tied" if shape.is_tied else "untied"} |
 | training tokens | {tokens:,} |
 | optimizer steps | {steps:,} |
 {"".join(f"| {name.replace('_', ' ')}, held out | {value:.4f} |{chr(10)}" for name, value in losses.items())}"""

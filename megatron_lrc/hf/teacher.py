@@ -37,8 +37,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
-#: Problems shown in one message, and bytes per sample of the fingerprint.
-_SHOWN, _SAMPLE_BYTES = 4, 65536
+#: Bytes per sample of the fingerprint.
+_SAMPLE_BYTES = 65536
 
 #: Elements that are read from the files before they are opened anew.
 _ELEMENTS_KEPT = 2**25
@@ -67,13 +67,8 @@ class TeacherReader(Reader):
         for name, file in self._file_of.items():
             if name not in expected and name != tied_head and not name.endswith(family.ignored_suffixes):
                 problems.append(f"unexpected tensor {name} in {file}")
-        if problems:
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise ConfigError(
-                f"--teacher {self.description.directory}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly "
-                f"the tensors that config.json implies for {family.architecture}. Give a directory whose config.json "
-                "and weights belong together."
-            )
+        whose = f" for {family.architecture}"
+        self._refuse(problems, whose, remedy="Give a directory whose config.json and weights belong together.")
         if tied_head in self._file_of:
             self._check_repeated_head(tied_head)
 
@@ -157,7 +152,7 @@ class TeacherReader(Reader):
         starts = range(0, self.description.shape.vocab_size, rows)
         if not is_alike or not all(torch.equal(head[i : i + rows], embedding[i : i + rows]) for i in starts):
             raise ConfigError(
-                f"--teacher {self.description.directory}: config.json has tie_word_embeddings: true, but {name} in "
+                f"{self.description.given}: config.json has tie_word_embeddings: true, but {name} in "
                 f"{self._file_of[name]} differs from the embedding. One of them is wrong. Set tie_word_embeddings to "
                 "false to keep this LM head, or delete the tensor."
             )

@@ -75,7 +75,7 @@ class Peers:
                 self._end_with(Verdict(f"{self._rank_0} died", (0,)))
             for message in messages or []:
                 if "ask" in message:
-                    self._connection.send(at=where_the_main_thread_is())
+                    self._connection.send(at=main_thread_position())
                 elif "verdict" in message:
                     self._end_with(Verdict(message["verdict"], tuple(message["ranks"])))
                 elif "bye" in message:
@@ -146,7 +146,7 @@ def _connect(address: dict[str, Any], rank: int) -> Connection:
     raise OSError(f"no answer from rank 0 at {' or '.join(dict.fromkeys(names))}, port {port}")
 
 
-def where_the_main_thread_is() -> str:
+def main_thread_position() -> str:
     """The innermost line of this package that the main thread is in, as train/step.py:173."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):

@@ -5,15 +5,14 @@ only come again is marked as final in the error file, beside which the files of 
 (.../attempt_0/RANK/error.json): the processes of the next attempt find it and end at once in the same words.
 """
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from megatron_lrc.launch.parent import end_with_parent
+
 _FINAL_EXIT_CODE = "megatron_lrc_exit_code"
 
 
@@ -26,14 +25,13 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def stop_with_it() -> None:
+def end_with_torchrun() -> None:
     """Have this process get SIGTERM, so that it saves and ends, when torchrun dies before it.
 
     Nobody else would end it, and it would write to a run directory in which the run goes on elsewhere.
     """
     if is_used():
-        with contextlib.suppress(OSError, AttributeError):  # Linux only
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
 
 
 def report_failure(message: str, details: str, *, final_exit_code: int | None = None) -> None:

@@ -73,8 +73,9 @@ def check_pipeline_layout(config: Config, shape: ModelShape) -> None:
     if text is None:
         return
     expected = (
-        f"Expected is an E first, {shape.num_layers} t (the teacher's layers) and an L last, over {pp} stages "
-        "(--pipeline-model-parallel-size), or a multiple of it with --num-virtual-stages-per-pipeline-rank."
+        f"Expected is an E first, {shape.num_layers} t (the {config.base_role.noun}'s layers) and an L last, over "
+        f"{pp} stages (--pipeline-model-parallel-size), or a multiple of it with "
+        "--num-virtual-stages-per-pipeline-rank."
     )
     try:
         layout = PipelineParallelLayerLayout(text, pp)

@@ -60,6 +60,16 @@ class Materials:
     has_changed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a model card says of how its model came to be, in the words of `hf.student_config.model_card`."""
+
+    suffix: str
+    origin: str
+    licence: str
+    tags: tuple[str, ...] = ()
+
+
 class Method(ABC):
     """What --method says of a run with this configuration.
 
@@ -218,8 +228,13 @@ class Method(ABC):
         yield f"trained: {count(False) / 1e6:.1f}M parameters, all of the student"
 
     @abstractmethod
-    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
-        """For the model card: a word for the model's name, and the rest of a sentence on how it was trained."""
+    def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
+        """What a model card says of how the student came to be. name, base: of the base model."""
+
+    def _trained(self, name: str, story: str, *, suffix: str) -> Origin:
+        """Of a student that has matrices of its own. story: the rest of the sentence."""
+        trained = f"trained with megatron_lrc by the method `{self.name}`: {story}"
+        return Origin(suffix, trained, f"The licence of `{name}` may apply.")
 
     # --- stages ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""Charts as inline SVG. A chart is whole without scripts; with them the pointer reads values off (`page.js`)."""
+"""Charts as SVG: inline in a page here, as a file of their own in `chart_files.py`.
+
+In a page a chart is whole without scripts; with them the pointer reads values off (`page.js`).
+"""
 
 import base64
 import json
@@ -14,6 +17,12 @@ from megatron_lrc.report.thinning import Point, average_rows, kept_indices, thin
 WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 30
 INNER_WIDTH, INNER_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+#: Of curves; readable on white and on black.
+COLORS = (
+    *("#3a7fd9", "#e2803a", "#2d9d70", "#c9475f", "#8c62d4"),
+    *("#93744a", "#d367b0", "#7d8590", "#a59a1c", "#1fa2b5"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +54,21 @@ class Chart:
     marks: Sequence[float] = field(default_factory=tuple)
 
 
-def draw(chart: Chart) -> str:
-    """The chart as a <figure>; nothing if it has no finite value."""
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A chart with its places on paper. svg: what stands within the WIDTH x HEIGHT of its frame."""
+
+    series: Sequence[Series]
+    x_axis: Axis
+    svg: str
+
+
+def plot(chart: Chart) -> Plot | None:
+    """Thins the curves, lays out the axes and draws; None if the chart has no finite value."""
     given = [_on_paper(one) for one in chart.series] if chart.is_x_log else chart.series
     given = [one for one in given if any(math.isfinite(y) for _, y in one.points)]
     if not given:
-        return ""
+        return None
     if chart.is_stacked:
         series, bands = _stack(given)
     else:
@@ -65,6 +83,14 @@ def draw(chart: Chart) -> str:
     if not bands:
         parts += [_band(one, x_axis, y_axis) for one in series]
         parts += [_curve(one, x_axis, y_axis) for one in series]
+    return Plot(series, x_axis, "".join(parts))
+
+
+def draw(chart: Chart) -> str:
+    """The chart as a <figure> of a page; nothing if it has no finite value."""
+    drawn = plot(chart)
+    if drawn is None:
+        return ""
     data = [
         {
             "n": one.name,
@@ -72,15 +98,16 @@ def draw(chart: Chart) -> str:
             "x": _rounded(x for x, _ in one.points),
             "y": _rounded(y for _, y in one.points),
         }
-        for one in series
+        for one in drawn.series
     ]
+    x_axis = drawn.x_axis
     frame = {"x0": x_axis.low, "x1": x_axis.high, "l": LEFT / WIDTH, "r": 1 - RIGHT / WIDTH, "x": chart.x_name}
     frame |= {"log": 1} if x_axis.is_log else {}
     return (
         f'<figure class="chart" data-frame="{_attribute(frame)}" data-series="{_attribute(data)}">'
         f"<figcaption><b>{escape(chart.title)}</b> <span>{escape(chart.unit)}</span></figcaption>"
-        f"{_legend(series)}"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}'
+        f"{_legend(drawn.series)}"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">{drawn.svg}'
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg></figure>'
     )
 

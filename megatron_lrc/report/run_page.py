@@ -10,14 +10,12 @@ from pathlib import Path
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.report import run_tables as tables
+from megatron_lrc.report.charts import COLORS
 from megatron_lrc.report.curves import Curves
 from megatron_lrc.report.run_files import RunFiles, read_run
 from megatron_lrc.report.thinning import RULE
 
 HERE = Path(__file__).parent
-
-#: Of curves; readable on white and on black.
-COLORS = ("#3a7fd9", "#e2803a", "#2d9d70", "#c9475f", "#8c62d4", "#93744a", "#d367b0", "#7d8590", "#a59a1c", "#1fa2b5")
 
 HEAT_NOTE = (
     "Each layer's clone loss, by term: layers from top (0) to bottom, tokens from left to right, colours by the "

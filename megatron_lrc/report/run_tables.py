@@ -33,13 +33,13 @@ def header(run: RunFiles, now: datetime) -> str:
     of = f"step {run.step:,} of {steps:,} ({100 * share:.1f}%)" if steps else f"step {run.step:,}"
     return (
         f"<header><h1>{escape(run.path.absolute().name)} {badge}</h1>"
-        f'<p class="sub">{escape(_what_it_trains(run.config))}</p>'
+        f'<p class="sub">{escape(_describe_training(run.config))}</p>'
         f'<div class="bar"><i style="width:{100 * share:.2f}%"></i></div>'
         f'<p class="sub">{of}{escape(_pace(run, now))}</p></header>'
     )
 
 
-def _what_it_trains(config: Config | None) -> str:
+def _describe_training(config: Config | None) -> str:
     if config is None:
         return "Its configuration is not known"
     return method_of(config).title

@@ -22,7 +22,6 @@ from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.method import describe_tying
 from megatron_lrc.train.start_checks import check
-from megatron_lrc.train.throughput import known_peak_tflops
 
 
 def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
@@ -87,15 +86,8 @@ def gpu_here() -> Gpu:
     """The kind of GPU of this machine; without one the default."""
     if not torch.cuda.is_available():
         return gpu_named(DEFAULT_GPU)
-    properties, default = torch.cuda.get_device_properties(0), gpu_named(DEFAULT_GPU)
-    half, full = (known_peak_tflops(properties.name, is_half=is_half) for is_half in (True, False))
-    return Gpu(
-        properties.name,
-        properties.total_memory,
-        half or default.half_tflops,
-        full or default.full_tflops,
-        default.nvlink,
-    )
+    properties = torch.cuda.get_device_properties(0)
+    return Gpu(properties.name, properties.total_memory, gpu_named(DEFAULT_GPU).nvlink)
 
 
 def describe_models(method: Method, teacher: ModelShape, student: ModelShape) -> Iterator[str]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def what_is_there_stays(*, is_on: bool) -> Iterator[None]:
-    """Collections look only at what has been made since; for background saves.
+def collect_only_new_objects(*, is_on: bool) -> Iterator[None]:
+    """Within the block, Python's collections look only at objects that were made in it; for background saves.
 
-    A collection of everything holds up the loop longer than a background save does, and comes when one has made many
-    objects. What it would go through, torch's and megatron-core's modules and a run's, is no garbage.
+    A background save makes many objects and so sets off a collection of everything, which holds up the loop longer than
+    the save does. The objects from before, those of torch, of megatron-core and of the run, are no garbage.
     """
     if not is_on:
         yield
@@ -23,9 +23,12 @@ def what_is_there_stays(*, is_on: bool) -> Iterator[None]:
         gc.unfreeze()
 
 
-def collect_what_was_replaced() -> None:
-    """Collect everything at once, also what was left out: something as large as an optimizer has been replaced, and is
-    held by nothing but itself. A GPU's memory would not wait for the next collection."""
+def collect_everything() -> None:
+    """Collect at once, also what `collect_only_new_objects` leaves out.
+
+    For when something as large as an optimizer has been replaced: it is held by nothing but itself, and a GPU's memory
+    cannot wait for the next collection.
+    """
     was_left_out = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()

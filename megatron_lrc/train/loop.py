@@ -25,14 +25,14 @@ from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
 from megatron_lrc.train.checkpoint_checks import CONFIG_FILE
 from megatron_lrc.train.effective_rank import measure_effective_rank
-from megatron_lrc.train.garbage import collect_what_was_replaced, what_is_there_stays
+from megatron_lrc.train.garbage import collect_everything, collect_only_new_objects
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.process_memory import largest_memory_gib
 from megatron_lrc.train.records import Interval
 from megatron_lrc.train.saving import Saving
-from megatron_lrc.train.start_checks import Checked, check, naming_the_student
+from megatron_lrc.train.start_checks import Checked, check
 from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
@@ -84,8 +84,7 @@ class Trainer:
             is_new=not checked.resume_from and not checked.weights_from,
             has_changed=self._has_changed,
         )
-        with naming_the_student(config):
-            stages = self.method.build_stages(materials)
+        stages = self.method.build_stages(materials)
         optimizer = StageOptimizer(self._config_of_phase, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
@@ -112,7 +111,7 @@ class Trainer:
     def train(self) -> None:
         """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
-        with what_is_there_stays(is_on=self.config.checkpoint.async_save), self.stopping:
+        with collect_only_new_objects(is_on=self.config.checkpoint.async_save), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
             if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
@@ -197,7 +196,7 @@ class Trainer:
         self.run.optimizer = StageOptimizer(self._config_of_phase, self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=self.method.keeps_moments)
         del before
-        collect_what_was_replaced()
+        collect_everything()
         student = self.run.stages[0].shapes.student
         self._say(f"step {self.state.step}: {self.method.describe_change(student, self._count_trained())}")
 

@@ -1,15 +1,14 @@
 """What can be refused before a process group or a model exists: the teacher, the data, the run directories."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config, ConfigError, check_schedule, raise_all, validate_against_teacher
-from megatron_lrc.data.batches import check_data
+from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
@@ -41,10 +40,9 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
     """
     method = method_of(config)
     check_boards(config)
-    with naming_the_student(config):
-        teacher, reader = _open_base(method)
-        warnings = validate_against_teacher(method, teacher.shape)
-        check_pipeline_layout(config, teacher.shape)
+    teacher, reader = _open_base(method)
+    warnings = validate_against_teacher(method, teacher.shape)
+    check_pipeline_layout(config, teacher.shape)
     check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         _check_writable(Path(config.checkpoint.save))
@@ -69,24 +67,11 @@ def _open_base(method: Method) -> tuple[TeacherDescription, Reader]:
     """The model that --student or --teacher names, and its weights; those to begin with where only its shape counts."""
     config = method.config
     assert config.base_model is not None, "validate() has passed"
-    base = describe_teacher(config.base_model, needs_weights=not method.starts_anew)
+    base = describe_teacher(config.base_model, needs_weights=not method.starts_anew, role=config.base_role)
     if not method.starts_anew:
         return base, open_teacher(base)
     shape, std = method.student_shape(base.shape), config.projection.init_method_std
     return base, InitialWeights(base, shape, std=std, seed=config.training.seed)
-
-
-@contextlib.contextmanager
-def naming_the_student(config: Config) -> Iterator[None]:
-    """Have errors about a model speak of --student where that, and no teacher, is what was given."""
-    try:
-        yield
-    except ConfigError as error:
-        if config.model.student is None:
-            raise
-        place = "\0"  # the path may well have "teacher" in it
-        text = str(error).replace(config.model.student, place).replace("teacher", "model")
-        raise ConfigError(text.replace("--model", "--student").replace(place, config.model.student)) from error
 
 
 def _check_writable(run: Path) -> None:

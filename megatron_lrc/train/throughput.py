@@ -11,37 +11,8 @@ from typing import Any
 import torch
 
 from megatron_lrc.config import Config, ModelShape
+from megatron_lrc.estimate.devices import known_peak_tflops
 from megatron_lrc.estimate.flops import step_flops
-
-#: Words in a device's name -> peak dense TFLOP/s in (bf16 and fp16, fp32 without TF32), by NVIDIA's data sheets; the
-#: first row all of whose words are in the name counts.
-PEAK_TFLOPS: tuple[tuple[tuple[str, ...], float, float], ...] = (
-    (("GB200",), 2500.0, 80.0),
-    (("B200",), 2250.0, 75.0),
-    (("H200", "NVL"), 835.5, 60.0),
-    (("H200",), 989.4, 66.9),
-    (("GH200",), 989.4, 66.9),
-    (("H100", "PCIe"), 756.5, 51.2),
-    (("H100", "NVL"), 835.5, 60.0),
-    (("H100",), 989.4, 66.9),
-    (("H800",), 989.4, 66.9),
-    (("H20",), 148.0, 44.0),
-    (("A100",), 312.0, 19.5),
-    (("A800",), 312.0, 19.5),
-    (("L40S",), 362.0, 91.6),
-    (("L4",), 121.0, 30.3),
-    (("A40",), 149.7, 37.4),
-    (("A30",), 165.0, 10.3),
-)
-
-
-def known_peak_tflops(device_name: str, *, is_half: bool) -> float | None:
-    """Peak dense TFLOP/s of a device by its name, as torch.cuda.get_device_name() gives it; None if it is not known."""
-    words = device_name.replace("-", " ").split()
-    for wanted, half, full in PEAK_TFLOPS:
-        if all(word in words for word in wanted):
-            return half if is_half else full
-    return None
 
 
 def peak_tflops(config: Config, device: torch.device) -> float | None:

@@ -4,18 +4,17 @@ A stream gives (our name, tensor) for each weight: whole, in Hugging Face's orde
 has. Another kind of model needs one such generator.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.saved_student import SavedStudent, open_checkpoint
-from megatron_lrc.clone.sites import compose
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import open_teacher
-from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher, expected_weights
 from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.student_weights import StudentWeights
 from megatron_lrc.methods import method_of
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -46,46 +45,15 @@ def teacher_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
     description = reader.description
     for weight in expected_weights(description.family, description.shape):
         if not weight.is_zero:
-            yield weight.key, _teacher_weight(reader, weight)
-
-
-def student_weight(student: SavedStudent, base: TeacherDescription) -> Callable[[Weight], Tensor]:
-    """What gives the weights of a checkpoint's student: its own, as training composes them, or frozen as the teacher's.
-
-    Composed ones have the dtype of the projections. base: its teacher, or the model that it was trained from; weights
-    of that are read only where they are needed.
-    """
-    reader: Callable[[], Reader] = cache(lambda: open_teacher(base))
-
-    def weight_of(weight: Weight) -> Tensor:
-        if weight.is_zero:
-            return torch.zeros(weight.shape)
-        if weight.key in student.weights:
-            return student.weights[weight.key]
-        if weight.site is not None:
-            projection = student.projections[weight.key]
-            return compose(weight.site, _teacher_weight(reader(), weight).to(projection.dtype), projection)
-        return student.norms[weight.key] if weight.is_norm_gain else _teacher_weight(reader(), weight)
-
-    return weight_of
+            yield weight.key, reader.tensor(weight.local_name, weight.layer)
 
 
 def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's student, by `student_weight`."""
-    weight_of = student_weight(student, base)
+    """A checkpoint's student, as an export would write it before rounding. base: as of `StudentWeights`."""
+    weight_of = StudentWeights.of(student, base)
     return (
         (weight.key, weight_of(weight)) for weight in expected_weights(base.family, student.shape) if not weight.is_zero
     )
-
-
-def _teacher_weight(reader: Reader, weight: Weight) -> Tensor:
-    if weight.site is not None:
-        return reader.site(weight.site, weight.layer)
-    name = weight.key.rpartition(".")[2]
-    if weight.is_frozen:
-        assert weight.layer is not None
-        return reader.frozen(name, weight.layer)
-    return reader.norm(name, weight.layer)
 
 
 def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:

@@ -41,7 +41,7 @@ def test_two_contestants_and_two_seeds_then_resumed_with_a_third_that_fails(give
     done = compare(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[4/4]" in done.stdout and "left" in done.stdout and "| lrc-random |" in done.stdout
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("table.md", "curves.png", "report.html"))
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("table.md", "curves.svg", "report.html"))
     found = json.loads((tmp_path / "results.json").read_text())
     assert [one["name"] for one in found["contestants"]] == ["lrc-random", "ordinary"]
     for one in found["contestants"]:
@@ -81,7 +81,7 @@ def test_without_a_teacher_one_is_made_from_the_users_text(tmp_path):
     flags += " --teacher-ffn-hidden-size 48 --teacher-head-dim 16 --contestants lrc-pca --lr-grid 1e-3 1e-2 --no-png"
     done = compare(tmp_path / "out", *flags.split())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "learning rate of lrc-pca" in done.stdout and not (tmp_path / "out/curves.png").exists()
+    assert "learning rate of lrc-pca" in done.stdout and not (tmp_path / "out/curves.svg").exists()
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert [run["grid_lr"] for run in found["grid"]] == [1e-3, 1e-2] and found["teacher_loss"] > 0
     (teacher,) = (tmp_path / "out").glob("material-*/teacher/config.json")

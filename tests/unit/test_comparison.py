@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -19,6 +20,7 @@ from megatron_lrc.comparison.results import Reached, Result, tokens_to_reach
 from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.comparison.runner import Outcome
 from megatron_lrc.config import ConfigError
+from megatron_lrc.report.chart_files import write_charts
 
 SIZES = Sizes(
     student_hidden_size=20,
@@ -178,7 +180,9 @@ def test_the_page_is_self_contained_and_has_its_charts(found):
     assert "4.150 (4.100 to 4.200)" in text
 
 
-def test_the_png_is_drawn(found, tmp_path):
-    figures.draw_png(found, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+def test_the_file_of_curves_has_the_page_s_charts(found, tmp_path):
+    write_charts(tmp_path / "curves.svg", figures.charts(found), title="Methods compared")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.svg"]
+    drawn = {shape.get("d") for shape in ElementTree.parse(tmp_path / "curves.svg").iter() if shape.get("d")}
+    on_page = re.findall(r'<path class="[^"]*" d="([^"]*)"', page.render(found, datetime.now(timezone.utc)))
+    assert len(on_page) > 6 and drawn >= set(on_page)

@@ -166,7 +166,7 @@ def test_a_directory_is_not_written_as_the_directory_that_it_is(pair: tuple[Path
 
 
 def test_a_converted_teacher_is_not_converted_again(pair: tuple[Path, Path], capsys, tmp_path) -> None:
-    assert "has been converted already" in refused_conversion(capsys, pair[1], tmp_path / "output")
+    assert "has been converted already: --teacher takes it" in refused_conversion(capsys, pair[1], tmp_path / "output")
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError("no more space"), 2), (KeyboardInterrupt(), 130)])

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_teachers import LLAMA3_ROPE, write_llama, write_qwen2, write_qwen3
-from megatron_lrc.hf.export import export_student
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
-from students import TOKENS, State, load, logits_of, random_student
+from students import TOKENS, State, export_student, load, logits_of, random_student
 
 
 def closed_form(model: LlamaForCausalLM, basis: Tensor) -> State:

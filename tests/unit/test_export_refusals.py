@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from hf_teachers import write_llama
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.export import export_student
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
-from students import State, random_student
+from students import State, export_student, random_student
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 import tiny_data
 from config_cases import data_config
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data import verification
-from megatron_lrc.data.batches import check_data
+from megatron_lrc.data import indexed_files
+from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.inspection import text_histogram
 from tiny_data import write_sequences
 from tools_path import load_tool
@@ -70,7 +70,7 @@ def test_documents_of_several_sequences_are_measured_whole(tmp_path, capsys):
     assert re.search(r"documents +3\n", out) and re.search(r"sequences +6\n", out)
     assert "min 3," in out and "median 4," in out and "max 9," in out
     assert "largest token id 8 (vocabulary not known)" in out and "not known: there is no" in out
-    index = verification.read_index(prefix)
+    index = indexed_files.read_index(prefix)
     assert [index.document(number).tolist() for number in range(3)] == [[1, 2, 3], [4] * 9, [5, 6, 7, 8]]
 
 
@@ -241,7 +241,7 @@ def test_megatrons_documents_without_text_train_but_are_not_called_whole(tmp_pat
     config = data_config(data_path=[prefix], split="1,1")
     check_data(config, 10)
     with pytest.raises(ConfigError, match="Document 1 of .*holds none"):
-        verification.read_index(prefix)
+        indexed_files.read_index(prefix)
     with open(f"{prefix}.idx", "r+b") as file:
         file.seek(HEADER_BYTES + 2 * 12 + 8)
         file.write((2).to_bytes(8, "little"))  # 0 2 1 2 2
@@ -256,7 +256,7 @@ def test_every_flipped_bit_of_lengths_and_pointers_is_noticed_without_a_manifest
     prefix = copied if prefix_of == "corpus" else sequences
     path = Path(f"{prefix}.idx")
     whole = path.read_bytes()
-    num_sequences = len(verification.read_index(prefix).lengths)
+    num_sequences = len(indexed_files.read_index(prefix).lengths)
     generator = random.Random(5)
     bits = range(8 * HEADER_BYTES, 8 * (HEADER_BYTES + 12 * num_sequences))
     for bit in generator.sample(bits, 100):
@@ -264,7 +264,7 @@ def test_every_flipped_bit_of_lengths_and_pointers_is_noticed_without_a_manifest
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match=re.escape(prefix)):
-            verification.read_index(prefix)
+            indexed_files.read_index(prefix)
 
 
 def test_compensating_damage_is_noticed_where_the_sizes_still_agree(copied):
@@ -276,12 +276,12 @@ def test_compensating_damage_is_noticed_where_the_sizes_still_agree(copied):
     lengths[9] -= 1
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"c\.idx points to byte \d+ for sequence 4; the lengths before it say \d+"):
-        verification.read_index(copied)
+        indexed_files.read_index(copied)
     lengths[3] += 1000
     lengths[9] -= 1000
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="gives sequence 9 a length of -"):
-        verification.read_index(copied)
+        indexed_files.read_index(copied)
 
 
 def test_a_pointer_outside_the_file_is_named(copied):
@@ -290,7 +290,7 @@ def test_a_pointer_outside_the_file_is_named(copied):
     numpy.frombuffer(data, numpy.int64, count=80, offset=HEADER_BYTES + 4 * 80)[7] = 1 << 40
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"byte 1099511627776 for sequence 7, outside the \d+ bytes of .*c\.bin"):
-        verification.read_index(copied)
+        indexed_files.read_index(copied)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_documents_must_begin_at_0_ascend_and_end_at_the_last_sequence(copied, n
     numpy.frombuffer(data, numpy.int64, count=81, offset=HEADER_BYTES + 12 * 80)[number] = first_sequence
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=message):
-        verification.read_index(copied)
+        indexed_files.read_index(copied)
 
 
 def test_another_dtype_of_the_same_size_is_noticed_by_the_manifest(copied):
@@ -318,26 +318,26 @@ def test_another_dtype_of_the_same_size_is_noticed_by_the_manifest(copied):
     data[17] = 3  # int16
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="says int16, but .* says uint16"):
-        verification.read_index(copied)
+        indexed_files.read_index(copied)
 
 
 def test_token_ids_outside_the_vocabulary_are_found_in_any_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "_PIECE", 4)
+    monkeypatch.setattr(indexed_files, "_PIECE", 4)
     prefix = write_sequences(tmp_path / "t", [[[1, 2, 3]], [[4, 5, 6, 300, 8]], [[-1, 2]]], numpy.int32)
-    index = verification.read_index(prefix)
+    index = indexed_files.read_index(prefix)
     with pytest.raises(
         ConfigError, match=r"t\.bin holds token id 300 at position 6, but the tokenizer's ids are 0 to 9"
     ):
-        verification.check_token_ids(index, 10)
+        indexed_files.check_token_ids(index, 10)
     with pytest.raises(ConfigError, match=r"token id -1 at position 8, but the tokenizer's ids are not negative"):
-        verification.check_token_ids(index, None)
+        indexed_files.check_token_ids(index, None)
     good = write_sequences(tmp_path / "g", [[[1, 2, 3]], [[4, 5, 6, 7, 9]]], numpy.int32)
-    assert verification.check_token_ids(verification.read_index(good), 10) == 9
+    assert indexed_files.check_token_ids(indexed_files.read_index(good), 10) == 9
 
 
 def test_small_pieces_find_the_same_as_large_ones(copied, monkeypatch):
-    monkeypatch.setattr(verification, "_PIECE", 7)
-    assert verification.read_index(copied).num_documents == 80
+    monkeypatch.setattr(indexed_files, "_PIECE", 7)
+    assert indexed_files.read_index(copied).num_documents == 80
     path = Path(f"{copied}.idx")
     whole = path.read_bytes()
     for at, message in (
@@ -346,7 +346,7 @@ def test_small_pieces_find_the_same_as_large_ones(copied, monkeypatch):
     ):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 128]) + whole[at + 1 :])
         with pytest.raises(ConfigError, match=message):
-            verification.read_index(copied)
+            indexed_files.read_index(copied)
 
 
 def test_a_manifest_without_a_usable_tokenizer_is_refused(copied):
@@ -355,4 +355,4 @@ def test_a_manifest_without_a_usable_tokenizer_is_refused(copied):
     manifest["tokenizer"]["vocab_size"] = "many"
     path.write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match=r"c\.json names no tokenizer"):
-        verification.read_index(copied)
+        indexed_files.read_index(copied)

@@ -9,8 +9,8 @@ import pytest
 
 import tiny_data
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data import merging, verification
-from megatron_lrc.data.data_checks import read_indexed_file
+from megatron_lrc.data import indexed_files, merging
+from megatron_lrc.data.indexed_files import read_indexed_file
 from preprocess_tool import file_names
 from tiny_data import read_documents, write_sequences
 from tools_path import load_tool
@@ -49,14 +49,14 @@ def test_documents_of_all_inputs_follow_in_order_with_a_merged_manifest(prepared
     assert manifest["sources"] == [source for each in manifests for source in each["sources"]]
     assert manifest["options"] == manifests[0]["options"]
     assert [part["prefix"] for part in manifest["merged"]] == prepared
-    assert verification.read_index(str(tmp_path / "new" / "all")).num_documents == 33
+    assert indexed_files.read_index(str(tmp_path / "new" / "all")).num_documents == 33
 
 
 @pytest.mark.parametrize("piece", [3, 1 << 22])
 def test_files_equal_those_of_megatron_cores_builder(tmp_path, monkeypatch, piece):
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-    monkeypatch.setattr(verification, "_PIECE", piece)
+    monkeypatch.setattr(indexed_files, "_PIECE", piece)
     generator = numpy.random.default_rng(1)
     prefixes = []
     for number in range(3):
@@ -147,7 +147,7 @@ def test_a_merge_that_fails_late_leaves_the_older_dataset_and_no_other_file(tmp_
 
 def test_an_input_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     prefix = tiny_data.write_dataset(tmp_path / "a", [[1, 2], [3]])
-    index = verification.read_index(prefix)
+    index = indexed_files.read_index(prefix)
     Path(f"{prefix}.bin").write_bytes(b"\x01\x00")
     changed = pytest.raises(ConfigError, match=r"a\.bin changed while it was read: 2 bytes instead of 6")
     with open(tmp_path / "out", "wb") as output, changed:

@@ -11,11 +11,10 @@ import torch
 from hf_teachers import LLAMA3_ROPE, write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import LLAMA_WITH_BIASES, MISTRAL
-from megatron_lrc.hf.export import export_student
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.student_config import Arch, model_card, student_config, student_family
 from megatron_lrc.hf.teacher import TeacherReader
-from students import load, logits_of, random_student
+from students import export_student, load, logits_of, random_student
 
 
 @pytest.fixture
@@ -130,21 +129,24 @@ def test_nothing_is_left_to_the_defaults_of_a_class(teacher: TeacherDescription,
 
 def test_model_card_names_teacher_width_and_tokens(teacher: TeacherDescription) -> None:
     card = model_card(
-        teacher=teacher,
+        base=teacher,
         family=MISTRAL,
-        student_hidden_size=30,
+        shape=replace(teacher.shape, hidden_size=30),
+        suffix="LRC",
+        origin="made with Low-Rank Clone.",
+        licence="The teacher's licence applies.",
+        tags=["low-rank-clone"],
         tokens=1_234_567,
         steps=89,
-        is_tied=False,
         losses={"lm_loss": 3.25},
         settings=["lr: 0.001"],
     )
     for words in (
         "| lm loss, held out | 3.2500 |",
         "lr: 0.001",
-        "Low-Rank Clone",
-        "`teacher`",
-        "hidden size 30",
+        "# teacher-LRC-30\n",
+        "A language model of hidden size 30, made with Low-Rank Clone.\n",
+        "- low-rank-clone\n",
         "1,234,567",
         "| 89 |",
         "MistralForCausalLM",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.estimate.devices import known_peak_tflops
 from megatron_lrc.estimate.flops import step_flops
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import check_boards, scalars
@@ -18,7 +19,7 @@ from megatron_lrc.train.process_memory import GIB, memory_bytes
 from megatron_lrc.train.progress import Progress, duration
 from megatron_lrc.train.starts import lost_work
 from megatron_lrc.train.stragglers import OwnTime, find_slowest
-from megatron_lrc.train.throughput import Throughput, known_peak_tflops
+from megatron_lrc.train.throughput import Throughput
 
 SHAPE = ModelShape(
     num_layers=28,

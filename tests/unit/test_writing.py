@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_lrc.data import verification
+from megatron_lrc.data import indexed_files
 from megatron_lrc.data.writing import DatasetWriter, publish, token_dtype
 
 
@@ -16,7 +16,7 @@ from megatron_lrc.data.writing import DatasetWriter, publish, token_dtype
 def test_files_equal_those_of_megatron_cores_builder(tmp_path, monkeypatch, piece, vocab_size):
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    monkeypatch.setattr(verification, "_PIECE", piece)
+    monkeypatch.setattr(indexed_files, "_PIECE", piece)
     generator = numpy.random.default_rng(0)
     lengths = [3, 1, 0, 5, 2, 9, 1]
     documents = [generator.integers(vocab_size, size=length, dtype=numpy.int32) for length in lengths]
@@ -47,9 +47,9 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
     """3 million documents: the builder's Python integers would take some 200 MB."""
     program = f"""
 import re, numpy
-from megatron_lrc.data import verification
+from megatron_lrc.data import indexed_files
 from megatron_lrc.data.writing import DatasetWriter
-verification._PIECE = 1 << 16
+indexed_files._PIECE = 1 << 16
 writer = DatasetWriter({str(tmp_path / "o")!r}, 300)
 for _ in range(30):
     writer.add(numpy.ones(100_000, numpy.int32), [1] * 100_000)

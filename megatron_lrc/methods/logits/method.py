@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_lrc.config import flags_set
-from megatron_lrc.methods.method import CLONE_ONLY, Materials, Method
+from megatron_lrc.config import ModelShape, flags_set
+from megatron_lrc.methods.method import CLONE_ONLY, Materials, Method, Origin
 from megatron_lrc.methods.ordinary.method import started_anew
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ class LogitDistillation(Method):
         model = self.config.model
         return f"Distillation of {model.teacher}'s logits to hidden size {model.student_hidden_size}"
 
-    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
-        return self.name, f"all of its weights, beside\nits teacher `{base_name}`. {started_anew(base_name)}"
+    def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
+        story = f"all of its weights, beside\nits teacher `{name}`. {started_anew(name)}"
+        return self._trained(name, story, suffix=self.name)
 
     def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
         from megatron_lrc.methods.logits.building import build_stages

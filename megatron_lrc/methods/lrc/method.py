@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lrc.config import MATRICES, Config, ModelShape, flags_set, parse_clone_term
-from megatron_lrc.methods.method import Materials, Method
+from megatron_lrc.methods.method import Materials, Method, Origin
 
 if TYPE_CHECKING:
     from megatron_lrc.mcore.stages import PipelineStage
@@ -150,13 +150,22 @@ class LowRankClone(Method):
                 "disk space below are"
             )
 
-    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
-        assert changed_at is not None
+    def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
+        if changed_at is None:
+            width = base.hidden_size
+            story = (
+                f"made from `{name}` (hidden size {width})\nwith Low-Rank Clone (LRC, arXiv 2505.12781) by "
+                "megatron_lrc.\n\nEvery weight matrix is the teacher's, multiplied by a trained projection of "
+                f"{width} x {self.config.model.student_hidden_size};\nnothing but the projections and the norm gains "
+                "was trained. Everything else is the teacher's."
+            )
+            return Origin("LRC", story, "The teacher's licence applies.", ("low-rank-clone",))
         opened = "those of the MLPs" if self.config.projection.open_matrices == "mlp" else "all of them"
-        return "LRC-opened", (
-            f"for\n{changed_at:,} steps its matrices were those of `{base_name}`, multiplied by trained projections "
+        story = (
+            f"for\n{changed_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
             f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
         )
+        return self._trained(name, story, suffix="LRC-opened")
 
     # --- stages ---------------------------------------------------------------------------------------------------
 

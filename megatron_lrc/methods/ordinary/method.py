@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_lrc.config import ModelShape, check_directory, flag_of, flags_set
-from megatron_lrc.methods.method import TEACHER_ONLY, Materials, Method, width_and_depth
+from megatron_lrc.methods.method import TEACHER_ONLY, Materials, Method, Origin, width_and_depth
 
 if TYPE_CHECKING:
     from megatron_lrc.mcore.stages import PipelineStage
+
+
+#: For model cards.
+LM_LOSS_ALONE = "all of its weights, on the\nlanguage-modelling loss alone."
 
 
 class WithoutTeacher(Method):
@@ -75,11 +79,10 @@ class OrdinaryTraining(WithoutTeacher):
             )
         return f"Ordinary training of {model.student}"
 
-    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
-        how = "all of its weights, on the\nlanguage-modelling loss alone."
+    def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
         if self.starts_anew:
-            return "new", f"{how} {started_anew(base_name)}"
-        return "trained", f"{how} It started from the weights of `{base_name}`."
+            return self._trained(name, f"{LM_LOSS_ALONE} {started_anew(name)}", suffix="new")
+        return self._trained(name, f"{LM_LOSS_ALONE} It started from the weights of `{name}`.", suffix="trained")
 
     def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
         from megatron_lrc.methods.ordinary.building import build_stages
@@ -87,6 +90,6 @@ class OrdinaryTraining(WithoutTeacher):
         return build_stages(self, materials)
 
 
-def started_anew(base_name: str) -> str:
-    """A model card's sentence."""
-    return f"It started anew, in the shape of `{base_name}` but for its hidden size."
+def started_anew(name: str) -> str:
+    """A model card's sentence. name: of the model whose shape it is."""
+    return f"It started anew, in the shape of `{name}` but for its hidden size."

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lrc.config import ModelShape, check_directory, flag_of
-from megatron_lrc.methods.method import Materials, Method, width_and_depth
-from megatron_lrc.methods.ordinary.method import WithoutTeacher
+from megatron_lrc.methods.method import Materials, Method, Origin, width_and_depth
+from megatron_lrc.methods.ordinary.method import LM_LOSS_ALONE, WithoutTeacher
 
 if TYPE_CHECKING:
     from megatron_lrc.mcore.stages import PipelineStage
@@ -150,11 +150,9 @@ class Sheared(WithoutTeacher):
             f"trained: {trained / 1e6:.1f}M parameters"
         )
 
-    def origin(self, base_name: str, changed_at: int | None) -> tuple[str, str]:
-        return "sheared", (
-            f"all of its weights, on the\nlanguage-modelling loss alone. It started as `{base_name}`, which was pruned "
-            f"after {changed_at:,} steps with\nlearnt masks (arXiv 2310.06694)."
-        )
+    def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
+        pruned = f"which was pruned after {changed_at:,} steps with\nlearnt masks (arXiv 2310.06694)."
+        return self._trained(name, f"{LM_LOSS_ALONE} It started as `{name}`, {pruned}", suffix="sheared")
 
     # --- stages ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """ShearedModel: one pipeline stage of a model that is being pruned (`pruning/`), and then of what is left of it.
 
-The trained matrices W are apart from the model's own, which are W with the masks multiplied in (`pruning/axes.py`):
+The trained matrices W are apart from the model's own, which are W with the masks multiplied in (`mask_axes.py`):
 
     compose       W_S <- W * z                     once per optimizer step, with that step's z
     pull back     dW += dW_S * z,  dz += sum(dW_S * W)

@@ -1,10 +1,15 @@
-"""Is an indexed dataset whole? Every entry of the .idx and, if asked for, every token id is looked at.
+"""Opens an indexed dataset and says whether it is whole.
 
-`checks.read_indexed_file` compares header and sizes; here the start of a run and the tools read the whole .idx, and
-inspect_data.py --verify the whole .bin. All reading is in pieces: memory does not grow with the dataset. `checks.py`
-draws the file format.
+megatron-core answers a bad file with an assertion or reads past its end. `read_indexed_file` compares header and sizes;
+`read_index` looks at every entry of the .idx, and `check_token_ids` at the whole .bin. All reading is in pieces: memory
+does not grow with the dataset.
+
+    .idx   9 bytes b"MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences u64 | documents + 1 u64
+           | length of each sequence i32 | its byte offset in the .bin i64 | first sequence of each document i64
+    .bin   all token ids end to end
 """
 
+import json
 import os
 import struct
 from collections.abc import Iterator
@@ -14,11 +19,37 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.data_checks import IndexedFile, read_indexed_file
+from megatron_lrc.data.tokenizers import TokenizerIdentity
 
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _COUNTS = struct.Struct("<QQ")  # end of the header: sequences, documents + 1
 _PIECE = 1 << 22  # entries of the .idx, or token ids, looked at together
 _REMEDY = "Copy both files again, or write the dataset again with tools/preprocess_data.py."
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedFile:
+    """What the .idx of one dataset says."""
+
+    prefix: str
+    dtype: numpy.dtype
+    lengths: numpy.ndarray  # tokens of each sequence, memory-mapped
+    manifest: dict[str, Any] | None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=numpy.int64))
+
+    def documents(self, bounds: tuple[float, float]) -> range:
+        """The documents of a part, cut where megatron-core's BlendedMegatronDatasetBuilder cuts."""
+        return range(*(int(round(bound * float(len(self.lengths)))) for bound in bounds))
+
+    def part(self, bounds: tuple[float, float]) -> numpy.ndarray:
+        """The lengths within a part."""
+        documents = self.documents(bounds)
+        return self.lengths[documents.start : documents.stop]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +87,73 @@ class Index:
 def pieces(length: int) -> Iterator[slice]:
     """Slices that cover `length` entries, few enough at a time to hold in memory."""
     return (slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE))
+
+
+def read_indexed_file(prefix: str) -> IndexedFile:
+    """Reads the .idx (lengths memory-mapped) and compares the sizes of both files with it."""
+    idx_path, bin_path = f"{prefix}.idx", f"{prefix}.bin"
+    for path in (idx_path, bin_path):
+        if not os.path.isfile(path):
+            raise ConfigError(
+                f"There is no {path}. A dataset is named by its prefix, PREFIX of PREFIX.bin and PREFIX.idx: correct "
+                "the data path, or write the dataset with tools/preprocess_data.py."
+            )
+    with open(idx_path, "rb") as file:
+        header = file.read(HEADER.size)
+    fields = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0, 0)
+    magic, version, dtype_code, num_sequences, num_bounds = fields
+    if magic != MAGIC or version != 1 or dtype_code not in TOKEN_DTYPES:
+        raise ConfigError(
+            f"{idx_path} is not an index of megatron-core's format (header {header[:9]!r}). Write it with "
+            "tools/preprocess_data.py."
+        )
+    if num_sequences == 0:
+        raise ConfigError(f"{idx_path} holds no document. Write it again from text with tools/preprocess_data.py.")
+    _check_size(idx_path, HEADER.size + 12 * num_sequences + 8 * num_bounds, "its header says", may_be_longer=True)
+    lengths = numpy.memmap(idx_path, dtype=numpy.int32, mode="r", offset=HEADER.size, shape=(num_sequences,))
+    dtype = numpy.dtype(TOKEN_DTYPES[dtype_code])
+    _check_size(bin_path, int(lengths.sum(dtype=numpy.int64)) * dtype.itemsize, f"{idx_path} says")
+    return IndexedFile(prefix=prefix, dtype=dtype, lengths=lengths, manifest=_read_manifest(prefix, lengths))
+
+
+def _check_size(path: str, expected: int, who_says: str, *, may_be_longer: bool = False) -> None:
+    size = os.path.getsize(path)
+    if size < expected or (size > expected and not may_be_longer):
+        raise ConfigError(
+            f"{path} has {size} bytes where {who_says} {expected}: it is truncated or belongs to another dataset. Copy "
+            "it again, or write the dataset again with tools/preprocess_data.py."
+        )
+
+
+def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None:
+    """The manifest beside an .idx, or None if there is no such file."""
+    path = f"{prefix}.json"
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+        documents, tokens = manifest["documents"], manifest["tokens"]
+        identity_of(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a manifest of tools/preprocess_data.py. Move it away, or write the dataset again."
+        ) from error
+    found = (len(lengths), int(lengths.sum(dtype=numpy.int64)))
+    if found != (documents, tokens):
+        raise ConfigError(
+            f"{path} describes {documents} documents with {tokens} tokens, but {prefix}.idx has {found[0]} with "
+            f"{found[1]}. The files belong to different datasets: copy all three again, or write the dataset again."
+        )
+    return manifest
+
+
+def identity_of(manifest: dict[str, Any]) -> TokenizerIdentity:
+    """The tokenizer that a manifest names."""
+    tokenizer = manifest["tokenizer"]
+    return TokenizerIdentity(
+        fingerprint=tokenizer["fingerprint"], vocab_size=tokenizer["vocab_size"], eod=tokenizer["eod"]
+    )
 
 
 def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
