@@ -18,7 +18,7 @@ from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.build import build_stages_of_method
 from megatron_lrc.train.step import Run
@@ -126,7 +126,7 @@ def build_run(
     """base, reader: of the teacher, or with --method ordinary of the model to train."""
     dtype = parameter_dtype(config)
     stages = build_stages_of_method(config, base, reader, groups, dtype, lambda: batches, is_new=True)
-    return Run(config, groups, stages, StageOptimizer(config, stages, groups), config.num_microbatches(1))
+    return Run(config, groups, stages, build_optimizer(config, stages, groups), config.num_microbatches(1))
 
 
 def same_batch(config: Config, vocab_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ step goes, on every stage:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
@@ -39,10 +40,6 @@ class Shapes:
     teacher: ModelShape
     student: ModelShape
     inverse_frequencies: Tensor
-
-
-def leave_alone(parameter: nn.Parameter) -> None:
-    """For `PipelineStage.compose` where no parameter is still to be collected from other ranks."""
 
 
 class LossSums:
@@ -107,8 +104,8 @@ class PipelineStage(nn.Module, ABC):
     student: GPTModel
     pre_process: bool
     post_process: bool
-    #: Whether `compose` may leave the work to the first forward pass that follows. A stage need not.
-    composes_late: bool = False
+    #: Whom the stage tells which parameters it needs and which gradients are complete.
+    overlap: Overlap = Overlap()
 
     @property
     @abstractmethod
@@ -139,28 +136,21 @@ class PipelineStage(nn.Module, ABC):
     def zero_gradients(self) -> None:
         """Empty what gathers gradients outside the optimizer's buffers."""
 
-    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
-        """Make the student's weights from what is trained, if they are not that.
+    def attach(self, overlap: Overlap) -> None:
+        """From now on tell `overlap` of each trained parameter before the stage reads it, and of each gradient that the
+        stage itself has completed. What modules of `trained_module` read in their forward passes, and gradients that
+        autograd completes, DDP's hooks see by themselves."""
+        self.overlap = overlap
 
-        before_reading: told of each trained parameter before the stage reads it; of all, by the end, but for those that
-        modules of `trained_module` read in their own forward passes, where DDP's hooks see it.
-        """
+    def compose(self) -> None:
+        """Make the student's weights from what is trained, if they are not that."""
 
-    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+    def compose_for_evaluation(self) -> None:
         """The same for a pass that nothing is learnt from."""
-        self.compose(before_reading)
+        self.compose()
 
-    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
-        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it.
-
-        when_complete: told of each trained parameter whose gradient this has completed but for the data-parallel sum.
-        """
-
-    def pull_back_early(self, is_last: Callable[[], bool], when_complete: Callable[[nn.Parameter], None]) -> None:
-        """From now on do what of `pull_back` can be done during the last backward pass of each step, then.
-
-        is_last: whether it is that one.
-        """
+    def pull_back(self) -> None:
+        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it."""
 
     def after_step(self, gradient_scale: Tensor) -> None:
         """Called when the optimizer has taken a step, which some steps skip: step what it does not know of.

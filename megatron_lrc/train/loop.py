@@ -21,7 +21,7 @@ from megatron_lrc.mcore.kernels import (
     start_userbuffers,
     stop_userbuffers,
 )
-from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.sheared.sheared_model import ShearedModel
@@ -89,7 +89,7 @@ class Trainer:
                 is_open=self.state.opened_at is not None,
                 is_pruned=self.state.pruned_at is not None,
             )
-        optimizer = StageOptimizer(self._config_of_phase(), stages, groups)
+        optimizer = build_optimizer(self._config_of_phase(), stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
             has_changed = self.state.opened_at is not None or self.state.pruned_at is not None
@@ -229,7 +229,7 @@ class Trainer:
         before = self.run.optimizer
         before.await_parameters()
         yield
-        self.run.optimizer = StageOptimizer(self._config_of_phase(), self.run.stages, self.groups)
+        self.run.optimizer = build_optimizer(self._config_of_phase(), self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=with_moments)
         del before
         collect_what_was_replaced()

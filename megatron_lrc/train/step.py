@@ -36,11 +36,11 @@ class Run:
     def compose(self) -> None:
         """W_S <- f(W_T, P) on every stage."""
         for stage in self.stages:
-            stage.compose(self.optimizer.await_parameter)
+            stage.compose()
 
     def compose_for_evaluation(self) -> None:
         for stage in self.stages:
-            stage.compose_for_evaluation(self.optimizer.await_parameter)
+            stage.compose_for_evaluation()
 
     def after_step(self, gradient_scale: Tensor) -> None:
         for stage in self.stages:
@@ -49,7 +49,7 @@ class Run:
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S) on every stage."""
         for stage in self.stages:
-            stage.pull_back(self.optimizer.gradient_is_complete)
+            stage.pull_back()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,13 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a lin
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
-from megatron_lrc.clone.early_pull_back import EarlyPullBack
+from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.projections import (
     ClonedWeight,
     Projections,
@@ -44,7 +43,6 @@ from megatron_lrc.mcore.stages import (
     PipelineStage,
     Shapes,
     Trained,
-    leave_alone,
     run_stage,
     whole_sequence,
 )
@@ -96,7 +94,7 @@ class PairedModel(PipelineStage):
             shapes.teacher.vocab_size, padded_vocab_size(shapes.teacher.vocab_size, groups.tp.size()), groups.tp
         )
         self._input: Tensor | None = None
-        self._compose_is_due: Callable[[], None] | None = None
+        self._is_to_compose = False  # in the next forward pass
         self._choose_trained(own)
 
     # --- construction -------------------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ class PairedModel(PipelineStage):
     def _choose_trained(self, own: frozenset[str]) -> None:
         """Make the projections, and say which of the student's parameters are its own."""
         self.own = own
-        self._early: EarlyPullBack | None = None
+        self.overlap = Overlap()
         self.cloned_weights = self._pair_weights()
         targets = self._layer_losses.target_names
         names = projection_names(
@@ -138,7 +136,7 @@ class PairedModel(PipelineStage):
 
         What trains is new, and so has to be whatever trains it.
         """
-        self._compose(leave_alone)
+        self._compose_now()
         before = self.projections
         renew_parameters(self.student)
         tie_ends(self.student, self.shapes.student)
@@ -230,32 +228,31 @@ class PairedModel(PipelineStage):
         for weight in self.cloned_weights:
             if not weight.is_own:
                 zero_gradient(weight.student)
-        if self._early:
-            self._early.begin_step()
+        self.overlap.begin_step()
 
-    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+    def attach(self, overlap: Overlap) -> None:
+        super().attach(overlap)
+        self.projections.attach(overlap, self.cloned_weights)
+
+    def compose(self) -> None:
         """W_S <- f(W_T, P), but for what is the student's own."""
-        if self.composes_late:
-            self._compose_is_due = partial(self._compose, before_reading)
+        if self.overlap.composes_behind_teacher:
+            self._is_to_compose = True
         else:
-            self._compose(before_reading)
+            self._compose_now()
 
-    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
-        self._compose_is_due = None
-        self._compose(before_reading)
+    def compose_for_evaluation(self) -> None:
+        self._compose_now()
 
-    def _compose(self, before_reading: Callable[[nn.Parameter], None]) -> None:
-        self.projections.compose(self.cloned_weights, before_reading)
+    def _compose_now(self) -> None:
+        self._is_to_compose = False
+        self.projections.compose(self.cloned_weights)
         for trained in self.trained():  # gains and the student's own, which the forward pass reads
-            before_reading(trained.parameter)
+            self.overlap.parameter_is_needed(trained.parameter)
 
-    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
-        """dP += f^T(W_T, dW_S). The gradients of the norm gains and of what is the student's own are there already."""
-        is_done = self._early.is_done if self._early else lambda name: False
-        self.projections.pull_back([one for one in self.cloned_weights if not is_done(one.projection)], when_complete)
-
-    def pull_back_early(self, is_last: Callable[[], bool], when_complete: Callable[[nn.Parameter], None]) -> None:
-        self._early = EarlyPullBack(self.projections, self.cloned_weights, is_last, when_complete)
+    def pull_back(self) -> None:
+        """dP += f^T(W_T, dW_S). Gradients of the norm gains and of what is the student's own are there already."""
+        self.projections.pull_back(self.cloned_weights)
 
     # --- forward ------------------------------------------------------------------------------------------------
 
@@ -273,9 +270,8 @@ class PairedModel(PipelineStage):
         teacher_in, student_in = self._split_input()
         with torch.no_grad():
             teacher_hidden = run_stage(self.teacher, batch, teacher_in)
-        if self._compose_is_due:
-            self._compose_is_due()
-            self._compose_is_due = None
+        if self._is_to_compose:
+            self._compose_now()
         student_hidden = self._layer_losses.end(run_stage(self.student, batch, student_in))
         if not self.post_process:
             return torch.cat([teacher_hidden, student_hidden], dim=-1)
