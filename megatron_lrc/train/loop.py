@@ -39,6 +39,7 @@ from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
+from megatron_lrc.train.votes import Votes
 
 
 def train(config: Config) -> None:
@@ -151,14 +152,13 @@ class Trainer:
                     batches,
                     with_group_norms=is_logged,
                     max_grad_norm=self.guard.largest_norm,
-                    votes=lambda: torch.cat([self.stopping.votes(), self.saving.vote()]),
+                    votes=lambda: Votes(self.stopping.requests(), self.saving.is_writing),
                 )
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
-            *stop_votes, num_writing = report.votes
-            self.stopping.after_step(stop_votes)
-            self.saving.after_step(num_writing)
+            self.stopping.after_step(report.votes)
+            self.saving.after_step(report.votes)
             self.heartbeat.beat()
             self._look_at(report)
             interval.add(report)
