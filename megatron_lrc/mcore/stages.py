@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.gpt_models import GPTModel, build_stage, tie_ends
 
 NORMS, BIASES, MAPS = "norms", "biases", "maps"
 
@@ -53,6 +53,10 @@ class LossSums:
         self.terms = terms
         self.main = torch.zeros(6, dtype=torch.float64, device=device)
         self.clone = torch.zeros(num_layers, len(terms), dtype=torch.float64, device=device)
+
+    def add_main(self, sums: Tensor, token_weight: Tensor) -> None:
+        """sums [5]: those of `lm_and_kl_loss`. token_weight: of the same tokens, of any shape."""
+        self.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
 
     def reset(self) -> None:
         self.main.zero_()
@@ -87,11 +91,26 @@ class Trained:
         return getattr(self.parameter, "shared", False)
 
 
+class TrainedWeights(nn.Module):
+    """What DDP wraps, where that is not a whole model: one module `first`, if there is any, then single parameters.
+
+    DDP fills its buckets from the last parameter to the first, so the order is that of the forward pass.
+    """
+
+    def __init__(self, own: Iterable[Trained], first: nn.Module | None = None):
+        super().__init__()
+        self.first = first
+        self.own = nn.ParameterList(trained.parameter for trained in own)
+
+
 class PipelineStage(nn.Module, ABC):
     """One stage: `forward(batch)` gives the next stage's input, or on the last one the loss, summed over tokens.
 
+    chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     config: what megatron-core's schedules read; its hidden_size is that of what travels between stages.
     student: the model that becomes the exported one. heads: its, for `sites.select`.
+    pre_process, post_process: whether it is the whole pipeline's first stage, with the embedding; its last, with the
+    LM head. megatron-core's names.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -102,10 +121,35 @@ class PipelineStage(nn.Module, ABC):
     heads: HeadLayout
     sums: LossSums
     student: GPTModel
-    pre_process: bool
-    post_process: bool
     #: Whom the stage tells which parameters it needs and which gradients are complete.
     overlap: Overlap = Overlap()
+
+    def __init__(self, config: Config, groups: Groups, dtype: torch.dtype, chunk: int):
+        super().__init__()
+        self.settings, self.groups = config, groups
+        self._dtype, self._chunk = dtype, chunk
+        self.pre_process = groups.is_first_rank and chunk == 0
+        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
+        self._input: Tensor | None = None
+
+    def _build_model(self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool) -> GPTModel:
+        """This stage of a model of some shape, its weights not yet set."""
+        model = build_stage(
+            self.settings,
+            shape,
+            inverse_frequencies,
+            dtype=self._dtype,
+            chunk=self._chunk,
+            is_trained=is_trained,
+            is_first_stage=self.pre_process,
+            is_last_stage=self.post_process,
+        )
+        tie_ends(model, shape)
+        return model
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
+        """What the stage before has given, [s/tp, b, hidden_size of `config`]; called by the schedules."""
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     @property
     @abstractmethod
@@ -189,9 +233,12 @@ def run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) 
     return model(batch["tokens"], batch["position_ids"], batch.get("documents"))
 
 
-def whole_sequence(hidden: Tensor, *, is_trained: bool = True) -> Tensor:
-    """[s, b, h] on every tensor parallel rank, of [s/tp, b, h] shards of it under sequence parallelism.
+def all_tokens(model: GPTModel, hidden: Tensor, *, is_trained: bool = True) -> Tensor:
+    """[s*b, h] on every tensor parallel rank, for the losses at the head, of what a model's last stage gives: under
+    sequence parallelism shards [s/tp, b, h], which are gathered.
 
     is_trained: then each rank's gradient is a partial sum (of its part of the vocabulary), added up on the way back.
     """
-    return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_trained)
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_trained)
+    return hidden.flatten(0, 1)

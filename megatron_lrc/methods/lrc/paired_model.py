@@ -23,17 +23,16 @@ from megatron_lrc.clone.projections import (
     zero_gradient,
 )
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import (
     GPTModel,
-    build_stage,
     head_layout,
     layers_of,
     norm_gains,
-    padded_vocab_size,
     tie_ends,
+    vocabulary_shard,
 )
 from megatron_lrc.mcore.stages import (
     BIASES,
@@ -43,17 +42,17 @@ from megatron_lrc.mcore.stages import (
     PipelineStage,
     Shapes,
     Trained,
+    TrainedWeights,
+    all_tokens,
     run_stage,
-    whole_sequence,
 )
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
-from megatron_lrc.methods.lrc.own_matrices import TrainedWeights, own_parameters, renew_parameters
+from megatron_lrc.methods.lrc.own_matrices import own_parameters, renew_parameters
 
 
 class PairedModel(PipelineStage):
     """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
 
-    chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     own: the student's matrices, by name, that are its own and trained themselves; the others are composed.
     layer_losses: makes the losses between the two models' layers.
     """
@@ -69,31 +68,17 @@ class PairedModel(PipelineStage):
         *,
         layer_losses: LayerLossesFactory = LayerLosses,
     ):
-        super().__init__()
-        self.settings, self.shapes, self.groups = config, shapes, groups
-        self._dtype = dtype
-        self.pre_process = groups.is_first_rank and chunk == 0
-        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
-        place = {
-            "dtype": dtype,
-            "chunk": chunk,
-            "is_first_stage": self.pre_process,
-            "is_last_stage": self.post_process,
-        }
-        self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, is_trained=False, **place)
-        self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, is_trained=True, **place)
-        tie_ends(self.teacher, shapes.teacher)
-        tie_ends(self.student, shapes.student)
+        super().__init__(config, groups, dtype, chunk)
+        self.shapes = shapes
+        self.teacher = self._build_model(shapes.teacher, shapes.inverse_frequencies, is_trained=False)
+        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
         self.heads = head_layout(shapes.teacher)
         self._layer_losses = layer_losses(self)
         self.sums = LossSums(groups.device, shapes.teacher.num_layers, self._layer_losses.terms)
-        self.vocabulary = VocabularyShard.of(
-            shapes.teacher.vocab_size, padded_vocab_size(shapes.teacher.vocab_size, groups.tp.size()), groups.tp
-        )
-        self._input: Tensor | None = None
+        self.vocabulary = vocabulary_shard(shapes.teacher, groups.tp)
         self._is_to_compose = False  # in the next forward pass
         self._choose_trained(own)
 
@@ -127,7 +112,7 @@ class PairedModel(PipelineStage):
             *own_parameters(self.student, self.shapes.student, own),
             *self._layer_losses.trained(),
         ]
-        self._trained_weights = TrainedWeights(self.projections, self._own_parameters)
+        self._trained_weights = TrainedWeights(self._own_parameters, self.projections)
         self._set_trainable()
 
     @torch.no_grad()
@@ -256,10 +241,6 @@ class PairedModel(PipelineStage):
 
     # --- forward ------------------------------------------------------------------------------------------------
 
-    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
-        """[s/tp, b, D + d] from the stage before; called by the schedules."""
-        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """batch: tokens, labels, loss_mask, position_ids, each [b, s]; documents (`find_documents`) if they are apart.
 
@@ -298,12 +279,10 @@ class PairedModel(PipelineStage):
     def _lm_and_kl(
         self, teacher_hidden: Tensor, student_hidden: Tensor, labels: Tensor, token_weight: Tensor
     ) -> Tensor:
-        if self.student.config.sequence_parallel:
-            teacher_hidden = whole_sequence(teacher_hidden, is_trained=False)
-            student_hidden = whole_sequence(student_hidden)
+        teacher_tokens = all_tokens(self.teacher, teacher_hidden, is_trained=False)  # [s*b, D]
         loss, sums = lm_and_kl_loss(
-            student_hidden.flatten(0, 1),  # [s*b, d]
-            teacher_hidden.flatten(0, 1),  # [s*b, D]
+            all_tokens(self.student, student_hidden),  # [s*b, d]
+            teacher_tokens,
             self.student.output_layer.weight,
             self.teacher.output_layer.weight,
             labels.t().flatten(),
@@ -318,5 +297,5 @@ class PairedModel(PipelineStage):
             ),
         )
         if self.groups.tp.rank() == 0:
-            self.sums.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
+            self.sums.add_main(sums, token_weight)
         return loss

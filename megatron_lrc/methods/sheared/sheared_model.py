@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_lrc.clone.projections import accumulate_in_fp32, add_gradient, gradient_of, zero_gradient
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained
+from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained, TrainedWeights
 from megatron_lrc.methods.ordinary.single_model import SingleModel
 from megatron_lrc.methods.sheared.mask_axes import AXES, gain_factor, mask_gradients, masked, masks_of, view
 from megatron_lrc.methods.sheared.masks import GROUPS, HIDDEN, KINDS, NEURONS, Masks, mask_name
@@ -40,14 +40,6 @@ class MaskedWeight:
     layer: int | None
     model: nn.Parameter
     trained: nn.Parameter
-
-
-class _TrainedWeights(nn.Module):
-    """What DDP wraps."""
-
-    def __init__(self, everything: list[Trained]):
-        super().__init__()
-        self.weights = nn.ParameterList(trained.parameter for trained in everything)
 
 
 class ShearedModel(SingleModel):
@@ -72,7 +64,7 @@ class ShearedModel(SingleModel):
                 self._masked.append(MaskedWeight(name, layer, trained.parameter, own))
                 self._trained[place] = replace(trained, parameter=own)
                 accumulate_in_fp32(trained.parameter)
-        self._trained_weights = _TrainedWeights(self._trained)
+        self._trained_weights = TrainedWeights(self._trained)
 
     @torch.no_grad()
     def adopt_weights(self) -> None:
