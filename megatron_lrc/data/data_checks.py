@@ -19,7 +19,8 @@ import numpy
 
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data.eod_checks import check_eod, flags_that_need_eod
-from megatron_lrc.data.tokenizers import TokenizerIdentity, load_tokenizer
+from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
+from megatron_lrc.data.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

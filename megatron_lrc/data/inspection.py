@@ -9,8 +9,9 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
-from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
 from megatron_lrc.data.verification import Index, check_token_ids, read_index
 
 _SAMPLE_TOKENS = 200  # shown of each sample
