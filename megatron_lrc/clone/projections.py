@@ -7,13 +7,13 @@
 Sharding: P is (D, d); each tensor parallel rank holds D/tp rows, and so their gradient and optimizer state. `compose`
 gathers the whole P, which any shard of W_T needs; `pull_back` gives each rank the sum over ranks of its rows.
 
-The clone loss projects the teacher's o and down outputs with the same P. That use goes through autograd: `target(name)`
-is a leaf that shares P's values, and what reaches it is added to dP by `pull_back`.
+The clone loss projects the teacher's o and down outputs with the same P. That use goes through autograd:
+`target(name)` is a leaf that shares P's values, and what reaches it is added to dP by `pull_back`.
 
 Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import HeadLayout, Site, compose, pull_back, select
 
 
@@ -75,6 +76,16 @@ def zero_gradient(parameter: Tensor) -> None:
         parameter.main_grad.zero_()  # type: ignore[attr-defined]
 
 
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add to the gradient of a trained parameter what autograd does not bring there."""
+    if hasattr(parameter, "main_grad"):  # the distributed data parallel buffer
+        parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+    elif parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
+
+
 def _key(name: str) -> str:
     return name.replace(".", "/")  # a ParameterDict key may hold no dot
 
@@ -115,8 +126,17 @@ class Projections(nn.Module):
             self.matrices[_key(name)].requires_grad_(False)
         self._targets: dict[str, Tensor] = {}
         self._are_detached: dict[str, bool] = {}  # of the names in use as targets
-        #: Told of each target that `compose` makes and that gathers a gradient: its name and leaf.
-        self.when_target_is_made: Callable[[str, Tensor], None] | None = None
+        self.overlap = Overlap()
+
+    def attach(self, overlap: Overlap, weights: Iterable[ClonedWeight]) -> None:
+        """From now on say to this `overlap` what is needed and what is complete. weights: those of `pull_back`."""
+        self.overlap = overlap
+        made = {weight.projection: weight for weight in weights if not weight.is_own}
+        overlap.watch_weights(
+            {name: weight.student for name, weight in made.items()},
+            [name for name, is_detached in self._are_detached.items() if not is_detached],
+            lambda name: self.pull_back_one(made[name]),
+        )
 
     def named_matrices(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(global name, this rank's shard [D/tp, d]) of each projection."""
@@ -150,65 +170,64 @@ class Projections(nn.Module):
         """Have `compose` make a target of a projection; is_detached: one that passes no gradient to it."""
         self._are_detached[name] = is_detached or not self.matrices[_key(name)].requires_grad
 
-    @property
-    def trained_targets(self) -> set[str]:
-        """Names of the targets that gather a gradient for their P."""
-        return {name for name, is_detached in self._are_detached.items() if not is_detached}
-
     def target(self, name: str) -> Tensor:
         """The leaf [D, d] through which the clone loss projects the teacher's outputs; renewed by `compose`."""
         return self._targets[name]
 
     @torch.no_grad()
-    def compose(self, weights: Iterable[ClonedWeight], before_reading: Callable[[nn.Parameter], None]) -> None:
-        """Set every student weight that is not its own from the teacher's. Forgets the gradients of the targets; those
-        of fixed projections stay as the first composition has made them.
-
-        before_reading: told of each P before its values are needed, in the order of `weights`.
-        """
-        fixed = {name for name in self._targets if not self.matrices[_key(name)].requires_grad}
-        self._targets = {name: self._targets[name] for name in fixed}
-        for weight in weights:
-            if weight.is_own and (weight.projection in fixed or weight.projection not in self._are_detached):
-                continue
-            before_reading(self.matrix(weight.projection))
+    def compose(self, weights: Iterable[ClonedWeight]) -> None:
+        """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is not its own; and the targets,
+        whose gradients are forgotten."""
+        for weight in self._without_what_stays(weights):
+            self.overlap.parameter_is_needed(self.matrix(weight.projection))
             projection = self.full(weight.projection)
             if not weight.is_own:
                 student = select(weight.site, weight.student, weight.heads)
                 student.copy_(compose(weight.site, select(weight.site, weight.teacher, weight.heads), projection))
             if weight.projection in self._are_detached:
-                self._targets[weight.projection] = leaf = projection.detach()
-                if not self._are_detached[weight.projection]:
-                    accumulate_in_fp32(leaf.requires_grad_())
-                    if self.when_target_is_made:
-                        self.when_target_is_made(weight.projection, leaf)
+                self._renew_target(weight.projection, projection)
+
+    def _without_what_stays(self, weights: Iterable[ClonedWeight]) -> Iterator[ClonedWeight]:
+        """The weights whose P is to be read: not the student's own, nor targets of fixed projections, which stay as
+        the first composition has made them."""
+        fixed = {name for name in self._targets if not self.matrix(name).requires_grad}
+        self._targets = {name: self._targets[name] for name in fixed}
+        for weight in weights:
+            is_target = weight.projection in self._are_detached and weight.projection not in fixed
+            if is_target or not weight.is_own:
+                yield weight
+
+    def _renew_target(self, name: str, projection: Tensor) -> None:
+        self._targets[name] = leaf = projection.detach()
+        if not self._are_detached[name]:
+            accumulate_in_fp32(leaf.requires_grad_())
+            self.overlap.watch_target(name, leaf)
 
     @torch.no_grad()
-    def pull_back(self, weights: Sequence[ClonedWeight], when_complete: Callable[[nn.Parameter], None]) -> None:
-        """Add to each P's gradient what the student's weights and the clone targets have gathered.
+    def pull_back(self, weights: Sequence[ClonedWeight]) -> None:
+        """dP += f^T(W_T, dW_S), for every weight of which that is not done in this step, with what the clone targets
+        have gathered. Each P has one weight on a stage.
 
-        when_complete: told of each P once its gradient is complete but for the data-parallel sum; from the last matrix
-        to the first, the order in which megatron-core's DDP fills its buckets. Each P has one weight on a stage.
+        From the last matrix to the first: in this order megatron-core's DDP fills its buckets.
         """
         for weight in reversed(weights):
-            if not weight.is_own:
+            if not weight.is_own and not self.overlap.is_pulled_back(weight.projection):
                 self.pull_back_one(weight)
-                when_complete(self.matrix(weight.projection))
 
     @torch.no_grad()
     def pull_back_one(self, weight: ClonedWeight) -> None:
         """The same of one weight. Per rank a partial sum over tensor parallel ranks (each has a shard of W_T, and its
         own tokens' targets); summed here."""
-        grad = gradient_of(weight.student)
-        if grad is None:
-            return
-        student_grad = select(weight.site, grad, weight.heads)
-        partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
-        if weight.projection in self._targets:
-            target_grad = gradient_of(self._targets[weight.projection])
-            if target_grad is not None:
-                partial += target_grad
-        self._add_gradient(self.matrix(weight.projection), partial)
+        shard, grad = self.matrix(weight.projection), gradient_of(weight.student)
+        if grad is not None:
+            student_grad = select(weight.site, grad, weight.heads)
+            partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
+            if weight.projection in self._targets:
+                target_grad = gradient_of(self._targets[weight.projection])
+                if target_grad is not None:
+                    partial += target_grad
+            self._add_gradient(shard, partial)
+        self.overlap.gradient_is_complete(shard)
 
     def _add_gradient(self, shard: nn.Parameter, partial: Tensor) -> None:
         """Sum `partial` [D, d] over tensor parallel ranks and add this rank's rows to its gradient."""
@@ -216,7 +235,4 @@ class Projections(nn.Module):
             rows = partial.new_empty(shard.shape)
             dist.reduce_scatter_tensor(rows, partial.contiguous(), group=self.tp_group)
             partial = rows
-        if hasattr(shard, "main_grad"):  # the distributed data parallel buffer
-            shard.main_grad.add_(partial)  # type: ignore[attr-defined]
-        else:
-            shard.grad = partial.to(shard.dtype) if shard.grad is None else shard.grad.add_(partial)
+        add_gradient(shard, partial)

@@ -27,8 +27,9 @@ from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data.blends import DataPlan, plan_data
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.indexed_files import identity_of, read_indexed_file
+from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
 from megatron_lrc.data.sample_order import SampleOrder
-from megatron_lrc.data.tokenizers import TokenizerIdentity, load_tokenizer
+from megatron_lrc.data.tokenizers import load_tokenizer
 
 T = TypeVar("T")
 

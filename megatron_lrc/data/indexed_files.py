@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.tokenizers import TokenizerIdentity
+from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"

@@ -20,9 +20,10 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data.byte_pair import fastest
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
 from megatron_lrc.data.input_files import find_files
+from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.restart import Done, Journal
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
-from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
 from megatron_lrc.data.writing import DatasetWriter, make_folder_of, publish
 
 

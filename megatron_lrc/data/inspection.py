@@ -10,8 +10,9 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import Index, check_token_ids, read_index
+from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
-from megatron_lrc.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
 from megatron_lrc.png_charts import check_matplotlib, png_chart
 
 _SAMPLE_TOKENS = 200  # shown of each sample

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.tokenizers import Tokenizer, fingerprint, spelled_bytes
+from megatron_lrc.data.loaded_tokenizer import Tokenizer, fingerprint, spelled_bytes
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

@@ -21,8 +21,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_lrc.clone.sites import HeadLayout
+from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
 from megatron_lrc.mcore.kernels import fuse_weight_gradients, uses_engine_attention, uses_transformer_engine
@@ -34,6 +36,11 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """The vocabulary, rounded up so that each tensor parallel rank holds the same whole number of GEMM tiles."""
     multiple = VOCAB_MULTIPLE * tp_size
     return -(-vocab_size // multiple) * multiple
+
+
+def vocabulary_shard(shape: ModelShape, tp_group: ProcessGroup) -> VocabularyShard:
+    """This rank's rows of the embedding and the LM head."""
+    return VocabularyShard.of(shape.vocab_size, padded_vocab_size(shape.vocab_size, tp_group.size()), tp_group)
 
 
 def head_layout(shape: ModelShape) -> HeadLayout:

@@ -11,7 +11,6 @@ their way: whoever reads a parameter then awaits it, or all of them.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,17 +24,27 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.moments import copy_state, start_second_moments
+from megatron_lrc.mcore.overlap import BucketOverlap
 from megatron_lrc.mcore.stages import PipelineStage
 
 
+def build_optimizer(config: Config, stages: Sequence[PipelineStage], groups: Groups) -> "StageOptimizer":
+    """The optimizer of these stages, attached to them."""
+    for stage in stages:
+        mark_for_grad_norm(stage)
+    optimizer = StageOptimizer(config, stages, groups)
+    optimizer.attach(stages)
+    return optimizer
+
+
 class StageOptimizer:
-    """AdamW on everything that this rank's stages train."""
+    """AdamW on everything that this rank's stages train. `build_optimizer` makes one that is ready for use."""
 
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
         self.groups = groups
@@ -43,34 +52,33 @@ class StageOptimizer:
         everything = self._trained = [trained for stage in stages for trained in stage.trained()]
         self._tied = [trained.parameter for trained in everything if trained.is_at_both_ends]
         self._replicated = [trained.parameter for trained in everything if trained.split is None]
-        for stage in stages:
-            _mark_for_grad_norm(stage)
         self.replicas = [self._data_parallel(config, stage) for stage in stages]
         self._is_overlapped = config.parallel.overlap_grad_reduce
         self._is_gather_overlapped = config.parallel.overlap_param_gather
-        if self._is_overlapped:
-            no_sync = [replica.no_sync for replica in self.replicas]  # until the last micro-batch
-            stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # the schedules look there
-            for stage, replica in zip(stages, self.replicas, strict=True):
-                stage.pull_back_early(partial(_is_last_backward, replica), self.gradient_is_complete)
         optimizer_config = _optimizer_config(config)
         self.optimizer = get_megatron_optimizer(
             optimizer_config,
             self.replicas,
             config_overrides=get_standard_config_overrides(optimizer_config),  # no weight decay of the gains
         )
-        for stage in stages:
-            # Gathers then run beside the teacher's first pass. Where a pipeline fills, compose itself fills the wait.
-            stage.composes_late = self._is_gather_overlapped and groups.pp.size() == 1
-        if config.training.fp16:
-            for stage in stages:
-                stage.config.grad_scale_func = self.optimizer.scale_loss  # the schedules and the clone losses read it
         self._is_scaled = config.training.fp16
         self._min_loss_scale = _smallest_loss_scale(config)
         #: Something is trained from the middle of the run on, and no step has been taken with it yet.
         self.is_to_start_moments = False
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
+
+    def attach(self, stages: Sequence[PipelineStage]) -> None:
+        """Tell the stages that this optimizer trains them: how their communication overlaps, and, in the configuration
+        that the schedules and the losses read, what holds back the sums until a step's last backward pass and what
+        scales the loss."""
+        if self._is_overlapped:
+            no_sync = [replica.no_sync for replica in self.replicas]
+            stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        for stage, replica in zip(stages, self.replicas, strict=True):
+            if self._is_scaled:
+                stage.config.grad_scale_func = self.optimizer.scale_loss
+            stage.attach(BucketOverlap(replica, has_pipeline=self.groups.pp.size() > 1))
 
     @staticmethod
     def _data_parallel(config: Config, stage: PipelineStage) -> DistributedDataParallel:
@@ -145,12 +153,6 @@ class StageOptimizer:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def gradient_is_complete(self, parameter: nn.Parameter) -> None:
-        """Pull back has completed this gradient: with --overlap-grad-reduce, sum its bucket if that was the last."""
-        if self._is_overlapped:
-            replica = next(one for one in self.replicas if parameter in one.param_to_bucket_group)
-            replica.param_to_bucket_group[parameter].register_grad_ready(parameter)
-
     @torch.no_grad()
     def reduce_gradients(self, num_tokens: Tensor) -> None:
         """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation).
@@ -195,13 +197,6 @@ class StageOptimizer:
         self._equalize_tied()
         return is_updated, grad_norm
 
-    def await_parameter(self, parameter: nn.Parameter) -> None:
-        """Have the whole of a parameter, before it is read outside of the forward pass of a module that DDP knows."""
-        if self._is_gather_overlapped:
-            for replica in self.replicas:
-                if (group := replica.param_to_bucket_group.get(parameter)) is not None:
-                    group.finish_param_sync(skip_next_bucket_dispatch=True)
-
     def await_parameters(self) -> None:
         """Have all parameters whole: between steps, before anything but a stage reads them."""
         if self._is_gather_overlapped:
@@ -221,13 +216,9 @@ class StageOptimizer:
                 dist.broadcast(matrix, src=dist.get_process_group_ranks(group)[0], group=group)
 
 
-def _is_last_backward(replica: DistributedDataParallel) -> bool:
-    """Whether the schedule runs this stage's last backward pass of a step: it holds back `no_sync` until then."""
-    return replica.bucket_groups[0].is_last_microbatch
-
-
-def _mark_for_grad_norm(stage: PipelineStage) -> None:
-    """Tell megatron-core's gradient norm what to count: every TP rank's shards; what is tied once."""
+def mark_for_grad_norm(stage: PipelineStage) -> None:
+    """Tell megatron-core's gradient norm what to count: every TP rank's shards; what is tied once. It copies these
+    marks to the optimizer's fp32 parameters when it makes them, so this comes first."""
     for trained in stage.trained():
         if trained.split is not None:
             trained.parameter.tensor_model_parallel = True

@@ -8,20 +8,21 @@ step goes, on every stage:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.gpt_models import GPTModel, build_stage, tie_ends
 
 NORMS, BIASES, MAPS = "norms", "biases", "maps"
 
@@ -41,10 +42,6 @@ class Shapes:
     inverse_frequencies: Tensor
 
 
-def leave_alone(parameter: nn.Parameter) -> None:
-    """For `PipelineStage.compose` where no parameter is still to be collected from other ranks."""
-
-
 class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
 
@@ -56,6 +53,10 @@ class LossSums:
         self.terms = terms
         self.main = torch.zeros(6, dtype=torch.float64, device=device)
         self.clone = torch.zeros(num_layers, len(terms), dtype=torch.float64, device=device)
+
+    def add_main(self, sums: Tensor, token_weight: Tensor) -> None:
+        """sums [5]: those of `lm_and_kl_loss`. token_weight: of the same tokens, of any shape."""
+        self.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
 
     def reset(self) -> None:
         self.main.zero_()
@@ -90,11 +91,26 @@ class Trained:
         return getattr(self.parameter, "shared", False)
 
 
+class TrainedWeights(nn.Module):
+    """What DDP wraps, where that is not a whole model: one module `first`, if there is any, then single parameters.
+
+    DDP fills its buckets from the last parameter to the first, so the order is that of the forward pass.
+    """
+
+    def __init__(self, own: Iterable[Trained], first: nn.Module | None = None):
+        super().__init__()
+        self.first = first
+        self.own = nn.ParameterList(trained.parameter for trained in own)
+
+
 class PipelineStage(nn.Module, ABC):
     """One stage: `forward(batch)` gives the next stage's input, or on the last one the loss, summed over tokens.
 
+    chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     config: what megatron-core's schedules read; its hidden_size is that of what travels between stages.
     student: the model that becomes the exported one. heads: its, for `sites.select`.
+    pre_process, post_process: whether it is the whole pipeline's first stage, with the embedding; its last, with the
+    LM head. megatron-core's names.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -105,10 +121,35 @@ class PipelineStage(nn.Module, ABC):
     heads: HeadLayout
     sums: LossSums
     student: GPTModel
-    pre_process: bool
-    post_process: bool
-    #: Whether `compose` may leave the work to the first forward pass that follows. A stage need not.
-    composes_late: bool = False
+    #: Whom the stage tells which parameters it needs and which gradients are complete.
+    overlap: Overlap = Overlap()
+
+    def __init__(self, config: Config, groups: Groups, dtype: torch.dtype, chunk: int):
+        super().__init__()
+        self.settings, self.groups = config, groups
+        self._dtype, self._chunk = dtype, chunk
+        self.pre_process = groups.is_first_rank and chunk == 0
+        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
+        self._input: Tensor | None = None
+
+    def _build_model(self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool) -> GPTModel:
+        """This stage of a model of some shape, its weights not yet set."""
+        model = build_stage(
+            self.settings,
+            shape,
+            inverse_frequencies,
+            dtype=self._dtype,
+            chunk=self._chunk,
+            is_trained=is_trained,
+            is_first_stage=self.pre_process,
+            is_last_stage=self.post_process,
+        )
+        tie_ends(model, shape)
+        return model
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
+        """What the stage before has given, [s/tp, b, hidden_size of `config`]; called by the schedules."""
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     @property
     @abstractmethod
@@ -139,28 +180,21 @@ class PipelineStage(nn.Module, ABC):
     def zero_gradients(self) -> None:
         """Empty what gathers gradients outside the optimizer's buffers."""
 
-    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
-        """Make the student's weights from what is trained, if they are not that.
+    def attach(self, overlap: Overlap) -> None:
+        """From now on tell `overlap` of each trained parameter before the stage reads it, and of each gradient that the
+        stage itself has completed. What modules of `trained_module` read in their forward passes, and gradients that
+        autograd completes, DDP's hooks see by themselves."""
+        self.overlap = overlap
 
-        before_reading: told of each trained parameter before the stage reads it; of all, by the end, but for those that
-        modules of `trained_module` read in their own forward passes, where DDP's hooks see it.
-        """
+    def compose(self) -> None:
+        """Make the student's weights from what is trained, if they are not that."""
 
-    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+    def compose_for_evaluation(self) -> None:
         """The same for a pass that nothing is learnt from."""
-        self.compose(before_reading)
+        self.compose()
 
-    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
-        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it.
-
-        when_complete: told of each trained parameter whose gradient this has completed but for the data-parallel sum.
-        """
-
-    def pull_back_early(self, is_last: Callable[[], bool], when_complete: Callable[[nn.Parameter], None]) -> None:
-        """From now on do what of `pull_back` can be done during the last backward pass of each step, then.
-
-        is_last: whether it is that one.
-        """
+    def pull_back(self) -> None:
+        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it."""
 
     def after_step(self, gradient_scale: Tensor) -> None:
         """Called when the optimizer has taken a step, which some steps skip: step what it does not know of.
@@ -199,9 +233,12 @@ def run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) 
     return model(batch["tokens"], batch["position_ids"], batch.get("documents"))
 
 
-def whole_sequence(hidden: Tensor, *, is_trained: bool = True) -> Tensor:
-    """[s, b, h] on every tensor parallel rank, of [s/tp, b, h] shards of it under sequence parallelism.
+def all_tokens(model: GPTModel, hidden: Tensor, *, is_trained: bool = True) -> Tensor:
+    """[s*b, h] on every tensor parallel rank, for the losses at the head, of what a model's last stage gives: under
+    sequence parallelism shards [s/tp, b, h], which are gathered.
 
     is_trained: then each rank's gradient is a partial sum (of its part of the vocabulary), added up on the way back.
     """
-    return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_trained)
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_trained)
+    return hidden.flatten(0, 1)

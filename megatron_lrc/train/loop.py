@@ -19,7 +19,7 @@ from megatron_lrc.mcore.kernels import (
     start_userbuffers,
     stop_userbuffers,
 )
-from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
@@ -37,6 +37,7 @@ from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
+from megatron_lrc.train.votes import Votes
 
 
 def train(config: Config) -> None:
@@ -85,7 +86,7 @@ class Trainer:
             has_changed=self._has_changed,
         )
         stages = self.method.build_stages(materials)
-        optimizer = StageOptimizer(self._config_of_phase, stages, groups)
+        optimizer = build_optimizer(self._config_of_phase, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
             # No step has been taken since the method changed what is trained.
@@ -144,14 +145,13 @@ class Trainer:
                     batches,
                     with_group_norms=is_logged,
                     max_grad_norm=self.guard.largest_norm,
-                    votes=lambda: torch.cat([self.stopping.votes(), self.saving.vote()]),
+                    votes=lambda: Votes(self.stopping.requests(), self.saving.is_writing),
                 )
             state.step += 1
             state.consumed_samples += self.global_batch_size
             state.tokens += self.global_batch_size * config.training.seq_length
-            *stop_votes, num_writing = report.votes
-            self.stopping.after_step(stop_votes)
-            self.saving.after_step(num_writing)
+            self.stopping.after_step(report.votes)
+            self.saving.after_step(report.votes)
             self.heartbeat.beat()
             self._look_at(report)
             interval.add(report)
@@ -193,7 +193,7 @@ class Trainer:
         before = self.run.optimizer
         before.await_parameters()
         self.method.change(self.run.stages)
-        self.run.optimizer = StageOptimizer(self._config_of_phase, self.run.stages, self.groups)
+        self.run.optimizer = build_optimizer(self._config_of_phase, self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=self.method.keeps_moments)
         del before
         collect_everything()

@@ -6,18 +6,16 @@ due. Only where it would be the last one does the run end with an error.
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter, SaveFailed
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.train.step import Run
+from megatron_lrc.train.votes import Votes
 
 
 class Saving:
-    """The checkpoints of one run. All but `vote` is collective. Does nothing without --save."""
+    """The checkpoints of one run. All but `is_writing` is collective. Does nothing without --save."""
 
     def __init__(
         self,
@@ -30,20 +28,19 @@ class Saving:
     ):
         """saved_step: the step whose state --save holds already."""
         self._run, self._state, self._say = run, state, say
-        self._device = groups.device
         self._writer = CheckpointWriter(config, groups) if config.checkpoint.save else None
         self._is_async = config.checkpoint.async_save
         self._step = saved_step  # of the last save that has not failed
         self._failure: str | None = None  # of the last save, if it has
 
-    def vote(self) -> Tensor:
-        """1 while this rank's files are being written, [1], fp64: to be summed over the ranks with a step's losses."""
-        is_writing = self._writer is not None and self._writer.is_writing
-        return torch.full((1,), float(is_writing), dtype=torch.float64, device=self._device)
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files are being written."""
+        return self._writer is not None and self._writer.is_writing
 
-    def after_step(self, num_writing: float) -> None:
-        """Finish a save that all ranks have written. num_writing: their votes, summed."""
-        if num_writing == 0:
+    def after_step(self, votes: Votes) -> None:
+        """Finish a save that all ranks have written. votes: summed over the ranks."""
+        if votes.num_writing == 0:
             self.finish()
 
     def save(self) -> None:

@@ -16,6 +16,7 @@ from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.mcore.stages import PipelineStage
 from megatron_lrc.methods import Method
+from megatron_lrc.train.votes import Votes
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -41,11 +42,11 @@ class Run:
     def compose(self) -> None:
         """W_S <- f(W_T, P) on every stage."""
         for stage in self.stages:
-            stage.compose(self.optimizer.await_parameter)
+            stage.compose()
 
     def compose_for_evaluation(self) -> None:
         for stage in self.stages:
-            stage.compose_for_evaluation(self.optimizer.await_parameter)
+            stage.compose_for_evaluation()
 
     def after_step(self, gradient_scale: Tensor) -> None:
         for stage in self.stages:
@@ -54,7 +55,7 @@ class Run:
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S) on every stage."""
         for stage in self.stages:
-            stage.pull_back(self.optimizer.gradient_is_complete)
+            stage.pull_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class StepReport:
     loss_scale: float = 1.0  # of this step; 1 without fp16
     #: overflow: gradients beyond fp16 while a lower loss scale can still be tried
     skipped_for: Literal["fault", "spike", "overflow"] | None = None
-    votes: tuple[float, ...] = ()  # summed over all ranks
+    votes: Votes = Votes()  # summed over all ranks
 
 
 def train_step(
@@ -131,14 +132,14 @@ def train_step(
     *,
     with_group_norms: bool = False,
     max_grad_norm: float = math.inf,
-    votes: Callable[[], Tensor] | None = None,
+    votes: Callable[[], Votes] = Votes,
 ) -> StepReport:
     """One optimizer step over all micro-batches. With a teacher P and norm gains are trained, W_T is frozen and W_S
     derived; without one W_S itself is trained, and there is nothing to compose or to pull back.
 
     max_grad_norm: a step whose gradient norm is above it is skipped.
     with_group_norms: also give gradient norms by kind of matrix (one pass over the gradients, one small all-reduce).
-    votes: asked late in the step for what is to be summed over the ranks with the losses, [n], fp64.
+    votes: asked late in the step for this process's votes, which are summed over the ranks with the losses.
     """
     run.optimizer.zero_grad()  # of what is trained: the gradient buffers
     run.zero_student_grads()  # dW_S accumulates over micro-batches
@@ -148,11 +149,11 @@ def train_step(
     forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches)
     run.pull_back()  # dP: complete but for the data-parallel sum
 
-    losses, summed_votes = _reduce_losses(run.stages, votes() if votes else None)
+    losses, summed_votes = _reduce_losses(run.stages, votes().to_tensor(run.groups.device))
     run.optimizer.reduce_gradients(losses.tokens)  # TP sum of gains, tied P, DP; the only division by tokens
     by_group = group_gradient_norms(run.optimizer, run.stages, run.groups) if with_group_norms else None
     # Waits for the device, which the gradient norm does anyway.
-    is_finite, *votes_of_all = torch.cat([losses.is_finite[None], summed_votes]).tolist()
+    is_finite, *vote_counts = torch.cat([losses.is_finite[None], summed_votes]).tolist()
     is_finite = bool(is_finite)
     loss_scale = run.optimizer.loss_scale  # before the step, which may change it
     is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite, max_norm=max_grad_norm)  # all ranks or none
@@ -164,7 +165,16 @@ def train_step(
         skipped_for = "spike"
     elif not is_updated:
         skipped_for = "overflow" if is_finite and run.optimizer.can_be_lowered(loss_scale) else "fault"
-    return StepReport(losses, is_finite, grad_norm, by_group, is_updated, loss_scale, skipped_for, tuple(votes_of_all))
+    return StepReport(
+        losses,
+        is_finite,
+        grad_norm,
+        by_group,
+        is_updated,
+        loss_scale,
+        skipped_for,
+        Votes.from_values(vote_counts),
+    )
 
 
 @torch.no_grad()

@@ -19,19 +19,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
+from megatron_lrc.train.votes import Votes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
-#: What each place of a vote stands for; the first one with a vote is the one named.
+#: What `Votes.stop` counts; the first one with a vote is the one named.
 REASONS = (*(number.name for number in SIGNALS), "--exit-duration-in-mins", f"the file {STOP_FILE}")
 #: Seconds within which a repeated signal is taken for a copy of the first.
 COPIES_WITHIN = 3.0
@@ -53,15 +50,7 @@ class Stopping:
     def __exit__(self, *_: object) -> None:
         self._watch.stop()
 
-    def votes(self) -> Tensor:
-        """This process's own, [len(REASONS)], fp64 on the device. Does not wait for the device."""
-        votes = torch.zeros(len(REASONS), dtype=torch.float64, device=self._groups.device)
-        for place, is_asked in enumerate(self._requests()):
-            if is_asked:
-                votes[place].fill_(1.0)
-        return votes
-
-    def after_step(self, votes: Sequence[float]) -> None:
+    def after_step(self, votes: Votes) -> None:
         """Take note of all processes' votes, summed in the step that is done; alike on every rank."""
         self._hear(votes)
         interval = self._config.training.exit_interval
@@ -69,7 +58,8 @@ class Stopping:
 
     def ask(self) -> None:
         """Have the processes agree outside a step. Collective."""
-        self._hear(sum_over_world(self.votes()).tolist())
+        votes = Votes(self.requests()).to_tensor(self._groups.device)
+        self._hear(Votes.from_values(sum_over_world(votes).tolist()))
 
     @property
     def is_asked(self) -> bool:
@@ -93,10 +83,11 @@ class Stopping:
         what_next = f"go on with --load {save}" if save else "nothing was saved, for want of --save"
         return f"stopped at step {step} of {steps}: {reason}; {what_next}"
 
-    def _hear(self, votes: Sequence[float]) -> None:
-        self._heard = [heard or vote > 0 for heard, vote in zip(self._heard, votes, strict=True)]
+    def _hear(self, votes: Votes) -> None:
+        self._heard = [heard or vote > 0 for heard, vote in zip(self._heard, votes.stop, strict=True)]
 
-    def _requests(self) -> list[bool]:
+    def requests(self) -> list[bool]:
+        """For which of REASONS this process asks to stop."""
         minutes, stop_file = self._config.training.exit_duration_in_mins, self._stop_file()
         signals = [number in self._watch.received for number in SIGNALS]
         if not self._groups.is_main_rank:  # one clock and one look at the file system are enough

@@ -13,7 +13,7 @@ from megatron.core.datasets.utils import Split
 from config_cases import data_config
 from megatron_lrc.data import sample_order
 from megatron_lrc.data.datasets import OrderedDataset, build_datasets
-from megatron_lrc.data.tokenizers import TokenizerIdentity
+from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
 from tiny_data import numbered, write_dataset
 
 SECOND = 30000  # token ids from here on are the second dataset's

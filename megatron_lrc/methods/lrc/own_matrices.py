@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from megatron_lrc.clone.projections import Projections
 from megatron_lrc.config import MATRICES, ModelShape
 from megatron_lrc.mcore.gpt_models import GPTModel, norm_gains
 from megatron_lrc.mcore.stages import Trained
@@ -26,15 +25,6 @@ def own_parameters(student: GPTModel, shape: ModelShape, own: frozenset[str]) ->
         is_owned = not own.isdisjoint(trained.groups) if is_matrix else own.issuperset(MATRICES)
         if is_owned and trained.name not in gains:
             yield trained
-
-
-class TrainedWeights(nn.Module):
-    """What DDP wraps: projections and norm gains, and the student's own parameters."""
-
-    def __init__(self, projections: Projections, own: list[Trained]):
-        super().__init__()
-        self.projections = projections
-        self.own = nn.ParameterList(trained.parameter for trained in own)
 
 
 def renew_parameters(model: nn.Module) -> None:

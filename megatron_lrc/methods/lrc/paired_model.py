@@ -8,14 +8,13 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a lin
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
-from megatron_lrc.clone.early_pull_back import EarlyPullBack
+from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.projections import (
     ClonedWeight,
     Projections,
@@ -24,17 +23,16 @@ from megatron_lrc.clone.projections import (
     zero_gradient,
 )
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import (
     GPTModel,
-    build_stage,
     head_layout,
     layers_of,
     norm_gains,
-    padded_vocab_size,
     tie_ends,
+    vocabulary_shard,
 )
 from megatron_lrc.mcore.stages import (
     BIASES,
@@ -44,18 +42,17 @@ from megatron_lrc.mcore.stages import (
     PipelineStage,
     Shapes,
     Trained,
-    leave_alone,
+    TrainedWeights,
+    all_tokens,
     run_stage,
-    whole_sequence,
 )
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
-from megatron_lrc.methods.lrc.own_matrices import TrainedWeights, own_parameters, renew_parameters
+from megatron_lrc.methods.lrc.own_matrices import own_parameters, renew_parameters
 
 
 class PairedModel(PipelineStage):
     """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
 
-    chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     own: the student's matrices, by name, that are its own and trained themselves; the others are composed.
     layer_losses: makes the losses between the two models' layers.
     """
@@ -71,32 +68,18 @@ class PairedModel(PipelineStage):
         *,
         layer_losses: LayerLossesFactory = LayerLosses,
     ):
-        super().__init__()
-        self.settings, self.shapes, self.groups = config, shapes, groups
-        self._dtype = dtype
-        self.pre_process = groups.is_first_rank and chunk == 0
-        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
-        place = {
-            "dtype": dtype,
-            "chunk": chunk,
-            "is_first_stage": self.pre_process,
-            "is_last_stage": self.post_process,
-        }
-        self.teacher = build_stage(config, shapes.teacher, shapes.inverse_frequencies, is_trained=False, **place)
-        self.student = build_stage(config, shapes.student, shapes.inverse_frequencies, is_trained=True, **place)
-        tie_ends(self.teacher, shapes.teacher)
-        tie_ends(self.student, shapes.student)
+        super().__init__(config, groups, dtype, chunk)
+        self.shapes = shapes
+        self.teacher = self._build_model(shapes.teacher, shapes.inverse_frequencies, is_trained=False)
+        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
         self.heads = head_layout(shapes.teacher)
         self._layer_losses = layer_losses(self)
         self.sums = LossSums(groups.device, shapes.teacher.num_layers, self._layer_losses.terms)
-        self.vocabulary = VocabularyShard.of(
-            shapes.teacher.vocab_size, padded_vocab_size(shapes.teacher.vocab_size, groups.tp.size()), groups.tp
-        )
-        self._input: Tensor | None = None
-        self._compose_is_due: Callable[[], None] | None = None
+        self.vocabulary = vocabulary_shard(shapes.teacher, groups.tp)
+        self._is_to_compose = False  # in the next forward pass
         self._choose_trained(own)
 
     # --- construction -------------------------------------------------------------------------------------------
@@ -104,7 +87,7 @@ class PairedModel(PipelineStage):
     def _choose_trained(self, own: frozenset[str]) -> None:
         """Make the projections, and say which of the student's parameters are its own."""
         self.own = own
-        self._early: EarlyPullBack | None = None
+        self.overlap = Overlap()
         self.cloned_weights = self._pair_weights()
         targets = self._layer_losses.target_names
         names = projection_names(
@@ -129,7 +112,7 @@ class PairedModel(PipelineStage):
             *own_parameters(self.student, self.shapes.student, own),
             *self._layer_losses.trained(),
         ]
-        self._trained_weights = TrainedWeights(self.projections, self._own_parameters)
+        self._trained_weights = TrainedWeights(self._own_parameters, self.projections)
         self._set_trainable()
 
     @torch.no_grad()
@@ -138,7 +121,7 @@ class PairedModel(PipelineStage):
 
         What trains is new, and so has to be whatever trains it.
         """
-        self._compose(leave_alone)
+        self._compose_now()
         before = self.projections
         renew_parameters(self.student)
         tie_ends(self.student, self.shapes.student)
@@ -230,38 +213,33 @@ class PairedModel(PipelineStage):
         for weight in self.cloned_weights:
             if not weight.is_own:
                 zero_gradient(weight.student)
-        if self._early:
-            self._early.begin_step()
+        self.overlap.begin_step()
 
-    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+    def attach(self, overlap: Overlap) -> None:
+        super().attach(overlap)
+        self.projections.attach(overlap, self.cloned_weights)
+
+    def compose(self) -> None:
         """W_S <- f(W_T, P), but for what is the student's own."""
-        if self.composes_late:
-            self._compose_is_due = partial(self._compose, before_reading)
+        if self.overlap.composes_behind_teacher:
+            self._is_to_compose = True
         else:
-            self._compose(before_reading)
+            self._compose_now()
 
-    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
-        self._compose_is_due = None
-        self._compose(before_reading)
+    def compose_for_evaluation(self) -> None:
+        self._compose_now()
 
-    def _compose(self, before_reading: Callable[[nn.Parameter], None]) -> None:
-        self.projections.compose(self.cloned_weights, before_reading)
+    def _compose_now(self) -> None:
+        self._is_to_compose = False
+        self.projections.compose(self.cloned_weights)
         for trained in self.trained():  # gains and the student's own, which the forward pass reads
-            before_reading(trained.parameter)
+            self.overlap.parameter_is_needed(trained.parameter)
 
-    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
-        """dP += f^T(W_T, dW_S). The gradients of the norm gains and of what is the student's own are there already."""
-        is_done = self._early.is_done if self._early else lambda name: False
-        self.projections.pull_back([one for one in self.cloned_weights if not is_done(one.projection)], when_complete)
-
-    def pull_back_early(self, is_last: Callable[[], bool], when_complete: Callable[[nn.Parameter], None]) -> None:
-        self._early = EarlyPullBack(self.projections, self.cloned_weights, is_last, when_complete)
+    def pull_back(self) -> None:
+        """dP += f^T(W_T, dW_S). Gradients of the norm gains and of what is the student's own are there already."""
+        self.projections.pull_back(self.cloned_weights)
 
     # --- forward ------------------------------------------------------------------------------------------------
-
-    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
-        """[s/tp, b, D + d] from the stage before; called by the schedules."""
-        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """batch: tokens, labels, loss_mask, position_ids, each [b, s]; documents (`find_documents`) if they are apart.
@@ -273,9 +251,8 @@ class PairedModel(PipelineStage):
         teacher_in, student_in = self._split_input()
         with torch.no_grad():
             teacher_hidden = run_stage(self.teacher, batch, teacher_in)
-        if self._compose_is_due:
-            self._compose_is_due()
-            self._compose_is_due = None
+        if self._is_to_compose:
+            self._compose_now()
         student_hidden = self._layer_losses.end(run_stage(self.student, batch, student_in))
         if not self.post_process:
             return torch.cat([teacher_hidden, student_hidden], dim=-1)
@@ -302,12 +279,10 @@ class PairedModel(PipelineStage):
     def _lm_and_kl(
         self, teacher_hidden: Tensor, student_hidden: Tensor, labels: Tensor, token_weight: Tensor
     ) -> Tensor:
-        if self.student.config.sequence_parallel:
-            teacher_hidden = whole_sequence(teacher_hidden, is_trained=False)
-            student_hidden = whole_sequence(student_hidden)
+        teacher_tokens = all_tokens(self.teacher, teacher_hidden, is_trained=False)  # [s*b, D]
         loss, sums = lm_and_kl_loss(
-            student_hidden.flatten(0, 1),  # [s*b, d]
-            teacher_hidden.flatten(0, 1),  # [s*b, D]
+            all_tokens(self.student, student_hidden),  # [s*b, d]
+            teacher_tokens,
             self.student.output_layer.weight,
             self.teacher.output_layer.weight,
             labels.t().flatten(),
@@ -322,5 +297,5 @@ class PairedModel(PipelineStage):
             ),
         )
         if self.groups.tp.rank() == 0:
-            self.sums.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
+            self.sums.add_main(sums, token_weight)
         return loss

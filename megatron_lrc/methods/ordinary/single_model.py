@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from megatron_lrc.checkpoints.layout import SITES, key_of
 from megatron_lrc.clone.projections import gradient_of
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, select
-from megatron_lrc.clone.vocab_parallel import VocabularyShard, lm_loss
+from megatron_lrc.clone.vocab_parallel import lm_loss
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import (
     GPTModel,
-    build_stage,
     head_layout,
     layers_of,
     norm_gains,
-    padded_vocab_size,
-    tie_ends,
+    vocabulary_shard,
 )
 from megatron_lrc.mcore.stages import (
     BIASES,
@@ -35,8 +33,8 @@ from megatron_lrc.mcore.stages import (
     PipelineStage,
     Shapes,
     Trained,
+    all_tokens,
     run_stage,
-    whole_sequence,
 )
 
 
@@ -44,35 +42,18 @@ class SingleModel(PipelineStage):
     """One stage of the model. Arguments as of `PairedModel`; its weights are not yet set."""
 
     def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0):
-        super().__init__()
-        self.settings, self.groups = config, groups
-        self._dtype, self._chunk = dtype, chunk
-        self.pre_process = groups.is_first_rank and chunk == 0
-        self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
+        super().__init__(config, groups, dtype, chunk)
         self.sums = LossSums(groups.device)
-        self._input: Tensor | None = None
         self._build(shapes)
 
     def _build(self, shapes: Shapes) -> None:
         """Make the model, its weights not yet set."""
         self.shapes = shapes
-        shape, tp_size = shapes.student, self.groups.tp.size()
-        self.student = build_stage(
-            self.settings,
-            shape,
-            shapes.inverse_frequencies,
-            dtype=self._dtype,
-            chunk=self._chunk,
-            is_trained=True,
-            is_first_stage=self.pre_process,
-            is_last_stage=self.post_process,
-        )
-        tie_ends(self.student, shape)
+        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
         self.config = copy.copy(self.student.config)
-        self.heads = head_layout(shape)
-        padded = padded_vocab_size(shape.vocab_size, tp_size)
-        self.vocabulary = VocabularyShard.of(shape.vocab_size, padded, self.groups.tp)
-        self._trained = list(trained_parameters(self.student, shape))
+        self.heads = head_layout(shapes.student)
+        self.vocabulary = vocabulary_shard(shapes.student, self.groups.tp)
+        self._trained = list(trained_parameters(self.student, shapes.student))
 
     @property
     def trained_module(self) -> nn.Module:
@@ -97,20 +78,14 @@ class SingleModel(PipelineStage):
                 if grad is not None and (site := SITES.get(group)):
                     yield site, trained.layer and trained.layer[0], select(site, grad, self.heads)
 
-    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
-        """[s/tp, b, d] from the stage before; called by the schedules."""
-        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """batch: as of `PairedModel.forward`. Gives [s/tp, b, d], or the LM loss summed over tokens."""
         hidden = run_stage(self.student, batch, None if self.pre_process else self._input)
         if not self.post_process:
             return hidden
-        if self.config.sequence_parallel:
-            hidden = whole_sequence(hidden)
         token_weight = batch["loss_mask"].t().flatten()
         loss, sums = lm_loss(
-            hidden.flatten(0, 1),  # [s*b, d]
+            all_tokens(self.student, hidden),  # [s*b, d]
             self.student.output_layer.weight,
             batch["labels"].t().flatten(),
             token_weight,
@@ -119,7 +94,7 @@ class SingleModel(PipelineStage):
             loss_scale=self.main_loss_scale(),
         )
         if self.groups.tp.rank() == 0:
-            self.sums.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
+            self.sums.add_main(sums, token_weight)
         return loss
 
 

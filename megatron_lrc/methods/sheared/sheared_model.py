@@ -10,7 +10,7 @@ Only tensors that have a mask multiplied into them are there twice. In a checkpo
 training, and the masks are beside it. `prune` cuts the model; from then on the stage is a `SingleModel`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero_gradient
+from megatron_lrc.clone.projections import accumulate_in_fp32, add_gradient, gradient_of, zero_gradient
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained, leave_alone
+from megatron_lrc.mcore.stages import BIASES, NORMS, Shapes, Trained, TrainedWeights
 from megatron_lrc.methods.ordinary.single_model import SingleModel
 from megatron_lrc.methods.sheared.mask_axes import AXES, gain_factor, mask_gradients, masked, masks_of, view
 from megatron_lrc.methods.sheared.masks import GROUPS, HIDDEN, KINDS, NEURONS, Masks, mask_name
@@ -40,14 +40,6 @@ class MaskedWeight:
     layer: int | None
     model: nn.Parameter
     trained: nn.Parameter
-
-
-class _TrainedWeights(nn.Module):
-    """What DDP wraps."""
-
-    def __init__(self, everything: list[Trained]):
-        super().__init__()
-        self.weights = nn.ParameterList(trained.parameter for trained in everything)
 
 
 class ShearedModel(SingleModel):
@@ -72,7 +64,7 @@ class ShearedModel(SingleModel):
                 self._masked.append(MaskedWeight(name, layer, trained.parameter, own))
                 self._trained[place] = replace(trained, parameter=own)
                 accumulate_in_fp32(trained.parameter)
-        self._trained_weights = _TrainedWeights(self._trained)
+        self._trained_weights = TrainedWeights(self._trained)
 
     @torch.no_grad()
     def adopt_weights(self) -> None:
@@ -108,20 +100,21 @@ class ShearedModel(SingleModel):
         for weight in self._masked:
             zero_gradient(weight.model)
 
-    def compose(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+    def compose(self) -> None:
+        """W_S <- W * z, with masks drawn for this step."""
         if self.masks is not None:
             self._z = self.masks.sampled()
-            self._compose(before_reading)
+            self._compose()
 
-    def compose_for_evaluation(self, before_reading: Callable[[nn.Parameter], None] = leave_alone) -> None:
+    def compose_for_evaluation(self) -> None:
         if self.masks is not None:
             self._z = self.masks.likely()
-            self._compose(before_reading)
+            self._compose()
 
     @torch.no_grad()
-    def _compose(self, before_reading: Callable[[nn.Parameter], None]) -> None:
+    def _compose(self) -> None:
         for trained in self._trained:
-            before_reading(trained.parameter)
+            self.overlap.parameter_is_needed(trained.parameter)
         for weight in self._masked:
             if weight.name == "norm":
                 weight.model.copy_(weight.trained * gain_factor(self._z[HIDDEN]))
@@ -138,7 +131,7 @@ class ShearedModel(SingleModel):
         ]
 
     @torch.no_grad()
-    def pull_back(self, when_complete: Callable[[nn.Parameter], None]) -> None:
+    def pull_back(self) -> None:
         """dW += dW_S * z, and dz. Gradients of what no mask is multiplied into are there already."""
         if self.masks is None:
             return
@@ -147,15 +140,15 @@ class ShearedModel(SingleModel):
             if grad is None:
                 continue
             if weight.name == "norm":
-                _add_gradient(weight.trained, grad * gain_factor(self._z[HIDDEN]))
+                add_gradient(weight.trained, grad * gain_factor(self._z[HIDDEN]))
                 continue
             grad, own = (view(weight.name, tensor, self.heads) for tensor in (grad, weight.trained.detach()))
             masks = self._local_masks(weight)
             for dim, dz in mask_gradients(grad, own, masks).items():
                 self._add_mask_gradient(weight, dim, dz)
-            _add_gradient(weight.trained, masked(grad, masks).view_as(weight.trained))
+            add_gradient(weight.trained, masked(grad, masks).view_as(weight.trained))
         for weight in reversed(self._masked):
-            when_complete(weight.trained)
+            self.overlap.gradient_is_complete(weight.trained)
 
     def _add_mask_gradient(self, weight: MaskedWeight, dim: int, dz: Tensor) -> None:
         assert self.masks is not None
@@ -223,11 +216,3 @@ def _selected(whole: Tensor, kept: Iterable[Tensor | None]) -> Tensor:
         if indices is not None:
             whole = whole.index_select(dim, indices)
     return whole
-
-
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if hasattr(parameter, "main_grad"):  # the distributed data parallel buffer
-        parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
-    else:
-        gradient = gradient.to(parameter.dtype)
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
