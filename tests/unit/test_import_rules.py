@@ -88,8 +88,8 @@ def test_only_mcore_and_data_import_megatron_core():
             assert is_within(importer, "megatron_lrc.mcore") or through_data, (importer, imported)
 
 
-def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
-    folders = ("hf", "data", "benchmarks", "evaluation")
+def test_only_hf_data_and_evaluation_import_transformers():
+    folders = ("hf", "data", "evaluation")
     for importer, imported in imports_of():
         if is_within(imported, "transformers"):
             within = is_within(importer, *(f"megatron_lrc.{folder}" for folder in folders))
@@ -108,9 +108,9 @@ def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
         ("clone", ["mcore", "methods", "train", "hf", "data", "verify", "evaluation"]),
         ("report", ["clone", "mcore", "hf", "data", "verify", "evaluation"]),  # and of train what needs no torch
         ("train", ["report", "evaluation", "comparison"]),
-        ("evaluation", ["train", "report", "estimate", "benchmarks"]),  # nothing but tools stands above it
+        ("evaluation", ["train", "report", "estimate"]),  # nothing but tools stands above it
         ("report", ["comparison"]),
-        ("comparison", ["clone", "mcore", "hf", "data", "verify", "estimate", "benchmarks", "evaluation"]),
+        ("comparison", ["clone", "mcore", "hf", "data", "verify", "estimate", "evaluation"]),
     ],
 )
 def test_no_folder_imports_what_stands_above_it(folder, above):
@@ -126,6 +126,10 @@ def test_a_comparison_starts_processes_and_loads_no_torch_itself():
 def test_the_harness_is_optional():
     """lm_eval is imported by name where --tasks needs it, and nowhere else."""
     assert [pair for pair in imports_of() if is_within(pair[1], "lm_eval")] == []
+
+
+def test_the_package_imports_nothing_that_is_not_installed_with_it():
+    assert [pair for pair in imports_of() if is_within(pair[1], "benchmarks", "tools", "tests")] == []
 
 
 def test_nothing_imports_the_entry_point():
