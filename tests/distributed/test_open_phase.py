@@ -19,12 +19,12 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
 from megatron_lrc.train.step import train_step
 from ranks import run_ranks
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
 pytestmark = pytest.mark.distributed
 
 OPENED = 2  # steps, of 4
-verify_model = load_tool("verify_model").main
+verify_model = tool_main("verify_model")
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,12 @@ from megatron_lrc.config import Config, ConfigError, validate
 from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.train import loop
 from megatron_lrc.train.dry_run import dry_run
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
 pytestmark = pytest.mark.distributed
 
 CUT = 2  # steps, of 4
-verify_model = load_tool("verify_model").main
+verify_model = tool_main("verify_model")
 
 
 @pytest.fixture(scope="session")

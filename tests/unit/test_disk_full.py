@@ -12,9 +12,9 @@ from test_indexing import REPOSITORY, file_names, run_tool
 
 import tiny_data
 from megatron_lrc.data import encoding, restart
-from tools_path import load_tool
+from tools_path import tool_main
 
-merge_datasets = load_tool("merge_datasets").main
+merge_datasets = tool_main("merge_datasets")
 
 PAGE = 4096  # what a tmpfs gives at a time
 FINAL = {"o_text_document.bin", "o_text_document.idx", "o_text_document.json"}

@@ -16,11 +16,11 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data import verification
 from megatron_lrc.data.batches import check_data
 from megatron_lrc.data.inspection import text_histogram
-from tools_path import load_tool
+from tools_path import tool_main
 
 HEADER_BYTES = 34
-inspect_data = load_tool("inspect_data").main
-preprocess_data = load_tool("preprocess_data").main
+inspect_data = tool_main("inspect_data")
+preprocess_data = tool_main("preprocess_data")
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import merging, verification
 from megatron_lrc.data.data_checks import read_indexed_file
-from tools_path import load_tool
+from tools_path import tool_main
 
-merge_datasets = load_tool("merge_datasets").main
-preprocess_data = load_tool("preprocess_data").main
+merge_datasets = tool_main("merge_datasets")
+preprocess_data = tool_main("preprocess_data")
 
 
 @pytest.fixture(scope="module")
