@@ -31,6 +31,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_lrc", "megatron_lrc.*"]),
+    entry_points={"console_scripts": ["megatron-lrc = megatron_lrc.commands.main:main"]},
     package_data={"megatron_lrc.report": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[

@@ -122,7 +122,7 @@ sys.path.insert(0, root)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 if __name__ == "__main__":
-    from megatron_lrc.__main__ import main
+    from megatron_lrc.commands.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))
 # End of the Python part.

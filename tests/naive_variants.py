@@ -12,8 +12,8 @@ from threading import Thread
 
 import torch
 
-from megatron_lrc.benchmarks.naive import NaiveClone
-from megatron_lrc.benchmarks.naive_process import NaiveProcess, serve
+from benchmarks.naive import NaiveClone
+from benchmarks.naive_process import NaiveProcess, serve
 from megatron_lrc.config import ConfigError
 
 

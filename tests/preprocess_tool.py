@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tools_path import load_tool
+from tools_path import tool_main
 
-preprocess_data = load_tool("preprocess_data").main
+preprocess_data = tool_main("preprocess_data")
 
 
 def preprocess(*arguments: object) -> int:

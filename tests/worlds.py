@@ -41,7 +41,7 @@ class World:
         self.num_ranks, self.code_when_stopped = num_ranks, 0
         self._logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOAD, "megatron_lrc.__main__"])
+        context.set_forkserver_preload([*PRELOAD, "megatron_lrc.commands.train"])
         # As torchrun has one: a free port that is free no more.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self.processes = [
@@ -175,6 +175,6 @@ def _run(rank: int, size: int, port: int, flags: list[str], log: str, before: Ca
     torch.set_num_threads(1)
     if before:
         before(rank)
-    from megatron_lrc.__main__ import main
+    from megatron_lrc.commands.main import main
 
     sys.exit(main(["train", *flags]))

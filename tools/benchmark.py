@@ -2,17 +2,21 @@
 
     python tools/benchmark.py data --tokenizer-model TEACHER
 
-prints a table whose ratios compare contestants that took turns. All work is in megatron_lrc/benchmarks/, one module per
-subcommand.
+prints a table whose ratios compare contestants that took turns. The work is done by the modules of benchmarks/, one
+for each subcommand. They are not installed: this file puts the checkout that it is in on the path.
 """
 
 import argparse
 import sys
 from importlib import import_module
+from pathlib import Path
+
+# Before the imports, so that the package of this checkout is measured, whichever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_lrc.config import ConfigError
 
-#: Name, also of its module -> what is measured, against what.
+#: Name of the subcommand, whose module is NAME_benchmark -> what is measured, against what.
 COMMANDS = {
     "data": "tokenization of a corpus: MB/s, tokens/s, memory, against Megatron-LM's pattern",
     "checkpoint": "saving in the background against saving at once: what each costs the training loop",
@@ -30,7 +34,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in argv[:1]:  # the others' modules load torch and the engine for flags that nobody gave
-            module = import_module(f"megatron_lrc.benchmarks.{name}")
+            module = import_module(f"benchmarks.{name}_benchmark")
             module.add_flags(command)
             command.set_defaults(module=module)
     return parser.parse_args(argv)

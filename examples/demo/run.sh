@@ -67,7 +67,7 @@ make_teacher() {
 }
 
 collect_text() {
-    "$PYTHON" "$ROOT/examples/demo/collect_text.py" --output-dir "$TEXT"
+    "$PYTHON" -m megatron_lrc.comparison.collect_text --output-dir "$TEXT"
 }
 
 index_text() { # index_text train|heldout

@@ -28,9 +28,8 @@ from megatron_lrc.report.chart_files import write_charts
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for. root: the source tree. teacher, data: the user's own, or neither."""
+    """What the user asked for. teacher, data: the user's own, or neither."""
 
-    root: Path
     output: Path
     names: tuple[str, ...]
     added: tuple[str, ...]
@@ -90,7 +89,7 @@ def _material(options: Options, say: Callable[[str], None]) -> Material:
         threads = options.jobs * options.threads
         call_logged(options.output / "logs", name, command, threads=threads, say=say)
 
-    return make_material(options.root, options.output, options.made, call=call)
+    return make_material(options.output, options.made, call=call)
 
 
 def _check_flags(chosen: Sequence[Contestant], options: Options, material: Material) -> None:

@@ -19,6 +19,7 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.train.jsonl import read_records
 
 END_OF_TEXT = "<|endoftext|>"
+PROGRAM = [sys.executable, "-m", "megatron_lrc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +74,28 @@ class Material:
 Call = Callable[[str, list[str]], None]
 
 
-def make_material(root: Path, output: Path, settings: TeacherSettings, *, call: Call) -> Material:
-    """The default material in `output`, made where it is missing. root: the source tree, for the tools used."""
+def make_material(output: Path, settings: TeacherSettings, *, call: Call) -> Material:
+    """The default material in `output`, made where it is missing."""
     folder = output / settings.folder_name()
     folder.mkdir(parents=True, exist_ok=True)
     text, start, teacher = folder / "text", folder / "untrained", folder / "teacher"
-    python = sys.executable
-    _collect(root, text, settings, call)
+    _collect(text, settings, call)
     if not (start / "config.json").is_file():
         write_tokenizer(text / "train.jsonl", start, settings.vocab_size)
         write_shape(start, settings)
     for part in ("train", "heldout"):
         prefix = folder / part
         if not Path(f"{prefix}_text_document.json").is_file():
-            words = [python, str(root / "tools/preprocess_data.py"), "--input", str(text / f"{part}.jsonl")]
-            words += ["--output-prefix", str(prefix), "--tokenizer-model", str(start), "--append-eod"]
-            call(f"index-{part}", words)
+            words = ["--input", str(text / f"{part}.jsonl"), "--output-prefix", str(prefix)]
+            call(f"index-{part}", [*PROGRAM, "preprocess", *words, "--tokenizer-model", str(start), "--append-eod"])
     train, heldout = f"{folder}/train_text_document", f"{folder}/heldout_text_document"
     data = ("--train-data-path", train, "--valid-data-path", heldout)
     if not (teacher / "config.json").is_file():
         run = folder / "teacher-run"
-        call("teacher", [python, "-m", "megatron_lrc", "train", *_teacher_flags(start, run, settings), *data])
+        call("teacher", [*PROGRAM, "train", *_teacher_flags(start, run, settings), *data])
         if last_step(run / "validation.jsonl") != settings.steps:
             raise ConfigError(f"the teacher's training in {run} was stopped. Run the same command again to go on.")
-        call("export", [python, str(root / "tools/convert_to_hf.py"), "--load", str(run), "--output", str(teacher)])
+        call("export", [*PROGRAM, "convert-to-hf", "--load", str(run), "--output", str(teacher)])
     note = (
         f"The teacher ({settings.num_layers} layers, hidden size {settings.hidden_size}, vocabulary "
         f"{settings.vocab_size}) was itself trained on {settings.tokens:,} tokens of this text."
@@ -110,13 +109,12 @@ def last_step(records: Path) -> int:
     return steps[-1] if steps else -1
 
 
-def _collect(root: Path, text: Path, settings: TeacherSettings, call: Call) -> None:
+def _collect(text: Path, settings: TeacherSettings, call: Call) -> None:
     """train.jsonl and heldout.jsonl: collected, or every 20th document of the user's file held out."""
     if (text / "heldout.jsonl").is_file():
         return
     if not settings.text:
-        collect = [sys.executable, str(root / "examples/demo/collect_text.py"), "--output-dir", str(text)]
-        return call("text", collect)
+        return call("text", [sys.executable, "-m", "megatron_lrc.comparison.collect_text", "--output-dir", str(text)])
     lines = [line for line in Path(settings.text).read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < 20:
         raise ConfigError(f"--text {settings.text} has {len(lines)} documents. At least 20 lines of JSON are needed.")

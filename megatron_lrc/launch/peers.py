@@ -6,7 +6,7 @@ a data loader lives that has inherited the connection). Before that it asks ever
 without ending (a stopped process, a machine that hangs) shows only in the others' waiting in vain.
 
 Who is told ends by itself if it can (an exception out of a collective), else its thread ends it. Neither module knows
-torch: `mcore/distributed.py` hands rank 0's address round, `__main__.py` reports failures.
+torch: `mcore/distributed.py` hands rank 0's address round, `commands/train.py` reports failures.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_lrc.benchmarks.breakdown import flops_by_part
+from benchmarks.breakdown import flops_by_part
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.flops import StepFlops, step_flops
 from megatron_lrc.hf.families import describe_teacher

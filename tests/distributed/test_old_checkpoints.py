@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_lrc.__main__ import main
+from megatron_lrc.commands.main import main
 from ranks import run_ranks
 from stored_tensors import digest, read_objects, read_tensors, without_padding
 from tools_path import convert_to_hf

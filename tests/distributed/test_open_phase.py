@@ -19,11 +19,11 @@ from megatron_lrc.train.step import train_step
 from method_runs import OPENED, opened_config
 from ranks import run_ranks
 from runs import assert_same_opened_student, continued, make_config, on_layout, records, saved_in, train, without_times
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
 pytestmark = pytest.mark.distributed
 
-verify_model = load_tool("verify_model").main
+verify_model = tool_main("verify_model")
 
 
 def config_of(how: Any, teacher: str, data: str, run: Path) -> Config:

@@ -28,11 +28,11 @@ from runs import (
     weights_of,
     without_times,
 )
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
 pytestmark = pytest.mark.distributed
 
-verify_model = load_tool("verify_model").main
+verify_model = tool_main("verify_model")
 
 
 @pytest.mark.parametrize(

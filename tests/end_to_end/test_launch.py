@@ -76,8 +76,10 @@ def probe(tmp_path):
     (root / "examples").mkdir(parents=True)
     (root / "megatron_lrc/train").mkdir(parents=True)
     shutil.copy(ROOT / SCRIPT, root / SCRIPT)
-    for name in ("__init__", "__main__", "config", "arguments", "validation", "torchrun"):
+    for name in ("__init__", "__main__"):
         shutil.copy(ROOT / f"megatron_lrc/{name}.py", root / f"megatron_lrc/{name}.py")
+    for name in ("commands", "config", "launch"):
+        shutil.copytree(ROOT / f"megatron_lrc/{name}", root / f"megatron_lrc/{name}")
     (root / "megatron_lrc/train/__init__.py").touch()
     (root / "megatron_lrc/train/loop.py").write_text(PROBE)
     return root
@@ -150,7 +152,7 @@ def test_torchrun_reports_a_users_error_and_quotes_it_as_the_root_cause(way):
     assert result.returncode != 0
     assert result.stderr.count(f"error: {sentence}") <= 1  # rank 0, unless torchrun ended it first
     assert sentence in result.stderr.partition("Root Cause")[2]
-    assert "megatron_lrc/__main__.py" not in result.stderr
+    assert "megatron_lrc/commands/" not in result.stderr
 
 
 def test_every_error_is_listed_by_the_module_too():

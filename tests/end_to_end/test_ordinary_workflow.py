@@ -15,9 +15,9 @@ from hf_teachers import write_llama
 from megatron_lrc.config import parse_config
 from megatron_lrc.data.batches import build_datasets
 from tiny_data import make_texts, write_jsonl
-from tools_path import load_tool
+from tools_path import tool_main
 
-evaluate = load_tool("evaluate").main
+evaluate = tool_main("evaluate")
 
 EVAL_SEQUENCES = 2 * 4
 

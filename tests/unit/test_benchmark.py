@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import tiny_data
-from megatron_lrc.benchmarks import corpus, data, head
-from megatron_lrc.benchmarks.measure import Spread, measure, table
+from benchmarks import corpus
+from benchmarks import data_benchmark as data
+from benchmarks import head_benchmark as head
+from benchmarks.measure import Spread, measure, table
 from megatron_lrc.config import ConfigError
 from tools_path import load_tool
 

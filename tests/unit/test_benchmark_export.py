@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks import export_benchmark as export
+from benchmarks import saved_run
+from benchmarks.export_benchmark import Copied, Exported, Round, Sizes
+from benchmarks.measure import Measured
 from hf_teachers import WRITERS
-from megatron_lrc.benchmarks import export, saved_run
-from megatron_lrc.benchmarks.export import Copied, Exported, Round, Sizes
-from megatron_lrc.benchmarks.measure import Measured
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights

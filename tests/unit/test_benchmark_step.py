@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
+from benchmarks import step_benchmark as step
+from benchmarks.breakdown import PARTS
+from benchmarks.measured_models import add_teacher_flags, open_base
 from hf_teachers import WRITERS
-from megatron_lrc.benchmarks import step
-from megatron_lrc.benchmarks.breakdown import PARTS
-from megatron_lrc.benchmarks.models import add_teacher_flags, open_base
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from naive_variants import (
     Ending,

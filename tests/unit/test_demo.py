@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_teachers import write_llama
+from megatron_lrc.comparison import collect_text
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/demo"
 FALSE = shutil.which("false") or "/bin/false"
@@ -46,7 +47,6 @@ def load(name: str) -> ModuleType:
     return module
 
 
-collect_text = load("collect_text")
 report = load("report")
 make_teacher = load("make_teacher")
 

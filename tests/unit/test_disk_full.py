@@ -13,9 +13,9 @@ from command_line import ROOT
 from megatron_lrc.data import encoding, restart
 from preprocess_tool import file_names, preprocess
 from small_disks import PAGE, fill_disk
-from tools_path import load_tool
+from tools_path import tool_main
 
-merge_datasets = load_tool("merge_datasets").main
+merge_datasets = tool_main("merge_datasets")
 
 FINAL = {"o_text_document.bin", "o_text_document.idx", "o_text_document.json"}
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from full_size_teachers import write_full_size_teacher
-from megatron_lrc.__main__ import main
+from megatron_lrc.commands.main import main
 from megatron_lrc.config import PUBLISHED_RUNS
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.hf.families import describe_teacher

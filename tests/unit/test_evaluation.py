@@ -19,9 +19,9 @@ from megatron_lrc.evaluation.heldout import Corpus, read_indexed
 from megatron_lrc.evaluation.language_modeling import figures_of, measure
 from megatron_lrc.hf.families import describe_teacher
 from students import random_student
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
-evaluate: Callable[[list[str]], int] = load_tool("evaluate").main
+evaluate: Callable[[list[str]], int] = tool_main("evaluate")
 TEXTS = ["a small language model", "is cloned from a large language model", "language"]
 
 
@@ -227,7 +227,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path: Path, capsys: pytes
     prefix = tiny_data.write_dataset(tmp_path / "data", [[5, 6, 7], [8, 9, 301]])
     said = refused(capsys, tmp_path / "model", "--data-path", prefix, "--eval-split", "all")
     assert "token id 301" in said and "0 to 300" in said
-    preprocess = load_tool("preprocess_data").main
+    preprocess = tool_main("preprocess_data")
     source = tiny_data.write_jsonl(tmp_path / "a.jsonl", tiny_data.make_texts(30))
     other = tiny_data.write_tokenizer(tmp_path / "tokenizer")
     assert preprocess(["--input", source, "--tokenizer-model", other, "--output-prefix", str(tmp_path / "o")]) == 0

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from hf_teachers import write_llama
 from megatron_lrc.evaluation.nine_tasks import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
-from tools_path import load_tool
+from tools_path import tool_main
 
-evaluate: Callable[[list[str]], int] = load_tool("evaluate").main
+evaluate: Callable[[list[str]], int] = tool_main("evaluate")
 
 LETTERS = ["A", "B", "C", "D", "E"]
 ARC = [

@@ -89,8 +89,8 @@ def test_only_mcore_and_data_import_megatron_core():
             assert is_within(importer, "megatron_lrc.mcore") or through_data, (importer, imported)
 
 
-def test_only_hf_data_benchmarks_and_evaluation_import_transformers():
-    folders = ("hf", "data", "benchmarks", "evaluation")
+def test_only_hf_data_and_evaluation_import_transformers():
+    folders = ("hf", "data", "evaluation")
     for importer, imported in imports_of():
         if is_within(imported, "transformers"):
             within = is_within(importer, *(f"megatron_lrc.{folder}" for folder in folders))
@@ -109,9 +109,9 @@ ABOVE = {
     "data": ["methods", "train", "verify", "evaluation"],
     "estimate": ["train", "verify", "data", "evaluation"],
     "verify": ["train", "evaluation"],
-    "evaluation": ["train", "report", "estimate", "benchmarks"],  # nothing but tools stands above it
+    "evaluation": ["train", "report", "estimate"],  # nothing but tools stands above it
     "report": ["clone", "mcore", "hf", "data", "verify", "evaluation", "comparison"],  # of train what needs no torch
-    "comparison": ["clone", "mcore", "hf", "data", "verify", "estimate", "benchmarks", "evaluation"],
+    "comparison": ["clone", "mcore", "hf", "data", "verify", "estimate", "evaluation"],
 }
 
 
@@ -146,30 +146,41 @@ def test_the_harness_is_optional():
     assert [pair for pair in imports_of() if is_within(pair[1], "lm_eval")] == []
 
 
-def test_nothing_imports_the_entry_point():
-    assert [pair for pair in imports_of() if is_within(pair[1], "megatron_lrc.__main__")] == []
+def test_the_package_imports_nothing_that_is_not_installed_with_it():
+    assert [pair for pair in imports_of() if is_within(pair[1], "benchmarks", "tools", "tests")] == []
+
+
+def test_nothing_imports_the_commands():
+    """They stand above everything; `__main__.py` is the same door."""
+    doors = ("megatron_lrc.commands", "megatron_lrc.__main__")
+    assert [pair for pair in imports_of() if is_within(pair[1], *doors) and not is_within(pair[0], *doors)] == []
+
+
+@pytest.mark.parametrize("path", [*TOOLS, *sorted((PACKAGE / "commands").glob("*.py"))], ids=lambda path: path.stem)
+def test_a_command_has_no_tensor_code(path):
+    """Heavy packages are imported where they are used."""
+    top = list(imported_modules(path, nodes=ast.parse(path.read_text(encoding="utf-8")).body))
+    assert [name for name in top if is_within(name, "torch", "megatron", "transformers", "numpy")] == []
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
 def test_a_tool_answers_help_without_loading_torch(path):
-    """Heavy packages are imported where they are used; a tool itself has no tensor code."""
-    top = list(imported_modules(path, nodes=ast.parse(path.read_text(encoding="utf-8")).body))
-    assert [name for name in top if is_within(name, "torch", "megatron", "transformers", "numpy")] == []
     program = (
         "import atexit, runpy, sys\n"
         "heavy = ('torch', 'megatron.core', 'transformers')\n"
         "atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))\n"
-        "sys.argv[1:] = ['--help']\n"
+        f"sys.argv = [{path.name!r}, '--help']\n"
         f"runpy.run_path({str(path)!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr.strip()) == (0, "[]") and done.stdout.startswith("usage: ")
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert done.stdout.startswith(f"usage: {path.name} ")
 
 
 def test_the_walker_resolves_relative_imports():
     arguments = PACKAGE / "config" / "arguments.py"
     assert "megatron_lrc.config.config.ConfigError" in dict.fromkeys(imported_modules(arguments))
-    assert "megatron_lrc.train.loop" in dict.fromkeys(imported_modules(PACKAGE / "__main__.py"))
+    assert "megatron_lrc.train.loop" in dict.fromkeys(imported_modules(PACKAGE / "commands/train.py"))
 
 
 def test_starting_on_cpu_loads_no_compiler():

@@ -13,9 +13,9 @@ from megatron_lrc.data import datasets
 from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.datasets import resolve_train_iters
 from tiny_data import numbered, write_dataset
-from tools_path import load_tool
+from tools_path import tool_main
 
-build_index_cache = load_tool("build_index_cache").main
+build_index_cache = tool_main("build_index_cache")
 
 
 def flags(*paths: str, steps: int = 30, batch: int = 8) -> list[str]:

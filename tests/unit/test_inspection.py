@@ -17,11 +17,11 @@ from megatron_lrc.data import indexed_files
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.inspection import text_histogram
 from tiny_data import write_sequences
-from tools_path import load_tool
+from tools_path import tool_main
 
 HEADER_BYTES = 34
-inspect_data = load_tool("inspect_data").main
-preprocess_data = load_tool("preprocess_data").main
+inspect_data = tool_main("inspect_data")
+preprocess_data = tool_main("preprocess_data")
 
 
 @pytest.fixture(scope="module")

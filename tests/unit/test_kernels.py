@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from config_cases import SMOLLM2, change, errors_of
-from megatron_lrc.__main__ import main
 from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero_gradient
+from megatron_lrc.commands.main import main
 from megatron_lrc.config import ConfigError, validate, validate_against_teacher
 from megatron_lrc.estimate.peak_memory import peak_memory
 from megatron_lrc.mcore import kernels

@@ -17,9 +17,9 @@ from megatron_lrc.evaluation.neurons import masked, mean_activations, most_activ
 from megatron_lrc.evaluation.questions import accuracy, encode_questions, padded, read_questions
 from megatron_lrc.hf.families import describe_teacher
 from students import random_student
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
-mask_neurons: Callable[[list[str]], int] = load_tool("mask_neurons").main
+mask_neurons: Callable[[list[str]], int] = tool_main("mask_neurons")
 TOKENS = torch.arange(60).view(3, 20) * 7 % 301
 LAYERS, WIDTH = 2, 80  # of hf_teachers' models
 

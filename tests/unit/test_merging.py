@@ -13,10 +13,10 @@ from megatron_lrc.data import indexed_files, merging
 from megatron_lrc.data.indexed_files import read_indexed_file
 from preprocess_tool import file_names
 from tiny_data import read_documents, write_sequences
-from tools_path import load_tool
+from tools_path import tool_main
 
-merge_datasets = load_tool("merge_datasets").main
-preprocess_data = load_tool("preprocess_data").main
+merge_datasets = tool_main("merge_datasets")
+preprocess_data = tool_main("preprocess_data")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.search import Plan, candidates, find_plans
 from megatron_lrc.estimate.speed import step_time
 from megatron_lrc.methods import method_of
-from tools_path import load_tool
+from tools_path import tool_main
 
-plan_main = load_tool("plan").main
+plan_main = tool_main("plan")
 TEACHER = TEACHER_SHAPES["Qwen2.5-7B-Instruct"]
 
 

@@ -21,7 +21,7 @@ from megatron_lrc.report.chart_axes import Axis, number, tick_text
 from megatron_lrc.report.run_files import read_run
 from megatron_lrc.report.run_page import render
 from megatron_lrc.report.thinning import MAX_BUCKETS, MAX_COLUMNS, average_rows, thin
-from tools_path import load_tool
+from tools_path import tool_main
 
 NOW = datetime(2025, 2, 1, 12, 0, 0, tzinfo=timezone.utc)
 VOID = {"meta", "img", "line", "br"}  # <line> closes itself
@@ -206,7 +206,7 @@ def test_text_from_the_run_cannot_become_markup(run):
 
 
 def test_a_folder_without_a_run_is_refused_in_a_sentence(tmp_path, capsys):
-    report = load_tool("report").main
+    report = tool_main("report")
     (tmp_path / "config.yaml").write_text("a: 1\n")  # any project may have one
     assert report([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"report.py: {tmp_path} holds no run: expected is what --save named")
@@ -215,7 +215,7 @@ def test_a_folder_without_a_run_is_refused_in_a_sentence(tmp_path, capsys):
 
 
 def test_the_tool_writes_the_page_beside_the_run_or_where_it_is_told(run, tmp_path, capsys):
-    report = load_tool("report").main
+    report = tool_main("report")
     assert report([str(run)]) == 0 and (run / "report.html").read_text().startswith("<!doctype html>")
     assert report([str(run), "--output", str(tmp_path / "page.html")]) == 0
     assert f"wrote {tmp_path / 'page.html'}" in capsys.readouterr().out

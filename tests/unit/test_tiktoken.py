@@ -14,7 +14,7 @@ from megatron_lrc.data.tiktoken_files import JSON_SPECIAL_TOKENS, PATTERNS, Tikt
 from megatron_lrc.data.tokenizers import load_tokenizer
 from preprocess_tool import check_refused, preprocess
 from tiny_data import read_documents
-from tools_path import load_tool
+from tools_path import tool_main
 
 TEXTS = list(pydoc_data.topics.topics.values())
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
@@ -245,7 +245,7 @@ def test_samples_are_decoded_with_the_tokenizer_that_the_manifest_describes(tmp_
     flags = ["--input", source, "--output-prefix", tmp_path / "o", "--tokenizer-model", llama[0]]
     specials = ["--tiktoken-special-tokens", *(LLAMA_OPTIONS.special_tokens or [])]
     assert preprocess(*flags, "--tokenizer-type", "TikTokenizer", "--tiktoken-pattern", "llama3", *specials) == 0
-    assert load_tool("inspect_data").main([str(tmp_path / "o_text_document"), "--samples", "1"]) == 0
+    assert tool_main("inspect_data")([str(tmp_path / "o_text_document"), "--samples", "1"]) == 0
     assert '"the language model"' in capsys.readouterr().out
 
 

@@ -32,11 +32,11 @@ from megatron_lrc.hf.output_folder import copy_files
 from megatron_lrc.mcore.layer_by_layer import LayerByLayer
 from megatron_lrc.verify.open_models import check_conversion
 from students import random_student
-from tools_path import convert_to_hf, load_tool
+from tools_path import convert_to_hf, tool_main
 
 HIDDEN = 28
-verify_model: Callable[[list[str]], int] = load_tool("verify_model").main
-convert_from_hf: Callable[[list[str]], int] = load_tool("convert_from_hf").main
+verify_model: Callable[[list[str]], int] = tool_main("verify_model")
+convert_from_hf: Callable[[list[str]], int] = tool_main("convert_from_hf")
 
 families = pytest.mark.parametrize("write", WRITERS)
 either_head = pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])

@@ -1,6 +1,6 @@
 """A run directory to export from, as a program: the product's own engine, one step on random tokens, one checkpoint.
 
-    python -m megatron_lrc.benchmarks.saved_run --teacher DIR --student-hidden-size N --save RUN
+    python -m benchmarks.saved_run --teacher DIR --student-hidden-size N --save RUN
 
 In a process of its own, so that what training takes is given back before anything is measured. One step, since Adam's
 state is empty before, and an export reads all of a checkpoint to see that nothing in it has changed.
@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
+from benchmarks.measured_models import add_model_flags, build, config_of
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.checkpoint_reader import open_teacher

@@ -22,16 +22,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_lrc.benchmarks.measure import Measured, Spread, measure, table
-from megatron_lrc.benchmarks.models import add_student_flags, add_teacher_flags, config_of, open_base
-from megatron_lrc.benchmarks.naive import all_weights
+from benchmarks.measure import Measured, Spread, measure, table
+from benchmarks.measured_models import add_student_flags, add_teacher_flags, config_of, open_base
+from benchmarks.naive import all_weights
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint, total_bytes
 from megatron_lrc.config import ConfigError, validate_against_teacher
 from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.methods import method_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TOOL = str(ROOT / "tools" / "convert_to_hf.py")
 #: At most this many times the seconds of the copy; at most these many times the largest shard, and as many bytes more.
 TARGET_SECONDS, TARGET_SHARDS, TARGET_BYTES = 3.0, 1.5, 1e9
@@ -155,7 +155,7 @@ def write_teacher(reader: Reader, output: Path, dtype: torch.dtype) -> None:
 
 
 def make_checkpoint(arguments: argparse.Namespace, teacher: Path, folder: Path) -> Path:
-    command = [sys.executable, "-m", "megatron_lrc.benchmarks.saved_run", "--teacher", str(teacher)]
+    command = [sys.executable, "-m", "benchmarks.saved_run", "--teacher", str(teacher)]
     command += ["--student-hidden-size", str(arguments.student_hidden_size), "--seq-length", str(_SEQ_LENGTH)]
     measure([*command, *(["--bf16"] if arguments.bf16 else []), "--save", str(folder / "run")], _environment())
     newest = newest_checkpoint(str(folder / "run"))

@@ -1,10 +1,11 @@
-"""Collects the demo's English text from what every Python environment already has, as JSONL: {"text", "source"}.
+"""Collects English text from what every Python environment already has, as JSONL: {"text", "source"}.
 
-    python examples/demo/collect_text.py --output-dir demo/text       # writes train.jsonl and heldout.jsonl
+    python -m megatron_lrc.comparison.collect_text --output-dir demo/text       # writes train.jsonl and heldout.jsonl
 
-Nothing is downloaded. Three kinds of source, one document each: the help topics of pydoc; the docstrings of one module
-file of the standard library or of an installed package, read with `ast` and never imported; the long description of one
-installed distribution. Only prose paragraphs stay: no code, tables or lists of parameters.
+The demo and `compare` train on it. Nothing is downloaded. Three kinds of source, one document each: the help topics
+of pydoc; the docstrings of one module file of the standard library or of an installed package, read with `ast` and
+never imported; the long description of one installed distribution. Only prose paragraphs stay: no code, tables or
+lists of parameters.
 
 The held-out part must measure what the student learned, not what it saw. It takes whole sources (chosen by a hash of
 their names, so the same environment gives the same parts), every paragraph occurs once in both parts together, and a
@@ -24,6 +25,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 SKIPPED_PATHS = ("transformers/models",)  # thousands of near copies of each other: slow to read, and dull
@@ -106,8 +108,8 @@ def documents_from_descriptions(distributions: Iterable[importlib.metadata.Distr
     With ours among them, each change of our README would shift the documents, and so what calibration and training see.
     """
     for distribution in distributions:
-        name = distribution.metadata["Name"]
-        text = distribution.metadata.get("Description") or distribution.metadata.get_payload()
+        metadata: Any = distribution.metadata  # an email.message.Message, which its declared type does not say
+        name, text = metadata["Name"], metadata.get("Description") or metadata.get_payload()
         if name and name.replace("_", "-") != "megatron-lrc" and isinstance(text, str):
             yield f"description/{name}", prose_paragraphs(inspect.cleandoc(text))
 

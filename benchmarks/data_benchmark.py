@@ -19,13 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_lrc.benchmarks.corpus import Corpus, read_corpus, write_corpus
-from megatron_lrc.benchmarks.measure import Measured, Spread, measure, table
+from benchmarks.corpus import Corpus, read_corpus, write_corpus
+from benchmarks.measure import Measured, Spread, measure, table
+from benchmarks.megatron_pattern import reference_tokens
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import read_index, read_indexed_file
-from megatron_lrc.data.megatron_pattern import reference_tokens
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "Megatron-LM's pattern, 2 workers"
 PACKAGES = ("tokenizers", "transformers", "megatron-core", "numpy")
 COLUMNS = {
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
 
 
 def make_contestants() -> list[Contestant]:
-    pattern = ["-m", "megatron_lrc.data.megatron_pattern", "--workers", "2"]
+    pattern = ["-m", "benchmarks.megatron_pattern", "--workers", "2"]
     tool = [str(ROOT / "tools" / "preprocess_data.py"), "--append-eod", "--workers"]
     return [
         Contestant(name=BASELINE, command=pattern),

@@ -19,8 +19,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from megatron_lrc.benchmarks.measure import Spread, table
-from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
+from benchmarks.measure import Spread, table
+from benchmarks.measured_models import add_model_flags, build, config_of
 from megatron_lrc.checkpoints.run_directory import RunState, newest_checkpoint, total_bytes
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed

@@ -1,10 +1,9 @@
 """Data preparation as Megatron-LM does it, without its options: what `tools/benchmark.py data` compares ours with.
 
-    python -m megatron_lrc.data.megatron_pattern --input A.jsonl --output-prefix O --tokenizer-model DIR --workers 2
+    python -m benchmarks.megatron_pattern --input A.jsonl --output-prefix O --tokenizer-model DIR --workers 2
 
 A pool of processes takes one line after the other: JSON, then one call of transformers' tokenizer. `imap` hands the
-documents back one by one, in order, and megatron-core's builder writes each as it comes. It stands in data/ because it
-is data preparation, with transformers and megatron-core's datasets; nothing but the benchmark uses it.
+documents back one by one, in order, and megatron-core's builder writes each as it comes.
 """
 
 import argparse

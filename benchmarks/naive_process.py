@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lrc.benchmarks.measure import last_line, timed
-from megatron_lrc.benchmarks.naive import NaiveClone, NaiveReport
+from benchmarks.measure import last_line, timed
+from benchmarks.naive import NaiveClone, NaiveReport
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.reader import Reader
 
-_PROGRAM = "from megatron_lrc.benchmarks.naive_process import main; main()"
+_PROGRAM = "from benchmarks.naive_process import main; main()"
 _SECONDS_TO_END = 20
 
 

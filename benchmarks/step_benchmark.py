@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lrc.benchmarks.breakdown import breakdown, flops_by_part
-from megatron_lrc.benchmarks.measure import Spread, table, timed
-from megatron_lrc.benchmarks.models import (
+from benchmarks.breakdown import breakdown, flops_by_part
+from benchmarks.measure import Spread, table, timed
+from benchmarks.measured_models import (
     add_size_flags,
     add_teacher_flags,
     build_run,
@@ -35,8 +35,8 @@ from megatron_lrc.benchmarks.models import (
     open_base,
     same_batch,
 )
-from megatron_lrc.benchmarks.naive import NaiveClone, NaiveReport
-from megatron_lrc.benchmarks.naive_process import NaiveProcess, Order
+from benchmarks.naive import NaiveClone, NaiveReport
+from benchmarks.naive_process import NaiveProcess, Order
 from megatron_lrc.config import (
     SETTINGS,
     Config,

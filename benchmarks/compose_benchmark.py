@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lrc.benchmarks.measure import Spread, table
-from megatron_lrc.benchmarks.models import add_model_flags, build, config_of
+from benchmarks.measure import Spread, table
+from benchmarks.measured_models import add_model_flags, build, config_of
 from megatron_lrc.clone.sites import select
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.schedules import forward_backward

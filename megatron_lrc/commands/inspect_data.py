@@ -1,0 +1,58 @@
+"""What is in indexed datasets, and whether they are whole.
+
+    megatron-lrc inspect data/corpus_text_document --verify --samples 3
+
+prints counts, sizes, tokenizer and document lengths of each dataset. A damaged one costs one sentence and exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.inspection import InspectionOptions, check_drawing, draw_histogram, inspect_dataset
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def read_flags(argv: Sequence[str], program: str) -> InspectionOptions:
+    parser = new_parser(program, __doc__)
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--verify", action="store_true", help="also look at every token id (the index is checked in any case)"
+    )
+    parser.add_argument("--samples", type=not_negative, default=0, metavar="N", help="print the first N documents")
+    parser.add_argument(
+        "--sample-seed", type=not_negative, metavar="SEED", help="draw --samples at random instead of the first ones"
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="tokenizer directory or SentencePiece .model file (default: the one that the manifest names)",
+    )
+    parser.add_argument("--histogram", metavar="FILE.png", help="draw the document lengths (needs matplotlib)")
+    return InspectionOptions(**vars(parser.parse_args(argv)))
+
+
+def run(argv: Sequence[str], program: str) -> int:
+    """2 where a dataset is damaged; the others are inspected all the same."""
+    options = read_flags(argv, program)
+    inspections, exit_code = [], 0
+    if options.histogram:
+        check_drawing()
+    for prefix in options.prefixes:
+        try:
+            inspections.append(inspect_dataset(prefix, options, report=say))
+        except ConfigError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            exit_code = 2
+    if options.histogram and inspections:
+        draw_histogram(options.histogram, inspections)
+        print(f"wrote {options.histogram}")
+    return exit_code

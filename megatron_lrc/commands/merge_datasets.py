@@ -1,0 +1,33 @@
+"""Joins indexed datasets of one tokenizer into one.
+
+    megatron-lrc merge --input data/a_text_document data/b_text_document --output-prefix data/all
+
+writes data/all.bin and .idx, and .json (a manifest) if every input has one. Documents keep their order.
+"""
+
+from collections.abc import Sequence
+
+from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.merging import MergeOptions, merge_datasets
+from megatron_lrc.data.writing import explain_os_error
+
+INTERRUPTED = "interrupted; nothing was written"
+
+
+def read_flags(argv: Sequence[str], program: str) -> MergeOptions:
+    parser = new_parser(program, __doc__)
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PREFIX", help="datasets in order, PREFIX of PREFIX.bin and .idx"
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
+    return MergeOptions(**vars(parser.parse_args(argv)))
+
+
+def run(argv: Sequence[str], program: str) -> int:
+    options = read_flags(argv, program)
+    try:
+        merge_datasets(options, report=say)
+    except OSError as error:
+        raise ConfigError(explain_os_error(error, options.output_prefix)) from error
+    return 0

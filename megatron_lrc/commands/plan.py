@@ -1,0 +1,93 @@
+"""Which layouts of a run fit on some GPUs, and how fast each may be.
+
+    megatron-lrc plan --gpus 64 --preset lrc-4b --global-batch-size 64
+    megatron-lrc plan --gpus 8 --gpu A100-40GB --teacher DIR --student-hidden-size 1536 --bf16 --train-iters 100000
+
+Other flags are those of `megatron-lrc train`; of the teacher only config.json is read, and for a preset of a published
+run no teacher is needed. For --method lrc and logits. Layouts are searched over TP, PP, CP, micro-batch size,
+recomputation and the distributed optimizer, whatever the flags say of them. Memory and speed are estimates
+(megatron_lrc/estimate/): --mfu and the speed of links are assumptions.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from megatron_lrc.commands.flags import new_parser, positive
+from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.methods import method_of
+
+
+def read_flags(argv: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
+    parser = new_parser(program, __doc__)
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpu", metavar="NAME", default="H100-80GB", help="their kind (default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.35, metavar="X", help="assumed share of their peak (default: %(default)s)"
+    )
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="layouts to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print them as JSON, with memory and time by part")
+    return parser.parse_known_args(argv)
+
+
+def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
+    """The run that the flags describe, and its teacher's shape."""
+    from megatron_lrc.config import (
+        PUBLISHED_RUNS,
+        check_losses,
+        check_precision,
+        check_ranges,
+        parse_config,
+        presets_of,
+        raise_all,
+    )
+    from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
+    from megatron_lrc.hf.families import describe_teacher
+
+    config = parse_config(flags)
+    method = method_of(config)
+    raise_all([*check_ranges(config), *check_losses(method), *check_precision(config)])
+    if not method.is_estimated:
+        raise ConfigError(
+            f"--method {config.model.method}: its memory and time are not estimated. Plan for lrc or logits; "
+            "--dry-run N of a training estimates FLOPs and disk of ordinary and tinybert too."
+        )
+    if config.model.student_hidden_size is None:
+        raise ConfigError("--student-hidden-size is missing: the student's hidden size, below the teacher's.")
+    if config.model.teacher:
+        return config, describe_teacher(config.model.teacher, needs_weights=False).shape
+    published = [name for name in presets_of(flags) if name in PUBLISHED_RUNS]
+    if not published:
+        raise ConfigError(f"Give --teacher DIR (config.json is enough), or --preset {', '.join(PUBLISHED_RUNS)}.")
+    return config, TEACHER_SHAPES[PUBLISHED_RUNS[published[-1]][0]]
+
+
+def run(argv: Sequence[str], program: str) -> int:
+    options, flags = read_flags(argv, program)
+    from megatron_lrc.estimate.devices import GIB, gpu_named
+    from megatron_lrc.estimate.search import find_plans
+
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu {options.mfu} is not a share of the GPUs' peak above 0 and at most 1.")
+    config, teacher = read_run(flags)
+    student, gpu = method_of(config).student_shape(teacher), gpu_named(options.gpu)
+    plans = find_plans(config, teacher, student, world_size=options.gpus, gpu=gpu, mfu=options.mfu)
+    shown = plans[: options.top]
+    if options.json:
+        print(json.dumps([plan.numbers() for plan in shown], indent=1))
+        return 0
+    print(f"{len(plans)} layouts fit on {options.gpus} x {gpu.name} ({gpu.memory / GIB:.1f} GiB each); the fastest:")
+    print("TP PP CP  DP  micro-batches  recompute      dist.opt.  GiB/GPU  bubble  comm.   tokens/s    days")
+    for plan in shown:
+        numbers, time = plan.numbers(), plan.time
+        print(
+            f"{numbers['tensor_model_parallel_size']:>2} {numbers['pipeline_model_parallel_size']:>2} "
+            f"{numbers['context_parallel_size']:>2} {numbers['data_parallel_size']:>3}  "
+            f"{numbers['num_microbatches']:>6} of {numbers['micro_batch_size']:<3}  {plan.recompute:<14} "
+            f"{'yes' if numbers['use_distributed_optimizer'] else 'no':<9} {plan.memory.total / GIB:>8.1f} "
+            f"{time.bubble_fraction:>7.0%} {time.communication / time.total:>6.0%} "
+            f"{time.tokens_per_second:>10.0f} {plan.days:>7.1f}"
+        )
+    print(f"assumed: {options.mfu:.0%} of the peak; links at 70% of theirs, not overlapped. Flags of the first:")
+    print(f"  {shown[0].flags()}")
+    return 0

@@ -1,0 +1,127 @@
+"""Text to megatron-core's indexed format, with Megatron-LM's flags.
+
+    megatron-lrc preprocess --input corpus.jsonl --output-prefix data/corpus --tokenizer-model TEACHER --append-eod
+
+writes data/corpus_text_document.bin, .idx and .json (a manifest). Training reads it with
+--data-path data/corpus_text_document.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from megatron_lrc.commands.flags import new_parser, positive, say
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.indexing import IndexingOptions, index_documents
+from megatron_lrc.data.tiktoken_files import TiktokenOptions
+from megatron_lrc.data.writing import explain_os_error
+
+INTERRUPTED = "interrupted; the same command goes on from here"
+
+
+def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
+    parser = new_parser(program, __doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or quoted patterns: .jsonl (one object per line), .txt (one document per file), both also "
+        "as .gz or .zst; .parquet (one document per row)",
+    )
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys or columns to read, one dataset each (default: text); a list of messages there, as in chat data, is "
+        "rendered with the tokenizer's chat template",
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx, .json"
+    )
+    parser.add_argument(
+        "--tokenizer-type",
+        choices=["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"],
+        default="HuggingFaceTokenizer",
+        help="kind of --tokenizer-model (default: HuggingFaceTokenizer)",
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="tokenizer directory, SentencePiece .model file, or for TikTokenizer a rank file",
+    )
+    add_tiktoken_flags(parser)
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's EOS token")
+    parser.add_argument(
+        "--eos-before-bos-after",
+        action="store_true",
+        help="join documents as EOS + text + BOS (the released code's way), instead of --append-eod",
+    )
+    parser.add_argument(
+        "--token-ids",
+        action="store_true",
+        help="the keys hold lists of token ids of this tokenizer instead of text, such as the released code's "
+        '{"input_ids": [...]}; with --json-keys input_ids',
+    )
+    parser.add_argument("--workers", type=positive, default=1, help="processes that encode (default: 1)")
+    parser.add_argument(
+        "--on-bad-line",
+        choices=["fail", "skip"],
+        default="fail",
+        help="a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it (default: fail)",
+    )
+    parser.add_argument(
+        "--log-interval", type=positive, default=10000, help="documents between progress lines (default: 10000)"
+    )
+    values = vars(parser.parse_args(argv))
+    names = [name for name in values if name.startswith("tiktoken_")]
+    tiktoken = TiktokenOptions(**{name.removeprefix("tiktoken_"): values.pop(name) for name in names})
+    return IndexingOptions(**values, tiktoken=tiktoken)
+
+
+def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "TikTokenizer",
+        'The file has a line "BASE64 RANK" per token (special tokens follow the ranks, as in Llama 3), or is '
+        "Megatron-LM's JSON vocabulary (special tokens come first).",
+    )
+    group.add_argument(
+        "--tiktoken-pattern", metavar="PATTERN", help="how text is split: v1 or v2 (Megatron-LM's), llama3, or a regex"
+    )
+    group.add_argument(
+        "--tiktoken-num-special-tokens",
+        type=int,
+        metavar="N",
+        help="all special tokens; those not named are called <SPECIAL_i> (default: the named ones; 1000 for JSON)",
+    )
+    group.add_argument(
+        "--tiktoken-special-tokens",
+        "--tokenizer-special-tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="names in the order of their ids (default: none; <unk> <s> </s> <mask> <pad> <cls> <sep> for JSON)",
+    )
+    for role, names in (("bos", "<s> or <|begin_of_text|>"), ("eos", "</s> or <|end_of_text|>")):
+        group.add_argument(
+            f"--tiktoken-{role}-token", metavar="TOKEN", help=f"which of them is {role.upper()} (default: {names})"
+        )
+    group.add_argument(
+        "--vocab-size",
+        dest="tiktoken_vocab_size",
+        type=positive,
+        metavar="N",
+        help="ids in all, special tokens included; the file's later ranks are cut off (default: all)",
+    )
+
+
+def run(argv: Sequence[str], program: str) -> int:
+    options = read_flags(argv, program)
+    # One thread per process, so that --workers says how many cores are used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        index_documents(options, report=say)
+    except OSError as error:
+        raise ConfigError(explain_os_error(error, options.output_prefix)) from error
+    return 0
