@@ -27,7 +27,7 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def check_data(config: Config, teacher_vocab_size: int) -> None:
-    """`checks.check_data`, then a look at every entry of every .idx.
+    """`data_checks.check_data`, then a look at every entry of every .idx.
 
     On every rank, so that all refuse alike: 20 million documents take 0.2 s.
     """

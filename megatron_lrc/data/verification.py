@@ -1,8 +1,8 @@
 """Is an indexed dataset whole? Every entry of the .idx and, if asked for, every token id is looked at.
 
-`checks.read_indexed_file` compares header and sizes; here the start of a run and the tools read the whole .idx, and
-inspect_data.py --verify the whole .bin. All reading is in pieces: memory does not grow with the dataset. `checks.py`
-draws the file format.
+`data_checks.read_indexed_file` compares header and sizes. Here the start of a run and the tools read the whole .idx,
+and inspect_data.py --verify the whole .bin. All reading is in pieces, so memory does not grow with the dataset.
+`data_checks.py` draws the file format.
 """
 
 import os

@@ -131,7 +131,7 @@ def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
 
 
 def write_index(parts: list[IndexPart], output: BinaryIO) -> None:
-    """Writes the .idx of the parts' documents, end to end; all have one dtype. `checks.py` draws the format.
+    """Writes the .idx of the parts' documents, end to end; all have one dtype. `data_checks.py` draws the format.
 
     The bytes are those of megatron-core's IndexedDatasetBuilder. They are made here, a piece at a time, because the
     builder keeps two Python integers per sequence: about 80 bytes for each of what may be a billion documents.

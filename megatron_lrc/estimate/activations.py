@@ -1,8 +1,8 @@
 """Bytes that one micro-batch keeps on a rank between its forward and its backward pass, and what passes on the way.
 
-Derived from what autograd saves in megatron-core's layers as `mcore/models.py` builds them, and in the clone loss; on
-CPU also measured (`tests/distributed/test_memory_estimate.py`). CUDA saves less, in two places: torch's RMSNorm is one
-kernel there (a CPU composes it, in fp32), and so is megatron-core's SwiGLU. What CUDA saves is derived, not measured.
+Derived from what autograd saves in megatron-core's layers, as `mcore/gpt_models.py` builds them, and in the clone
+loss; on CPU also measured (`tests/distributed/test_memory_estimate.py`). CUDA saves less in two places: torch's RMSNorm
+is one kernel there (a CPU composes it, in fp32), and so is megatron-core's SwiGLU. That is derived, not measured.
 
 All sizes are bytes per token of a micro-batch on this rank (its part of the sequence times the micro-batch size).
 """

@@ -1,9 +1,9 @@
 """FLOPs of one optimizer step by part: what the method needs, counted from the shapes.
 
 Counted are matrix products, 2 FLOPs per multiply-add, as torch's FlopCounterMode counts them
-(`tests/unit/test_flops.py` holds the two against each other). Element-wise work is not, nor is anything done twice to
-save memory: recomputed activations, the attention scores that a flash kernel forms again in backward. That is the
-convention of model FLOPs utilisation (MFU).
+(`tests/distributed/test_flops.py` holds the two against each other). Element-wise work is not counted, nor is what is
+done twice to save memory: recomputed activations, the attention scores that a flash kernel forms again in backward.
+That is the convention of model FLOPs utilisation (MFU).
 
 Attention is causal and counted as such: a query meets (s + 1) / 2 keys on average. FlopCounterMode, and formulas with
 12 * layers * hidden * s, count all s. Sequences count as whole also where --reset-attention-mask attends to documents.

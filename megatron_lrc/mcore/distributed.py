@@ -97,7 +97,7 @@ def start(config: Config) -> Groups:
 
 
 def watch_peers(groups: Groups) -> None:
-    """Have this rank told when another one fails, until `stop` (`megatron_lrc/peers.py`). Collective."""
+    """Have this rank told when another one fails, until `stop` (`launch/peers.py`). Collective."""
     if dist.get_world_size() == 1:
         return
     message = torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8, device=groups.device)

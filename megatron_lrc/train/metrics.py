@@ -22,8 +22,8 @@ the step. What is not finite, or off, is null.
 
 `step_seconds` is the mean since the record before, without validations and saving. `tflops` is per second and device,
 `mfu` its share of the device's peak, where that is known; both in total and by part (`throughput.py`). `memory_gib`:
-peak since the start and now, each of the rank with the most (`memory.py`). `straggler`: with --log-straggler the
-slowest rank (`stragglers.py`). `time` is UTC.
+peak since the start and now, each of the rank with the most (`process_memory.py`). `straggler`: with --log-straggler
+the slowest rank (`stragglers.py`). `time` is UTC.
 """
 
 import json
