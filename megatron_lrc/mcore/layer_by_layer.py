@@ -1,7 +1,7 @@
 """Logits of a whole model by megatron-core's own layers, in one process, one layer in memory at a time.
 
-One decoder layer and the final norm are built as `gpt_models.py` builds them for training, and every layer's weights take
-their turn in them. No torchrun: a world of one process is made for the time of the computation.
+One decoder layer and the final norm are built as `gpt_models.py` builds them for training, and every layer's weights
+take their turn in them. No torchrun: a world of one process is made for the time of the computation.
 """
 
 from collections.abc import Iterator
