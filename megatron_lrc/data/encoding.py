@@ -185,7 +185,10 @@ def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) ->
 
 
 def read_chunks(paths: list[str], keys: list[str], start: Position | None = None) -> Iterator[Chunk]:
-    """All lines of all files from `start` on, in order. A chunk never spans two files. keys: see `sources.Source`."""
+    """All lines of all files from `start` on, in order. A chunk never spans two files.
+
+    keys: see `input_files.Source`.
+    """
     start = start or Position()
     for path in paths[start.source :]:
         if is_divisible(path):

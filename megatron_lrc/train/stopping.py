@@ -11,7 +11,7 @@ it to. A thread takes note, not a Python handler: that would run only when the m
 
 torchrun signals a process's whole group: what a training process has started must not die of it, or the step or the
 checkpoint fails. Forked children (data loaders, checkpoint writers) leave the group, and end by SIGTERM as any process
-does. Nothing else is started: see `keep_results_in_process` in `mcore/compat.py`.
+does. The process that writes checkpoints in the background has a session of its own (`background_writer.py`).
 """
 
 import os

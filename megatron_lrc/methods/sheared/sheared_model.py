@@ -1,4 +1,4 @@
-"""ShearedModel: one pipeline stage of a model that is being pruned (`pruning/`), and then of what is left of it.
+"""ShearedModel: one pipeline stage of a model that is being pruned (`mask_axes.py`), and then of what is left of it.
 
 The trained matrices W are apart from the model's own, which are W with the masks multiplied in (`mask_axes.py`):
 
@@ -34,7 +34,7 @@ _SPLIT = (GROUPS, NEURONS)
 
 @dataclass(frozen=True, slots=True)
 class MaskedWeight:
-    """name: its row of `pruning.axes.AXES`. model: the parameter that the model computes with; trained: W."""
+    """name: its row of `mask_axes.AXES`. model: the parameter that the model computes with; trained: W."""
 
     name: str
     layer: int | None
@@ -199,7 +199,7 @@ class ShearedModel(SingleModel):
 
 
 def _rows_of(trained: Trained) -> tuple[str, ...]:
-    """The rows of `pruning.axes.AXES` that a parameter has to do with."""
+    """The rows of `mask_axes.AXES` that a parameter has to do with."""
     if trained.groups == (BIASES,):
         return ("q_bias", "k_bias", "v_bias")
     if trained.groups == (NORMS,):
