@@ -1,8 +1,8 @@
 """What tools/mask_neurons.py does: the teacher's most active FFN neurons masked in teacher and student alike.
 
-The paper's test of whether a student works as its teacher does (section 5 of the method): their FFN neurons have the
-same indices, so if they also have the same meaning, masking those that matter to the teacher harms the student too,
-and masking as many others harms neither.
+The paper's test of whether a student works as its teacher does (section 5 of the method): their FFN neurons
+have the same indices, so if they also have the same meaning, masking those that matter to the teacher harms
+the student too, and masking as many others harms neither.
 """
 
 import json
@@ -145,8 +145,9 @@ def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directo
     if shapes[0] != shapes[1]:
         sizes = [f"{len(shape)} layers of {max(shape)} FFN neurons" for shape in shapes]
         raise ConfigError(
-            f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so their "
-            "neurons have not the same indices. A student that was cloned from this teacher is expected."
+            f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so "
+            "their neurons have not the same indices. A student that was cloned from this teacher is "
+            "expected."
         )
     return common_vocabulary(student_directory, models["student"], options.teacher, models["teacher"])
 

@@ -1,6 +1,7 @@
-"""A checkpoint's student -> a verified Hugging Face directory: what tools/convert_to_hf.py does, and evaluations need.
+"""A checkpoint's student -> a verified Hugging Face directory, for tools/convert_to_hf.py and evaluations.
 
-Any method's checkpoint: what is cloned is composed from its teacher, what is a student's own is written as it is.
+Any method's checkpoint: what is cloned is composed from its teacher, what is a student's own is written as it
+is.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -37,8 +38,8 @@ def export_saved(
     """Write what `open_student` has opened to `output`; gives the class that transformers will load.
 
     losses: of the last validation, for the model card. dtype: of the weights; default that of the training.
-    save_projections: write them beside the weights they have made. The other arguments are those of `export_model`.
-    ConfigError where the result fails its self-check.
+    save_projections: write them beside the weights they have made. The other arguments are those of
+    `export_model`. ConfigError where the result fails its self-check.
     """
     shape = student.shape
     family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
@@ -84,23 +85,25 @@ class Origin:
 def _origin(config: Config, base: TeacherDescription, *, opened_at: int | None, pruned_at: int | None) -> Origin:
     """opened_at: the step after which a clone was opened. pruned_at: that after which the model was cut."""
     name, method = base.directory.resolve().name, config.model.method
-    trained, licence = f"trained with megatron_lrc by the method `{method}`:", f"The licence of `{name}` may apply."
+    trained = f"trained with megatron_lrc by the method `{method}`:"
+    licence = f"The licence of `{name}` may apply."
     lm_loss_alone = f"{trained} all of its weights, on the\nlanguage-modelling loss alone."
     anew = f"It started anew, in the shape of `{name}` but for its hidden size."
     if opened_at is not None:
         opened = "those of the MLPs" if config.projection.open_matrices == "mlp" else "all of them"
         story = (
-            f"for\n{opened_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
-            f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
+            f"for\n{opened_at:,} steps its matrices were those of `{name}`, multiplied by trained "
+            f"projections (Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained "
+            "themselves, on the same losses."
         )
         return Origin("LRC-opened", f"{trained} {story}", licence)
     if config.is_clone:
         hidden = base.shape.hidden_size
         story = (
-            f"made from `{name}` (hidden size {hidden})\nwith Low-Rank Clone (LRC, arXiv 2505.12781) by megatron_lrc."
-            f"\n\nEvery weight matrix is the teacher's, multiplied by a trained projection of {hidden} x "
-            f"{config.model.student_hidden_size};\nnothing but the projections and the norm gains was trained. "
-            "Everything else is the teacher's."
+            f"made from `{name}` (hidden size {hidden})\nwith Low-Rank Clone (LRC, arXiv 2505.12781) by "
+            "megatron_lrc.\n\nEvery weight matrix is the teacher's, multiplied by a trained projection of "
+            f"{hidden} x {config.model.student_hidden_size};\nnothing but the projections and the norm gains "
+            "was trained. Everything else is the teacher's."
         )
         return Origin("LRC", story, "The teacher's licence applies.", ("low-rank-clone",))
     if pruned_at is not None:

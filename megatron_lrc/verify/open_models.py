@@ -151,8 +151,9 @@ def compare_models(first: OpenModel, second: OpenModel, *, dtype: torch.dtype) -
 
 
 def check_conversion(source: Path, result: Path, weights_dtype: torch.dtype | None = None) -> None:
-    """Hold a converted teacher's logits, by megatron-core, against those that transformers has of the Hugging Face
-    directory `source`. Prints the largest difference; ConfigError if it is more than rounding.
+    """Hold a converted teacher's logits, by megatron-core, against those of `source`, by transformers.
+
+    Prints the largest difference; ConfigError if it is more than rounding. source: the Hugging Face directory.
 
     weights_dtype: what the conversion rounded all weights to, if it did.
     """

@@ -1,7 +1,7 @@
 """Models as a stream of weights in the order of the forward pass, and their logits by megatron-core's layers.
 
-A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype its source
-has. Another kind of model needs one such generator.
+A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype
+its source has. Another kind of model needs one such generator.
 """
 
 from collections.abc import Iterable, Iterator
@@ -58,8 +58,9 @@ def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator
 def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:
     """A checkpoint (or the newest of a run) and its teacher, held against each other. ConfigError if they differ.
 
-    teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the model that
-    --student or --teacher named, of which only config.json and what is copied into an export are needed.
+    teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the
+    model that --student or --teacher named, of which only config.json and what is copied into an export are
+    needed.
     """
     student = open_checkpoint(load)
     if student.config.is_sheared and student.pruned_at is None:
@@ -69,8 +70,8 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
         description = describe_teacher(base, needs_weights=False)
         if description.config_fingerprint != student.teacher_fingerprint:
             raise ConfigError(
-                f"{base} is not the model that {student.path} was trained from: its config.json differs. Give the "
-                "directory of that model with --teacher."
+                f"{base} is not the model that {student.path} was trained from: its config.json differs. "
+                "Give the directory of that model with --teacher."
             )
         return student, description
     description = describe_teacher(base)
@@ -78,8 +79,8 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     if fingerprint != student.teacher_fingerprint:
         raise ConfigError(
             f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "
-            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the directory of "
-            "that teacher with --teacher."
+            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the "
+            "directory of that teacher with --teacher."
         )
     return student, description
 
@@ -89,7 +90,7 @@ def _not_yet_pruned(student: SavedStudent) -> str:
     is_known = config.pruning.prune_after >= 1 or config.training.train_iters > 0
     when = f"step {config.prune_step}" if is_known else "that part of its steps"
     return (
-        f"{student.path} is of step {student.step} of a run with --method sheared, which cuts its model in the step "
-        f"after {when} (--prune-after {config.pruning.prune_after:g}): there is no pruned student yet. Give a later "
-        "checkpoint."
+        f"{student.path} is of step {student.step} of a run with --method sheared, which cuts its model in "
+        f"the step after {when} (--prune-after {config.pruning.prune_after:g}): there is no pruned student "
+        "yet. Give a later checkpoint."
     )
