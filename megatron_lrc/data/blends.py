@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, parse_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,12 @@ def _as_number(text: str) -> float | None:
 
 def _read_split(split: str) -> tuple[tuple[float, float], tuple[float, float]]:
     """The training and validation parts of --split, as fractions of the documents."""
-    shares = [_as_number(share) for share in split.split(",")]
-    numbers = [share for share in shares if share is not None and 0 <= share < float("inf")]
-    if len(numbers) != len(shares) or len(shares) > 3 or numbers[0] <= 0:
+    shares = parse_split(split)
+    if shares is None or shares[0] == 0:
         raise ConfigError(
             f"--split {split}: expected up to three shares (training, validation, test) of 0 or more, the "
             "first above 0, such as 969,30,1."
         )
-    total = sum(numbers)
-    train = numbers[0] / total
-    valid = numbers[1] / total if len(numbers) > 1 else 0.0
+    total = sum(shares)
+    train, valid = shares[0] / total, shares[1] / total
     return (0.0, train), (train, train + valid)

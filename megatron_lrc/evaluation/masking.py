@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
-from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, load_model
+from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
 from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
 from megatron_lrc.evaluation.neurons import (
@@ -132,8 +132,7 @@ def _conditions(
 def _check(options: MaskingOptions) -> None:
     if bool(options.items) == bool(options.input):
         raise ConfigError("Give either --items (questions) or --input (held-out text): one of them is scored.")
-    if not (options.teacher / "config.json").is_file():
-        raise ConfigError(f"--teacher {options.teacher} has no config.json. A Hugging Face directory is expected.")
+    hugging_face_teacher(options.teacher)
     check_numbers(options, {"num_seeds": 1, "batch_size": 1, "seq_length": 1, "num_neurons": 1, "max_tokens": 0})
     if options.plot:
         check_matplotlib("--plot", "the scores are printed as a table in any case")
