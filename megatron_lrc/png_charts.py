@@ -1,4 +1,4 @@
-"""Charts that tools draw into a PNG file when a flag names one: all that is done with matplotlib, which is optional."""
+"""Charts in PNG files that a flag of a tool names: all that matplotlib, which is optional, is used for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from megatron_lrc.config import ConfigError
 
 
 def check_matplotlib(flag: str, without: str) -> None:
-    """ConfigError where it is not installed. without: what the user has without the flag, as a half-sentence."""
+    """ConfigError where it is not installed. without: half a sentence on what there is without the flag."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"{flag} draws with matplotlib, which is not installed. Run pip install matplotlib, or leave out {flag}: "
-            f"{without}."
+            f"{flag} draws with matplotlib, which is not installed. Run pip install matplotlib, or leave out "
+            f"{flag}: {without}."
         ) from error
 
 

@@ -3,9 +3,9 @@
     python examples/demo/report.py --teacher DIR --untrained DIR --student DIR --heldout heldout.jsonl \\
         --run RUN --output-dir demo
 
-Prints held-out loss, perplexity and a greedy continuation of one prompt for each model, all on the same tokens, and
-writes report.txt (what was printed), report.json (the figures) and loss_curves.svg. Nothing of megatron_lrc loads or
-runs the models; it draws the curves.
+Prints held-out loss, perplexity and a greedy continuation of one prompt for each model, all on the same
+tokens, and writes report.txt (what was printed), report.json (the figures) and loss_curves.svg. Nothing of
+megatron_lrc loads or runs the models; it draws the curves.
 """
 
 import argparse
@@ -101,7 +101,8 @@ def measure_all(
 ) -> dict[str, Result]:
     """Every model's result, in the order of `models`. One process per core and model, as far as there are cores.
 
-    Processes instead of threads: where something else runs too, threads of one model wait for the slowest of them.
+    Processes instead of threads: where something else runs too, threads of one model wait for the slowest of
+    them.
     """
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, len(models))
@@ -139,12 +140,12 @@ def read_run(run: Path) -> tuple[list[dict], list[dict]]:
 
 
 def draw_curves(results: dict[str, Result], training: list[dict], validation: list[dict], path: Path) -> None:
-    """Three charts over the tokens trained on, one for each term of the loss; in the first this report's losses too."""
+    """A chart over the tokens trained on for each term of the loss; in the first this report's losses too."""
     charts = []
     for term, (name, unit) in TERMS.items():
         series = [
             Series("training batches", [(record["tokens"], record[term]) for record in training], 0),
-            Series("held-out sample, while training", [(one["tokens"], one[term]) for one in validation], 1, "dots"),
+            Series("held-out sample", [(record["tokens"], record[term]) for record in validation], 1, "dots"),
         ]
         if term == "lm_loss":
             end = training[-1]["tokens"]

@@ -1,7 +1,7 @@
 """From finished runs to figures: losses over seeds, tokens to reach a loss, how many times the tokens another needs.
 
-Held-out loss is `lm_loss` of validation.jsonl, in nats per token, on the same sequences for every run. Spread is the
-lowest and the highest over seeds.
+Held-out loss is `lm_loss` of validation.jsonl, in nats per token, on the same sequences for every run. Spread
+is the lowest and the highest over seeds.
 """
 
 import math
@@ -19,8 +19,8 @@ Point = tuple[float, float]  # (tokens, held-out loss)
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Tokens to reach a loss. kind: `at` (between two measurements), `within` (already at the first: at most these
-    tokens), `never` (not by the last: more than these tokens)."""
+    """Tokens to reach a loss. kind: `at` (between two measurements), `within` (already at the first: at most
+    these tokens), `never` (not by the last: more than these tokens)."""
 
     tokens: float
     kind: str = "at"
@@ -31,8 +31,9 @@ class Reached:
 
 
 def tokens_to_reach(points: Sequence[Point], loss: float) -> Reached:
-    """Where the curve first is at `loss` or below: between two points by proportion of the loss on log tokens, since
-    losses fall about evenly with the logarithm. points: ascending by tokens, at least one above 0."""
+    """Where the curve first is at `loss` or below: between two points by proportion of the loss on log
+    tokens, since losses fall about evenly with the logarithm. points: ascending by tokens, at least one above
+    0."""
     if points[0][0] <= 0 and points[0][1] > loss:
         points = points[1:]  # before the first step there is no logarithm
     for place, (tokens, value) in enumerate(points):
@@ -151,8 +152,8 @@ def ratios(one: Group, groups: Sequence[Group]) -> list[Reached]:
 
 
 def own_tokens(one: Group, groups: Sequence[Group], loss: float) -> list[Reached]:
-    """By seed: tokens to reach `loss`. Of ordinary training by the ends of its runs; of the others, which have one
-    budget, along the run, where the learning rate has not decayed yet: they might need fewer."""
+    """By seed: tokens to reach `loss`. Of ordinary training by the ends of its runs; of the others, which
+    have one budget, along the run, where the learning rate has not decayed yet: they might need fewer."""
     if one.name == ORDINARY:
         return [tokens_to_reach(ordinary_points(groups, r.outcome.run.seed), loss) for r in one.results]
     return [tokens_to_reach(result.points, loss) for result in one.results]

@@ -1,13 +1,13 @@
 """Micro-batches: which samples each data-parallel rank takes, and in which order.
 
-A step of a run that has read `consumed` samples uses [consumed, consumed + G) of the dataset, G = global_batch_size,
-for any layout:
+A step of a run that has read `consumed` samples uses [consumed, consumed + G) of the dataset, G =
+global_batch_size, for any layout:
 
     sample of (micro-batch m of the step, data-parallel rank r, position j)
         = consumed + (m * dp_size + r) * micro_batch_size + j
 
-so that a run continued on another number of processes sees the same global batches, and one continued with other batch
-sizes the same samples.
+so that a run continued on another number of processes sees the same global batches, and one continued with
+other batch sizes the same samples.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 class BatchIterator:
     """The micro-batches of one data-parallel rank, in order, from global sample `consumed_samples` on.
 
-    Each is a dict of tensors [micro_batch_size, seq_length] on `device`: tokens, labels, position_ids (int64),
-    loss_mask (fp32). Stops where no full global batch is left in the dataset, on every rank alike. `consumed_samples`
-    counts the samples of all ranks.
+    Each is a dict of tensors [micro_batch_size, seq_length] on `device`: tokens, labels, position_ids
+    (int64), loss_mask (fp32). Stops where no full global batch is left in the dataset, on every rank alike.
+    `consumed_samples` counts the samples of all ranks.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""What a run's data flags name: blends of datasets, and which part of their documents is trained and validated on."""
+"""What a run's data flags name: blends of datasets, and the parts of them for training and validation."""
 
 import os
 from dataclasses import dataclass
 
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, parse_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Blend:
 
 @dataclass(frozen=True, kw_only=True)
 class DataPlan:
-    """What training and validation draw from: each blend (None: no such data), the part (from, to) of its documents."""
+    """What training and validation draw from: a blend (None: no data), the part (from, to) of its documents."""
 
     train: Blend | None
     valid: Blend | None
@@ -30,8 +30,8 @@ def plan_data(config: Config) -> DataPlan:
     data, wants_valid = config.data, config.logging.eval_iters > 0
     if data.data_path and (data.train_data_path or data.valid_data_path):
         raise ConfigError(
-            "--data-path is divided by --split and excludes --train-data-path and --valid-data-path. Give one or the "
-            "other."
+            "--data-path is divided by --split and excludes --train-data-path and --valid-data-path. Give "
+            "one or the other."
         )
     if not data.data_path:
         if data.valid_data_path and not data.train_data_path:
@@ -60,8 +60,8 @@ def _read_blend(flag: str, values: list[str]) -> Blend | None:
     weights = [number for number in numbers if number is not None and number > 0]
     if len(weights) < len(numbers):
         raise ConfigError(
-            f"{flag} {' '.join(values)}: weights and prefixes do not alternate, or a weight is not above 0. Give "
-            "prefixes only, or W1 PREFIX1 W2 PREFIX2 ... with every weight above 0."
+            f"{flag} {' '.join(values)}: weights and prefixes do not alternate, or a weight is not above 0. "
+            "Give prefixes only, or W1 PREFIX1 W2 PREFIX2 ... with every weight above 0."
         )
     return Blend(flag=flag, prefixes=[os.path.abspath(value) for value in values[1::2]], weights=weights)
 
@@ -75,14 +75,12 @@ def _as_number(text: str) -> float | None:
 
 def _read_split(split: str) -> tuple[tuple[float, float], tuple[float, float]]:
     """The training and validation parts of --split, as fractions of the documents."""
-    shares = [_as_number(share) for share in split.split(",")]
-    numbers = [share for share in shares if share is not None and 0 <= share < float("inf")]
-    if len(numbers) != len(shares) or len(shares) > 3 or numbers[0] <= 0:
+    shares = parse_split(split)
+    if shares is None or shares[0] == 0:
         raise ConfigError(
-            f"--split {split}: expected up to three shares (training, validation, test) of 0 or more, the first above "
-            "0, such as 969,30,1."
+            f"--split {split}: expected up to three shares (training, validation, test) of 0 or more, the "
+            "first above 0, such as 969,30,1."
         )
-    total = sum(numbers)
-    train = numbers[0] / total
-    valid = numbers[1] / total if len(numbers) > 1 else 0.0
+    total = sum(shares)
+    train, valid = shares[0] / total, shares[1] / total
     return (0.0, train), (train, train + valid)

@@ -1,7 +1,8 @@
 """Is the data of a run usable? Answered before any process group or model exists, alike on every rank.
 
-Do the datasets that the flags name exist, whole and large enough (an empty part of --split sends megatron-core's
-GPTDataset into an endless loop), and is what they hold of the teacher's vocabulary and tokenizer?
+Do the datasets that the flags name exist, whole and large enough (an empty part of --split sends
+megatron-core's GPTDataset into an endless loop), and is what they hold of the teacher's vocabulary and
+tokenizer?
 """
 
 import logging
@@ -23,7 +24,7 @@ _WAYS_TO_WRITE_EOD = ("append_eod", "eos_before_bos_after", "chat_template")
 
 
 def check_data(config: Config, teacher_vocab_size: int) -> None:
-    """Raises a ConfigError unless every dataset exists, is whole, is large enough and fits the teacher's vocabulary.
+    """ConfigError unless every dataset exists, is whole, is large enough and fits the teacher's vocabulary.
 
     On every rank, so that all refuse alike: every entry of the .idx of 20 million documents takes 0.2 s.
     """
@@ -67,9 +68,9 @@ def _check_enough(file: IndexedFile, part: tuple[float, float], what: str, confi
             ", another --split, or --eval-iters 0" if what == "validation" else " or a shorter --seq-length"
         )
         raise ConfigError(
-            f"The {what} part{share} of {file.prefix} has {num_tokens} tokens ({len(lengths)} of {len(file.lengths)} "
-            f"documents); one sample takes {needed} (--seq-length {config.training.seq_length}, and one for the last "
-            f"label). {remedy}."
+            f"The {what} part{share} of {file.prefix} has {num_tokens} tokens ({len(lengths)} of "
+            f"{len(file.lengths)} documents); one sample takes {needed} (--seq-length "
+            f"{config.training.seq_length}, and one for the last label). {remedy}."
         )
 
 
@@ -78,8 +79,8 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
     for file in files:
         if file.manifest is None:
             logger.warning(
-                "%s.json does not exist: which tokenizer made this dataset is not known, so only the range of its "
-                "token ids is checked.",
+                "%s.json does not exist: which tokenizer made this dataset is not known, so only the range "
+                "of its token ids is checked.",
                 file.prefix,
             )
             _check_token_ids(file, teacher_vocab_size, config.base_role.noun)
@@ -94,18 +95,20 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > teacher_vocab_size:
         raise ConfigError(
-            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the {kind} {config.base_model} "
-            f"has {teacher_vocab_size}. Use the {kind}'s own tokenizer with --tokenizer-model."
+            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the {kind} "
+            f"{config.base_model} has {teacher_vocab_size}. Use the {kind}'s own tokenizer with "
+            "--tokenizer-model."
         )
     check_eod(config, tokenizer.eod, f"{flag} {path}", {file.prefix: file.manifest for file in files})
     for file in files:
         if file.manifest and file.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
             made_with = file.manifest["tokenizer"]
             raise ConfigError(
-                f"{file.prefix} was made with the tokenizer {made_with.get('model')} ({made_with['vocab_size']} ids, "
-                f"fingerprint {made_with['fingerprint'][:12]}), but the run's is that of {flag} {path} "
-                f"({tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}). Write the data again with "
-                f"tools/preprocess_data.py --tokenizer-model {path}."
+                f"{file.prefix} was made with the tokenizer {made_with.get('model')} "
+                f"({made_with['vocab_size']} ids, fingerprint {made_with['fingerprint'][:12]}), but the "
+                f"run's is that of {flag} {path} ({tokenizer.vocab_size} ids, fingerprint "
+                f"{tokenizer.fingerprint[:12]}). Write the data again with tools/preprocess_data.py "
+                f"--tokenizer-model {path}."
             )
 
 
@@ -128,7 +131,7 @@ def flags_that_need_eod(config: Config) -> list[str]:
 
 
 def check_eod(config: Config, eod: int | None, tokenizer: str, manifests: Mapping[str, dict[str, Any] | None]) -> None:
-    """Raises a ConfigError if the flags need an end-of-document token and there is none; warns of data without it.
+    """ConfigError if the flags need an end-of-document token and there is none; warns of data without it.
 
     tokenizer: how messages name it. manifests: by dataset prefix, None for a dataset that has none.
     """
@@ -143,8 +146,8 @@ def check_eod(config: Config, eod: int | None, tokenizer: str, manifests: Mappin
         options = manifest and manifest.get("options")  # None in a merged dataset whose parts differ in them
         if options and not any(options.get(way) for way in _WAYS_TO_WRITE_EOD):
             logger.warning(
-                "%s was written without --append-eod: %s will find no end of a document there, unless the text itself "
-                "holds the tokenizer's EOS token.",
+                "%s was written without --append-eod: %s will find no end of a document there, unless the "
+                "text itself holds the tokenizer's EOS token.",
                 prefix,
                 " and ".join(flags),
             )

@@ -1,7 +1,7 @@
 """Builds the index maps of a run before it starts: in one process, without a GPU, teacher or tokenizer.
 
-The folder is the one that the run looks for, since both make the same `Request`. It holds no path: data and maps may be
-moved together, or --data-cache-path may name another folder on the cluster.
+The folder is the one that the run looks for, since both make the same `Request`. It holds no path: data and
+maps may be moved together, or --data-cache-path may name another folder on the cluster.
 """
 
 import time
@@ -22,8 +22,8 @@ def build_index_cache(
     raise_all(list(check_ranges(config)))
     if config.training.global_batch_size is None:
         raise ConfigError(
-            "--global-batch-size is missing: its default depends on the number of processes of the run, which is not "
-            "known here. Give the run's."
+            "--global-batch-size is missing: its default depends on the number of processes of the run, "
+            "which is not known here. Give the run's."
         )
     if config.training.train_iters and config.training.train_epochs:
         raise ConfigError("--train-iters and --train-epochs are both given. Keep one, the other is 0.")
@@ -51,7 +51,8 @@ def _describe(request: Request, name: str, report: Callable[[str], None]) -> Non
     for source, count in zip(order.sources, counts, strict=True):
         report(
             f"  {source.file.prefix}: {count} samples, {count / source.samples_per_pass:.2f} epochs of "
-            f"{source.samples_per_pass} samples ({len(source.documents)} documents, {source.num_tokens} tokens)"
+            f"{source.samples_per_pass} samples ({len(source.documents)} documents, {source.num_tokens} "
+            "tokens)"
         )
 
 

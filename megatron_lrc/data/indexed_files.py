@@ -1,8 +1,8 @@
 """Opens an indexed dataset and says whether it is whole.
 
-megatron-core answers a bad file with an assertion or reads past its end. `read_indexed_file` compares header and sizes;
-`read_index` looks at every entry of the .idx, and `check_token_ids` at the whole .bin. All reading is in pieces: memory
-does not grow with the dataset.
+megatron-core answers a bad file with an assertion or reads past its end. `read_indexed_file` compares header
+and sizes; `read_index` looks at every entry of the .idx, and `check_token_ids` at the whole .bin. All reading
+is in pieces: memory does not grow with the dataset.
 
     .idx   9 bytes b"MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences u64 | documents + 1 u64
            | length of each sequence i32 | its byte offset in the .bin i64 | first sequence of each document i64
@@ -95,8 +95,8 @@ def read_indexed_file(prefix: str) -> IndexedFile:
     for path in (idx_path, bin_path):
         if not os.path.isfile(path):
             raise ConfigError(
-                f"There is no {path}. A dataset is named by its prefix, PREFIX of PREFIX.bin and PREFIX.idx: correct "
-                "the data path, or write the dataset with tools/preprocess_data.py."
+                f"There is no {path}. A dataset is named by its prefix, PREFIX of PREFIX.bin and PREFIX.idx: "
+                "correct the data path, or write the dataset with tools/preprocess_data.py."
             )
     with open(idx_path, "rb") as file:
         header = file.read(HEADER.size)
@@ -120,8 +120,8 @@ def _check_size(path: str, expected: int, who_says: str, *, may_be_longer: bool 
     size = os.path.getsize(path)
     if size < expected or (size > expected and not may_be_longer):
         raise ConfigError(
-            f"{path} has {size} bytes where {who_says} {expected}: it is truncated or belongs to another dataset. Copy "
-            "it again, or write the dataset again with tools/preprocess_data.py."
+            f"{path} has {size} bytes where {who_says} {expected}: it is truncated or belongs to another "
+            "dataset. Copy it again, or write the dataset again with tools/preprocess_data.py."
         )
 
 
@@ -142,8 +142,9 @@ def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None
     found = (len(lengths), int(lengths.sum(dtype=numpy.int64)))
     if found != (documents, tokens):
         raise ConfigError(
-            f"{path} describes {documents} documents with {tokens} tokens, but {prefix}.idx has {found[0]} with "
-            f"{found[1]}. The files belong to different datasets: copy all three again, or write the dataset again."
+            f"{path} describes {documents} documents with {tokens} tokens, but {prefix}.idx has {found[0]} "
+            f"with {found[1]}. The files belong to different datasets: copy all three again, or write the "
+            "dataset again."
         )
     return manifest
 
@@ -159,8 +160,8 @@ def identity_of(manifest: dict[str, Any]) -> TokenizerIdentity:
 def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
     """Reads an .idx and checks every entry. Raises a ConfigError that names the file and what is wrong with it.
 
-    allow_empty_documents: Megatron-LM's own tool makes a document without a sequence of a line without text; training
-    reads sequences and does not mind. Where there is a manifest, there are none.
+    allow_empty_documents: Megatron-LM's own tool makes a document without a sequence of a line without text;
+    training reads sequences and does not mind. Where there is a manifest, there are none.
     """
     file = read_indexed_file(prefix)
     path, lengths = f"{prefix}.idx", file.lengths
@@ -171,8 +172,9 @@ def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
     expected = start + 12 * num_sequences + 8 * num_bounds
     if num_bounds < 2 or os.path.getsize(path) != expected:
         raise ConfigError(
-            f"{path} has {os.path.getsize(path)} bytes where its header says {expected} ({num_sequences} sequences, "
-            f"{num_bounds - 1} documents): the header is damaged or something was appended. {_REMEDY}"
+            f"{path} has {os.path.getsize(path)} bytes where its header says {expected} ({num_sequences} "
+            f"sequences, {num_bounds - 1} documents): the header is damaged or something was appended. "
+            f"{_REMEDY}"
         )
     start += lengths.nbytes
     pointers = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start, shape=(num_sequences,))
@@ -195,8 +197,9 @@ def check_token_ids(index: Index, vocab_size: int | None) -> int:
                 first = int(numpy.argmax(is_wrong))
                 known = "are not negative" if vocab_size is None else f"are 0 to {vocab_size - 1}"
                 raise ConfigError(
-                    f"{index.prefix}.bin holds token id {int(ids[first])} at position {position + first}, but the "
-                    f"tokenizer's ids {known}: the file is damaged, or another tokenizer made it. {_REMEDY}"
+                    f"{index.prefix}.bin holds token id {int(ids[first])} at position {position + first}, "
+                    f"but the tokenizer's ids {known}: the file is damaged, or another tokenizer made it. "
+                    f"{_REMEDY}"
                 )
             position += len(ids)
     return largest
@@ -209,14 +212,14 @@ def _check_manifest(index: Index) -> None:
     tokenizer = index.manifest["tokenizer"]
     if not isinstance(tokenizer["fingerprint"], str) or not isinstance(tokenizer["vocab_size"], int):
         raise ConfigError(
-            f"{index.prefix}.json names no tokenizer by fingerprint and vocabulary size: it is damaged. Move it away, "
-            "or write the dataset again."
+            f"{index.prefix}.json names no tokenizer by fingerprint and vocabulary size: it is damaged. Move "
+            "it away, or write the dataset again."
         )
     said, found = index.manifest.get("dtype"), index.file.dtype.name
     if said not in (None, found):
         raise ConfigError(
-            f"The header of {index.prefix}.idx says {found}, but {index.prefix}.json says {said}: one of them is "
-            f"damaged or belongs to another dataset. {_REMEDY}"
+            f"The header of {index.prefix}.idx says {found}, but {index.prefix}.json says {said}: one of "
+            f"them is damaged or belongs to another dataset. {_REMEDY}"
         )
 
 
@@ -228,8 +231,8 @@ def _check_sequences(index: Index) -> None:
         if lengths.min() < 0:
             wrong = int(numpy.argmax(lengths < 0))
             raise ConfigError(
-                f"{index.prefix}.idx gives sequence {piece.start + wrong} a length of {lengths[wrong]}: it is damaged. "
-                f"{_REMEDY}"
+                f"{index.prefix}.idx gives sequence {piece.start + wrong} a length of {lengths[wrong]}: it "
+                f"is damaged. {_REMEDY}"
             )
         ends = position + numpy.cumsum(lengths) * itemsize
         starts = ends - lengths * itemsize
@@ -238,8 +241,8 @@ def _check_sequences(index: Index) -> None:
             size = os.path.getsize(f"{index.prefix}.bin")
             outside = "" if 0 <= pointers[wrong] <= size else f", outside the {size} bytes of {index.prefix}.bin"
             raise ConfigError(
-                f"{index.prefix}.idx points to byte {pointers[wrong]} for sequence {piece.start + wrong}{outside}; the "
-                f"lengths before it say {starts[wrong]}. {_REMEDY}"
+                f"{index.prefix}.idx points to byte {pointers[wrong]} for sequence "
+                f"{piece.start + wrong}{outside}; the lengths before it say {starts[wrong]}. {_REMEDY}"
             )
         position = int(ends[-1])
 
@@ -249,8 +252,8 @@ def _check_documents(index: Index, *, may_be_empty: bool) -> None:
     bounds, num_sequences = index.bounds, len(index.lengths)
     if bounds[0] != 0 or bounds[-1] != num_sequences:
         raise ConfigError(
-            f"The documents of {index.prefix}.idx cover sequences {bounds[0]} to {bounds[-1]} where there are 0 to "
-            f"{num_sequences}: it is damaged. {_REMEDY}"
+            f"The documents of {index.prefix}.idx cover sequences {bounds[0]} to {bounds[-1]} where there "
+            f"are 0 to {num_sequences}: it is damaged. {_REMEDY}"
         )
     for piece in pieces(index.num_documents):
         begins, ends = bounds[piece], bounds[piece.start + 1 : piece.stop + 1]
@@ -258,6 +261,6 @@ def _check_documents(index: Index, *, may_be_empty: bool) -> None:
         if is_wrong.any():
             wrong = int(numpy.argmax(is_wrong))
             raise ConfigError(
-                f"Document {piece.start + wrong} of {index.prefix}.idx begins at sequence {begins[wrong]} and ends at "
-                f"{ends[wrong]}, so that it holds none: the file is damaged. {_REMEDY}"
+                f"Document {piece.start + wrong} of {index.prefix}.idx begins at sequence {begins[wrong]} "
+                f"and ends at {ends[wrong]}, so that it holds none: the file is damaged. {_REMEDY}"
             )

@@ -1,10 +1,10 @@
 """Text files to megatron-core's indexed datasets: what tools/preprocess_data.py runs.
 
-One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest PREFIX_KEY_document.json that says
-which tokenizer and which sources made it; training refuses a dataset whose manifest names another tokenizer. Everything
-is written under temporary names in the same folder (`writing.py`). A run that was stopped goes on where it was, without
-a byte's difference (`restart.py`). `input_files.py` opens files, `encoding.py` turns lines into tokens; here is the
-whole.
+One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest PREFIX_KEY_document.json
+that says which tokenizer and which sources made it; training refuses a dataset whose manifest names another
+tokenizer. Everything is written under temporary names in the same folder (`writing.py`). A run that was
+stopped goes on where it was, without a byte's difference (`restart.py`). `input_files.py` opens files,
+`encoding.py` turns lines into tokens; here is the whole.
 """
 
 import contextlib
@@ -66,16 +66,16 @@ class Progress:
         left = int((self._total_bytes - done.disk_bytes) / disk_speed) if disk_speed else 0
         percent = 100 * done.disk_bytes / max(self._total_bytes, 1)
         return (
-            f"{writer.documents:,} documents  {writer.tokens:,} tokens  {speed / 1e6:.2f} MB/s  {percent:.0f}%  "
-            f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            f"{writer.documents:,} documents  {writer.tokens:,} tokens  {speed / 1e6:.2f} MB/s  "
+            f"{percent:.0f}%  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
 
 
 def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) -> None:
     """Writes one indexed dataset and manifest per JSON key; `report` gets the progress lines.
 
-    Goes on from where an earlier process with the same options stopped. What was done is kept after an interrupt or an
-    error too, if it was seconds of work.
+    Goes on from where an earlier process with the same options stopped. What was done is kept after an
+    interrupt or an error too, if it was seconds of work.
     """
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}

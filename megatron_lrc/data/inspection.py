@@ -118,8 +118,8 @@ def decoded_sample(index: Index, number: int, vocab_size: int, decode: Callable[
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise ConfigError(
-                f"Document {number} of {index.prefix} holds token id {token_id}, but the tokenizer's ids are 0 to "
-                f"{vocab_size - 1}. Give --tokenizer-model the tokenizer that made the dataset."
+                f"Document {number} of {index.prefix} holds token id {token_id}, but the tokenizer's ids are "
+                f"0 to {vocab_size - 1}. Give --tokenizer-model the tokenizer that made the dataset."
             )
     more = " ..." if len(tokens) > len(ids) else ""
     return f"document {number} ({len(tokens):,} tokens): {json.dumps(decode(ids), ensure_ascii=False)}{more}"
@@ -176,8 +176,8 @@ def _tokenizer(index: Index, options: InspectionOptions) -> Tokenizer | None:
     if made_with and made_with["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{index.prefix} was made with the tokenizer {made_with.get('model')} (fingerprint "
-            f"{made_with['fingerprint'][:12]}), but {path} now has fingerprint {tokenizer.fingerprint[:12]}. Give "
-            "--tokenizer-model the tokenizer that made the dataset."
+            f"{made_with['fingerprint'][:12]}), but {path} now has fingerprint {tokenizer.fingerprint[:12]}. "
+            "Give --tokenizer-model the tokenizer that made the dataset."
         )
     return tokenizer
 

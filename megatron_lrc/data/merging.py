@@ -1,6 +1,7 @@
 """Several indexed datasets end to end in one: what tools/merge_datasets.py runs.
 
-The bytes are those of megatron-core's IndexedDatasetBuilder.add_index; `writing.write_index` says why it is not used.
+The bytes are those of megatron-core's IndexedDatasetBuilder.add_index; `writing.write_index` says why it is
+not used.
 """
 
 import contextlib
@@ -67,8 +68,9 @@ def check_alike(indexes: list[Index]) -> None:
     for index in indexes[1:]:
         if index.file.dtype != first.file.dtype:
             raise ConfigError(
-                f"{first.prefix} holds {first.file.dtype.name} token ids and {index.prefix} {index.file.dtype.name}. "
-                "Merge datasets of one dtype: write them again with the same tokenizer."
+                f"{first.prefix} holds {first.file.dtype.name} token ids and {index.prefix} "
+                f"{index.file.dtype.name}. Merge datasets of one dtype: write them again with the same "
+                "tokenizer."
             )
     named = [(index.prefix, index.manifest["tokenizer"]) for index in indexes if index.manifest]
     for prefix, tokenizer in named[1:]:
@@ -76,8 +78,8 @@ def check_alike(indexes: list[Index]) -> None:
         if tokenizer["fingerprint"] != first_tokenizer["fingerprint"]:
             raise ConfigError(
                 f"{first_prefix} was made with the tokenizer {first_tokenizer.get('model')} (fingerprint "
-                f"{first_tokenizer['fingerprint'][:12]}) and {prefix} with {tokenizer.get('model')} (fingerprint "
-                f"{tokenizer['fingerprint'][:12]}). Merge datasets of one tokenizer."
+                f"{first_tokenizer['fingerprint'][:12]}) and {prefix} with {tokenizer.get('model')} "
+                f"(fingerprint {tokenizer['fingerprint'][:12]}). Merge datasets of one tokenizer."
             )
 
 
@@ -123,8 +125,8 @@ def copy_tokens(index: Index, output: BinaryIO) -> None:
     expected = index.file.num_tokens * index.file.dtype.itemsize
     if output.tell() - before != expected:
         raise ConfigError(
-            f"{index.prefix}.bin changed while it was read: {output.tell() - before} bytes instead of {expected}. "
-            "Merge again when nothing writes to it."
+            f"{index.prefix}.bin changed while it was read: {output.tell() - before} bytes instead of "
+            f"{expected}. Merge again when nothing writes to it."
         )
 
 

@@ -1,8 +1,9 @@
 """The order in which a run goes through its samples: shuffled passes over each dataset, blended.
 
-The order is one endless sequence. It follows from the datasets' .idx files, the part of their documents, the sequence
-length, the weights and the seed alone; how many samples a run asks for only says how far its maps reach. So a position
-in it (a number of samples) means the same after a change of batch sizes, processes, steps or epochs.
+The order is one endless sequence. It follows from the datasets' .idx files, the part of their documents, the
+sequence length, the weights and the seed alone; how many samples a run asks for only says how far its maps
+reach. So a position in it (a number of samples) means the same after a change of batch sizes, processes,
+steps or epochs.
 
     one pass     the documents shuffled, laid end to end and cut into samples, those shuffled again: GPTDataset's way.
                  A sample is seq_length + 1 tokens; neighbours share one (the last label of one is the first input of
@@ -11,8 +12,8 @@ in it (a number of samples) means the same after a change of batch sizes, proces
     no weights   pass after pass over all datasets, each whole; within a pass in proportion to their samples
     weights      each dataset passed over as often as its share asks for
 
-Rejected: GPTDataset's own maps and BlendedMegatronDatasetBuilder. They shuffle all passes but the last together, so
-that a longer request gives another order, and repeat the datasets of a blend by weights only.
+Rejected: GPTDataset's own maps and BlendedMegatronDatasetBuilder. They shuffle all passes but the last
+together, so that a longer request gives another order, and repeat the datasets of a blend by weights only.
 """
 
 import hashlib
@@ -48,9 +49,9 @@ class Source:
     def maps(self, seed: int, num_passes: int) -> dict[str, numpy.ndarray]:
         """GPTDataset's three maps over several passes. L samples and D documents in each:
 
-        documents [num_passes * D]: document ids. samples [num_passes * (L + 1), 2]: place in `documents` and offset in
-        tokens where each sample begins, and one row for the end of each pass. shuffle [num_passes * L]: rows of
-        `samples` in the order of use. Integers as narrow as they fit.
+        documents [num_passes * D]: document ids. samples [num_passes * (L + 1), 2]: place in `documents` and
+        offset in tokens where each sample begins, and one row for the end of each pass. shuffle [num_passes *
+        L]: rows of `samples` in the order of use. Integers as narrow as they fit.
         """
         from megatron.core.datasets import helpers
 

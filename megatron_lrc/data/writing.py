@@ -1,7 +1,8 @@
 """One indexed dataset while it is being made: PREFIX.bin.partial and PREFIX.lengths.partial, then the final files.
 
-Only appended to, so that a process that was killed leaves a good beginning and maybe something behind it: whoever goes
-on cuts both files to the sizes it knows to be good. The .idx takes its final name last: where one stands, all is there.
+Only appended to, so that a process that was killed leaves a good beginning and maybe something behind it:
+whoever goes on cuts both files to the sizes it knows to be good. The .idx takes its final name last: where
+one stands, all is there.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ from megatron_lrc.data.indexed_files import HEADER, MAGIC, TOKEN_DTYPES, pieces
 class DatasetWriter:
     """Takes documents in order; `complete` ends the files, `publish` gives them their final names.
 
-    counts: the `counts` of an earlier process's writer, whose files are gone on with; what it left beyond is dropped.
-    ConfigError if another process is writing them.
+    counts: the `counts` of an earlier process's writer, whose files are gone on with; what it left beyond is
+    dropped. ConfigError if another process is writing them.
     """
 
     def __init__(self, prefix: str, vocab_size: int, counts: dict[str, int] | None = None):
@@ -50,8 +51,8 @@ class DatasetWriter:
         if os.path.getsize(file.name) < size:
             file.close()
             raise ConfigError(
-                f"{self._partial[suffix]} is shorter than its progress file says. Delete the .partial files and the "
-                ".unfinished.json beside it to start anew."
+                f"{self._partial[suffix]} is shorter than its progress file says. Delete the .partial files "
+                "and the .unfinished.json beside it to start anew."
             )
         file.truncate(size)
         return file
@@ -132,8 +133,9 @@ def token_dtype(vocab_size: int) -> type[numpy.uint16] | type[numpy.int32]:
 def write_index(parts: list[IndexPart], output: BinaryIO) -> None:
     """Writes the .idx of the parts' documents, end to end; all have one dtype. `indexed_files.py` draws the format.
 
-    The bytes are those of megatron-core's IndexedDatasetBuilder. They are made here, a piece at a time, because the
-    builder keeps two Python integers per sequence: about 80 bytes for each of what may be a billion documents.
+    The bytes are those of megatron-core's IndexedDatasetBuilder. They are made here, a piece at a time,
+    because the builder keeps two Python integers per sequence: about 80 bytes for each of what may be a
+    billion documents.
     """
     dtype = parts[0].dtype
     code = next(code for code, name in TOKEN_DTYPES.items() if name == dtype.name)
@@ -191,6 +193,6 @@ def explain_os_error(error: OSError, prefix: str) -> str:
         return f"{where}: {error.strerror or error}."
     folder = os.path.dirname(os.path.abspath(prefix))
     return (
-        f"{error.strerror}: {where} could not be written. Make room in {folder}, or use another --output-prefix, and "
-        "run the command again."
+        f"{error.strerror}: {where} could not be written. Make room in {folder}, or use another "
+        "--output-prefix, and run the command again."
     )

@@ -1,11 +1,12 @@
 """Bytes that one micro-batch keeps on a rank between its forward and its backward pass, and what passes on the way.
 
-Derived from what autograd saves in megatron-core's layers as `mcore/gpt_models.py` builds them, and in the clone loss;
-on CPU also measured (`tests/distributed/test_memory_estimate.py`). CUDA saves less, in two places: torch's RMSNorm is
-one kernel there (a CPU composes it, in fp32), and so is megatron-core's SwiGLU. What CUDA saves is derived, not
-measured.
+Derived from what autograd saves in megatron-core's layers as `mcore/gpt_models.py` builds them, and in the
+clone loss; on CPU also measured (`tests/distributed/test_memory_estimate.py`). CUDA saves less, in two
+places: torch's RMSNorm is one kernel there (a CPU composes it, in fp32), and so is megatron-core's SwiGLU.
+What CUDA saves is derived, not measured.
 
-All sizes are bytes per token of a micro-batch on this rank (its part of the sequence times the micro-batch size).
+All sizes are bytes per token of a micro-batch on this rank (its part of the sequence times the micro-batch
+size).
 """
 
 from dataclasses import dataclass
@@ -101,8 +102,8 @@ def _output_bytes(config: Config, teacher: ModelShape, term: str | None) -> tupl
 
 
 def _gradient_bytes(compared: float, e: int, on_cuda: bool) -> float:
-    """Of a clone loss: the gradient that comes along and the one that goes on; without fusion two steps between, which
-    are in fp32."""
+    """Of a clone loss: the gradient that comes along and the one that goes on; without fusion two steps
+    between, which are in fp32."""
     return compared / e * (2 * e if on_cuda else e + 2 * FP32)
 
 
@@ -110,9 +111,9 @@ def _gradient_bytes(compared: float, e: int, on_cuda: bool) -> float:
 class StageBytes:
     """Of a stage, all its chunks together.
 
-    kept: from forward to backward. forward: at most in the forward pass, which with recomputation has the teacher's
-    captures besides (all of its layers run before the student's first).
-    backward: made on the way back, recomputed activations included.
+    kept: from forward to backward. forward: at most in the forward pass, which with recomputation has the
+    teacher's captures besides (all of its layers run before the student's first). backward: made on the way
+    back, recomputed activations included.
     """
 
     kept: float

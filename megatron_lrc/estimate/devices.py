@@ -1,4 +1,4 @@
-"""GPUs by name: how fast one computes, and for estimates of a run elsewhere what it holds and how fast it talks."""
+"""GPUs by name: how fast one computes; for estimates also what it holds and how fast it talks to others."""
 
 from dataclasses import dataclass
 
@@ -44,8 +44,8 @@ def known_peak_tflops(device_name: str, *, is_half: bool) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """memory: bytes that CUDA reports, GPUs' names round it up. nvlink: bytes per second in one direction within a
-    node, by NVIDIA's data sheets.
+    """memory: bytes that CUDA reports, GPUs' names round it up. nvlink: bytes per second in one direction
+    within a node, by NVIDIA's data sheets.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Gpu:
 
     def peak_flops(self, *, is_half: bool) -> float:
         """Dense FLOP/s; of a GPU that is not known, those of DEFAULT_GPU."""
-        tflops = known_peak_tflops(self.name, is_half=is_half) or known_peak_tflops(DEFAULT_GPU, is_half=is_half)
-        assert tflops is not None
-        return tflops * 1e12
+        known, default = (known_peak_tflops(name, is_half=is_half) for name in (self.name, DEFAULT_GPU))
+        assert default is not None
+        return (known or default) * 1e12
 
 
 GPUS: dict[str, Gpu] = {

@@ -1,12 +1,13 @@
 """FLOPs of one optimizer step by part: what the method needs, counted from the shapes.
 
 Counted are matrix products, 2 FLOPs per multiply-add, as torch's FlopCounterMode counts them
-(`tests/distributed/test_flops.py` holds the two against each other). Element-wise work is not, nor is anything done
-twice to save memory: recomputed activations, the attention scores that a flash kernel forms again in backward. That is
-the convention of model FLOPs utilisation (MFU).
+(`tests/distributed/test_flops.py` holds the two against each other). Element-wise work is not, nor is
+anything done twice to save memory: recomputed activations, the attention scores that a flash kernel forms
+again in backward. That is the convention of model FLOPs utilisation (MFU).
 
-Attention is causal and counted as such: a query meets (s + 1) / 2 keys on average. FlopCounterMode, and formulas with
-12 * layers * hidden * s, count all s. Sequences count as whole also where --reset-attention-mask attends to documents.
+Attention is causal and counted as such: a query meets (s + 1) / 2 keys on average. FlopCounterMode, and
+formulas with 12 * layers * hidden * s, count all s. Sequences count as whole also where
+--reset-attention-mask attends to documents.
 
 Notation: n tokens, D teacher hidden, d student hidden, s sequence, V vocabulary.
 """
@@ -24,9 +25,9 @@ from megatron_lrc.methods import Method, method_of
 class StepFlops:
     """FLOPs of one optimizer step over the whole job. Without a teacher (--method ordinary) its parts are 0.
 
-    teacher_forward: with its LM head. student_forward: with its LM head and the clone loss's products (o_T P_o,
-    o_ffn_T P_down; with --clone-attention-output teacher the student's attention through the teacher's o).
-    student_backward: of the same. projections: compose and pull back.
+    teacher_forward: with its LM head. student_forward: with its LM head and the clone loss's products (o_T
+    P_o, o_ffn_T P_down; with --clone-attention-output teacher the student's attention through the teacher's
+    o). student_backward: of the same. projections: compose and pull back.
     """
 
     teacher_forward: float
@@ -44,8 +45,8 @@ def step_flops(
 ) -> StepFlops:
     """FLOPs of one optimizer step. config: resolved, so that it has its global batch size.
 
-    replicas: model copies (DP x CP) that compose and pull back, each for itself. 1 counts the work that the method
-    needs; the others repeat it. has_changed: whether the method has changed what is trained (--open-after).
+    replicas: model copies (DP x CP) that compose and pull back, each for itself. 1 counts the work that the
+    method needs; the others repeat it. has_changed: whether the method has changed what is trained.
     """
     training, method = config.training, method_of(config)
     own = method.own_matrices(has_changed=has_changed)
@@ -97,8 +98,8 @@ def projection_flops(
 def _clone_flops(method: Method, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:
     """(forward, backward) FLOPs per token of the clone loss's products, all layers together.
 
-    Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the student's
-    attention from the teacher's o, which is frozen.
+    Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the
+    student's attention from the teacher's o, which is frozen.
     """
     loss, forward, backward = method.config.loss, 0.0, 0.0
     target = 2.0 * teacher.hidden_size * student.hidden_size

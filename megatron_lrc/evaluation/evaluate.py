@@ -11,7 +11,7 @@ import torch
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.tokenizers import load_tokenizer
-from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, load_model
+from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
 from megatron_lrc.evaluation.harness import check_harness, run_tasks
 from megatron_lrc.evaluation.heldout import Corpus, Part, read_indexed, read_text
 from megatron_lrc.evaluation.language_modeling import Figures, figures_of, measure
@@ -100,7 +100,7 @@ def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Re
     corpora = list(_corpora(options, directory))
     teacher, vocab_size = None, int(model.config.vocab_size)
     if options.teacher:
-        teacher = load_model(_hugging_face(options.teacher), device=model.device, dtype=model.dtype)
+        teacher = load_model(hugging_face_teacher(options.teacher), device=model.device, dtype=model.dtype)
         vocab_size = common_vocabulary(directory, model, options.teacher, teacher)
     figures: dict[str, Figures] = {}
     total = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -125,12 +125,6 @@ def _corpora(options: EvaluationOptions, directory: Path) -> Iterator[Corpus]:
         yield from read_indexed(options.data_path, options.split, options.eval_split, directory)
     if options.input:
         yield read_text(options.input, options.json_key, directory)
-
-
-def _hugging_face(path: Path) -> Path:
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"--teacher {path} has no config.json. A Hugging Face directory is expected.")
-    return path
 
 
 def common_vocabulary(directory: Path, model: Any, other_directory: Path, other: Any) -> int:

@@ -41,6 +41,13 @@ def as_hugging_face(path: Path, teacher: str | None, report: Callable[[str], Non
         yield output
 
 
+def hugging_face_teacher(path: Path) -> Path:
+    """The directory that --teacher names. ConfigError if it is none."""
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--teacher {path} has no config.json. A Hugging Face directory is expected.")
+    return path
+
+
 def newest_good_checkpoint(run: Path, report: Callable[[str], None]) -> Path:
     """The run's newest checkpoint that is whole, or `run` if it is one itself. Says which it passes over, and why."""
     found = [run] if (run / STATE_FILE).is_file() else checkpoints(run)

@@ -1,7 +1,8 @@
 """Held-out tokens: documents end to end, cut into windows of which each token but the very first is a label once.
 
-From indexed datasets the documents of the validation or test part are taken, which `--split` cuts where a training
-run cuts it. They are read in the order of the file, not in a run's shuffled one: no figure depends on a seed.
+From indexed datasets the documents of the validation or test part are taken, which `--split` cuts where a
+training run cuts it. They are read in the order of the file, not in a run's shuffled one: no figure depends
+on a seed.
 """
 
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ class Corpus:
             if rows.min() < 0 or rows.max() >= vocab_size:
                 wrong = rows.max() if rows.max() >= vocab_size else rows.min()
                 raise ConfigError(
-                    f"{self.name} holds token id {wrong}, but the model's ids are 0 to {vocab_size - 1}: another "
-                    "tokenizer made it. Write the data again with the model's."
+                    f"{self.name} holds token id {wrong}, but the model's ids are 0 to {vocab_size - 1}: "
+                    "another tokenizer made it. Write the data again with the model's."
                 )
             yield torch.from_numpy(rows)
 
@@ -73,8 +74,8 @@ def read_indexed(prefixes: list[str], split: str, part: Part, tokenizer_director
             made_with = file.manifest["tokenizer"]
             if made_with["fingerprint"] != fingerprint:
                 raise ConfigError(
-                    f"{prefix} was made with the tokenizer {made_with.get('model')}, and that of {tokenizer_directory} "
-                    "is another one. Write the data again with the model's tokenizer."
+                    f"{prefix} was made with the tokenizer {made_with.get('model')}, and that of "
+                    f"{tokenizer_directory} is another one. Write the data again with the model's tokenizer."
                 )
         documents = file.documents(bounds)
         lengths = file.lengths
@@ -82,8 +83,8 @@ def read_indexed(prefixes: list[str], split: str, part: Part, tokenizer_director
         stop = start + int(lengths[documents.start : documents.stop].sum(dtype=numpy.int64))
         if stop - start < 2:
             raise ConfigError(
-                f"The {part} part of --split {split} of {prefix} has {stop - start} tokens ({len(documents)} of "
-                f"{len(lengths)} documents). Use another --split, or --eval-split."
+                f"The {part} part of --split {split} of {prefix} has {stop - start} tokens ({len(documents)} "
+                f"of {len(lengths)} documents). Use another --split, or --eval-split."
             )
         corpora.append(Corpus(prefix, numpy.memmap(f"{prefix}.bin", dtype=file.dtype, mode="r")[start:stop]))
     return corpora

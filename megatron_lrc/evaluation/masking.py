@@ -1,8 +1,8 @@
 """What tools/mask_neurons.py does: the teacher's most active FFN neurons masked in teacher and student alike.
 
-The paper's test of whether a student works as its teacher does (section 5 of the method): their FFN neurons have the
-same indices, so if they also have the same meaning, masking those that matter to the teacher harms the student too,
-and masking as many others harms neither.
+The paper's test of whether a student works as its teacher does (section 5 of the method): their FFN neurons
+have the same indices, so if they also have the same meaning, masking those that matter to the teacher harms
+the student too, and masking as many others harms neither.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
-from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, load_model
+from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
 from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
 from megatron_lrc.evaluation.neurons import (
@@ -132,8 +132,7 @@ def _conditions(
 def _check(options: MaskingOptions) -> None:
     if bool(options.items) == bool(options.input):
         raise ConfigError("Give either --items (questions) or --input (held-out text): one of them is scored.")
-    if not (options.teacher / "config.json").is_file():
-        raise ConfigError(f"--teacher {options.teacher} has no config.json. A Hugging Face directory is expected.")
+    hugging_face_teacher(options.teacher)
     check_numbers(options, {"num_seeds": 1, "batch_size": 1, "seq_length": 1, "num_neurons": 1, "max_tokens": 0})
     if options.plot:
         check_matplotlib("--plot", "the scores are printed as a table in any case")
@@ -145,8 +144,9 @@ def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directo
     if shapes[0] != shapes[1]:
         sizes = [f"{len(shape)} layers of {max(shape)} FFN neurons" for shape in shapes]
         raise ConfigError(
-            f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so their "
-            "neurons have not the same indices. A student that was cloned from this teacher is expected."
+            f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so "
+            "their neurons have not the same indices. A student that was cloned from this teacher is "
+            "expected."
         )
     return common_vocabulary(student_directory, models["student"], options.teacher, models["teacher"])
 

@@ -4,9 +4,10 @@
         megatron_lrc.json    which model that is, and which files the conversion wrote
         release/             the checkpoint, under the name that Megatron-LM gives to converted weights
 
-`CheckpointReader` gives the same tensors as `TeacherReader`: a training or an export takes either, as a `Reader`.
-Each rank reads the stored pieces that its slice overlaps; no process group is needed. Opening checks that everything
-is there and belongs together. The checkpoint's index is a pickle: nothing but the classes of an index comes out of it.
+`CheckpointReader` gives the same tensors as `TeacherReader`: a training or an export takes either, as a
+`Reader`. Each rank reads the stored pieces that its slice overlaps; no process group is needed. Opening
+checks that everything is there and belongs together. The checkpoint's index is a pickle: nothing but the
+classes of an index comes out of it.
 """
 
 import hashlib
@@ -84,8 +85,8 @@ class CheckpointReader(Reader):
         self._refuse(problems, remedy="Put back the config.json of the conversion, or convert again.")
 
     def fingerprint(self) -> str:
-        """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if its values
-        were rounded, or if config.json is no longer the same."""
+        """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if
+        its values were rounded, or if config.json is no longer the same."""
         config = self.description.config_fingerprint
         if config == self._record.config_sha256:
             return self._record.fingerprint
@@ -151,8 +152,9 @@ def _read_record(description: TeacherDescription) -> Record:
         assert INDEX_FILE in record.files
     except (OSError, ValueError, TypeError, AttributeError, AssertionError):
         raise ConfigError(
-            f"{description.given} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py writes beside "
-            "it, is missing or damaged. Give a directory that this tool has written, or the Hugging Face directory."
+            f"{description.given} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py "
+            "writes beside it, is missing or damaged. Give a directory that this tool has written, or the "
+            "Hugging Face directory."
         ) from None
     return record
 

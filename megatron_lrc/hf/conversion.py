@@ -67,8 +67,8 @@ def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:
         expected = reader.tensor(weight.local_name, weight.layer).to(found.dtype)
         if found.shape != expected.shape or not torch.equal(_bits(found), _bits(expected)):
             raise ConfigError(
-                f"{weight.name} reads back otherwise than it was written; nothing was kept. Check the disk, then try "
-                "again."
+                f"{weight.name} reads back otherwise than it was written; nothing was kept. Check the disk, "
+                "then try again."
             )
         tensors, parameters = tensors + 1, parameters + found.numel()
     return tensors, parameters

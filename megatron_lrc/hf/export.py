@@ -1,10 +1,10 @@
 """Student -> plain Hugging Face directory: config, weights, tokenizer, model card, and a self-check.
 
-Each weight goes to disk before the next one is asked for. Of a clone (`student_weights.py`) memory then holds one
-teacher matrix, its projection and the result, whatever the model.
+Each weight goes to disk before the next one is asked for. Of a clone (`student_weights.py`) memory then holds
+one teacher matrix, its projection and the result, whatever the model.
 
-Everything is written into a hidden directory beside the output, verified with plain transformers, and renamed at the
-end: the output is complete or absent.
+Everything is written into a hidden directory beside the output, verified with plain transformers, and renamed
+at the end: the output is complete or absent.
 """
 
 import json
@@ -56,9 +56,9 @@ def export_model(
 ) -> None:
     """Write a model of this shape that has `base`'s config.json in everything else, and its tokenizer.
 
-    weight_of: asked once for each weight, in the order of the forward pass; what it gives is written in `dtype`.
-    max_shard_size in bytes. source: another engine, which gets each weight as it is written and with whose logits the
-    result is verified. write_extra: what else belongs into the folder.
+    weight_of: asked once for each weight, in the order of the forward pass; what it gives is written in
+    `dtype`. max_shard_size in bytes. source: another engine, which gets each weight as it is written and with
+    whose logits the result is verified. write_extra: what else belongs into the folder.
     """
     with complete_or_absent(output, source=base.directory, force=force) as partial:
         family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
@@ -89,8 +89,8 @@ def export_model(
 
 
 def check_export(directory: Path, teacher: TeacherDescription, source: Source | None = None) -> None:
-    """Open what was written with plain transformers: every key in its place, finite logits, those of the source
-    (their largest difference is printed), the teacher's tokenizer."""
+    """Open what was written with plain transformers: every key in its place, finite logits, those of the
+    source (their largest difference is printed), the teacher's tokenizer."""
     try:
         reason = _find_fault(directory, teacher, source)
     except ConfigError as error:

@@ -1,10 +1,11 @@
 """What a teacher's config.json says of it: its family, its shape, and the tensors that its files must hold.
 
-`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused (`teacher_checks.py`)
-before a weight is read or a process group exists. The families themselves are declared in `architectures.py`.
+`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused
+(`teacher_checks.py`) before a weight is read or a process group exists. The families themselves are declared
+in `architectures.py`.
 
-A student keeps everything of its teacher's config but the hidden size; `student_config.py` chooses the class that it
-is written as.
+A student keeps everything of its teacher's config but the hidden size; `student_config.py` chooses the class
+that it is written as.
 """
 
 import hashlib
@@ -32,8 +33,9 @@ ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
 class Weight:
     """One tensor of a Hugging Face model: its name there, its shape, and our name for it.
 
-    key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final`, `layers.{i}.{frozen}` (site
-    None). is_frozen: the student has the teacher's tensor unchanged. is_zero: it is zero in both.
+    key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final`,
+    `layers.{i}.{frozen}` (site None). is_frozen: the student has the teacher's tensor unchanged. is_zero: it
+    is zero in both.
     """
 
     key: str
@@ -155,8 +157,8 @@ def describe_teacher(
     except Exception as error:  # each transformers version has validation errors of its own
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{role.flag} {path}: transformers refuses config.json ({reason}). A plain {family.name} config is "
-            "expected. Correct config.json."
+            f"{role.flag} {path}: transformers refuses config.json ({reason}). A plain {family.name} config "
+            "is expected. Correct config.json."
         ) from error
     check_features(path, family, config, role)
     description = TeacherDescription(path, family, _read_shape(path, family, config, role), config, values, role)
@@ -170,14 +172,15 @@ def rope_settings(description: TeacherDescription) -> dict[str, Any]:
     settings.pop("type", None)  # older spelling of rope_type; transformers fills in the new one
     if settings["rope_type"] not in ROPE_TYPES:
         raise ConfigError(
-            f"{description.given}: config.json has RoPE type {settings['rope_type']!r}, which depends on the sequence "
-            f"length or scales attention. Supported: {', '.join(ROPE_TYPES)}. Choose another {description.role.noun}."
+            f"{description.given}: config.json has RoPE type {settings['rope_type']!r}, which depends on the "
+            f"sequence length or scales attention. Supported: {', '.join(ROPE_TYPES)}. Choose another "
+            f"{description.role.noun}."
         )
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
             f"{description.given}: config.json has partial_rotary_factor "
-            f"{settings['partial_rotary_factor']}. Only heads that are rotated whole (1.0) are supported. Choose "
-            f"another {description.role.noun}."
+            f"{settings['partial_rotary_factor']}. Only heads that are rotated whole (1.0) are supported. "
+            f"Choose another {description.role.noun}."
         )
     return settings
 
@@ -200,9 +203,9 @@ def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: Mode
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups or head_dim % 2:
         raise ConfigError(
-            f"{role.flag} {path}: config.json has num_attention_heads {heads}, num_key_value_heads {groups} and "
-            f"head_dim {head_dim}. Key-value heads must divide the heads, and head_dim must be even. Correct "
-            "config.json."
+            f"{role.flag} {path}: config.json has num_attention_heads {heads}, num_key_value_heads {groups} "
+            f"and head_dim {head_dim}. Key-value heads must divide the heads, and head_dim must be even. "
+            "Correct config.json."
         )
     return ModelShape(
         num_layers=config.num_hidden_layers,

@@ -1,8 +1,8 @@
 """A GGUF file -> a plain Hugging Face directory, by transformers' own reader.
 
-transformers dequantises while it reads, but refuses to save a model that came from GGUF: the weights are handed to a
-fresh model of a clean configuration, without a copy. What it would drop without a word (RoPE scaling, tensors that its
-class has no place for) is refused here.
+transformers dequantises while it reads, but refuses to save a model that came from GGUF: the weights are
+handed to a fresh model of a clean configuration, without a copy. What it would drop without a word (RoPE
+scaling, tensors that its class has no place for) is refused here.
 """
 
 import importlib
@@ -60,8 +60,8 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
     except Exception as error:  # each part of transformers has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"{path}: transformers cannot read this GGUF file ({reason}). A complete file of a supported architecture "
-            "is expected. Convert the model's original Hugging Face directory."
+            f"{path}: transformers cannot read this GGUF file ({reason}). A complete file of a supported "
+            "architecture is expected. Convert the model's original Hugging Face directory."
         ) from error
     _check_nothing_is_lost(path, contents, model)
     return model.eval(), tokenizer
@@ -119,6 +119,6 @@ def _check_nothing_is_lost(path: Path, contents: Any, model: Any) -> None:
     else:
         return
     raise ConfigError(
-        f"{path}: transformers does not read {lost}, so the result would be another model. Convert the model's "
-        "original Hugging Face directory."
+        f"{path}: transformers does not read {lost}, so the result would be another model. Convert the "
+        "model's original Hugging Face directory."
     )

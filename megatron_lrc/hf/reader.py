@@ -1,7 +1,8 @@
 """What a training, an export and a verification read a teacher through, in whichever form its weights are stored.
 
-A form says how rows of the embedding, a tensor parallel part and a whole tensor are read (`teacher.py`: safetensors;
-`checkpoint_reader.py`: a megatron-core checkpoint); padding, tied heads and the look at the values are here.
+A form says how rows of the embedding, a tensor parallel part and a whole tensor are read (`teacher.py`:
+safetensors; `checkpoint_reader.py`: a megatron-core checkpoint); padding, tied heads and the look at the
+values are here.
 """
 
 from abc import ABC, abstractmethod
@@ -57,7 +58,8 @@ class Reader(ABC):
     ) -> Tensor:
         """This rank's part of a cloned weight: [o/tp, i] where rows are split, [o, i/tp] where columns are.
 
-        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size: unpadded.
+        embed, lm_head: [v_padded/tp, D]; rows beyond the vocabulary are zero. Without padded_vocab_size:
+        unpadded.
         """
         if site in (EMBED, LM_HEAD):
             return self._vocabulary_rows(site, tp_rank, tp_size, padded_vocab_size or self.description.shape.vocab_size)
@@ -74,7 +76,7 @@ class Reader(ABC):
         return self._finite(tensor, name, layer)
 
     def tensor(self, name: str, layer: int | None, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
-        """Any of the three, by its name within a layer or the model (`Weight.local_name`). Norm gains are not split."""
+        """Any of the three, by `Weight.local_name`. Norm gains are not split."""
         if name in SITES:
             return self.site(SITES[name], layer, tp_rank=tp_rank, tp_size=tp_size)
         if name in self.description.family.norms:
@@ -93,12 +95,12 @@ class Reader(ABC):
         return torch.cat([own, padding]) if len(padding) else own
 
     def _refuse(self, problems: list[str], whose: str = "", *, remedy: str) -> None:
-        """ConfigError if there are any; it names the first few. whose: goes on about the tensors that are expected."""
+        """ConfigError if there are any, which names the first few. whose: the tensors that are expected."""
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ConfigError(
-                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly the tensors "
-                f"that config.json implies{whose}. {remedy}"
+                f"{self.description.given}: {'; '.join(problems[:_SHOWN])}{more}. Expected are exactly the "
+                f"tensors that config.json implies{whose}. {remedy}"
             )
 
     def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:

@@ -1,7 +1,7 @@
 """What a student's directory says about it: config.json for programs, README.md for people.
 
-Both follow from the teacher's description and the student's shape. The class that a student is written as is its
-teacher's, or another one that computes the same from the same tensor names, for one of two reasons:
+Both follow from the teacher's description and the student's shape. The class that a student is written as is
+its teacher's, or another one that computes the same from the same tensor names, for one of two reasons:
 
 * transformers 5 refuses a Llama config whose hidden size is no multiple of its heads, even with an explicit head_dim;
 * some servers take the size of a Qwen2 head to be hidden size / heads, whatever config.json says.
@@ -28,8 +28,8 @@ def student_family(
 
     num_heads: its attention heads, if not the teacher's.
 
-    native: the teacher's own. llama: LlamaForCausalLM, with attention biases (that of o zero) for a Qwen2. auto: the
-    teacher's own if both it and servers take it as it is, else the other one that can be.
+    native: the teacher's own. llama: LlamaForCausalLM, with attention biases (that of o zero) for a Qwen2.
+    auto: the teacher's own if both it and servers take it as it is, else the other one that can be.
     """
     family, head_dim = teacher.family, teacher.shape.head_dim
     heads = num_heads or teacher.shape.num_attention_heads
@@ -48,8 +48,9 @@ def student_family(
         )
     if wanted.architecture == LLAMA.architecture and not is_divisible:
         raise ConfigError(
-            f"--arch {arch}: transformers refuses a {wanted.architecture} whose hidden size ({student_hidden_size}) is "
-            f"no multiple of its heads ({heads}). Use --arch auto, which writes a class that computes the same."
+            f"--arch {arch}: transformers refuses a {wanted.architecture} whose hidden size "
+            f"({student_hidden_size}) is no multiple of its heads ({heads}). Use --arch auto, which writes a "
+            "class that computes the same."
         )
     return wanted
 
@@ -59,9 +60,9 @@ def student_config(
 ) -> Mapping[str, Any]:
     """The teacher's config.json with the student's sizes; every field that a default could change is explicit.
 
-    RoPE settings and dtype are written in both spellings (transformers 5's, and the one that came before, which
-    inference engines still read): whoever knows only one would take its default for the other and compute something
-    else without a word.
+    RoPE settings and dtype are written in both spellings (transformers 5's, and the one that came before,
+    which inference engines still read): whoever knows only one would take its default for the other and
+    compute something else without a word.
     """
     config, rope, dtype_name = teacher.hf_config, rope_settings(teacher), str(dtype).removeprefix("torch.")
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
@@ -107,8 +108,9 @@ def model_card(
 ) -> str:
     """README.md of an exported student. base: its teacher, or the model whose weights or config.json it began with.
 
-    What differs by method: suffix, a word for its name; origin, how "A language model of hidden size N, " goes on;
-    licence, a sentence; tags. losses: of the last validation. settings: the run's flags, a line each.
+    What differs by method: suffix, a word for its name; origin, how "A language model of hidden size N, "
+    goes on; licence, a sentence; tags. losses: of the last validation. settings: the run's flags, a line
+    each.
     """
     hidden = shape.hidden_size
     table = _table(family, shape, tokens=tokens, steps=steps, losses=losses or {})

@@ -1,10 +1,10 @@
-"""What gives the weights of a student of any method, one after another: the one place where they are made of its parts.
+"""The one place where a student's weights are made of its parts, whatever the method.
 
-Its own weights are given as they are, composed ones are made by `sites.compose` in the dtype of the projections, which
-is how training makes them, and what is frozen is its base's. The export writes what this gives, and a verification of a
-checkpoint computes with it. So comparing an export with its checkpoint shows whatever went wrong with files, names,
-config and the engines' arithmetic; that the composition itself is right is for the tests to show, which compose by
-hand.
+Its own weights are given as they are, composed ones are made by `sites.compose` in the dtype of the
+projections, which is how training makes them, and what is frozen is its base's. The export writes what this
+gives, and a verification of a checkpoint computes with it. So comparing an export with its checkpoint shows
+whatever went wrong with files, names, config and the engines' arithmetic; that the composition itself is
+right is for the tests to show, which compose by hand.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,11 @@ PROJECTIONS_FILE = "projections.safetensors"
 class StudentWeights:
     """The weights of one student; each is read and made when it is asked for, and not kept.
 
-    base: its teacher, or the model that it was trained from, of which weights are read only where they are needed.
-    projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each a full (D, d) matrix.
-    norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by `Weight.key`, what is neither composed nor
-    the base's; it goes before all else. ConfigError where they are not the parts of a student of this base.
+    base: its teacher, or the model that it was trained from, of which weights are read only where they are
+    needed. projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each a
+    full (D, d) matrix. norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by
+    `Weight.key`, what is neither composed nor the base's; it goes before all else. ConfigError where they are
+    not the parts of a student of this base.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class StudentWeights:
     @classmethod
     def of(cls, student: SavedStudent, base: TeacherDescription) -> "StudentWeights":
         """Those of a checkpoint's student."""
-        return cls(base, student.shape, projections=student.projections, norms=student.norms, own=student.weights)
+        projections, norms, own = student.projections, student.norms, student.weights
+        return cls(base, student.shape, projections=projections, norms=norms, own=own)
 
     def __call__(self, weight: Weight) -> Tensor:
         """In the dtype of what was trained, a frozen tensor in that of the base's files."""
@@ -61,20 +63,20 @@ class StudentWeights:
             return self._own[weight.key]
         if weight.is_frozen:
             return self._reader.tensor(weight.local_name, weight.layer)
-        given = self._norms[weight.key] if weight.site is None else self._projections[weight.key]  # [d] or [D, d]
+        given = (self._norms if weight.site is None else self._projections)[weight.key]  # [d] or [D, d]
         hidden, base_hidden = self.shape.hidden_size, self.base.shape.hidden_size
         expected = (hidden,) if weight.site is None else (base_hidden, hidden)
         if tuple(given.shape) != expected:
             raise ConfigError(
-                f"The student's {weight.key} has shape {list(given.shape)}; with this teacher and hidden size "
-                f"{hidden}, {list(expected)} is expected. Export with the teacher of the training run."
+                f"The student's {weight.key} has shape {list(given.shape)}; with this teacher and hidden "
+                f"size {hidden}, {list(expected)} is expected. Export with the teacher of the training run."
             )
         if weight.site is None:
             return given
         return compose(weight.site, self._reader.site(weight.site, weight.layer).to(given.dtype), given)
 
     def write_projections(self, folder: Path) -> None:
-        """projections.safetensors, in the projections' own dtype: by their names, and the gains under `norms.`"""
+        """projections.safetensors, in their own dtype: by their names, and the gains under `norms.`"""
         names = projection_names(range(self.shape.num_layers), True, not self.shape.is_tied)
         shapes: dict[str, tuple[int, ...]] = {}
         shapes |= dict.fromkeys(names, (self.base.shape.hidden_size, self.shape.hidden_size))
@@ -92,12 +94,13 @@ class StudentWeights:
         return open_teacher(self.base)
 
     def _check_names(self) -> None:
-        """Nothing is missing, and nothing of another model is there. Shapes are checked when each tensor is read."""
+        """Nothing is missing and nothing of another model is there. Shapes are checked as tensors are read."""
         weights = expected_weights(self.base.family, self.shape)
         if self.shape.is_tied and not self.base.shape.is_tied and "embed" not in self._own:
             raise ConfigError(
-                "The student has no lm_head projection, but its teacher's embedding and LM head are two matrices: one "
-                "projection cannot make both. Train with --untie-embeddings-and-output-weights."
+                "The student has no lm_head projection, but its teacher's embedding and LM head are two "
+                "matrices: one projection cannot make both. Train with "
+                "--untie-embeddings-and-output-weights."
             )
         for kind, found, wanted in (
             ("projections", self._projections, {weight.key for weight in weights if weight.site is not None}),
@@ -107,6 +110,6 @@ class StudentWeights:
             if differing:
                 raise ConfigError(
                     f"The student's {kind} and its teacher's layers do not belong together: "
-                    f"{', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''} on one side only. Export with "
-                    "the teacher of the training run."
+                    f"{', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''} on one side only. "
+                    "Export with the teacher of the training run."
                 )

@@ -1,13 +1,13 @@
 """A teacher's weights, read from safetensors slice by slice.
 
-Every rank opens the same files and reads only its tensor parallel part of the tensors of its own layers: no rank ever
-holds the whole teacher. Opening checks everything first: each expected tensor present with the shape that config.json
-implies, nothing unexpected, no file cut short. Afterwards a read fails only with the disk or at values that are not
-finite.
+Every rank opens the same files and reads only its tensor parallel part of the tensors of its own layers: no
+rank ever holds the whole teacher. Opening checks everything first: each expected tensor present with the
+shape that config.json implies, nothing unexpected, no file cut short. Afterwards a read fails only with the
+disk or at values that are not finite.
 
-Tensors come in the files' dtype and in Hugging Face's row order; `sites.select` finds their place in megatron-core's
-fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` output features, `i` input features, `/tp` split over
-ranks.
+Tensors come in the files' dtype and in Hugging Face's row order; `sites.select` finds their place in
+megatron-core's fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` output features, `i` input
+features, `/tp` split over ranks.
 """
 
 import hashlib
@@ -94,8 +94,9 @@ class TeacherReader(Reader):
     def fingerprint(self) -> str:
         """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
 
-        Samples (start, middle, end of each file) because a fine-tuned model has its base model's config and headers.
-        Independent of the directory's path. The same weights in other shards are another fingerprint.
+        Samples (start, middle, end of each file) because a fine-tuned model has its base model's config and
+        headers. Independent of the directory's path. The same weights in other shards are another
+        fingerprint.
         """
         digest = hashlib.sha256(json.dumps(self.description.config_values, sort_keys=True).encode())
         for name in sorted(self._files):
@@ -153,8 +154,8 @@ class TeacherReader(Reader):
         if not is_alike or not all(torch.equal(head[i : i + rows], embedding[i : i + rows]) for i in starts):
             raise ConfigError(
                 f"{self.description.given}: config.json has tie_word_embeddings: true, but {name} in "
-                f"{self._file_of[name]} differs from the embedding. One of them is wrong. Set tie_word_embeddings to "
-                "false to keep this LM head, or delete the tensor."
+                f"{self._file_of[name]} differs from the embedding. One of them is wrong. Set "
+                "tie_word_embeddings to false to keep this LM head, or delete the tensor."
             )
 
 
@@ -166,8 +167,8 @@ def _file_names(directory: Path) -> list[str]:
     for name in names:
         if Path(name).name != name or "\\" in name:  # an index must not reach outside its directory
             raise ConfigError(
-                f"{directory / INDEX_FILE} names the file {name!r}. Plain file names beside the index are expected. "
-                "Download the index again from a source you trust."
+                f"{directory / INDEX_FILE} names the file {name!r}. Plain file names beside the index are "
+                "expected. Download the index again from a source you trust."
             )
         if not (directory / name).is_file():
             raise ConfigError(
@@ -195,8 +196,8 @@ def _open(path: Path):
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file ({error}). Download or copy it "
-            "again."
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file ({error}). Download or "
+            "copy it again."
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""Can this directory be a teacher? Answered from config.json and the names of the files, one ConfigError if not.
+"""Can this directory be a teacher? Answered from config.json and the names of the files.
 
-What the weights' files hold is checked as they are opened (`teacher.py`, `checkpoint_reader.py`); what the run's flags
-ask of a teacher of these sizes, in `config/validation.py`. path: of the directory. role: how errors name it.
+What the weights' files hold is checked as they are opened (`teacher.py`, `checkpoint_reader.py`); what the
+run's flags ask of a teacher of these sizes, in `config/validation.py`. path: of the directory. role: how
+errors name it.
 """
 
 import json
@@ -14,7 +15,7 @@ from transformers import PretrainedConfig
 from megatron_lrc.config import ConfigError, ModelRole
 from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, Family
 
-#: Where tools/convert_from_hf.py puts a megatron-core checkpoint of the weights; Megatron-LM's name for converted ones.
+#: Where tools/convert_from_hf.py puts a megatron-core checkpoint; Megatron-LM's name for converted weights.
 CHECKPOINT_FOLDER = "release"
 
 
@@ -25,8 +26,9 @@ def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise ConfigError(
-            f"{role.flag} {path} {found}. Expected is a local Hugging Face directory (config.json, *.safetensors, "
-            "tokenizer files): nothing is downloaded here. Download the model first and give its directory."
+            f"{role.flag} {path} {found}. Expected is a local Hugging Face directory (config.json, "
+            "*.safetensors, tokenizer files): nothing is downloaded here. Download the model first and give "
+            "its directory."
         )
     config_file = path / "config.json"
     if not config_file.is_file():
@@ -53,23 +55,23 @@ def check_weight_files(path: Path, role: ModelRole) -> None:
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         raise ConfigError(
-            f"{role.flag} {path} holds pickled weights (.bin, .pt or .pth) only. Those run code when opened, so only "
-            "safetensors are read. Load the model with transformers and write it with save_pretrained(..., "
-            "safe_serialization=True)."
+            f"{role.flag} {path} holds pickled weights (.bin, .pt or .pth) only. Those run code when opened, "
+            "so only safetensors are read. Load the model with transformers and write it with "
+            "save_pretrained(..., safe_serialization=True)."
         )
     if any(path.glob("*.gguf")):
         raise ConfigError(_gguf_message(path, role))
     raise ConfigError(
-        f"{role.flag} {path} holds neither model.safetensors nor model.safetensors.index.json. Expected are the "
-        "weights beside config.json. Download or copy them there."
+        f"{role.flag} {path} holds neither model.safetensors nor model.safetensors.index.json. Expected are "
+        "the weights beside config.json. Download or copy them there."
     )
 
 
 def _gguf_message(path: Path, role: ModelRole) -> str:
     return (
-        f"{role.flag} {path} is a GGUF model. A Hugging Face directory (config.json, *.safetensors, tokenizer files) "
-        "is expected. Write one with tools/convert_from_hf.py --hf-model FILE.gguf --format hf (transformers reads it, "
-        "by gguf_file=...)."
+        f"{role.flag} {path} is a GGUF model. A Hugging Face directory (config.json, *.safetensors, "
+        "tokenizer files) is expected. Write one with tools/convert_from_hf.py --hf-model FILE.gguf "
+        "--format hf (transformers reads it, by gguf_file=...)."
     )
 
 
@@ -81,10 +83,10 @@ def find_family(path: Path, values: Mapping[str, Any], role: ModelRole) -> Famil
         features = dict.fromkeys(what for name, what in FOREIGN_FEATURES.items() if values.get(name))
         missing = f" with {', '.join(features)}, which is not supported" if features else ""
         raise ConfigError(
-            f"{role.flag} {path}: config.json has architectures {architectures}{missing}. Supported: {supported}. "
-            f"Choose a {role.noun} of a supported architecture."
+            f"{role.flag} {path}: config.json has architectures {architectures}{missing}. Supported: "
+            f"{supported}. Choose a {role.noun} of a supported architecture."
         )
-    exact = [family for family in candidates if all(values.get(name) == value for name, value in family.config.items())]
+    exact = [one for one in candidates if all(values.get(name) == value for name, value in one.config.items())]
     return max(exact or candidates[:1], key=lambda family: len(family.config))
 
 
@@ -92,24 +94,24 @@ def check_features(path: Path, family: Family, config: PretrainedConfig, role: M
     """Refuse what the student would have no place for."""
     if getattr(config, "quantization_config", None):
         raise ConfigError(
-            f"{role.flag} {path}: config.json has a quantization_config. Only plain floating-point weights are read. "
-            "Give the model as it was before quantisation."
+            f"{role.flag} {path}: config.json has a quantization_config. Only plain floating-point weights "
+            "are read. Give the model as it was before quantisation."
         )
     for name in family.must_be_off:
         if getattr(config, name, False):
             found, wanted = json.dumps(getattr(config, name)), json.dumps(family.config.get(name, False))
             raise ConfigError(
-                f"{role.flag} {path}: config.json has {name}: {found}. {family.name} {role.noun}s are supported "
-                f"with {name}: {wanted} only, since the student has no place for what it adds. Choose another "
-                f"{role.noun}."
+                f"{role.flag} {path}: config.json has {name}: {found}. {family.name} {role.noun}s are "
+                f"supported with {name}: {wanted} only, since the student has no place for what it adds. "
+                f"Choose another {role.noun}."
             )
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         raise ConfigError(
-            f"{role.flag} {path}: config.json has layer_types {sorted(set(config.layer_types))}. Every layer must have "
-            f'"full_attention". Choose another {role.noun}.'
+            f"{role.flag} {path}: config.json has layer_types {sorted(set(config.layer_types))}. Every layer "
+            f'must have "full_attention". Choose another {role.noun}.'
         )
     if config.hidden_act != "silu":
         raise ConfigError(
-            f'{role.flag} {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is supported. '
-            f"Choose another {role.noun}."
+            f'{role.flag} {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is '
+            f"supported. Choose another {role.noun}."
         )

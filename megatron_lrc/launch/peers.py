@@ -1,12 +1,13 @@
 """When one rank of a run fails, all end within seconds, and each says which one it was.
 
-Every rank holds a TCP connection to rank 0. The kernel closes a process's connections however it ends, so rank 0 hears
-of every end at once and says so to all: also where the backend would wait on (NCCL until its timeout, gloo as long as
-a data loader lives that has inherited the connection). Before that it asks every rank whether it is there: who stops
-without ending (a stopped process, a machine that hangs) shows only in the others' waiting in vain.
+Every rank holds a TCP connection to rank 0. The kernel closes a process's connections however it ends, so
+rank 0 hears of every end at once and says so to all: also where the backend would wait on (NCCL until its
+timeout, gloo as long as a data loader lives that has inherited the connection). Before that it asks every
+rank whether it is there: who stops without ending (a stopped process, a machine that hangs) shows only in the
+others' waiting in vain.
 
-Who is told ends by itself if it can (an exception out of a collective), else its thread ends it. Neither module knows
-torch: `mcore/distributed.py` hands rank 0's address round, `commands/train.py` reports failures.
+Who is told ends by itself if it can (an exception out of a collective), else its thread ends it. Neither
+module knows torch: `mcore/distributed.py` hands rank 0's address round, `commands/train.py` reports failures.
 """
 
 import contextlib

@@ -92,12 +92,8 @@ def draw(chart: Chart) -> str:
     if drawn is None:
         return ""
     data = [
-        {
-            "n": one.name,
-            "c": one.color,
-            "x": _rounded(x for x, _ in one.points),
-            "y": _rounded(y for _, y in one.points),
-        }
+        {"n": one.name, "c": one.color}
+        | {axis: _rounded(point[place] for point in one.points) for place, axis in enumerate("xy")}
         for one in drawn.series
     ]
     x_axis = drawn.x_axis

@@ -18,12 +18,12 @@ from megatron_lrc.report.thinning import RULE
 HERE = Path(__file__).parent
 
 HEAT_NOTE = (
-    "Each layer's clone loss, by term: layers from top (0) to bottom, tokens from left to right, colours by the "
-    "logarithm on a scale of each term's own."
+    "Each layer's clone loss, by term: layers from top (0) to bottom, tokens from left to right, colours by "
+    "the logarithm on a scale of each term's own."
 )
 MACHINE_NOTE = (
-    "Throughput is that of the training loop, without validations and saving. Parts are the FLOPs that the method "
-    "needs, over the time of the whole step, so that they add up; recomputation is not counted."
+    "Throughput is that of the training loop, without validations and saving. Parts are the FLOPs that the "
+    "method needs, over the time of the whole step, so that they add up; recomputation is not counted."
 )
 
 
@@ -56,8 +56,8 @@ def render(run: RunFiles, now: datetime) -> str:
             "Starts", tables.starts(run), note="Dashed lines in the charts are restarts." if run.starts[1:] else ""
         ),
         section("Configuration", tables.configuration(run)),
-        f"<footer><p>{escape(RULE)}</p><p>megatron_lrc {escape(__version__)}, {now:%Y-%m-%d %H:%M:%S} UTC, from "
-        f"{escape(str(run.path.absolute()))}</p></footer>",
+        f"<footer><p>{escape(RULE)}</p><p>megatron_lrc {escape(__version__)}, {now:%Y-%m-%d %H:%M:%S} UTC, "
+        f"from {escape(str(run.path.absolute()))}</p></footer>",
     ]
     return document(run.path.absolute().name, body, steps=_tokens_and_steps(run))
 

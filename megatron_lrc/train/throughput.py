@@ -1,8 +1,9 @@
 """How fast a run computes: tokens and FLOPs per second, and their share of what the devices could do (MFU), by part.
 
-Parts are those of `estimate/flops.py`: teacher's forward, student's forward and backward, projections. What the method
-needs is counted, not what is done twice to save memory. A part's share of the MFU is its FLOPs over the time of the
-whole step, so that the parts add up: it says what the step's time was spent for, not how fast that part ran.
+Parts are those of `estimate/flops.py`: teacher's forward, student's forward and backward, projections. What
+the method needs is counted, not what is done twice to save memory. A part's share of the MFU is its FLOPs
+over the time of the whole step, so that the parts add up: it says what the step's time was spent for, not how
+fast that part ran.
 """
 
 from dataclasses import asdict

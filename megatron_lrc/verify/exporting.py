@@ -1,6 +1,7 @@
-"""A checkpoint's student -> a verified Hugging Face directory: what tools/convert_to_hf.py does, and evaluations need.
+"""A checkpoint's student -> a verified Hugging Face directory, for tools/convert_to_hf.py and evaluations.
 
-Any method's checkpoint: what is cloned is composed from its teacher, what is a student's own is written as it is.
+Any method's checkpoint: what is cloned is composed from its teacher, what is a student's own is written as it
+is.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -38,8 +39,8 @@ def export_saved(
     """Write what `open_student` has opened to `output`; gives the class that transformers will load.
 
     losses: of the last validation, for the model card. dtype: of the weights; default that of the training.
-    save_projections: write them beside the weights they have made. The other arguments are those of `export_model`.
-    ConfigError where the result fails its self-check.
+    save_projections: write them beside the weights they have made. The other arguments are those of
+    `export_model`. ConfigError where the result fails its self-check.
     """
     shape = student.shape
     family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import RECORD_FILE, open_teacher
 from megatron_lrc.hf.comparison import Difference, compare_logits, find_difference
-from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
-from megatron_lrc.verify.weight_streams import open_student, stream_logits, student_weights, teacher_weights
+from megatron_lrc.verify.weight_streams import Weights, open_student, stream_logits, student_weights, teacher_weights
 
 #: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]
 Logits = Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
@@ -21,22 +21,20 @@ Logits = Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model of either kind. kind: what it is, in words. is_exact: its weights are computed, not yet rounded."""
+    """A model of any kind. kind: what it is, in words. is_exact: its weights are computed, not yet rounded."""
 
     path: Path
     kind: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
+    shape: ModelShape | HuggingFaceModel  # of which only three sizes are looked at
     weights_dtype: torch.dtype
     logits: Logits
     is_exact: bool = False
 
     def __str__(self) -> str:
-        dtype = str(self.weights_dtype).removeprefix("torch.")
+        dtype, shape = str(self.weights_dtype).removeprefix("torch."), self.shape
         return (
-            f"{self.path}: {self.kind}, {self.num_layers} layers, hidden size {self.hidden_size}, vocabulary "
-            f"{self.vocab_size}, weights in {dtype}"
+            f"{self.path}: {self.kind}, {shape.num_layers} layers, hidden size {shape.hidden_size}, vocabulary "
+            f"{shape.vocab_size}, weights in {dtype}"
         )
 
 
@@ -61,15 +59,7 @@ def _is_hugging_face(path: Path) -> bool:
 
 def _open_hugging_face(path: Path, teacher: str | None) -> OpenModel:
     model = HuggingFaceModel(path)
-    return OpenModel(
-        path=path,
-        kind=model.architecture,
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
-        weights_dtype=model.weights_dtype,
-        logits=model.logits,
-    )
+    return OpenModel(path, model.architecture, model, model.weights_dtype, model.logits)
 
 
 def _is_converted(path: Path) -> bool:
@@ -79,21 +69,9 @@ def _is_converted(path: Path) -> bool:
 def _open_converted(path: Path, teacher: str | None) -> OpenModel:
     description = describe_teacher(path)
     reader = open_teacher(description)
-    shape = description.shape
-
-    def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
-        rope = rope_inverse_frequencies(description)
-        return stream_logits(teacher_weights(reader), shape, rope, tokens, dtype, rounded_to)
-
-    return OpenModel(
-        path=path,
-        kind=f"{description.family.name}, converted for megatron-core",
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        vocab_size=shape.vocab_size,
-        weights_dtype=reader.norm("final").dtype,
-        logits=logits,
-    )
+    kind = f"{description.family.name}, converted for megatron-core"
+    logits = _streamed(lambda: teacher_weights(reader), description.shape, description)
+    return OpenModel(path, kind, description.shape, reader.norm("final").dtype, logits)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -102,24 +80,21 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
     student, description = open_student(str(path), teacher)
+    family, step = description.family.name, student.step
+    kind = f"{family} trained for {step} steps, for megatron-core"
+    if student.is_composed:
+        kind = f"student of a {family}, step {step}, composed for megatron-core"
+    logits = _streamed(lambda: student_weights(student, description), student.shape, description)
+    return OpenModel(student.path, kind, student.shape, student.dtype, logits, is_exact=True)
+
+
+def _streamed(weights: Callable[[], Weights], shape: ModelShape, base: TeacherDescription) -> Logits:
+    """By megatron-core's layers. base: whose RoPE it is."""
 
     def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
-        weights = student_weights(student, description)
-        rope = rope_inverse_frequencies(description)
-        return stream_logits(weights, student.shape, rope, tokens, dtype, rounded_to)
+        return stream_logits(weights(), shape, rope_inverse_frequencies(base), tokens, dtype, rounded_to)
 
-    return OpenModel(
-        path=student.path,
-        kind=f"student of a {description.family.name}, step {student.step}, composed for megatron-core"
-        if student.is_composed
-        else f"{description.family.name} trained for {student.step} steps, for megatron-core",
-        num_layers=student.shape.num_layers,
-        hidden_size=student.shape.hidden_size,
-        vocab_size=student.shape.vocab_size,
-        weights_dtype=student.dtype,
-        logits=logits,
-        is_exact=True,
-    )
+    return logits
 
 
 #: (whether a path is of this kind, how it is opened), in the order they are tried.
@@ -138,12 +113,13 @@ def rounding_of(model: OpenModel, other: OpenModel) -> torch.dtype | None:
 
 def compare_models(first: OpenModel, second: OpenModel, *, dtype: torch.dtype) -> Difference:
     """Of their logits of `fixed_tokens`, computed in `dtype`. ConfigError where their vocabularies differ in size."""
-    if first.vocab_size != second.vocab_size:
+    sizes = first.shape.vocab_size, second.shape.vocab_size
+    if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"{first.path} has a vocabulary of {first.vocab_size} and {second.path} one of {second.vocab_size}, so "
-            "their logits cannot be compared. Two models of one vocabulary are expected."
+            f"{first.path} has a vocabulary of {sizes[0]} and {second.path} one of {sizes[1]}, so their logits "
+            "cannot be compared. Two models of one vocabulary are expected."
         )
-    tokens = fixed_tokens(first.vocab_size)
+    tokens = fixed_tokens(first.shape.vocab_size)
     return compare_logits(
         first.logits(tokens, dtype, rounding_of(first, second)),
         second.logits(tokens, dtype, rounding_of(second, first)),
@@ -151,13 +127,14 @@ def compare_models(first: OpenModel, second: OpenModel, *, dtype: torch.dtype) -
 
 
 def check_conversion(source: Path, result: Path, weights_dtype: torch.dtype | None = None) -> None:
-    """Hold a converted teacher's logits, by megatron-core, against those that transformers has of the Hugging Face
-    directory `source`. Prints the largest difference; ConfigError if it is more than rounding.
+    """Hold a converted teacher's logits, by megatron-core, against those of `source`, by transformers.
+
+    Prints the largest difference; ConfigError if it is more than rounding. source: the Hugging Face directory.
 
     weights_dtype: what the conversion rounded all weights to, if it did.
     """
     converted, original = open_model(result), HuggingFaceModel(source)
-    tokens = fixed_tokens(converted.vocab_size)
+    tokens = fixed_tokens(converted.shape.vocab_size)
     expected = original.logits(tokens, torch.float32, weights_dtype)
     found = converted.logits(tokens, torch.float32, None)
     if (difference := find_difference(source, found, expected, weights_dtype)) is not None:

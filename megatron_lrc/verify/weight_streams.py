@@ -1,7 +1,7 @@
 """Models as a stream of weights in the order of the forward pass, and their logits by megatron-core's layers.
 
-A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype its source
-has. Another kind of model needs one such generator.
+A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype
+its source has. Another kind of model needs one such generator.
 """
 
 from collections.abc import Iterable, Iterator
@@ -59,8 +59,9 @@ def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator
 def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:
     """A checkpoint (or the newest of a run) and its teacher, held against each other. ConfigError if they differ.
 
-    teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the model that
-    --student or --teacher named, of which only config.json and what is copied into an export are needed.
+    teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the
+    model that --student or --teacher named, of which only config.json and what is copied into an export are
+    needed.
     """
     student = open_checkpoint(load)
     method = method_of(student.config)
@@ -71,8 +72,8 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
         description = describe_teacher(base, needs_weights=False)
         if description.config_fingerprint != student.teacher_fingerprint:
             raise ConfigError(
-                f"{base} is not the model that {student.path} was trained from: its config.json differs. Give the "
-                "directory of that model with --teacher."
+                f"{base} is not the model that {student.path} was trained from: its config.json differs. "
+                "Give the directory of that model with --teacher."
             )
         return student, description
     description = describe_teacher(base)
@@ -80,7 +81,7 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     if fingerprint != student.teacher_fingerprint:
         raise ConfigError(
             f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "
-            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the directory of "
-            "that teacher with --teacher."
+            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the "
+            "directory of that teacher with --teacher."
         )
     return student, description
