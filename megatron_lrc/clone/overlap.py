@@ -1,8 +1,8 @@
 """Overlap: what a stage says of its parameters while it computes, so that communication can run meanwhile.
 
-A stage says two things: "this P is needed", before it reads a parameter, and "this dW_S is complete", when
-backward has left a student's weight for the last time in a step. What happens then is not the stage's
-concern: some other rank's part of P may have to arrive first, and dP may be made and sent at once.
+A stage says "this P is needed" before it reads one, and "this gradient is complete" when it has made one. It also
+shows its weights, so that it can be found out when backward has completed a dW_S. What happens then is not the
+stage's concern: other ranks' parts of P may have to arrive first, and dP may be made, and sent, there and then.
 """
 
 from collections.abc import Callable, Collection, Mapping
