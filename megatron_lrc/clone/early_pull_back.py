@@ -1,8 +1,8 @@
 """Pulls back each weight's gradient as soon as the last backward pass of a step has completed it.
 
-With --overlap-grad-reduce the data-parallel sum of a P then runs beside the rest of that pass, not only beside the
-pull back of the layers before it: with few micro-batches a step (the published runs have three) that is a third of
-backward.
+With --overlap-grad-reduce the data-parallel sum of a P then runs beside the rest of that pass, and not only
+beside the pull back of the layers before it. With few micro-batches a step (the published runs have three)
+that is a third of backward.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 class EarlyPullBack:
-    """A P's gradient has two sources: the student's weight, and where the clone loss projects the teacher's output
-    with the same P, that target. It is pulled back when backward has left both.
+    """A P's gradient has two sources: the student's weight, and where the clone loss projects the teacher's
+    output with the same P, that target. It is pulled back when backward has left both.
 
     weights, with_target, pull_back: as of `Overlap.watch_weights`.
     is_last: whether the backward pass in progress is the step's last one of this stage.
@@ -28,14 +28,15 @@ class EarlyPullBack:
         is_last: Callable[[], bool],
     ):
         self._pull_back, self._is_last = pull_back, is_last
-        self._sources = {name: {"weight", "target"} if name in with_target else {"weight"} for name in weights}
+        both, one = {"weight", "target"}, {"weight"}
+        self._sources = {name: both if name in with_target else one for name in weights}
         self._missing: dict[str, set[str]] = {}
         self.begin_step()
         names_of: dict[nn.Parameter, list[str]] = {}  # fused parameters have several
         for name, parameter in weights.items():
             names_of.setdefault(parameter, []).append(name)
         for parameter, names in names_of.items():
-            # Behind the hook of `accumulate_in_fp32`, so that the gradient has been gathered when this one runs.
+            # Hooks run in order of registration: that of `accumulate_in_fp32` has gathered the gradient by now.
             parameter.register_post_accumulate_grad_hook(self._hook(names, "weight"))
 
     def begin_step(self) -> None:

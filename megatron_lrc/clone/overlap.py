@@ -1,8 +1,8 @@
-"""Overlap: what a stage says of its trained parameters while it computes, so that communication can run meanwhile.
+"""Overlap: what a stage says of its parameters while it computes, so that communication can run meanwhile.
 
-A stage says two things: "this P is needed", before it reads a parameter, and "this dW_S is complete", when backward
-has left a student's weight for the last time in a step. What happens then is not the stage's concern: some other
-rank's part of P may have to arrive first, and dP may be made and sent at once.
+A stage says "this P is needed" before it reads one, and "this gradient is complete" when it has made one. It also
+shows its weights, so that it can be found out when backward has completed a dW_S. What happens then is not the
+stage's concern: other ranks' parts of P may have to arrive first, and dP may be made, and sent, there and then.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Overlap:
-    """Nothing overlaps: every parameter is whole, and gradients are pulled back and summed behind backward."""
+    """Nothing overlaps: every parameter is whole; gradients are pulled back and summed behind backward."""
 
     #: Whether the stage composes behind the teacher's first forward pass of a step, instead of before it.
     composes_behind_teacher = False
@@ -28,7 +28,7 @@ class Overlap:
         with_target: Collection[str],
         pull_back: Callable[[str], None],
     ) -> None:
-        """Find out in every step when backward has completed dW_S, and `pull_back` it then, if that is of use.
+        """Find out in each step when backward has completed a dW_S, and `pull_back` it then if that is of use.
 
         weights: name of a projection -> the student's weight that it makes; a fused weight has several.
         with_target: those of the names whose gradient also comes through a target, told of by `watch_target`.

@@ -1,11 +1,12 @@
-"""Projections: every trainable P of one pipeline stage, and the student's norm gains; nothing else is trained.
+"""Projections: every trained P of one pipeline stage, and the student's norm gains.
 
     compose     W_S <- f(W_T, P)                 once per optimizer step, in place, outside autograd
     forward, backward over all micro-batches     dW_S gathers in the student's parameters, like any model's
     pull_back   dP += f^T(W_T, dW_S)             once per step: exact, because f is linear in P
 
-Sharding: P is (D, d); each tensor parallel rank holds D/tp rows, and so their gradient and optimizer state. `compose`
-gathers the whole P, which any shard of W_T needs; `pull_back` gives each rank the sum over ranks of its rows.
+Sharding: P is (D, d); each tensor parallel rank holds D/tp rows, with their gradient and optimizer state.
+`compose` gathers the whole P, which any shard of W_T needs; `pull_back` gives each rank the sum over ranks of
+its rows.
 
 The clone loss projects the teacher's o and down outputs with the same P. That use goes through autograd:
 `target(name)` is a leaf that shares P's values, and what reaches it is added to dP by `pull_back`.
@@ -32,7 +33,7 @@ class ClonedWeight:
 
     projection: global name of the P that generates it (`embed` also for the LM head of a tied student).
     is_own: no longer, or never, generated: the student has it as its own.
-    teacher, student: this rank's shards of the whole, possibly fused, matrices; equal but for the projected width.
+    teacher, student: this rank's shards of the whole, maybe fused, matrices, which differ in one width.
     """
 
     projection: str
@@ -44,12 +45,13 @@ class ClonedWeight:
 
 
 def accumulate_in_fp32(parameter: Tensor) -> None:
-    """Collect a low-precision leaf's gradients over micro-batches in fp32, in `.main_grad` (megatron-core's name).
+    """Collect a low-precision leaf's gradients of all micro-batches in fp32, in `.main_grad` (megatron-core's name).
 
     fp32 and fp64 leaves need nothing: autograd accumulates in `.grad`. Read either with `gradient_of`.
 
-    Transformer Engine's GEMMs may add to `main_grad` themselves. What they then hand to autograd is nothing (the hook
-    runs all the same), or, where the leaf has `grad_added_to_main_grad`, a tensor without meaning, which that marks.
+    Transformer Engine's GEMMs may add to `main_grad` themselves. What they then hand to autograd is nothing
+    (the hook runs all the same), or, where the leaf has `grad_added_to_main_grad`, a tensor without meaning,
+    which that marks.
     """
     if torch.finfo(parameter.dtype).bits >= 32:
         return
@@ -66,7 +68,7 @@ def accumulate_in_fp32(parameter: Tensor) -> None:
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """The gradient gathered since `zero_gradient`, in fp32 or better; None if nothing has reached the leaf."""
+    """What has come since `zero_gradient`, in fp32 or better; None if nothing has reached the leaf."""
     return getattr(parameter, "main_grad", parameter.grad)
 
 
@@ -94,7 +96,7 @@ class Projections(nn.Module):
     """The trainable part of one stage.
 
     names: global names of this stage's projections (`sites.projection_names`).
-    fixed: those of them that are no longer trained and generate no weight, but project the clone loss's targets.
+    fixed: those that are not trained and make no weight any more, but project the clone loss's targets.
     norms: global name -> the student's gain, held by reference.
     tp_group: shards every P on its first dimension; None is a group of one.
     """
@@ -116,11 +118,11 @@ class Projections(nn.Module):
         self.tp_size = self.tp_group.size() if self.tp_group else 1
         self.tp_rank = self.tp_group.rank() if self.tp_group else 0
         self.teacher_size, self.student_size = teacher_size, student_size
-        rows = teacher_size // self.tp_size
-        # First, so that DDP puts them into the bucket that is complete last: one is in front of the first layer.
+        # First, so that DDP puts them into the bucket that is complete last: one is before the first layer.
         self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
+        size = (teacher_size // self.tp_size, student_size)
         self.matrices = nn.ParameterDict(
-            {_key(name): nn.Parameter(torch.zeros(rows, student_size, dtype=dtype, device=device)) for name in names}
+            {_key(name): nn.Parameter(torch.zeros(size, dtype=dtype, device=device)) for name in names}
         )
         for name in fixed:
             self.matrices[_key(name)].requires_grad_(False)
@@ -129,7 +131,7 @@ class Projections(nn.Module):
         self.overlap = Overlap()
 
     def attach(self, overlap: Overlap, weights: Iterable[ClonedWeight]) -> None:
-        """From now on say to this `overlap` what is needed and what is complete. weights: those of `pull_back`."""
+        """From now on tell this `overlap` what is needed and what is complete. weights: as of `pull_back`."""
         self.overlap = overlap
         made = {weight.projection: weight for weight in weights if not weight.is_own}
         overlap.watch_weights(
@@ -171,25 +173,26 @@ class Projections(nn.Module):
         self._are_detached[name] = is_detached or not self.matrices[_key(name)].requires_grad
 
     def target(self, name: str) -> Tensor:
-        """The leaf [D, d] through which the clone loss projects the teacher's outputs; renewed by `compose`."""
+        """The leaf [D, d] by which the clone loss projects the teacher's outputs; renewed by `compose`."""
         return self._targets[name]
 
     @torch.no_grad()
     def compose(self, weights: Iterable[ClonedWeight]) -> None:
-        """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is not its own; and the targets,
-        whose gradients are forgotten."""
+        """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is not its own; and the
+        targets, whose gradients are forgotten."""
         for weight in self._without_what_stays(weights):
             self.overlap.parameter_is_needed(self.matrix(weight.projection))
             projection = self.full(weight.projection)
             if not weight.is_own:
                 student = select(weight.site, weight.student, weight.heads)
-                student.copy_(compose(weight.site, select(weight.site, weight.teacher, weight.heads), projection))
+                teacher = select(weight.site, weight.teacher, weight.heads)
+                student.copy_(compose(weight.site, teacher, projection))
             if weight.projection in self._are_detached:
                 self._renew_target(weight.projection, projection)
 
     def _without_what_stays(self, weights: Iterable[ClonedWeight]) -> Iterator[ClonedWeight]:
-        """The weights whose P is to be read: not the student's own, nor targets of fixed projections, which stay as
-        the first composition has made them."""
+        """The weights whose P is to be read: not the student's own, nor targets of fixed projections, which
+        stay as the first composition has made them."""
         fixed = {name for name in self._targets if not self.matrix(name).requires_grad}
         self._targets = {name: self._targets[name] for name in fixed}
         for weight in weights:
@@ -205,8 +208,8 @@ class Projections(nn.Module):
 
     @torch.no_grad()
     def pull_back(self, weights: Sequence[ClonedWeight]) -> None:
-        """dP += f^T(W_T, dW_S), for every weight of which that is not done in this step, with what the clone targets
-        have gathered. Each P has one weight on a stage.
+        """dP += f^T(W_T, dW_S), for every weight of which that is not done in this step, with what the clone
+        targets have gathered. Each P has one weight on a stage.
 
         From the last matrix to the first: in this order megatron-core's DDP fills its buckets.
         """
@@ -216,8 +219,8 @@ class Projections(nn.Module):
 
     @torch.no_grad()
     def pull_back_one(self, weight: ClonedWeight) -> None:
-        """The same of one weight. Per rank a partial sum over tensor parallel ranks (each has a shard of W_T, and its
-        own tokens' targets); summed here."""
+        """The same of one weight. Per rank a partial sum over tensor parallel ranks (each has a shard of W_T,
+        and its own tokens' targets); summed here."""
         shard, grad = self.matrix(weight.projection), gradient_of(weight.student)
         if grad is not None:
             student_grad = select(weight.site, grad, weight.heads)

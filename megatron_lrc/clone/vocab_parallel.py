@@ -1,15 +1,15 @@
-"""LM and KL loss from both models' final hidden states and LM heads, split by vocabulary, a chunk of tokens at a time.
+"""LM and KL loss from both models' final hidden states and LM heads, split by vocabulary, in chunks.
 
     L_LM = -log softmax(z_S)[label]         L_KL = tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau))
 
-Logits z = hidden @ head^T exist for one chunk only, and gradients are taken in the same pass, so memory does not grow
-with tokens x vocabulary. Logits and all that follows are fp32 also for bf16 and fp16 models: at tau = 40 a bf16
-log-softmax turns the KL's gradient by 45 to 65 degrees, and logits rounded to bf16 by as much once both models nearly
-agree. Under tensor parallelism each rank has a slice of the vocabulary; per token two small reductions (the largest
-logits, then seven sums) give the exact loss, and the gradients stay local. dhidden is then a partial sum over ranks,
-which the backward of the sequence-parallel gather sums.
+Logits z = hidden @ head^T exist for one chunk only, and gradients are taken in the same pass, so memory does
+not grow with tokens x vocabulary. Logits and all that follows are fp32 also for bf16 and fp16 models: at tau
+= 40 a bf16 log-softmax turns the KL's gradient by 45 to 65 degrees, and logits rounded to bf16 by as much
+once both models nearly agree. Under tensor parallelism each rank has a slice of the vocabulary; per token two
+small reductions (the largest logits, then seven sums) give the exact loss, and the gradients stay local.
+dhidden is then a partial sum over ranks, which the backward of the sequence-parallel gather sums.
 
-Rejected: gathering logits. It costs the full matrix, and its gradient comes out tensor-parallel-size times too large.
+Rejected: gathering logits. It costs the full matrix, and its gradient comes out tp times too large.
 
 Notation: n tokens, d and D hidden sizes, v this rank's part of the vocabulary.
 """
@@ -29,7 +29,7 @@ from megatron_lrc.clone.products import add_product, wide_product
 
 @dataclass(frozen=True, slots=True)
 class VocabularyShard:
-    """This rank's rows of a vocabulary padded to equal shards. Padding never counts: it is not among the rows used."""
+    """This rank's rows of a vocabulary padded to equal shards. Rows of padding are never used."""
 
     start: int
     num_valid: int
@@ -50,7 +50,7 @@ class VocabularyShard:
 
 @dataclass(frozen=True, slots=True)
 class HeadLossSettings:
-    """lm, kl: weights of the two losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
+    """lm, kl: weights of the losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
 
     loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise.
     """
@@ -75,11 +75,11 @@ def lm_and_kl_loss(
 ) -> tuple[Tensor, Tensor]:
     """(settings.lm * L_LM + settings.kl * L_KL, sums), over weighted tokens. The first has a gradient.
 
-    sums [5]: L_LM, L_KL, the teacher's L_LM; and without gradients, as in a validation, how far the models agree:
-    KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest. What is not
-    computed is 0; so is the teacher's part in training without KL, which has no use for it.
+    sums [5]: L_LM, L_KL, the teacher's L_LM; and without gradients, as in a validation, how far the models
+    agree: KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest.
+    What is not computed is 0; so is the teacher's part in training without KL, which has no use for it.
 
-    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: this rank's rows.
+    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: own rows.
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
     models = (student_hidden, student_head, teacher_hidden, teacher_head)
@@ -96,7 +96,7 @@ def lm_loss(
     chunk_tokens: int,
     loss_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(L_LM, the sums [L_LM, 0, 0, 0, 0]), over weighted tokens, of one model; all else as in `lm_and_kl_loss`."""
+    """(L_LM, the sums [L_LM, 0, 0, 0, 0]), over weighted tokens, of one model; else as `lm_and_kl_loss`."""
     settings = HeadLossSettings(1.0, 0.0, temperature=1.0, chunk_tokens=chunk_tokens, loss_scale=loss_scale)
     models = (hidden, head, None, None)
     return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
@@ -121,7 +121,8 @@ class _LmAndKl(torch.autograd.Function):
         weight = token_weight.to(wide)
         needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
-        head_grad = _empty_gradient(student_head, shard.num_valid if len(labels) else 0, wide) if needs_grad else None
+        num_filled = shard.num_valid if len(labels) else 0
+        head_grad = _empty_gradient(student_head, num_filled, wide) if needs_grad else None
         is_teacher_wanted = settings.kl or not needs_grad
         sums = weight.new_zeros(5)
         for start in range(0, len(labels), settings.chunk_tokens):
@@ -151,7 +152,7 @@ class _LmAndKl(torch.autograd.Function):
                 rows = head_grad[: shard.num_valid]
                 add_product(rows, narrow.t(), student_hidden[chunk], is_first=start == 0)
                 del narrow
-        ctx.gradients = (hidden_grad, head_grad)  # made here and used once: no need of save_for_backward's checks
+        ctx.gradients = (hidden_grad, head_grad)  # made and used once: without save_for_backward's checks
         ctx.loss_scale = settings.loss_scale
         ctx.mark_non_differentiable(sums)
         return settings.lm * sums[0] + settings.kl * sums[1], sums
@@ -174,13 +175,13 @@ def _empty_gradient(head: Tensor, num_filled: int, dtype: torch.dtype) -> Tensor
     return gradient
 
 
-#: Logits of one model that are worked on at once on CPU: some temporaries of 1 MiB stay in the processor's cache.
+#: Logits of one model that are worked on at once on CPU: temporaries of 1 MiB stay in the processor's cache.
 _LOGITS_IN_CACHE = 1 << 18
 
 
 def _parts(logits: Tensor, shard: VocabularyShard) -> Iterator[slice]:
-    """Tokens of a chunk that are worked on together: on CPU a few, but under tensor parallelism all of them, since each
-    part costs two reductions there; on CUDA all, in few kernels."""
+    """Tokens of a chunk that are worked on together: on CPU a few, but under tensor parallelism all of them,
+    since each part costs two reductions there; on CUDA all, in few kernels."""
     at_once = len(logits)
     if shard.group is None and not logits.is_cuda:
         at_once = max(1, _LOGITS_IN_CACHE // max(1, logits.shape[1]))
@@ -196,8 +197,10 @@ def _replace_by_gradient(
     settings: HeadLossSettings,
     needs_grad: bool,
 ) -> Tensor:
-    """Some tokens' sums, as `lm_and_kl_loss` has them. With needs_grad it overwrites student_logits [n', v] by the
-    gradient of the weighted losses, and teacher_logits."""
+    """Some tokens' sums, as `lm_and_kl_loss` has them. With needs_grad it overwrites student_logits [n', v]
+    by the gradient of the weighted losses, and teacher_logits."""
+    # Softmax needs the largest logit of the whole vocabulary and sums over all of it: two reductions of [.,
+    # n'] over the ranks. After them each rank has what it takes to turn its own logits into their gradient.
     temperature = settings.temperature
     both = [student_logits] if teacher_logits is None else [student_logits, teacher_logits]
     if shard.num_valid:
@@ -206,6 +209,7 @@ def _replace_by_gradient(
         largest = student_logits.new_full((len(both), len(labels)), -torch.inf)
     shard.reduce(largest, dist.ReduceOp.MAX)
 
+    # A label lies on one rank. The others look up some row of theirs, and count it as 0 in the sum over ranks.
     local = labels - shard.start
     is_here = (local >= 0) & (local < shard.num_valid)
     own_label = local.clamp(0, max(shard.num_valid - 1, 0)).unsqueeze(1)
@@ -230,13 +234,15 @@ def _replace_by_gradient(
         teacher_lm = weight @ (teacher_sum.log() - teacher_label)
         teacher_kl = num_same = teacher_lm.new_zeros(())
         if not needs_grad:
-            gap = shard.reduce(_gap_sum(student_logits, teacher_logits, largest[0], largest[1]), dist.ReduceOp.SUM)
+            gap = _gap_sum(student_logits, teacher_logits, largest[0], largest[1])
+            gap = shard.reduce(gap, dist.ReduceOp.SUM)
             teacher_kl = weight @ (gap / teacher_sum - teacher_sum.log() + student_sum.log())
             num_same = weight @ _have_same_likeliest(both, largest, shard).to(weight.dtype)
         else:
             # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
             kl_scale = settings.kl * temperature * weight / (warm_sum + excess_sum)
-            scales = torch.stack([settings.lm * weight / student_sum, kl_scale, kl_scale * excess_sum / warm_sum])
+            lm_scale = settings.lm * weight / student_sum
+            scales = torch.stack([lm_scale, kl_scale, kl_scale * excess_sum / warm_sum])
             _gradient_of_both(student_logits, teacher_logits, largest[0], largest[1], scales, temperature)
     if needs_grad and shard.num_valid:
         student_logits.scatter_add_(1, own_label, (-settings.lm * weight * is_here).unsqueeze(1))
@@ -254,7 +260,8 @@ def _have_same_likeliest(both: list[Tensor], largest: Tensor, shard: VocabularyS
     return student == teacher
 
 
-# Each a pass over both models' logits [n', v] with their largest [n']; what a pass needs it computes, nothing is kept.
+# Each of these is one pass over both models' logits [n', v], less their largest [n']. Nothing is kept between
+# them, so that no other matrix of this size exists.
 
 
 @fused_on_cuda
@@ -273,7 +280,8 @@ def _student_gradient(logits: Tensor, top: Tensor, scale: Tensor) -> None:
 def _sums_of_both(
     student_logits: Tensor, teacher_logits: Tensor, student_top: Tensor, teacher_top: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums of exp(z_S), exp(z_T), exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau), (z_T - z_S)/tau * exp(z_T/tau): [n']."""
+    """[n'] each: sums of exp(z_S), exp(z_T), exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau), and of
+    (z_T - z_S)/tau * exp(z_T/tau)."""
     student, teacher = student_logits - student_top.unsqueeze(1), teacher_logits - teacher_top.unsqueeze(1)
     teacher_sum = teacher.exp().sum(1)
     warm, excess, gap = _warm_terms(student, teacher, temperature)
@@ -297,26 +305,27 @@ def _gradient_of_both(
     scales: Tensor,
     temperature: float,
 ) -> None:
-    """student_logits <- scales[0] exp(z_S) + scales[1] (exp(z_S/tau) - exp(z_T/tau)) - scales[2] exp(z_T/tau).
+    """student_logits <- a exp(z_S) + b (exp(z_S/tau) - exp(z_T/tau)) - c exp(z_T/tau), a, b, c the scales.
 
     scales: [3, n']. Overwrites the teacher's logits.
     """
     lm_scale, excess_scale, warm_scale = scales.unsqueeze(2)
-    student, teacher = student_logits.sub_(student_top.unsqueeze(1)), teacher_logits.sub_(teacher_top.unsqueeze(1))
+    student = student_logits.sub_(student_top.unsqueeze(1))
+    teacher = teacher_logits.sub_(teacher_top.unsqueeze(1))
     warm, excess, _ = _warm_terms(student, teacher, temperature)
     student.exp_().mul_(lm_scale).addcmul_(excess, excess_scale).addcmul_(warm, warm_scale, value=-1.0)
 
 
-#: Of z_T / tau: exp of it is nothing beside 1, and expm1 of (z_S - z_T) / tau, with z_S at most 0, stays finite.
+#: Of z_T / tau: exp of it is nothing beside 1; expm1 of (z_S - z_T) / tau, with z_S at most 0, stays finite.
 _COLDEST = -80.0
 
 
 def _warm_terms(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v], of logits at most 0; overwrites the
-    teacher's.
+    """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v], of logits at most 0;
+    overwrites the teacher's.
 
-    At a high temperature the distributions nearly agree, and KL is a small difference of large numbers (at tau = 40,
-    1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits.
+    At a high temperature the distributions nearly agree, and KL is a small difference of large numbers (at
+    tau = 40, 1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits.
     """
     teacher.mul_(1.0 / temperature).clamp_min_(_COLDEST)
     gap = torch.sub(teacher, student, alpha=1.0 / temperature)

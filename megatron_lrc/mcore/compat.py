@@ -1,4 +1,4 @@
-"""Differences between megatron-core versions (0.16 to 0.19), and the defects of theirs that we have to step round."""
+"""Differences between megatron-core versions (0.16 to 0.19), and defects of theirs to step round."""
 
 import contextlib
 import inspect
@@ -35,11 +35,11 @@ def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
 
 
 def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> slice | None:
-    """The part of a parameter's reduced `main_grad`, flat, that this rank counts among its data (and context) parallel
-    ones.
+    """The part of a parameter's reduced `main_grad`, flat, that this rank counts among its data (and context)
+    parallel ones.
 
-    DistributedOptimizer: the range whose state this rank holds, None if that is empty; after a reduce-scatter nothing
-    else in the buffer is complete. Otherwise every rank has all of it, and the first one counts it.
+    DistributedOptimizer: the range whose state this rank holds, None if that is empty; after a reduce-scatter
+    nothing else in the buffer is complete. Otherwise every rank has all of it, and the first one counts it.
     """
     sharded = [single for single in chained_optimizers(optimizer) if hasattr(single, "model_param_gbuf_map")]
     for single in sharded:
@@ -61,12 +61,14 @@ def state_of(
     """The range of a parameter, flattened, whose state this rank has, and that state as flat views: `param` (what is
     stepped), `exp_avg`, `exp_avg_sq` and, while there is one, `grad`. None where other ranks have all of it."""
     for single in chained_optimizers(optimizer):
+        # DistributedOptimizer: the state is of a flat shard of the parameter, found by the group's index.
         if parameter in getattr(single, "model_param_group_index_map", {}):
             group, order = single.model_param_group_index_map[parameter]
             main_param = single.optimizer.param_groups[group]["params"][order]
             owned = single._get_model_param_range_map(parameter)["param"]
             return slice(owned.start, owned.end), _flat_state(single.optimizer, main_param)
         if not hasattr(single, "model_param_gbuf_map") and single.optimizer is not None:
+            # Otherwise of the whole parameter, or with bf16 and fp16 of its copy in fp32.
             main_param = getattr(parameter, "main_param", parameter)
             if main_param in single.optimizer.state:
                 return slice(None), _flat_state(single.optimizer, main_param)
@@ -75,14 +77,15 @@ def state_of(
 
 def _flat_state(inner: torch.optim.Optimizer, main_param: torch.Tensor) -> dict[str, torch.Tensor]:
     state = inner.state[main_param]
-    flat = {"param": main_param.view(-1), **{name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}}
+    flat = {"param": main_param.view(-1)}
+    flat |= {name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
     return flat if main_param.grad is None else {**flat, "grad": main_param.grad.view(-1)}
 
 
 def save_strategy(replicas: ProcessGroup) -> Any:
     """megatron-core's way to save, with the work shared by the ranks of a group that hold the same tensors.
 
-    What is saved is the same each time, so who writes what is found out once, and the plan kept once it has come twice.
+    What is saved is the same each time: who writes what is found out once; a plan is kept when it has come twice.
     """
     strategy = get_default_save_sharded_strategy()
     strategy.use_cached_ckpt_structure = True
@@ -90,14 +93,14 @@ def save_strategy(replicas: ProcessGroup) -> Any:
 
 
 def request_save(state: dict[str, Any], folder: Path, strategy: Any, *, is_checked: bool) -> tuple[Any, queue.Queue]:
-    """megatron-core's AsyncRequest to save a sharded state, planned by all ranks, and the queue in which its finalize
-    functions look for what this rank has written. Nothing is written yet but common.pt.
+    """megatron-core's AsyncRequest to save a sharded state, planned by all ranks, and the queue in which its
+    finalize functions look for what this rank has written. Nothing is written yet but common.pt.
 
     is_checked: that each part of each tensor is written by exactly one rank is known, from the save before.
 
-    By itself megatron-core starts a server process for the queue, which costs its start and would die of a signal sent
-    to the process group, and the checkpoint with it. 0.19 would take NVIDIA's resiliency extension, whose writers need
-    CUDA; plan and format are the same.
+    By itself megatron-core starts a server process for the queue, which costs its start and would die of a
+    signal sent to the process group, and the checkpoint with it. 0.19 would take NVIDIA's resiliency
+    extension, whose writers need CUDA; plan and format are the same.
     """
     takes_name = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     filesystem_async._results_queue = results = queue.Queue()
@@ -115,7 +118,7 @@ def request_save(state: dict[str, Any], folder: Path, strategy: Any, *, is_check
 
 @contextlib.contextmanager
 def _quiet(*loggers: str) -> Iterator[None]:
-    """Without warnings: that a folder is not empty, that asynchronous saving by megatron-core itself will go."""
+    """Without the warnings that a folder is not empty, and that megatron-core's own saving will go."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -127,16 +130,17 @@ def _quiet(*loggers: str) -> Iterator[None]:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, num_updates: int) -> None:
-    """`optimizer.load_state_dict`, with torch's Adam given back its step counts. num_updates: steps taken so far.
+    """`optimizer.load_state_dict`; torch's Adam gets its step counts back. num_updates: steps taken so far.
 
-    Settings are those of the flags, not the saved ones. 0.19 finds a group's saved counterpart by its rates, among
-    others, so they must agree before loading.
+    Settings are those of the flags, not the saved ones. 0.19 finds a group's saved counterpart by its rates,
+    among others, so they must agree before loading.
 
-    torch's Adam counts steps for each parameter; TE's and apex's, for which megatron-core is written, for each group.
-    So of the count, 0.16.1 and 0.19.2 save none at step 0, fail to load it under the DistributedOptimizer, and
-    otherwise give all parameters one tensor, which a step then advances once for each of them. TE's refuses a
-    parameter's `step`, as a checkpoint has it that torch's Adam wrote.
+    torch's Adam counts steps for each parameter; TE's and apex's, for which megatron-core is written, for
+    each group. So of the count, 0.16.1 and 0.19.2 save none at step 0, fail to load it under the
+    DistributedOptimizer, and otherwise give all parameters one tensor, which a step then advances once for
+    each of them. TE's refuses a parameter's `step`, as a checkpoint has it that torch's Adam wrote.
     """
+    # Three repairs: the groups' rates before loading, torch's `step` while a shard is loaded, its value at the end.
     step = torch.tensor(float(num_updates))
     for single in chained_optimizers(optimizer):
         _keep_step_through_load(single)
@@ -164,7 +168,7 @@ def set_step(inner: torch.optim.Optimizer, num_updates: int) -> None:
 
 
 def _keep_step_through_load(optimizer: MegatronOptimizer) -> None:
-    """Let a DistributedOptimizer load `fully_reshardable` state, which has no `step` to copy: keep the present one."""
+    """Let a DistributedOptimizer load `fully_reshardable` state, which has no `step`: it keeps its own."""
     set_state = getattr(optimizer, "_set_main_param_and_optimizer_states", None)
     if set_state is None:
         return

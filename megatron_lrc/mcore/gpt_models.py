@@ -1,8 +1,8 @@
 """Builds one pipeline stage of the frozen teacher or of the student, as an ordinary megatron-core GPTModel.
 
-The layer spec is megatron-core's for Transformer Engine, or its local one, there with an RMSNorm that works under
-sequence parallel (megatron-core's torch norm refuses it); with either, the attention may be that of `attention.py`.
-`kernels.py` chooses. Every use of GPTModel is in this file.
+The layer spec is megatron-core's for Transformer Engine, or its local one, there with an RMSNorm that works
+under sequence parallel (megatron-core's torch norm refuses it); with either, the attention may be that of
+`attention.py`. `kernels.py` chooses. Every use of GPTModel is in this file.
 """
 
 import copy
@@ -33,14 +33,15 @@ VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole G
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary, rounded up so that each tensor parallel rank holds the same whole number of GEMM tiles."""
+    """The vocabulary, rounded up so that each tensor parallel rank has the same whole number of GEMM tiles."""
     multiple = VOCAB_MULTIPLE * tp_size
     return -(-vocab_size // multiple) * multiple
 
 
 def vocabulary_shard(shape: ModelShape, tp_group: ProcessGroup) -> VocabularyShard:
     """This rank's rows of the embedding and the LM head."""
-    return VocabularyShard.of(shape.vocab_size, padded_vocab_size(shape.vocab_size, tp_group.size()), tp_group)
+    padded = padded_vocab_size(shape.vocab_size, tp_group.size())
+    return VocabularyShard.of(shape.vocab_size, padded, tp_group)
 
 
 def head_layout(shape: ModelShape) -> HeadLayout:
@@ -48,7 +49,7 @@ def head_layout(shape: ModelShape) -> HeadLayout:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's constructor. The gain is replicated over TP, its gradient a partial sum."""
+    """torch's RMSNorm with megatron-core's constructor. The gain is replicated over TP, its gradient partial."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -74,7 +75,7 @@ class OutputLayer(nn.Module):
 
 
 def check_pipeline_layout(config: Config, shape: ModelShape) -> None:
-    """Refuse a --pipeline-model-parallel-layout that megatron-core cannot read, or that is not of this model."""
+    """Refuse a --pipeline-model-parallel-layout that megatron-core cannot read, or not for this model."""
     parallel = config.parallel
     text, pp = parallel.pipeline_model_parallel_layout, parallel.pipeline_model_parallel_size
     if text is None:
@@ -98,7 +99,7 @@ def check_pipeline_layout(config: Config, shape: ModelShape) -> None:
 
 
 def layers_per_stage(config: Config, shape: ModelShape) -> list[list[int]]:
-    """[pipeline rank][chunk]: how many layers each stage holds, as megatron-core divides them. No process groups."""
+    """[pipeline rank][chunk]: how many layers each stage holds, as megatron-core divides them."""
     model_config = transformer_config(config, shape, torch.float32, is_trained=False)
     ranks, chunks = range(config.parallel.pipeline_model_parallel_size), range(config.num_chunks)
     if model_config.pipeline_model_parallel_layout is not None:
@@ -108,7 +109,7 @@ def layers_per_stage(config: Config, shape: ModelShape) -> list[list[int]]:
 
 
 def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *, is_trained: bool) -> TransformerConfig:
-    """megatron-core's configuration of one of the two models. Losses are sums; the division by tokens is ours."""
+    """megatron-core's configuration of one of the two models. Losses are sums over tokens."""
     recompute = config.parallel.recompute_granularity if is_trained else None
     parallel, compute = config.parallel, config.compute
     on_cpu = not torch.cuda.is_available()
@@ -139,8 +140,8 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
-        # With two stages, batched exchanges of several chunks between the same two ranks mix, and losses are silently
-        # wrong from the third micro-batch on: the interleaved schedule sends each tensor by itself.
+        # With two stages, batched exchanges of several chunks between the same two ranks mix, and losses are
+        # silently wrong from the third micro-batch on: the interleaved schedule sends each tensor by itself.
         overlap_p2p_comm=config.num_chunks > 1,
         batch_p2p_comm=config.num_chunks == 1,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
@@ -156,11 +157,11 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         perform_initialization=False,  # the teacher is read, the student composed
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,
-        # megatron-core's fused kernels compile just in time; without CUDA that costs minutes and gains nothing.
+        # megatron-core's fused kernels compile just in time; without CUDA that only costs minutes.
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,  # of megatron-core's own linear layers; `fuse_weight_gradients` sets TE's
+        gradient_accumulation_fusion=False,  # of megatron-core's linears; TE's: `fuse_weight_gradients`
         attention_backend=AttnBackend[backend],
         deterministic_mode=compute.deterministic_mode,
         fp8=compute.fp8_format if is_fp8 else None,
@@ -178,7 +179,8 @@ def layer_spec(config: Config, shape: ModelShape, dtype: torch.dtype) -> ModuleS
     if uses_transformer_engine(config):
         spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
     else:
-        spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm))
+        local_spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm)
+        spec = copy.deepcopy(local_spec)
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
         if shape.has_qk_norm:
@@ -239,7 +241,7 @@ def build_stage(
 
 
 def tie_ends(model: GPTModel, shape: ModelShape) -> None:
-    """On a stage with both ends, a tied model's head is its embedding. Elsewhere each end has its own copy."""
+    """On a stage with both ends, a tied model's head is its embedding. Else each end has its own copy."""
     if shape.is_tied and model.pre_process and model.post_process:
         model.output_layer.weight = model.embedding.word_embeddings.weight
 
@@ -251,7 +253,7 @@ def layers_of(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
 
 
 def norm_gains(model: GPTModel) -> dict[str, nn.Parameter]:
-    """Global name (`layers.{i}.input`, `layers.{i}.post`, `final`) -> gain [h] of each RMSNorm on this stage."""
+    """Global name (`layers.{i}.input`, `layers.{i}.post`, `final`) -> gain [h] of each RMSNorm here."""
     gains = {}
     for index, layer in layers_of(model):
         gains[f"layers.{index}.input"] = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
@@ -262,19 +264,20 @@ def norm_gains(model: GPTModel) -> dict[str, nn.Parameter]:
 
 
 def _gain(norm: nn.Module, reader: nn.Module) -> nn.Parameter:
-    """Of a norm, or with Transformer Engine of the linear layer that it is part of; `norm` is an identity then."""
+    """Of a norm, or with Transformer Engine of the linear that it is part of; `norm` is an identity then."""
     return reader.layer_norm_weight if hasattr(reader, "layer_norm_weight") else norm.weight
 
 
 def residual_readers(model: GPTModel) -> list[nn.Module]:
-    """The norms on this stage, or the identities in their place: their inputs are all the places where the residual
-    stream is read."""
+    """The norms on this stage, or the identities in their place: their inputs are all the places where the
+    residual stream is read."""
     norms = [norm for _, layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
     return norms + ([model.decoder.final_layernorm] if model.post_process else [])
 
 
 def layer_input_norms(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
-    """(global 0-based index, norm) where a layer of this stage reads its input; the final norm's is num_layers."""
+    """(global 0-based index, norm) where a layer of this stage reads its input; the final norm has
+    num_layers."""
     for index, layer in layers_of(model):
         yield index, layer.input_layernorm
     if model.post_process:

@@ -1,12 +1,12 @@
-"""What trains: megatron-core's DDP and optimizers round a stage's trained module, gradient reductions, the LR schedule.
+"""What trains: megatron-core's DDP and optimizers round a stage's trained module, and the learning-rate schedule.
 
-Gradients come in as sums over tokens and are divided once, by the global token count. The order: pull back (done) ->
-sum what is replicated over TP, what is tied over the embedding group -> data-parallel sum -> / tokens -> clip -> step.
-With --overlap-grad-reduce the data-parallel sum comes first, a bucket at a time as gradients are complete, during the
-last backward pass: as autograd leaves them, and those of projections as they are pulled back.
+Gradients come in as sums over tokens and are divided once, by the global token count. The order: pull back (done);
+sum what is replicated over TP, and what is tied over the embedding group; data-parallel sum; divide by the tokens;
+clip; step. With --overlap-grad-reduce the data-parallel sum comes first, a bucket at a time as gradients are
+complete, during the last backward pass: as autograd leaves them, and those of projections as they are pulled back.
 
-With --overlap-param-gather the step leaves each rank with its own part of the new parameters, and the others' parts on
-their way: whoever reads a parameter then awaits it, or all of them.
+With --overlap-param-gather the step leaves each rank with its own part of the new parameters, and the others'
+parts on their way: whoever reads a parameter then awaits it, or all of them.
 """
 
 import math
@@ -44,7 +44,7 @@ def build_optimizer(config: Config, stages: Sequence[PipelineStage], groups: Gro
 
 
 class StageOptimizer:
-    """AdamW on everything that this rank's stages train. `build_optimizer` makes one that is ready for use."""
+    """AdamW on everything that this rank's stages train. `build_optimizer` makes it ready for use."""
 
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
         self.groups = groups
@@ -69,9 +69,9 @@ class StageOptimizer:
         self.initialize_state()
 
     def attach(self, stages: Sequence[PipelineStage]) -> None:
-        """Tell the stages that this optimizer trains them: how their communication overlaps, and, in the configuration
-        that the schedules and the losses read, what holds back the sums until a step's last backward pass and what
-        scales the loss."""
+        """Tell the stages that this optimizer trains them: how their communication overlaps, and, in the
+        configuration that the schedules and the losses read, what holds back the sums until a step's last
+        backward pass and what scales the loss."""
         if self._is_overlapped:
             no_sync = [replica.no_sync for replica in self.replicas]
             stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -109,22 +109,24 @@ class StageOptimizer:
     def load_state_dict(self, optimizer_state: dict, *, num_updates: int) -> None:
         """Take over loaded moments, main parameters and step count. Rates and decays stay as the flags say.
 
-        num_updates: optimizer steps taken so far; the learning-rate schedule is a function of it and the flags alone.
+        num_updates: optimizer steps taken so far; the learning rate is a function of it and the flags alone.
         """
         compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=num_updates)
         self.lr_schedule.num_steps = num_updates
         self.lr_schedule.step(0)
 
     def take_over(self, before: "StageOptimizer", *, with_moments: bool = True) -> None:
-        """Go on from an optimizer of the same stages as they were before some of their matrices became their own: its
-        count of steps and loss scale, and the moments of what is still trained. Collective over data parallel ranks.
+        """Go on from an optimizer of the same stages as they were before some of their matrices became their
+        own: its count of steps and loss scale, and the moments of what is still trained. Collective over data
+        parallel ranks.
 
         with_moments: False where nothing that was trained is trained any more.
         """
         old = {(trained.name, trained.key): trained for trained in before._trained if with_moments}
         for trained in self._trained:
             if (same := old.get((trained.name, trained.key))) is not None:
-                copy_state(before.optimizer, same.parameter, self.optimizer, trained.parameter, self.groups.dp_cp)
+                group = self.groups.dp_cp
+                copy_state(before.optimizer, same.parameter, self.optimizer, trained.parameter, group)
         for inner in compat.inner_optimizers(self.optimizer):
             compat.set_step(inner, before.lr_schedule.num_steps)
         self.lr_schedule.num_steps = before.lr_schedule.num_steps
@@ -155,7 +157,7 @@ class StageOptimizer:
 
     @torch.no_grad()
     def reduce_gradients(self, num_tokens: Tensor) -> None:
-        """Make each gradient the mean over the global batch's `num_tokens` (a tensor: no host synchronisation).
+        """Make each gradient the mean over the global batch's `num_tokens` (a tensor: the host does not wait).
 
         The sums may come in either order; those begun already are waited for before anything else is added.
         """
@@ -163,7 +165,7 @@ class StageOptimizer:
             for replica in self.replicas:
                 replica.finish_grad_sync()
         if self.groups.tp.size() > 1 and self._replicated:
-            # Under sequence parallel each rank saw its own tokens; the gains of q and k meet its own heads only.
+            # With sequence parallelism each rank saw its own tokens; gains of q and k meet own heads only.
             _sum_together([parameter.main_grad for parameter in self._replicated], self.groups.tp)
         if self.groups.pp.size() > 1 and self.groups.embedding is not None:
             for matrix in self._tied:
@@ -176,10 +178,10 @@ class StageOptimizer:
 
     @torch.no_grad()
     def clip_and_step(self, *, may_step: bool = True, max_norm: float = math.inf) -> tuple[bool, float]:
-        """(whether anything was updated, the gradient norm before clipping). All ranks skip if the norm is not finite.
+        """(whether anything was updated, the gradient norm before clipping). All ranks skip if it is not finite.
 
-        may_step: False if the losses already forbid it; the same on every rank, as max_norm is, above which no step is
-        taken. A dynamic loss scale changes here.
+        may_step: False if the losses already forbid it; the same on every rank, as max_norm is, above which
+        no step is taken. A dynamic loss scale changes here.
         """
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -208,8 +210,8 @@ class StageOptimizer:
         return (group for replica in self.replicas for group in reversed(replica.bucket_groups))
 
     def _equalize_tied(self) -> None:
-        """Give the last stage what is tied to the first one's. Both have taken the same step, but the sums over
-        their data parallel groups need not have been added up in the same order."""
+        """Give the last stage what is tied to the first one's. Both have taken the same step, but the sums
+        over their data parallel groups need not have been added up in the same order."""
         group = self.groups.embedding
         if self.groups.pp.size() > 1 and group is not None:
             for matrix in self._tied:
@@ -217,8 +219,8 @@ class StageOptimizer:
 
 
 def mark_for_grad_norm(stage: PipelineStage) -> None:
-    """Tell megatron-core's gradient norm what to count: every TP rank's shards; what is tied once. It copies these
-    marks to the optimizer's fp32 parameters when it makes them, so this comes first."""
+    """Tell megatron-core's gradient norm what to count: every TP rank's shards; what is tied once. It copies
+    these marks to the optimizer's fp32 parameters when it makes them, so this comes first."""
     for trained in stage.trained():
         if trained.split is not None:
             trained.parameter.tensor_model_parallel = True

@@ -1,8 +1,8 @@
 """The overlap of a stage whose trained parameters lie in the buckets of megatron-core's DDP.
 
-DDP finds out by hooks when a module reads a parameter in its forward pass, and when autograd has completed a gradient.
-It cannot see either of a P, which is read outside of any forward pass, and whose gradient is made by pull back. Here
-the stage tells it.
+DDP finds out by hooks when a module reads a parameter in its forward pass, and when autograd has completed a
+gradient. It cannot see either of a P, which is read outside of any forward pass, and whose gradient is made
+by pull back. Here the stage tells it.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,7 +24,7 @@ class BucketOverlap(Overlap):
         self._replica = replica
         self._are_sums_overlapped = replica.ddp_config.overlap_grad_reduce
         self._are_gathers_overlapped = replica.ddp_config.overlap_param_gather
-        # Gathers then run beside the teacher's first pass. Where a pipeline fills, compose itself fills the wait.
+        # Gathers then run beside the teacher's first pass. Where a pipeline fills, compose fills the wait.
         self.composes_behind_teacher = self._are_gathers_overlapped and not has_pipeline
         self._early: EarlyPullBack | None = None
 

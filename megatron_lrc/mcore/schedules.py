@@ -1,4 +1,4 @@
-"""megatron-core's pipeline schedules over the stages: all micro-batches forward and backward, losses as sums."""
+"""megatron-core's pipeline schedules over the stages: all micro-batches forward and backward."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +25,11 @@ def forward_backward(
     forward_only: bool = False,
     forward_step: ForwardStep = nn.Module.__call__,
 ) -> None:
-    """Run the schedule. Leaves gradients (dW_S, the gains', the clone targets') and each stage's loss sums behind.
+    """Run the schedule. Leaves gradients (of W_S, gains, clone targets) and each stage's loss sums behind.
 
-    Every stage reads every micro-batch: the loss mask is needed wherever a clone loss is. megatron-core finalises no
-    gradients here (`finalize_model_grads_func` is unset), because pull back comes between backward and reduction.
+    Every stage reads every micro-batch: the loss mask is needed wherever a clone loss is. megatron-core
+    finalises no gradients here (`finalize_model_grads_func` is unset), because pull back comes between
+    backward and reduction.
     """
     if config.data.reset_attention_mask:
         batches = ({**batch, "documents": find_documents(batch["position_ids"])} for batch in batches)

@@ -1,8 +1,8 @@
-"""PipelineStage: what the loop, the optimizer, checkpoints and records need to know of a stage of what is trained.
+"""PipelineStage: what the loop, the optimizer, checkpoints and records need to know of a stage.
 
-A method is a class of stages: `PairedModel` (teacher and student, projections are trained) or `SingleModel` (one model,
-everything is trained). `train/build.py` chooses; whoever works on stages looks at this interface only. One optimizer
-step goes, on every stage:
+A method is a class of stages: `PairedModel` (teacher and student, projections are trained) or `SingleModel`
+(one model, everything is trained). `train/build.py` chooses; whoever works on stages looks at this interface
+only. One optimizer step goes, on every stage:
 
     zero_gradients -> compose -> forward and backward of all micro-batches -> pull_back -> reduce, clip, step
 """
@@ -26,7 +26,7 @@ from megatron_lrc.mcore.gpt_models import GPTModel, build_stage, tie_ends
 
 NORMS, BIASES, MAPS = "norms", "biases", "maps"
 
-#: What gradient norms are given of: each kind of matrix over all layers (what is tied counts as embed), norm gains.
+#: What gradient norms are given of: norm gains, and each kind of matrix over all layers. Tied: embed.
 GRADIENT_GROUPS: tuple[str, ...] = (*(site.name for site in LAYER_SITES), EMBED.name, LM_HEAD.name, NORMS)
 
 
@@ -43,10 +43,11 @@ class Shapes:
 
 
 class LossSums:
-    """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the whole world.
+    """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the world.
 
     main [6]: the sums of `lm_and_kl_loss`, and tokens; counted on one tensor parallel rank of the last stage.
-    clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks. terms: the columns' names.
+    clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks.
+    terms: names of its columns.
     """
 
     def __init__(self, device: torch.device, num_layers: int = 0, terms: Sequence[str] = ()):
@@ -68,7 +69,7 @@ class Trained:
     """One trained parameter of this rank, and its place in the whole.
 
     name: unique in a run, but for what is tied. key: of its global tensor in a checkpoint.
-    groups: kinds of matrix in it, of GRADIENT_GROUPS; several where it is fused, and `sites.select` finds each.
+    groups: kinds of matrix in it, of GRADIENT_GROUPS; several where it is fused (`sites.select` finds each).
     split: dimension that tensor parallelism splits. None: replicated, and its gradient a partial sum over TP.
     layer: (index, number of layers), where the global tensor stacks the layers in a first dimension.
     is_gated: gate and up, split one by one. is_padded: a vocabulary, whose padding depends on TP.
@@ -87,12 +88,12 @@ class Trained:
 
     @property
     def is_copy(self) -> bool:
-        """Whether it counts elsewhere: the last stage's of two tied ones. megatron-core's name for that is `shared`."""
+        """Whether it counts elsewhere, the last stage's of two tied ones: megatron-core's `shared`."""
         return getattr(self.parameter, "shared", False)
 
 
 class TrainedWeights(nn.Module):
-    """What DDP wraps, where that is not a whole model: one module `first`, if there is any, then single parameters.
+    """What DDP wraps, where that is not a whole model: a module `first`, if any, then single parameters.
 
     DDP fills its buckets from the last parameter to the first, so the order is that of the forward pass.
     """
@@ -104,13 +105,13 @@ class TrainedWeights(nn.Module):
 
 
 class PipelineStage(nn.Module, ABC):
-    """One stage: `forward(batch)` gives the next stage's input, or on the last one the loss, summed over tokens.
+    """One stage: `forward(batch)` gives what the next stage gets, or the last one's loss, summed over tokens.
 
     chunk: which of this rank's virtual stages (0 without interleaving). A stage at an end may have no layers.
     config: what megatron-core's schedules read; its hidden_size is that of what travels between stages.
     student: the model that becomes the exported one. heads: its, for `sites.select`.
-    pre_process, post_process: whether it is the whole pipeline's first stage, with the embedding; its last, with the
-    LM head. megatron-core's names.
+    pre_process, post_process: whether it is the whole pipeline's first stage, with the embedding; its last,
+    with the LM head. megatron-core's names.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -181,9 +182,9 @@ class PipelineStage(nn.Module, ABC):
         """Empty what gathers gradients outside the optimizer's buffers."""
 
     def attach(self, overlap: Overlap) -> None:
-        """From now on tell `overlap` of each trained parameter before the stage reads it, and of each gradient that the
-        stage itself has completed. What modules of `trained_module` read in their forward passes, and gradients that
-        autograd completes, DDP's hooks see by themselves."""
+        """From now on tell `overlap` of each trained parameter before the stage reads it, and of each
+        gradient that the stage itself has completed. What modules of `trained_module` read in their forward
+        passes, and gradients that autograd completes, DDP's hooks see by themselves."""
         self.overlap = overlap
 
     def compose(self) -> None:
@@ -194,12 +195,12 @@ class PipelineStage(nn.Module, ABC):
         self.compose()
 
     def pull_back(self) -> None:
-        """Add to the gradients of what is trained what the student's weights have gathered, if those are not it."""
+        """Add to the gradients of what is trained what the student's weights have gathered, if need be."""
 
     def after_step(self, gradient_scale: Tensor) -> None:
         """Called when the optimizer has taken a step, which some steps skip: step what it does not know of.
 
-        gradient_scale: fp64 scalar, what sums over tokens are to be multiplied by for the mean gradient. Collective.
+        gradient_scale: fp64 scalar, which makes the mean gradient of a sum over tokens. Collective.
         """
 
     def record(self) -> dict[str, Any]:
@@ -207,8 +208,8 @@ class PipelineStage(nn.Module, ABC):
         return {}
 
     def set_is_first_microbatch(self) -> None:
-        """The schedules call it before the first micro-batch. The student's weights may have changed since the last
-        one: their FP8 copies, if there are any, are to be made anew. A teacher's are not; its weights stay."""
+        """The schedules call it before the first micro-batch. The student's weights may have changed since the
+        last one: their FP8 copies, if there are any, are to be made anew. A teacher's are not; its weights stay."""
         self.student.set_is_first_microbatch()
 
     def main_loss_scale(self) -> Tensor | float:
@@ -218,7 +219,7 @@ class PipelineStage(nn.Module, ABC):
 
 
 def count_trained(stages: Iterable[PipelineStage]) -> int:
-    """Trained elements that this rank counts: its shards, what is replicated on one TP rank, what is tied once."""
+    """Trained elements that this rank counts: its shards; what is replicated on one TP rank; tied, once."""
     return sum(
         trained.parameter.numel()
         for stage in stages
@@ -234,10 +235,10 @@ def run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) 
 
 
 def all_tokens(model: GPTModel, hidden: Tensor, *, is_trained: bool = True) -> Tensor:
-    """[s*b, h] on every tensor parallel rank, for the losses at the head, of what a model's last stage gives: under
-    sequence parallelism shards [s/tp, b, h], which are gathered.
+    """[s*b, h] on every tensor parallel rank, for the losses at the head, of what a model's last stage gives:
+    under sequence parallelism shards [s/tp, b, h], which are gathered.
 
-    is_trained: then each rank's gradient is a partial sum (of its part of the vocabulary), added up on the way back.
+    is_trained: then each rank's gradient, from its part of the vocabulary, is a partial sum, added up on the way back.
     """
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_trained)

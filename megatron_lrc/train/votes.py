@@ -11,7 +11,8 @@ from torch import Tensor
 class Votes:
     """Of one process each vote is 0 or 1; summed, each is the number of processes.
 
-    stop: for each of `stopping.REASONS`, who asks to stop for it. num_writing: who is still writing a checkpoint.
+    stop: for each of `stopping.REASONS`, who asks to stop for it.
+    num_writing: who is still writing a checkpoint.
     """
 
     stop: Sequence[float] = ()

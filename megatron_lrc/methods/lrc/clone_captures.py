@@ -1,10 +1,16 @@
 """The captures between teacher and student, and where the clone losses attach.
 
-Forward hooks on the teacher's linear layers keep their outputs until the student's same layer has produced its own;
-there the loss is computed and hung on the student's activation. Where the student recomputes a layer in backward, the
-teacher's part is computed again too.
+Forward hooks on the teacher's linear layers keep their outputs until the student's same layer has produced
+its own; there the loss is computed and hung on the student's activation. Where the student recomputes a layer
+in backward, the teacher's part is computed again too.
 
-Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
+The outputs of linear_qkv and linear_fc1, [s, b, f/tp], have the same features in both models and are compared
+as they are. Those of linear_proj (o) and linear_fc2 (down) are [s/tp, b, D] and [s/tp, b, d]: the teacher's
+is projected first. Each rank adds up what it holds of a loss, a shard of the features or its own tokens;
+these are partial sums over the world, which one reduction completes after backward.
+
+Notation: s sequence, b micro-batch, f a linear's features, D teacher hidden, d student hidden; `/tp` split
+over tensor parallel ranks, the sequence only with --sequence-parallel.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,8 +37,9 @@ SITES_OF: dict[str, list[Site]] = {
 class MicroBatch:
     """What belongs to one micro-batch while it is under way.
 
-    token_weight: [s, b], 0 for masked tokens. activations: the teacher's outputs that the student has yet to meet, by
-    (layer, linear). inputs: arguments of the teacher's attention and MLP blocks, by (layer, block), for recomputation.
+    token_weight: [s, b], 0 for masked tokens.
+    activations: the teacher's outputs that the student has yet to meet, by (layer, linear).
+    inputs: arguments of the teacher's attention and MLP blocks, by (layer, block), for recomputation.
     """
 
     token_weight: Tensor
@@ -43,7 +50,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A linear layer whose outputs are compared, and the sites in it whose terms are on. layer: global, from 0."""
+    """A linear layer whose outputs are compared, and the sites in it that are. layer: global, from 0."""
 
     layer: int
     linear: str
@@ -82,6 +89,9 @@ class CloneLosses(LayerLosses):
         micro_batch = self._micro_batch
         assert micro_batch is not None
         assert not micro_batch.activations, "a student layer did not meet its teacher's activation"
+        # In a pipeline the forward pass of a later micro-batch may come before this one's backward: layers
+        # that are recomputed have to find their own micro-batch again. Backward enters the stage here, before
+        # any of them.
         if micro_batch.inputs:
             return _EnterBackward.apply(student_hidden, self, micro_batch)
         return student_hidden
@@ -116,6 +126,8 @@ class CloneLosses(LayerLosses):
         for place in self._places():
             layers = (place.teacher_layer, student_layers[place.layer])
             teacher_linear, student_linear = (layer.get_submodule(place.linear) for layer in layers)
+            # On the linears, not on their layers: where a layer is recomputed, the hook runs in the first forward
+            # pass, which autograd does not see, and once more in backward, where the loss gets its gradient.
             teacher_linear.register_forward_hook(partial(self._keep_teacher_output, place))
             student_linear.register_forward_hook(partial(self._attach_clone_loss, place))
             if self._is_recomputed(place) and (place.layer, place.block) not in kept:
@@ -125,23 +137,23 @@ class CloneLosses(LayerLosses):
                 )
 
     def _is_recomputed(self, place: Place) -> bool:
-        """Whether the student may run this linear again in backward. (Attention's core has no linear in it.)"""
+        """Whether the student may run this linear again in backward. Attention's core has no linear in it."""
         parallel = self._settings.parallel
         if parallel.recompute_granularity == "selective":
             return place.block in parallel.recompute_modules
         return parallel.recompute_granularity == "full"
 
-    def _keep_teacher_output(self, place: Place, module: nn.Module, inputs: tuple, output: tuple[Tensor, Any]) -> None:
+    def _keep_teacher_output(self, place: Place, module: nn.Module, inputs: tuple, output: tuple) -> None:
         assert self._micro_batch is not None
         self._micro_batch.activations[place.layer, place.linear] = output[0]
 
-    def _keep_teacher_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _keep_teacher_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict) -> None:
         assert self._micro_batch is not None
         self._micro_batch.inputs[place.layer, place.block] = (args, kwargs)
 
     def _teacher_output(self, place: Place) -> Tensor:
-        """The teacher's activation of a place. Where the student recomputes its own, the teacher's is recomputed too:
-        kept, they would take most of the memory that recomputation frees."""
+        """The teacher's activation of a place. Where the student recomputes its own, the teacher's is
+        recomputed too: kept, they would take most of the memory that recomputation frees."""
         assert self._micro_batch is not None
         key, activations = (place.layer, place.linear), self._micro_batch.activations
         if key not in activations:
@@ -156,9 +168,9 @@ class CloneLosses(LayerLosses):
         """Compare a student's linear output with the teacher's of the same place, and hang the loss on it."""
         assert self._micro_batch is not None
         micro_batch, target = self._micro_batch, self._teacher_output(place)
-        compared, token_weight = output[0], micro_batch.token_weight
+        compared, token_weight = output[0], micro_batch.token_weight  # [s, b, f/tp] and [s, b]: of all tokens
         if place.sites[0].projected == "output":
-            compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d] or [s/tp, b, D]
+            compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d or D]
             if self._stage.student.config.sequence_parallel:
                 tp = self._stage.groups.tp
                 token_weight = token_weight.chunk(tp.size())[tp.rank()]  # [s/tp, b]
@@ -166,10 +178,11 @@ class CloneLosses(LayerLosses):
         compared, per_feature = CloneLoss.apply(
             compared, target, token_weight, self._inverse_width(place, compared), scale
         )
-        if not micro_batch.is_recomputing:
+        if not micro_batch.is_recomputing:  # the first forward pass has counted it
             sums = self._stage.sums.clone[place.layer]
             for site in place.sites:
                 sums[LAYER_SITES.index(site)] += select(site, per_feature, self._stage.heads).sum()
+        # At the teacher's width what is compared is not what the student goes on with, but hangs on it.
         is_beside = self._compares_at_teacher_width(place)
         return CarryLoss.apply(output[0], compared) if is_beside else compared, output[1]
 
@@ -177,7 +190,11 @@ class CloneLosses(LayerLosses):
         return place.sites[0].name == "o" and self._settings.loss.clone_attention_output == "teacher"
 
     def _output_pair(self, place: Place, attention: Tensor, student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """What is compared at o and down: at student width, or for o at the teacher's, as the flags say."""
+        """What is compared at o and down: at student width, or for o at the teacher's, as the flags say.
+
+        attention: what the student's linear gets, [s, b, f/tp]; student: what it gives, [s/tp, b, d].
+        target: what the teacher's gives, [s/tp, b, D].
+        """
         (site,) = place.sites
         if self._compares_at_teacher_width(place):
             # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
@@ -189,7 +206,8 @@ class CloneLosses(LayerLosses):
     def _inverse_width(self, place: Place, compared: Tensor) -> Tensor:
         key = (place.linear, tuple(site.name for site in place.sites), compared.shape[-1])
         if key not in self._inverse_widths:
-            widths = inverse_widths(place.sites, self._stage.heads, compared.shape[-1], self._stage.groups.tp.size())
+            tp_size = self._stage.groups.tp.size()
+            widths = inverse_widths(place.sites, self._stage.heads, compared.shape[-1], tp_size)
             wide = torch.promote_types(compared.dtype, torch.float32)
             self._inverse_widths[key] = widths.to(compared.device, wide)
         return self._inverse_widths[key]

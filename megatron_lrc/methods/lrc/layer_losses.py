@@ -1,8 +1,8 @@
 """LayerLosses: what a stage of two models asks of the losses between the teacher's layers and the student's.
 
 A stage has one object of this kind for its layers. `begin` opens a micro-batch; then both models run, the
-teacher first, and hooks that the object has put into them compare the two; `end` closes the micro-batch. Whoever
-builds the stage chooses the class (`CloneLosses`, `TinyBertLosses`). `LayerLosses` itself has no losses.
+teacher first, and hooks that the object has put into them compare the two; `end` closes the micro-batch.
+Whoever builds the stage chooses the class (`CloneLosses`, `TinyBertLosses`). `LayerLosses` itself has none.
 
 Notation: s sequence, b micro-batch.
 """
@@ -55,7 +55,7 @@ class LayerLosses:
         """A micro-batch begins. token_weight: [s, b], 0 for masked tokens."""
 
     def end(self, student_hidden: Tensor) -> Tensor:
-        """Both models have run. Gives the student's output, through which backward will enter this micro-batch."""
+        """Both models have run. Gives the student's output, where backward enters this micro-batch."""
         return student_hidden
 
     def forget(self) -> None:

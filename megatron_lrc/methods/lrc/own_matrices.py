@@ -1,7 +1,7 @@
 """The student's own matrices beside a teacher: those that no projection makes, which are trained themselves.
 
-All of them with `--method logits`, and what `--open-after` opens. They have the names and places in a checkpoint that
-ordinary training gives them (`single_model.trained_parameters`); norm gains stay with the projections' module.
+All of them with `--method logits`, and what `--open-after` opens. In a checkpoint they have names and places
+that ordinary training gives them (`single_model.trained_parameters`); norm gains stay with the projections.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from megatron_lrc.methods.ordinary.single_model import trained_parameters
 
 
 def own_parameters(student: GPTModel, shape: ModelShape, own: frozenset[str]) -> Iterator[Trained]:
-    """Those of a stage, for own matrices by name, of MATRICES. Where all are, q, k and v biases and q and k norms too.
+    """Those of a stage. own: their names, of MATRICES; if all are own, so are q, k, v biases and q, k norms.
 
     A fused parameter is owned as a whole: gate with up, and q with k and v.
     """
@@ -28,8 +28,8 @@ def own_parameters(student: GPTModel, shape: ModelShape, own: frozenset[str]) ->
 
 
 def renew_parameters(model: nn.Module) -> None:
-    """Give a model new parameters over the same values. What hangs on the old ones is gone with them: DDP's hooks and
-    buffers, the hooks that gather gradients, the gradients."""
+    """Give a model new parameters over the same values. What hangs on the old ones is gone with them: DDP's
+    hooks and buffers, the hooks that gather gradients, the gradients."""
     renewed: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():

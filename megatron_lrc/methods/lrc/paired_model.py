@@ -1,10 +1,10 @@
 """PairedModel: one pipeline stage of the teacher and of the student, and what of the student is trained.
 
-What travels between stages is [teacher_hidden, student_hidden] side by side; the configuration that megatron-core's
-schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without autograd; losses between the
-layers are attached as the student meets what it has left behind (`layer_losses.py`).
+What travels between stages is [teacher_hidden, student_hidden] side by side; the configuration that
+megatron-core's schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without
+autograd; losses between layers are attached as the student meets what it has left behind (`layer_losses.py`).
 
-Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f a linear layer's features; `/tp` split.
+Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split over tensor parallelism.
 """
 
 import copy
@@ -51,7 +51,7 @@ from megatron_lrc.methods.lrc.own_matrices import own_parameters, renew_paramete
 
 
 class PairedModel(PipelineStage):
-    """One stage of both models. `projections` generates the student's weights and is what an optimizer trains.
+    """One stage of both models. `projections` makes the student's weights and is what an optimizer trains.
 
     own: the student's matrices, by name, that are its own and trained themselves; the others are composed.
     layer_losses: makes the losses between the two models' layers.
@@ -82,7 +82,7 @@ class PairedModel(PipelineStage):
         self._is_to_compose = False  # in the next forward pass
         self._choose_trained(own)
 
-    # --- construction -------------------------------------------------------------------------------------------
+    # --- construction -----------------------------------------------------------------------------
 
     def _choose_trained(self, own: frozenset[str]) -> None:
         """Make the projections, and say which of the student's parameters are its own."""
@@ -117,7 +117,7 @@ class PairedModel(PipelineStage):
 
     @torch.no_grad()
     def open(self, own: frozenset[str]) -> None:
-        """From now on these of the student's matrices are its own, with the values that their projections make now.
+        """From now on these of the student's matrices are its own, with the values that they have now.
 
         What trains is new, and so has to be whatever trains it.
         """
@@ -156,8 +156,8 @@ class PairedModel(PipelineStage):
         return weights
 
     def _set_trainable(self) -> None:
-        """The teacher is frozen. The student's matrices gather gradients, composed ones by themselves and its own in
-        DDP's buffers; unless all are its own, its biases are the teacher's, unchanged."""
+        """The teacher is frozen. The student's matrices gather gradients, composed ones by themselves and its
+        own in DDP's buffers; unless all are its own, its biases are the teacher's, unchanged."""
         self.teacher.requires_grad_(False)
         composed = {id(weight.student): weight.student for weight in self.cloned_weights if not weight.is_own}
         trained = {id(parameter) for parameter in self._trained_weights.parameters()}
@@ -166,7 +166,7 @@ class PairedModel(PipelineStage):
         for matrix in composed.values():
             accumulate_in_fp32(matrix)
 
-    # --- what is trained ----------------------------------------------------------------------------------------
+    # --- what is trained --------------------------------------------------------------------------
 
     @property
     def trained_module(self) -> nn.Module:
@@ -236,13 +236,13 @@ class PairedModel(PipelineStage):
             self.overlap.parameter_is_needed(trained.parameter)
 
     def pull_back(self) -> None:
-        """dP += f^T(W_T, dW_S). Gradients of the norm gains and of what is the student's own are there already."""
+        """dP += f^T(W_T, dW_S). Those of norm gains and of what is the student's own are there already."""
         self.projections.pull_back(self.cloned_weights)
 
-    # --- forward ------------------------------------------------------------------------------------------------
+    # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; documents (`find_documents`) if they are apart.
+        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `find_documents`' documents if wanted.
 
         Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens.
         """
@@ -259,7 +259,7 @@ class PairedModel(PipelineStage):
         return self._lm_and_kl(teacher_hidden, student_hidden, batch["labels"], token_weight)
 
     def forward_teacher(self, batch: dict[str, Tensor]) -> Tensor:
-        """The teacher alone, for calibration. Same outputs and inputs as `forward`, the student's part zero."""
+        """The teacher alone, for calibration. Inputs and outputs as of `forward`, the student's part zero."""
         teacher_in, _ = self._split_input()
         self._layer_losses.begin(batch["loss_mask"].t())
         with torch.no_grad():
@@ -267,7 +267,8 @@ class PairedModel(PipelineStage):
         self._layer_losses.forget()
         if self.post_process:
             return hidden.new_zeros(())
-        return torch.cat([hidden, hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size)], dim=-1)
+        student_hidden = hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size)
+        return torch.cat([hidden, student_hidden], dim=-1)
 
     def _split_input(self) -> tuple[Tensor | None, Tensor | None]:
         if self.pre_process:

@@ -1,13 +1,13 @@
-"""ShearedModel: one pipeline stage of a model that is being pruned (`mask_axes.py`), and then of what is left of it.
+"""ShearedModel: one pipeline stage of a model that is being pruned, and then of what is left of it.
 
-The trained matrices W are apart from the model's own, which are W with the masks multiplied in (`mask_axes.py`):
+The trained matrices W are apart from the model's own, which are W times the masks (`mask_axes.py`):
 
     compose       W_S <- W * z                     once per optimizer step, with that step's z
     pull back     dW += dW_S * z,  dz += sum(dW_S * W)
     after_step    the masks' own Adam, on dz summed over all ranks
 
-Only tensors that have a mask multiplied into them are there twice. In a checkpoint W has the names of ordinary
-training, and the masks are beside it. `prune` cuts the model; from then on the stage is a `SingleModel`.
+Only tensors that have a mask multiplied into them are there twice. In a checkpoint W has the names of
+ordinary training, and the masks are beside it. `prune` cuts the model; then the stage is a `SingleModel`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,10 +43,17 @@ class MaskedWeight:
 
 
 class ShearedModel(SingleModel):
-    """shapes: both of the full model. masks: shared by the stages of a rank, the first of which steps them."""
+    """shapes: both of the full model. masks: of all stages of a rank, the first of which steps them."""
 
     def __init__(
-        self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int = 0, *, masks: Masks
+        self,
+        config: Config,
+        shapes: Shapes,
+        groups: Groups,
+        dtype: torch.dtype,
+        chunk: int = 0,
+        *,
+        masks: Masks,
     ):
         super().__init__(config, shapes, groups, dtype, chunk)
         self.masks: Masks | None = masks
@@ -91,7 +98,7 @@ class ShearedModel(SingleModel):
             sizes.setdefault(name.rpartition(".")[2], []).append(size.item())
         return {"mask_sizes": {kind: sum(sizes[kind]) / len(sizes[kind]) for kind in KINDS if kind in sizes}}
 
-    # --- a step -------------------------------------------------------------------------------------------------
+    # --- a step -----------------------------------------------------------------------------------
 
     def zero_gradients(self) -> None:
         if self.masks is None:
@@ -125,8 +132,9 @@ class ShearedModel(SingleModel):
     def _local_masks(self, weight: MaskedWeight) -> list[Tensor | None]:
         """Of each dimension of this rank's shard."""
         masks = masks_of(weight.name, weight.layer, self._z)
+        size, rank = self.groups.tp.size(), self.groups.tp.rank()
         return [
-            mask.chunk(self.groups.tp.size())[self.groups.tp.rank()] if mask is not None and kind in _SPLIT else mask
+            mask.chunk(size)[rank] if mask is not None and kind in _SPLIT else mask
             for kind, mask in zip(AXES[weight.name].kinds, masks, strict=True)
         ]
 
@@ -161,12 +169,12 @@ class ShearedModel(SingleModel):
         if self.masks is not None and self._chunk == 0:
             self.masks.step(sum_over_world(self.masks.gradient.clone()) * gradient_scale)
 
-    # --- the cut ------------------------------------------------------------------------------------------------
+    # --- the cut ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prune(self, shapes: Shapes) -> None:
-        """Cut the model to `shapes`: of each width the units with the highest scores stay, and what the masks are for
-        them is multiplied into their weights. What trains is new, and so has to be whatever trains it."""
+        """Cut the model to `shapes`: of each width the units with the highest scores stay, and their weights
+        are multiplied by their masks. What trains is new, and so has to be whatever trains it."""
         assert self.masks is not None
         kept, z, full_heads = self.masks.kept(), self.masks.likely(), self.heads
         before = self._trained

@@ -1,8 +1,8 @@
 """TinyBERT's losses between teacher and student (`--method tinybert`), and where they attach.
 
-arXiv 1909.10351, equations 7 to 9: attention scores of each layer; hidden states after each layer and embeddings, the
-student's through a learned linear map to the teacher's width. Each layer has a map of its own, which lives on its
-pipeline stage (the paper shares one among the layers). Same depth on both sides, so layers are compared one to one.
+arXiv 1909.10351, equations 7 to 9: attention scores of each layer; hidden states after each layer and
+embeddings, the student's through a learned linear map to the teacher's width. Each layer has its own map, on its
+pipeline stage (the paper shares one among the layers). Both models are equally deep: layers are compared in pairs.
 
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
 """
@@ -65,7 +65,7 @@ class TinyBertLosses(LayerLosses):
             drawn = torch.randn(parameter.shape, generator=generator_of(seed, f"maps.{name}"))
             parameter.copy_(drawn * parameter.shape[0] ** -0.5)
 
-    # --- hidden states ------------------------------------------------------------------------------------------
+    # --- hidden states ----------------------------------------------------------------------------
 
     def _compare_hidden(self, term: int, layer: int, teacher: nn.Module, student: nn.Module) -> None:
         shapes = self._stage.shapes
@@ -86,7 +86,8 @@ class TinyBertLosses(LayerLosses):
         if self._stage.student.config.sequence_parallel:
             token_weight = token_weight.chunk(tp.size())[tp.rank()]
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        inverse_width = torch.full((target.shape[-1],), 1 / target.shape[-1], dtype=wide, device=target.device)
+        width = target.shape[-1]
+        inverse_width = torch.full((width,), 1 / width, dtype=wide, device=target.device)
         mapped, per_feature = CloneLoss.apply(
             hidden @ self.maps[name], target, token_weight, inverse_width, self._scale
         )
@@ -98,11 +99,12 @@ class TinyBertLosses(LayerLosses):
     def _scale(self) -> Tensor | float:
         return self._stage.settings.loss.alpha * self._stage.main_loss_scale()
 
-    # --- attention ----------------------------------------------------------------------------------------------
+    # --- attention --------------------------------------------------------------------------------
 
     def _compare_attention(self, layer: int, teacher: nn.Module, student: nn.Module) -> None:
-        teacher.self_attention.core_attention.register_forward_pre_hook(partial(self._keep_queries_and_keys, layer))
-        student.self_attention.core_attention.register_forward_pre_hook(partial(self._attach_attention, layer))
+        cores = [model.self_attention.core_attention for model in (teacher, student)]
+        cores[0].register_forward_pre_hook(partial(self._keep_queries_and_keys, layer))
+        cores[1].register_forward_pre_hook(partial(self._attach_attention, layer))
 
     def _keep_queries_and_keys(self, layer: int, module: nn.Module, inputs: tuple) -> None:
         self._teachers[layer, ATTENTION] = inputs[:2]
