@@ -9,6 +9,10 @@ import torch
 from hf_teachers import write_llama
 from tiny_data import write_counting
 
+# So that their failing assertions show values, as those of test modules do.
+pytest.register_assert_rewrite("command_line", "config_cases", "convert_tool", "gradient_cases")
+pytest.register_assert_rewrite("preprocess_tool", "run_comparison", "runs", "small_disks")
+
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:

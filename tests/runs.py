@@ -120,6 +120,14 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+def assert_close_weights(first: Path, second: Path, *, within: float) -> None:
+    """within: the norm of each weight's difference at most, relative to the weight's own."""
+    one, two = weights_of(first), weights_of(second)
+    assert set(one) == set(two)
+    for name in one:
+        assert torch.linalg.norm(two[name] - one[name]) <= within * torch.linalg.norm(one[name]), name
+
+
 def assert_same_opened_student(first: Path, second: Path) -> None:
     """Two opened clones: projections, gains and the weights of their own."""
     assert_same_parameters(first, second)
