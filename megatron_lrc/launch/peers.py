@@ -31,7 +31,7 @@ NOTICE_WITHIN, END_WITHIN = 0.05, 5.0
 FIRST_COMES_FIRST = 1.0
 #: Characters of a failure.
 LONGEST_FAILURE = 400
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parents[1])  # of megatron_lrc
 
 
 class Peers:
