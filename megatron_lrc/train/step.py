@@ -165,16 +165,8 @@ def train_step(
         skipped_for = "spike"
     elif not is_updated:
         skipped_for = "overflow" if is_finite and run.optimizer.can_be_lowered(loss_scale) else "fault"
-    return StepReport(
-        losses,
-        is_finite,
-        grad_norm,
-        by_group,
-        is_updated,
-        loss_scale,
-        skipped_for,
-        Votes.from_values(vote_counts),
-    )
+    counted = Votes.from_values(vote_counts)
+    return StepReport(losses, is_finite, grad_norm, by_group, is_updated, loss_scale, skipped_for, counted)
 
 
 @torch.no_grad()

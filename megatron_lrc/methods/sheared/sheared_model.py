@@ -45,16 +45,7 @@ class MaskedWeight:
 class ShearedModel(SingleModel):
     """shapes: both of the full model. masks: of all stages of a rank, the first of which steps them."""
 
-    def __init__(
-        self,
-        config: Config,
-        shapes: Shapes,
-        groups: Groups,
-        dtype: torch.dtype,
-        chunk: int = 0,
-        *,
-        masks: Masks,
-    ):
+    def __init__(self, config: Config, shapes: Shapes, groups: Groups, dtype: torch.dtype, chunk: int, *, masks: Masks):
         super().__init__(config, shapes, groups, dtype, chunk)
         self.masks: Masks | None = masks
         if not groups.is_first_rank:  # every rank has them, and one saves them
