@@ -12,11 +12,10 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding, indexing
 from megatron_lrc.data.tokenizers import load_tokenizer
+from tools_path import tool_main
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.insert(0, str(REPOSITORY / "tools"))
-
-import preprocess_data  # noqa: E402
+preprocess_data = tool_main("preprocess_data")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def tokenizer_folder(tmp_path_factory):
 
 
 def run_tool(*arguments: object) -> int:
-    return preprocess_data.main([str(argument) for argument in arguments])
+    return preprocess_data([str(argument) for argument in arguments])
 
 
 def read_documents(prefix: object) -> list[list[int]]:
@@ -254,10 +253,10 @@ def test_tool_as_a_program(tmp_path, tokenizer_folder):
 
 def test_starting_imports_neither_torch_nor_transformers():
     program = (
-        "import sys; import preprocess_data, megatron_lrc.data.data_checks;"
+        "import sys; import megatron_lrc.commands.preprocess_data, megatron_lrc.data.data_checks;"
         "print([name for name in ('torch', 'transformers', 'megatron.core', 'sentencepiece') if name in sys.modules])"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools")])}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
