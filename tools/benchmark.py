@@ -2,8 +2,9 @@
 
     python tools/benchmark.py data --tokenizer-model TEACHER
 
-prints a table whose ratios compare contestants that took turns. The work is done by the modules of benchmarks/, one
-for each subcommand. They are not installed: this file puts the checkout that it is in on the path.
+prints a table whose ratios compare contestants that took turns. The work is done by the modules of
+benchmarks/, one for each subcommand. They are not installed: this file puts the checkout that it is in on the
+path.
 """
 
 import argparse

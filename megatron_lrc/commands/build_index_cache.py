@@ -2,8 +2,9 @@
 
     megatron-lrc index-cache --config run.yaml --global-batch-size 1024
 
-takes the flags of `megatron-lrc train` (those that say nothing of data are ignored; --load says where a resumed run
-stands) and prints where the maps are, the samples of each dataset and the epochs. Needs neither a GPU nor the teacher.
+takes the flags of `megatron-lrc train` (those that say nothing of data are ignored; --load says where a
+resumed run stands) and prints where the maps are, the samples of each dataset and the epochs. Needs neither a
+GPU nor the teacher.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""`megatron-lrc check FLAGS` refuses what `train FLAGS` would refuse, and starts nothing. It takes the same flags."""
+"""`megatron-lrc check FLAGS` takes the flags of `train`, refuses what it would refuse, and starts nothing."""
 
 from collections.abc import Sequence
 

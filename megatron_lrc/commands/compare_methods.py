@@ -1,12 +1,13 @@
 """Contestants trained on equal tokens and data; a table and plots of what came of it.
 
-    megatron-lrc compare --output comparison                                           headline: LRC and ordinary
+    megatron-lrc compare --output comparison                                       headline: LRC and ordinary
     megatron-lrc compare --output comparison --contestants ablations --seeds 1 2 3
     megatron-lrc compare --output comparison --teacher DIR --data-path PREFIX --student-hidden-size 384
 
-Writes table.md, curves.svg, report.html and results.json to --output: held-out loss against tokens, tokens/s, tokens to
-reach a loss, and how many times the tokens of LRC ordinary training needs to reach LRC's final loss. Each run is a
-process of its own; run the command again to go on after an interruption. Exit code 1 if a run failed.
+Writes table.md, curves.svg, report.html and results.json to --output: held-out loss against tokens, tokens/s,
+tokens to reach a loss, and how many times the tokens of LRC ordinary training needs to reach LRC's final
+loss. Each run is a process of its own; run the command again to go on after an interruption. Exit code 1 if a
+run failed.
 """
 
 import argparse

@@ -3,13 +3,13 @@
     megatron-lrc convert-from-hf --hf-model DIR --output DIR
     megatron-lrc convert-from-hf --hf-model FILE.gguf --output DIR [--format hf]
 
-The output has the model's config, tokenizer and generation files, and its weights in release/ under the keys of a
-megatron-core GPTModel: --teacher takes it, and so does Megatron-LM's --load (with --finetune). Everything is read back
-and compared bit for bit before the output gets its name.
+The output has the model's config, tokenizer and generation files, and its weights in release/ under the keys
+of a megatron-core GPTModel: --teacher takes it, and so does Megatron-LM's --load (with --finetune).
+Everything is read back and compared bit for bit before the output gets its name.
 
-Memory: twice the model's largest matrix and 0.3 GB, however large the model. GGUF: the whole model in float32, and for
-a moment up to twice that, since transformers reads it. Disk: the output, and for GGUF as torch_dist the same again in
-the meantime. One process; no torchrun.
+Memory: twice the model's largest matrix and 0.3 GB, however large the model. GGUF: the whole model in
+float32, and for a moment up to twice that, since transformers reads it. Disk: the output, and for GGUF as
+torch_dist the same again in the meantime. One process; no torchrun.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     megatron-lrc evaluate RUN --data-path DATA --teacher TEACHER
     megatron-lrc evaluate HF_DIR --input heldout.jsonl --tasks all --tasks-dir TASKS --output figures.json
 
-A run directory's newest good checkpoint is exported to a temporary directory (TMPDIR says where) as by convert-to-hf,
-and evaluated as a user of the export would load it.
+A run directory's newest good checkpoint is exported to a temporary directory (TMPDIR says where) as by
+convert-to-hf, and evaluated as a user of the export would load it.
 """
 
 import argparse
@@ -92,7 +92,8 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
 
 def run(argv: Sequence[str], program: str) -> int:
     flags = read_flags(argv, program)
-    from megatron_lrc.evaluation.evaluate import EvaluationOptions, evaluate  # here, so that --help answers at once
+    # Here, so that --help answers at once.
+    from megatron_lrc.evaluation.evaluate import EvaluationOptions, evaluate
 
     evaluate(EvaluationOptions(**vars(flags)), report=say)
     return 0

@@ -2,7 +2,8 @@
 
     megatron-lrc inspect data/corpus_text_document --verify --samples 3
 
-prints counts, sizes, tokenizer and document lengths of each dataset. A damaged one costs one sentence and exit code 2.
+prints counts, sizes, tokenizer and document lengths of each dataset. A damaged one costs one sentence and
+exit code 2.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The table of commands, and what they have in common: their choice, a user's error, Ctrl-C.
 
-Exit codes: 0; 2 after a user's error, which costs one line of stderr that begins with the program as it was called; 130
-after Ctrl-C. `verify` and `compare` also end with 1, `train` and `check` as `train.py` says.
+Exit codes: 0; 2 after a user's error, which costs one line of stderr that begins with the program as it was
+called; 130 after Ctrl-C. `verify` and `compare` also end with 1, `train` and `check` as `train.py` says.
 """
 
 import sys
@@ -21,18 +21,18 @@ COMMANDS = {
         "index-cache": ("build_index_cache", "builds the index maps of a run's data before it starts"),
     },
     "models": {
-        "convert-from-hf": ("convert_from_hf", "Hugging Face directory or GGUF file to a teacher at any TP and PP"),
+        "convert-from-hf": ("convert_from_hf", "Hugging Face directory or GGUF file to a teacher"),
         "convert-to-hf": ("convert_to_hf", "run directory to Hugging Face directory"),
         "verify": ("verify_model", "whether two models compute the same logits"),
-        "evaluate": ("evaluate_model", "held-out perplexity, agreement with the teacher, benchmark tasks"),
-        "mask-neurons": ("mask_neurons", "what the teacher's most active FFN neurons are worth in both models"),
+        "evaluate": ("evaluate_model", "held-out perplexity, agreement with the teacher, tasks"),
+        "mask-neurons": ("mask_neurons", "scores of both models without the teacher's busiest neurons"),
     },
     "runs": {
-        "train": ("train", "one process of a training run (torchrun starts several); --dry-run only estimates"),
+        "train": ("train", "one process of a run (torchrun starts several); --dry-run only estimates"),
         "check": ("check", "checks flags, teacher and data as train would, and starts nothing"),
         "plan": ("plan", "which layouts fit on some GPUs, and how fast each may be"),
         "report": ("report", "one HTML page about a run, finished or under way"),
-        "compare": ("compare_methods", "trains methods on equal tokens and data; a table and plots of what came of it"),
+        "compare": ("compare_methods", "methods trained on equal tokens and data; a table and plots"),
     },
 }
 MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}

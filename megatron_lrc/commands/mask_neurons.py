@@ -1,11 +1,11 @@
-"""Masks the teacher's most active FFN neurons in teacher and student, and as many random ones, and scores both models.
+"""Scores teacher and student without the teacher's most active FFN neurons, and without as many random ones.
 
     megatron-lrc mask-neurons --teacher TEACHER --student STUDENT --items questions.jsonl --plot masking.png
-    megatron-lrc mask-neurons --teacher TEACHER --student RUN --input heldout.jsonl --num-neurons 50 --scope layer
+    megatron-lrc mask-neurons --teacher TEACHER --student RUN --input a.txt --num-neurons 50 --scope layer
 
---items are JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX}: the score is the part of them whose
-right choice the model thinks likeliest. On plain text the score is the part of the tokens that the model predicts,
-and the LM loss is given too.
+--items are JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": INDEX}: the score is the part of
+them whose right choice the model thinks likeliest. On plain text the score is the part of the tokens that the
+model predicts, and the LM loss is given too.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
 
 def run(argv: Sequence[str], program: str) -> int:
     flags = read_flags(argv, program)
-    from megatron_lrc.evaluation.masking import MaskingOptions, mask_neurons  # here, so that --help answers at once
+    # Here, so that --help answers at once.
+    from megatron_lrc.evaluation.masking import MaskingOptions, mask_neurons
 
     mask_neurons(MaskingOptions(**vars(flags)), report=say)
     return 0

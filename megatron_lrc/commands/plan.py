@@ -1,12 +1,12 @@
 """Which layouts of a run fit on some GPUs, and how fast each may be.
 
     megatron-lrc plan --gpus 64 --preset lrc-4b --global-batch-size 64
-    megatron-lrc plan --gpus 8 --gpu A100-40GB --teacher DIR --student-hidden-size 1536 --bf16 --train-iters 100000
+    megatron-lrc plan --gpus 8 --gpu A100-40GB --teacher DIR --student-hidden-size 1536 --train-iters 100000
 
-Other flags are those of `megatron-lrc train`; of the teacher only config.json is read, and for a preset of a published
-run no teacher is needed. For --method lrc and logits. Layouts are searched over TP, PP, CP, micro-batch size,
-recomputation and the distributed optimizer, whatever the flags say of them. Memory and speed are estimates
-(megatron_lrc/estimate/): --mfu and the speed of links are assumptions.
+Other flags are those of `megatron-lrc train`; of the teacher only config.json is read, and for a preset of a
+published run no teacher is needed. For --method lrc and logits. Layouts are searched over TP, PP, CP,
+micro-batch size, recomputation and the distributed optimizer, whatever the flags say of them. Memory and
+speed are estimates (megatron_lrc/estimate/): --mfu and the speed of links are assumptions.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Text to megatron-core's indexed format, with Megatron-LM's flags.
 
-    megatron-lrc preprocess --input corpus.jsonl --output-prefix data/corpus --tokenizer-model TEACHER --append-eod
+    megatron-lrc preprocess --input corpus.jsonl --output-prefix data/corpus --append-eod \\
+        --tokenizer-model TEACHER
 
 writes data/corpus_text_document.bin, .idx and .json (a manifest). Training reads it with
 --data-path data/corpus_text_document.

@@ -1,8 +1,9 @@
-"""One self-contained HTML page about a run, finished or under way: curves, layers, throughput, restarts, configuration.
+"""One self-contained HTML page about a run: curves, layers, throughput, restarts, configuration.
 
     megatron-lrc report runs/lrc [--output page.html]
 
-Reads the files of the run directory only; nothing is downloaded, and the page asks nothing of the network.
+The run may be under way. Only the files of its directory are read: nothing is downloaded, and the page asks
+nothing of the network.
 """
 
 from collections.abc import Sequence

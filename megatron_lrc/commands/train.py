@@ -1,13 +1,14 @@
-"""`megatron-lrc train FLAGS` runs one process of a training; torchrun starts several (examples/pretrain_lrc.sh).
+"""`megatron-lrc train FLAGS` runs one process of a training; torchrun starts several.
 
-An error of the user's costs one line of stderr per error and exit code 2. Of several processes rank 0 prints; what
-another rank has to say goes into torchrun's error file, which torchrun quotes in its report, and to stderr where
-there is no torchrun. Exit codes: 0 done, or stopped on request with its state saved (`train/stopping.py`), 1 a run that
-stopped itself (one line), a bug or a failing machine (with a traceback), another rank's failure (one line that names
-it, `launch/peers.py`), 2 the user's error, 128 + N ended at once by signal N.
+An error of the user's costs one line of stderr per error and exit code 2. Of several processes rank 0 prints;
+what another rank has to say goes into torchrun's error file, which torchrun quotes in its report, and to
+stderr where there is no torchrun. Exit codes: 0 done, or stopped on request with its state saved
+(`train/stopping.py`), 1 a run that stopped itself (one line), a bug or a failing machine (with a traceback),
+another rank's failure (one line that names it, `launch/peers.py`), 2 the user's error, 128 + N ended at once
+by signal N.
 
-Processes that torchrun starts again (--max-restarts) go on from the newest checkpoint of --save. A user's error or a
-run that stopped itself would only come again: they end as before, without starting.
+Processes that torchrun starts again (--max-restarts) go on from the newest checkpoint of --save. A user's
+error or a run that stopped itself would only come again: they end as before, without starting.
 """
 
 import os
@@ -16,7 +17,15 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.config import TRAINING, Config, ConfigError, RunStopped, parse_config, take_dry_run, validate
+from megatron_lrc.config import (
+    TRAINING,
+    Config,
+    ConfigError,
+    RunStopped,
+    parse_config,
+    take_dry_run,
+    validate,
+)
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.methods import method_of
 
@@ -43,7 +52,8 @@ def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
 
 
 def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
-    # Megatron's overlap of TP communication with computation needs one hardware queue. CUDA reads this at its start.
+    # Megatron's overlap of TP communication with computation needs one hardware queue. CUDA reads this when it
+    # starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     wanted, flags = (None, argv) if only_checks else take_dry_run(argv)

@@ -2,9 +2,8 @@
 
     megatron-lrc verify A B [--dtype float64] [--tolerance 1e-4]
 
-A, B: a Hugging Face directory, one that convert-from-hf wrote, a run directory (its newest checkpoint's student), or a
-checkpoint iter_NNNNNNN.
-Exit code: 0 when they agree, 1 when they differ, 2 after a user's error.
+A, B: a Hugging Face directory, one that convert-from-hf wrote, a run directory (its newest checkpoint's
+student), or a checkpoint iter_NNNNNNN. Exit code: 0 when they agree, 1 when they differ, 2 after an error.
 """
 
 import argparse

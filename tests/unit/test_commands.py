@@ -1,4 +1,4 @@
-"""The commands: one table for `megatron-lrc`, `python -m megatron_lrc` and tools/, and a wheel that holds all of it."""
+"""The commands: one table for `megatron-lrc`, `python -m megatron_lrc` and tools/, and a wheel with all."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from megatron_lrc.config import ConfigError
 ROOT = Path(__file__).parents[2]
 #: Those that run a command of the package; benchmark.py runs what is beside it in the checkout.
 TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "benchmark.py")
-#: Answers --help of every command; prints the name after "usage: " of each, and the heavy packages loaded meanwhile.
+#: Asks every command for --help; prints the heavy packages loaded meanwhile, and how many commands there are.
 ALL_HELP = """
 import contextlib, io, sys
 from megatron_lrc.commands.main import MODULES, main
@@ -33,7 +33,8 @@ print([name for name in ("torch", "megatron.core", "transformers") if name in sy
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
 def test_a_tool_refuses_under_its_own_name(path):
-    done = subprocess.run([sys.executable, path, "--no-such-flag"], capture_output=True, text=True, env=here())
+    command = [sys.executable, path, "--no-such-flag"]
+    done = subprocess.run(command, capture_output=True, text=True, env=here())
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"{path.name}: ")
 
@@ -53,7 +54,8 @@ def test_usage_lists_every_command(capsys):
 
 
 def test_no_command_and_an_unknown_one_are_refused(capsys):
-    for argv, words in (([], "error: no command is given: use one of"), (["trian"], "error: unknown command 'trian':")):
+    unknown = "error: unknown command 'trian': use one of"
+    for argv, words in (([], "error: no command is given: use one of"), (["trian"], unknown)):
         assert commands.main(argv) == 2
         error = capsys.readouterr().err
         assert error.startswith(words) and error.count("\n") == 1
@@ -98,8 +100,8 @@ def test_a_wheel_holds_the_commands_and_runs_without_the_checkout(tmp_path):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(copy)], check=True, timeout=250)
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, str(copy)], check=True, timeout=250)
     (wheel,) = tmp_path.glob("megatron_lrc-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

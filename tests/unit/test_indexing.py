@@ -224,10 +224,10 @@ def test_tool_as_a_program(tmp_path, tokenizer_folder):
 
 def test_starting_imports_neither_torch_nor_transformers():
     program = (
-        "import sys; import preprocess_data, megatron_lrc.data.data_checks;"
+        "import sys; import megatron_lrc.commands.preprocess_data, megatron_lrc.data.data_checks;"
         "print([name for name in ('torch', 'transformers', 'megatron.core', 'sentencepiece') if name in sys.modules])"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 

@@ -174,12 +174,12 @@ def test_killed_at_random_moments_it_comes_out_the_same(tmp_path, tokenizer_fold
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--append-eod", "--output-prefix")
     assert preprocess(*flags, tmp_path / "whole" / "o") == 0
     program = (
-        "import sys, preprocess_data; from megatron_lrc.data import encoding, restart;"
+        "import sys; from megatron_lrc.commands.main import main; from megatron_lrc.data import encoding, restart;"
         "restart.SECONDS_BETWEEN = 0.0; encoding.CHUNK_BYTES = 50000;"
-        "sys.exit(preprocess_data.main(sys.argv[1:]))"
+        "sys.exit(main(['preprocess', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", program, *map(str, flags), str(tmp_path / "again" / "o"), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     generator, kills = random.Random(4), 0
     journal = tmp_path / "again" / "o.unfinished.json"
     while True:
