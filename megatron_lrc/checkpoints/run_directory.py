@@ -89,7 +89,7 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
     try:
         values = _read_record(path)
         return (
-            RunState(**_renamed(values["state"])),
+            RunState(**with_names_of_today(values["state"])),
             Config.from_dict(values["config"]),
             ModelShape(**values["student_shape"]),
         )
@@ -100,7 +100,7 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
         ) from None
 
 
-def _renamed(state: dict[str, Any]) -> dict[str, Any]:
+def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:
     """With today's names. Version 0.1 had a name for each method's change, of which a run can have one."""
     older = [state.pop(name, None) for name in ("opened_at", "pruned_at")]
     return {"changed_at": next((step for step in older if step is not None), None), **state}
