@@ -1,8 +1,7 @@
 """PipelineStage: what the loop, the optimizer, checkpoints and records need to know of a stage.
 
-A method is a class of stages: `PairedModel` (teacher and student, projections are trained) or `SingleModel`
-(one model, everything is trained). `train/build.py` chooses; whoever works on stages looks at this interface
-only. One optimizer step goes, on every stage:
+A method has a class of stages, such as `PairedModel` (teacher and student) or `SingleModel` (one model), and its
+`Method` builds them. Whoever works on stages looks at this interface only. One optimizer step goes, on every stage:
 
     zero_gradients -> compose -> forward and backward of all micro-batches -> pull_back -> reduce, clip, step
 """
