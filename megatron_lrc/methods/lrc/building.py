@@ -35,7 +35,6 @@ def build_paired_stages(
     ]
     for stage in stages:
         load_weights(stage, stage.teacher, reader)
-        load_frozen(stage, stage.teacher, reader)
         load_frozen(stage, stage.student, reader)
     return stages
 
