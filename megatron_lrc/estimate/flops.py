@@ -88,10 +88,10 @@ def projection_flops(
     """
     parallel = config.parallel
     elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * teacher.num_layers
-    if LM_HEAD.name in own:
-        return 2 * 2.0 * elements * student.hidden_size
-    ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
-    elements += ends * padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size) * teacher.hidden_size
+    if LM_HEAD.name not in own:
+        ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
+        rows = padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size)
+        elements += ends * rows * teacher.hidden_size
     return 2 * 2.0 * elements * student.hidden_size
 
 

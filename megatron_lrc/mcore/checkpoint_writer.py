@@ -84,11 +84,6 @@ class CheckpointWriter:
         self._is_checked = False
 
     @property
-    def is_pending(self) -> bool:
-        """Whether a save was started and not finished."""
-        return self._pending is not None
-
-    @property
     def is_writing(self) -> bool:
         """Whether this rank's files are still being written. Does not wait."""
         return self._background is not None and self._background.is_writing

@@ -30,14 +30,12 @@ from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.process_memory import largest_memory_gib
-from megatron_lrc.train.records import Interval
 from megatron_lrc.train.saving import Saving
 from megatron_lrc.train.start_checks import Checked, check
-from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
+from megatron_lrc.train.step import Interval, Run, StepReport, Votes, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
-from megatron_lrc.train.votes import Votes
 
 
 def train(config: Config) -> None:
@@ -322,16 +320,13 @@ class Trainer:
             self._say(f"starts from the weights of {checked.weights_from}")
         if checked.resume_from:
             self._say(f"continues {checked.resume_from} at step {self.state.step}")
-            self._warn_of_other_data(checked.state.data_order)
-
-    def _warn_of_other_data(self, order_before: str) -> None:
-        """Other data is no error: a run may go on with a later stage's. A position in it is not what it was, though."""
-        if self.train_data and order_before not in ("", self.train_data.order.identity):
-            self._say(
-                "warning: the training data is not what the checkpoint was trained on (files, their order or weights, "
-                "--split, --seq-length, --seed); the position is kept: the next sample is number "
-                f"{self.state.consumed_samples} of the data given now"
-            )
+            # Other data is no error: a run may go on with a later stage's. A position in it is not what it was, though.
+            if self.train_data and checked.state.data_order not in ("", self.train_data.order.identity):
+                self._say(
+                    "warning: the training data is not what the checkpoint was trained on (files, their order or "
+                    "weights, --split, --seq-length, --seed); the position is kept: the next sample is number "
+                    f"{self.state.consumed_samples} of the data given now"
+                )
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:

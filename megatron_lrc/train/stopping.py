@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.train.votes import Votes
+from megatron_lrc.train.step import Votes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
