@@ -121,8 +121,9 @@ class _LmAndKl(torch.autograd.Function):
         weight = token_weight.to(wide)
         needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
-        num_filled = shard.num_valid if len(labels) else 0
-        head_grad = _empty_gradient(student_head, num_filled, wide) if needs_grad else None
+        head_grad = torch.empty_like(student_head, dtype=wide) if needs_grad else None
+        if head_grad is not None:  # rows of tokens are filled below
+            head_grad[shard.num_valid if len(labels) else 0 :].zero_()
         is_teacher_wanted = settings.kl or not needs_grad
         sums = weight.new_zeros(5)
         for start in range(0, len(labels), settings.chunk_tokens):
@@ -166,13 +167,6 @@ class _LmAndKl(torch.autograd.Function):
             hidden_grad.mul_(factor)
             head_grad.mul_(factor)
         return hidden_grad, head_grad.to(hidden_grad.dtype), *[None] * 7
-
-
-def _empty_gradient(head: Tensor, num_filled: int, dtype: torch.dtype) -> Tensor:
-    """[v, d], of which the first rows are to be filled; zero from there on."""
-    gradient = torch.empty_like(head, dtype=dtype)
-    gradient[num_filled:].zero_()
-    return gradient
 
 
 #: Logits of one model that are worked on at once on CPU: temporaries of 1 MiB stay in the processor's cache.

@@ -23,7 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_lrc.clone.sites import HeadLayout
 from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
@@ -42,10 +41,6 @@ def vocabulary_shard(shape: ModelShape, tp_group: ProcessGroup) -> VocabularySha
     """This rank's rows of the embedding and the LM head."""
     padded = padded_vocab_size(shape.vocab_size, tp_group.size())
     return VocabularyShard.of(shape.vocab_size, padded, tp_group)
-
-
-def head_layout(shape: ModelShape) -> HeadLayout:
-    return HeadLayout.of(shape)
 
 
 class RMSNorm(nn.RMSNorm):

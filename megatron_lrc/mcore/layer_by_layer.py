@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, select
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.gpt_models import build_stage, head_layout, layers_of, norm_gains
+from megatron_lrc.mcore.gpt_models import build_stage, layers_of, norm_gains
 
 HEAD_ROWS = 8192  # rows of an LM head that are widened at once
 
@@ -96,7 +96,7 @@ class LayerByLayer:
 
     def _places_of_layer(self) -> dict[str, Tensor]:
         """Name of each weight of a layer -> where it goes, a view of a parameter."""
-        heads, layer, shape = head_layout(self.shape), self._layer, self.shape
+        heads, layer, shape = HeadLayout.of(self.shape), self._layer, self.shape
         places = {site.name: select(site, layer.get_parameter(f"{site.linear}.weight"), heads) for site in LAYER_SITES}
         if shape.has_qkv_bias:
             for site in LAYER_SITES[:3]:

@@ -20,5 +20,5 @@ def build_stages(
     initial = InitialWeights(base, shape, std=std, seed=config.training.seed)
     for stage in stages:
         load_weights(stage, stage.student, initial)
-        stage.initialize_layer_losses(config.training.seed)
+        stage.layer_losses.initialize(config.training.seed)
     return stages

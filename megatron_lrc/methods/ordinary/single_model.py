@@ -14,17 +14,11 @@ from torch import Tensor, nn
 
 from megatron_lrc.checkpoints.layout import SITES, key_of
 from megatron_lrc.clone.projections import gradient_of
-from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, select
+from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, select
 from megatron_lrc.clone.vocab_parallel import lm_loss
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import (
-    GPTModel,
-    head_layout,
-    layers_of,
-    norm_gains,
-    vocabulary_shard,
-)
+from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, vocabulary_shard
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
@@ -51,7 +45,7 @@ class SingleModel(PipelineStage):
         self.shapes = shapes
         self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
         self.config = copy.copy(self.student.config)
-        self.heads = head_layout(shapes.student)
+        self.heads = HeadLayout.of(shapes.student)
         self.vocabulary = vocabulary_shard(shapes.student, self.groups.tp)
         self._trained = list(trained_parameters(self.student, shapes.student))
 

@@ -89,12 +89,9 @@ class ShearedModel(SingleModel):
             sizes.setdefault(name.rpartition(".")[2], []).append(size.item())
         return {"mask_sizes": {kind: sum(sizes[kind]) / len(sizes[kind]) for kind in KINDS if kind in sizes}}
 
-    # --- a step -----------------------------------------------------------------------------------
-
     def zero_gradients(self) -> None:
-        if self.masks is None:
-            return
-        self.masks.gradient.zero_()
+        if self.masks is not None:
+            self.masks.gradient.zero_()
         for weight in self._masked:
             zero_gradient(weight.model)
 
@@ -132,9 +129,7 @@ class ShearedModel(SingleModel):
     @torch.no_grad()
     def pull_back(self) -> None:
         """dW += dW_S * z, and dz. Gradients of what no mask is multiplied into are there already."""
-        if self.masks is None:
-            return
-        for weight in self._masked:
+        for weight in self._masked:  # none after the cut
             grad = gradient_of(weight.model)
             if grad is None:
                 continue
@@ -159,8 +154,6 @@ class ShearedModel(SingleModel):
     def after_step(self, gradient_scale: Tensor) -> None:
         if self.masks is not None and self._chunk == 0:
             self.masks.step(sum_over_world(self.masks.gradient.clone()) * gradient_scale)
-
-    # --- the cut ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prune(self, shapes: Shapes) -> None:
