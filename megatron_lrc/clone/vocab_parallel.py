@@ -64,9 +64,9 @@ class HeadLossSettings:
 
 def lm_and_kl_loss(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     student_head: Tensor,
-    teacher_head: Tensor,
+    teacher_head: Tensor | None,
     labels: Tensor,
     token_weight: Tensor,
     *,
@@ -79,26 +79,11 @@ def lm_and_kl_loss(
     agree: KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest.
     What is not computed is 0; so is the teacher's part in training without KL, which has no use for it.
 
-    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: own rows.
+    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: own rows. Without a
+    teacher its arguments are None, and settings.kl is 0.
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
     models = (student_hidden, student_head, teacher_hidden, teacher_head)
-    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
-
-
-def lm_loss(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    token_weight: Tensor,
-    *,
-    shard: VocabularyShard,
-    chunk_tokens: int,
-    loss_scale: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(L_LM, the sums [L_LM, 0, 0, 0, 0]), over weighted tokens, of one model; else as `lm_and_kl_loss`."""
-    settings = HeadLossSettings(1.0, 0.0, temperature=1.0, chunk_tokens=chunk_tokens, loss_scale=loss_scale)
-    models = (hidden, head, None, None)
     return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
 
 

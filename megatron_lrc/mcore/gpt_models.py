@@ -207,8 +207,8 @@ def build_stage(
 ) -> GPTModel:
     """One stage of a model of `shape`, its weights not yet set. chunk: which of this rank's virtual stages.
 
-    inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. The embedding and the LM head
-    are separate parameters even of a tied model, so that megatron-core's own tying stays out of the way.
+    inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. megatron-core's own tying of
+    embedding and LM head stays out of the way.
     """
     model_config = transformer_config(config, shape, dtype, is_trained=is_trained)
     num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
@@ -230,6 +230,7 @@ def build_stage(
         model.rotary_pos_emb = RotaryByPosition(model)
     if is_last_stage:
         model.output_layer = OutputLayer(model.output_layer.weight)
+    tie_ends(model, shape)
     if is_trained and config.compute.gradient_accumulation_fusion and torch.finfo(dtype).bits == 16:
         fuse_weight_gradients(model)
     return model

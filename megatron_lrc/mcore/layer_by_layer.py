@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_lrc.clone.products import ROWS_AT_ONCE
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import build_stage, layers_of, norm_gains
-
-HEAD_ROWS = 8192  # rows of an LM head that are widened at once
 
 _NORMS = {
     "input": "input_layernorm.weight",
@@ -120,7 +119,7 @@ class LayerByLayer:
         self._filled = set()
 
     def _multiply(self, head: Tensor) -> Tensor:
-        blocks = (rows.to(self._hidden.device, self.dtype) for rows in head.split(HEAD_ROWS))
+        blocks = (rows.to(self._hidden.device, self.dtype) for rows in head.split(ROWS_AT_ONCE))
         return torch.cat([F.linear(self._hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
 
 

@@ -1,8 +1,7 @@
 """PipelineStage: what the loop, the optimizer, checkpoints and records need to know of a stage.
 
-A method is a class of stages: `PairedModel` (teacher and student, projections are trained) or `SingleModel`
-(one model, everything is trained). `train/build.py` chooses; whoever works on stages looks at this interface
-only. One optimizer step goes, on every stage:
+A method builds its class of stages, such as `PairedModel` (teacher and student) or `SingleModel` (one model, everything
+is trained); whoever works on stages looks at this interface only. One optimizer step goes, on every stage:
 
     zero_gradients -> compose -> forward and backward of all micro-batches -> pull_back -> reduce, clip, step
 """
@@ -22,7 +21,7 @@ from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import GPTModel, build_stage, tie_ends
+from megatron_lrc.mcore.gpt_models import GPTModel, build_stage
 
 NORMS, BIASES, MAPS = "norms", "biases", "maps"
 
@@ -135,7 +134,7 @@ class PipelineStage(nn.Module, ABC):
 
     def _build_model(self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool) -> GPTModel:
         """This stage of a model of some shape, its weights not yet set."""
-        model = build_stage(
+        return build_stage(
             self.settings,
             shape,
             inverse_frequencies,
@@ -145,8 +144,6 @@ class PipelineStage(nn.Module, ABC):
             is_first_stage=self.pre_process,
             is_last_stage=self.post_process,
         )
-        tie_ends(model, shape)
-        return model
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """What the stage before has given, [s/tp, b, hidden_size of `config`]; called by the schedules."""

@@ -154,10 +154,7 @@ class Trainer:
             self._look_at(report)
             interval.add(report)
             if is_logged:
-                record = interval.record(self.method)  # waits for the device, so before the clock is read
-                seconds = stopwatch.lap(interval.steps)
-                slowest = self.stragglers.record(interval.steps)
-                self._log_step(log, report, record, lr, seconds, slowest)
+                self._log_step(log, report, interval, lr, stopwatch)
                 interval.reset()
             stopwatch.pause()
             if self.stopping.is_urgent:
@@ -213,15 +210,12 @@ class Trainer:
             raise RunStopped(self.guard.last_words)
 
     def _log_step(
-        self,
-        log: RunLog | None,
-        report: StepReport,
-        interval: dict[str, Any],
-        lr: float,
-        seconds: float,
-        slowest: dict[str, Any] | None,
+        self, log: RunLog | None, report: StepReport, interval: Interval, lr: float, stopwatch: Stopwatch
     ) -> None:
-        """Write the record. Collective: memory is that of all ranks."""
+        """Write the record of the steps since the last one. Collective: memory is that of all ranks."""
+        losses = interval.record(self.method)  # waits for the device, so before the clock is read
+        seconds = stopwatch.lap(interval.steps)
+        slowest = self.stragglers.record(interval.steps)
         memory = largest_memory_gib(self.groups.device)
         if not log:
             return
@@ -229,7 +223,7 @@ class Trainer:
             {
                 "step": self.state.step,
                 "tokens": self.state.tokens,
-                **interval,
+                **losses,
                 "grad_norm": report.grad_norm,
                 "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
