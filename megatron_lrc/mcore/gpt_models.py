@@ -17,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend, LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -169,29 +168,23 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
     )
 
 
-def layer_spec(config: Config, shape: ModelShape, dtype: torch.dtype) -> ModuleSpec:
-    """What a transformer layer is built of."""
+def block_spec(config: Config, shape: ModelShape, dtype: torch.dtype, num_layers: int) -> TransformerBlockSubmodules:
+    """What a stage's layers and the final norm are built of."""
     if uses_transformer_engine(config):
-        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        final_norm = TENorm
+        layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
     else:
-        local_spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm)
-        spec = copy.deepcopy(local_spec)
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
+        final_norm = RMSNorm
+        layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm))
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if shape.has_qk_norm:
-            attention = spec.submodules.self_attention.submodules
+            attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if not uses_engine_attention(config, dtype):
-        spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
-    return spec
-
-
-def final_norm(config: Config) -> type:
-    if not uses_transformer_engine(config):
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
+        layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 
 
 def build_stage(
@@ -214,9 +207,7 @@ def build_stage(
     num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
     model = GPTModel(
         config=model_config,
-        transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, shape, dtype)] * num_layers, layer_norm=final_norm(config)
-        ),
+        transformer_layer_spec=block_spec(config, shape, dtype, num_layers),
         vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.training.seq_length,
         pre_process=is_first_stage,

@@ -113,7 +113,7 @@ class SignalWatch:
         self._thread.start()
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # The handlers do nothing: C writes the signal's number to the pipe as it arrives.
-        self._handlers_before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         _watching.append(self)
 
     def stop(self) -> None:
@@ -143,10 +143,6 @@ class SignalWatch:
 
 #: The watch that is on, if any: what a forked child has to be rid of.
 _watching: list[SignalWatch] = []
-
-
-def _do_nothing(*_: object) -> None:
-    pass
 
 
 def _say(line: str) -> None:

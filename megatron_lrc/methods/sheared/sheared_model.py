@@ -10,7 +10,7 @@ Only tensors that have a mask multiplied into them are there twice. In a checkpo
 ordinary training, and the masks are beside it. `prune` cuts the model; then the stage is a `SingleModel`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,16 +98,15 @@ class ShearedModel(SingleModel):
     def compose(self) -> None:
         """W_S <- W * z, with masks drawn for this step."""
         if self.masks is not None:
-            self._z = self.masks.sampled()
-            self._compose()
+            self._compose(self.masks.sampled())
 
     def compose_for_evaluation(self) -> None:
         if self.masks is not None:
-            self._z = self.masks.likely()
-            self._compose()
+            self._compose(self.masks.likely())
 
     @torch.no_grad()
-    def _compose(self) -> None:
+    def _compose(self, z: Mapping[str, Tensor]) -> None:
+        self._z = z
         for trained in self._trained:
             self.overlap.parameter_is_needed(trained.parameter)
         for weight in self._masked:
