@@ -51,9 +51,7 @@ class VocabularyShard:
 @dataclass(frozen=True, slots=True)
 class HeadLossSettings:
     """lm, kl: weights of the losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
-
-    loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise.
-    """
+    loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise."""
 
     lm: float
     kl: float
@@ -285,9 +283,7 @@ def _gradient_of_both(
     temperature: float,
 ) -> None:
     """student_logits <- a exp(z_S) + b (exp(z_S/tau) - exp(z_T/tau)) - c exp(z_T/tau), a, b, c the scales.
-
-    scales: [3, n']. Overwrites the teacher's logits.
-    """
+    scales: [3, n']. Overwrites the teacher's logits."""
     lm_scale, excess_scale, warm_scale = scales.unsqueeze(2)
     student = student_logits.sub_(student_top.unsqueeze(1))
     teacher = teacher_logits.sub_(teacher_top.unsqueeze(1))

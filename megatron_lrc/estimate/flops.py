@@ -82,10 +82,8 @@ def head_flops(shape: ModelShape) -> float:
 def projection_flops(
     config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()
 ) -> float:
-    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded vocabulary's.
-
-    A tied student's matrix is composed at both ends of a pipeline.
-    """
+    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded
+    vocabulary's. A tied student's matrix is composed at both ends of a pipeline."""
     parallel = config.parallel
     elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * teacher.num_layers
     if LM_HEAD.name not in own:

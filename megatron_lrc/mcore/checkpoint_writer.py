@@ -106,10 +106,8 @@ class CheckpointWriter:
         self._pending = pending
 
     def finish(self) -> Path | None:
-        """Wait until every rank has written its files, and give the checkpoint its name; None if nothing is pending.
-
-        SaveFailed if it could not be written. What was there before is untouched then.
-        """
+        """Wait until every rank has written its files, and give the checkpoint its name; None if nothing is
+        pending. SaveFailed if it could not be written. What was there before is untouched then."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None

@@ -108,9 +108,7 @@ def stop_userbuffers(config: Config) -> None:
 
 def describe_kernels(config: Config, dtype: torch.dtype, trained: str) -> str | None:
     """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU.
-
-    trained: what the trained model is called, `student` or `model`.
-    """
+    trained: what the trained model is called, `student` or `model`."""
     if not uses_transformer_engine(config):
         return None
     compute, attention = config.compute, "its own" if uses_engine_attention(config, dtype) else "torch's"

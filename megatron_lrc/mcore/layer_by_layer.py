@@ -127,10 +127,8 @@ class LayerByLayer:
 def layer_by_layer(
     shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32
 ) -> Iterator[LayerByLayer]:
-    """A LayerByLayer, in megatron-core's process groups of a world of one, whatever torchrun's environment says.
-
-    Groups that there are already are used; what is made here is gone again afterwards.
-    """
+    """A LayerByLayer, in megatron-core's process groups of a world of one, whatever torchrun's environment
+    says. Groups that there are already are used; what is made here is gone again afterwards."""
     if parallel_state.model_parallel_is_initialized():
         assert dist.get_world_size() == 1, "one process computes a model by itself"
         yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)

@@ -31,10 +31,8 @@ GRADIENT_GROUPS: tuple[str, ...] = (*(site.name for site in LAYER_SITES), EMBED.
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares.
-
-    Where there is no teacher, `teacher` is the student's own shape.
-    """
+    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares. Where there is
+    no teacher, `teacher` is the student's own shape."""
 
     teacher: ModelShape
     student: ModelShape
@@ -92,10 +90,8 @@ class Trained:
 
 
 class TrainedWeights(nn.Module):
-    """What DDP wraps, where that is not a whole model: a module `first`, if any, then single parameters.
-
-    DDP fills its buckets from the last parameter to the first, so the order is that of the forward pass.
-    """
+    """What DDP wraps, where that is not a whole model: a module `first`, if any, then single parameters. DDP
+    fills its buckets from the last parameter to the first, so the order is that of the forward pass."""
 
     def __init__(self, own: Iterable[Trained], first: nn.Module | None = None):
         super().__init__()
@@ -196,9 +192,7 @@ class PipelineStage(nn.Module, ABC):
 
     def after_step(self, gradient_scale: Tensor) -> None:
         """Called when the optimizer has taken a step, which some steps skip: step what it does not know of.
-
-        gradient_scale: fp64 scalar, which makes the mean gradient of a sum over tokens. Collective.
-        """
+        gradient_scale: fp64 scalar, which makes the mean gradient of a sum over tokens. Collective."""
 
     def record(self) -> dict[str, Any]:
         """Fields of its own in a logged step's record."""

@@ -50,9 +50,7 @@ class OwnTime:
 
 def find_slowest(times: Sequence[OwnTime]) -> dict[str, Any] | None:
     """The rank that is furthest above the median of its peers, as a record's field; None for a single rank.
-
-    Seconds are per step; `percent_over` is how much more own time it took than that median.
-    """
+    Seconds are per step; `percent_over` is how much more own time it took than that median."""
     if len(times) < 2:
         return None
 

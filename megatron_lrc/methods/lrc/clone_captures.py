@@ -72,9 +72,7 @@ class Place:
 
 class CloneLosses(LayerLosses):
     """The clone losses of one stage. Micro-batches pass one after the other: `begin`, both models, `end`.
-
-    terms_of: names, of `terms`, of the losses that are on in a layer (global, from 0).
-    """
+    terms_of: names, of `terms`, of the losses that are on in a layer (global, from 0)."""
 
     terms = CLONE_TERMS
 

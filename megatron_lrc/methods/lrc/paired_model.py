@@ -100,10 +100,8 @@ class PairedModel(PipelineStage):
 
     @torch.no_grad()
     def open(self, own: frozenset[str]) -> None:
-        """From now on these of the student's matrices are its own, with the values that they have now.
-
-        What trains is new, and so has to be whatever trains it.
-        """
+        """From now on these of the student's matrices are its own, with the values that they have now. What
+        trains is new, and so has to be whatever trains it."""
         self._compose_now()
         before = self.projections
         renew_parameters(self.student)
@@ -219,9 +217,7 @@ class PairedModel(PipelineStage):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `find_documents`' documents if wanted.
-
-        Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens.
-        """
+        Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens."""
         token_weight = batch["loss_mask"].t().contiguous()
         self.layer_losses.begin(token_weight)
         teacher_in, student_in = self._split_input()
