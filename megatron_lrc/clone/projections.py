@@ -203,10 +203,8 @@ class Projections(nn.Module):
     @torch.no_grad()
     def pull_back(self, weights: Sequence[ClonedWeight]) -> None:
         """dP += f^T(W_T, dW_S), for every weight of which that is not done in this step, with what the clone
-        targets have gathered. Each P has one weight on a stage.
-
-        From the last matrix to the first: in this order megatron-core's DDP fills its buckets.
-        """
+        targets have gathered. Each P has one weight on a stage. From the last matrix to the first: in this
+        order megatron-core's DDP fills its buckets."""
         for weight in reversed(weights):
             if not weight.is_own and not self.overlap.is_pulled_back(weight.projection):
                 self.pull_back_one(weight)

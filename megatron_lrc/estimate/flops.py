@@ -94,11 +94,9 @@ def projection_flops(
 
 
 def _clone_flops(method: Method, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:
-    """(forward, backward) FLOPs per token of the clone loss's products, all layers together.
-
-    Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the
-    student's attention from the teacher's o, which is frozen.
-    """
+    """(forward, backward) FLOPs per token of the clone loss's products, all layers together. Backward reaches
+    one factor of each: P from the teacher's output, which itself has no gradient; the student's attention
+    from the teacher's o, which is frozen."""
     loss, forward, backward = method.config.loss, 0.0, 0.0
     target = 2.0 * teacher.hidden_size * student.hidden_size
     for layer in range(teacher.num_layers):

@@ -150,7 +150,6 @@ class StageOptimizer:
         return is_dynamic and self._training.min_loss_scale < loss_scale
 
     def zero_grad(self) -> None:
-        """Empty the gradient buffers."""
         for replica in self.replicas:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()

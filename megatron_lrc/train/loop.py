@@ -92,10 +92,10 @@ class Trainer:
         elif checked.weights_from:
             load_weights(checked.weights_from, stages, optimizer)
         self.guard = Guard(config, self.state, stages)
-        at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
-        self.run = Run(self.method, groups, stages, optimizer, self.global_batch_size // at_once)
+        num_microbatches = config.num_microbatches(distributed.world_size())
+        self.run = Run(self.method, groups, stages, optimizer, num_microbatches)
         # A run may also continue another one's checkpoint.
         save, resume_from = config.checkpoint.save, checked.resume_from
         is_same_run = save and resume_from and resume_from.parent.resolve() == Path(save).resolve()
@@ -276,7 +276,6 @@ class Trainer:
     def _open_log(self) -> RunLog | None:
         if not self.groups.is_main_rank:
             return None
-        save = self.config.checkpoint.save
         log = RunLog(
             self.config,
             self._throughput(),
@@ -284,20 +283,14 @@ class Trainer:
             checkpoint=self._started_from,
             world_size=distributed.world_size(),
         )
-        if save:
-            save_yaml(self.config, Path(save) / CONFIG_FILE)
+        if self.config.checkpoint.save:
+            save_yaml(self.config, Path(self.config.checkpoint.save) / CONFIG_FILE)
         return log
 
     def _throughput(self) -> Throughput:
-        shapes, peak = self.run.stages[0].shapes, peak_tflops(self.config, self.groups.device)
-        return Throughput(
-            self.config,
-            shapes.teacher,
-            shapes.student,
-            world_size=distributed.world_size(),
-            peak=peak,
-            has_changed=self._has_changed,
-        )
+        shapes, world_size = self.run.stages[0].shapes, distributed.world_size()
+        models, peak = (shapes.teacher, shapes.student), peak_tflops(self.config, self.groups.device)
+        return Throughput(self.config, *models, world_size=world_size, peak=peak, has_changed=self._has_changed)
 
     def _announce(self, checked: Checked) -> None:
         """The lines at a run's start: what differs from the defaults, both models, the layout."""

@@ -34,7 +34,6 @@ class Saving:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's files are being written."""
         return self._writer is not None and self._writer.is_writing
 
     def after_step(self, votes: Votes) -> None:

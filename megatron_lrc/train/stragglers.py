@@ -103,16 +103,12 @@ class Stragglers:
         if not self.is_on:
             yield from batches
             return
-        iterator = iter(batches)
-        while True:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        wall, cpu = time.perf_counter(), time.thread_time()
+        for batch in batches:
             self._data += time.perf_counter() - wall
             self._cpu_of_data += time.thread_time() - cpu
             yield batch
+            wall, cpu = time.perf_counter(), time.thread_time()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -89,7 +89,12 @@ class Masks:
 
     def sampled(self) -> Mapping[str, Tensor]:
         """Name -> the z [size] of this step, fp64; the same however often it is asked for."""
-        return self._draw()[0]
+        step = self.steps
+        if self._drawn is None or self._drawn[0] != step:
+            numbers = [self._numbers(mask, step) for mask in self.masks]
+            z, slope = sample(self.log_alpha, torch.cat(numbers).to(self.log_alpha.device))
+            self._drawn = step, self.by_mask(z), self.by_mask(slope)
+        return self._drawn[1]
 
     def likely(self) -> Mapping[str, Tensor]:
         """Name -> the z [size] that stands for each mask where nothing is drawn."""
@@ -100,14 +105,6 @@ class Masks:
         scores = self.by_mask(self.log_alpha)
         best = {name: part.sort(descending=True, stable=True).indices for name, part in scores.items()}
         return {mask.name: best[mask.name][: mask.target].sort().values for mask in self.masks}
-
-    def _draw(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        step = self.steps
-        if self._drawn is None or self._drawn[0] != step:
-            numbers = [self._numbers(mask, step) for mask in self.masks]
-            z, slope = sample(self.log_alpha, torch.cat(numbers).to(self.log_alpha.device))
-            self._drawn = step, self.by_mask(z), self.by_mask(slope)
-        return self._drawn[1:]
 
     def _numbers(self, mask: Mask, step: int) -> Tensor:
         """From (0, 1), fp64 [size], on CPU."""
