@@ -126,26 +126,16 @@ def candidates(config: Config, teacher: ModelShape, world_size: int) -> Iterator
     pipeline = [size for size in divisors(world_size) if size <= teacher.num_layers]
     context = [size for size in divisors(world_size) if size <= 8]
     for tp, pp, cp, micro_batch in itertools.product(tensor, pipeline, context, MICRO_BATCHES):
-        layout = _laid_out(config, tp, pp, cp, micro_batch)
+        sizes = dict(zip(SIZES, (tp, pp, cp), strict=True))
+        parallel = replace(config.parallel, **sizes, sequence_parallel=tp > 1)
+        parallel = replace(parallel, recompute_method="uniform", recompute_num_layers=1)
+        training = replace(config.training, micro_batch_size=micro_batch)
+        layout = replace(config, parallel=parallel, training=training)
         if not _is_allowed(layout, teacher, world_size):
             continue
         shardings = (True, False) if world_size > tp * pp else (False,)
         for recompute, is_sharded in itertools.product(RECOMPUTATION, shardings):
-            parallel = replace(layout.parallel, **recompute, use_distributed_optimizer=is_sharded)
-            yield replace(layout, parallel=parallel)
-
-
-def _laid_out(config: Config, tp: int, pp: int, cp: int, micro_batch: int) -> Config:
-    parallel = replace(
-        config.parallel,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        sequence_parallel=tp > 1,
-        recompute_method="uniform",
-        recompute_num_layers=1,
-    )
-    return replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=micro_batch))
+            yield replace(layout, parallel=replace(parallel, **recompute, use_distributed_optimizer=is_sharded))
 
 
 def _is_allowed(config: Config, teacher: ModelShape, world_size: int) -> bool:

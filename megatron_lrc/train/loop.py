@@ -19,7 +19,7 @@ from megatron_lrc.mcore.kernels import (
     start_userbuffers,
     stop_userbuffers,
 )
-from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
@@ -84,7 +84,7 @@ class Trainer:
             has_changed=self._has_changed,
         )
         stages = self.method.build_stages(materials)
-        optimizer = build_optimizer(self._config_of_phase, stages, groups)
+        optimizer = StageOptimizer(self._config_of_phase, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
             # No step has been taken since the method changed what is trained.
@@ -188,7 +188,7 @@ class Trainer:
         before = self.run.optimizer
         before.await_parameters()
         self.method.change(self.run.stages)
-        self.run.optimizer = build_optimizer(self._config_of_phase, self.run.stages, self.groups)
+        self.run.optimizer = StageOptimizer(self._config_of_phase, self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=self.method.keeps_moments)
         del before
         collect_everything()
@@ -202,8 +202,7 @@ class Trainer:
 
     def _look_at(self, report: StepReport) -> None:
         """Say why a step was skipped; after too many in a row save what there is and stop."""
-        line = self.guard.look_at(report)
-        if line:
+        if line := self.guard.look_at(report):
             self._say(line)
         if self.guard.is_over:
             self.saving.save_last()
