@@ -19,7 +19,6 @@ DEFAULT_MFU = 0.35
 LINK_EFFICIENCY = 0.7
 #: Bytes per second and direction between nodes, for each GPU: one 400 Gbit/s adapter. Assumed.
 NODE_LINK = 50e9
-
 SECONDS_PER_DAY = 86400.0
 
 

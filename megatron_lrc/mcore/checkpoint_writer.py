@@ -164,10 +164,9 @@ class CheckpointWriter:
             except OSError as error:
                 answer[1] = reason(error)
         dist.broadcast_object_list(answer, src=0)
-        value, failure = answer
-        if failure is not None:
-            raise SaveFailed(failure)
-        return value
+        if answer[1] is not None:
+            raise SaveFailed(answer[1])
+        return answer[0]
 
 
 def _with_indices(bucket: Any) -> Bucket:

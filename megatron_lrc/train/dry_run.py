@@ -91,8 +91,7 @@ def describe_layout(config: Config, world_size: int) -> Iterator[str]:
     training = config.training
     assert training.global_batch_size is not None
     yield f"layout: {config.describe_layout(world_size, f'{world_size} GPUs')}"
-    tokens = training.global_batch_size * training.seq_length
-    steps = training.train_iters
+    tokens, steps = training.global_batch_size * training.seq_length, training.train_iters
     yield f"training: {steps} steps of {tokens} tokens, {steps * tokens / 1e9:.3f}B in all"
 
 

@@ -63,7 +63,6 @@ class Stopping:
 
     @property
     def is_asked(self) -> bool:
-        """Whether to stop now."""
         return self._is_at_exit_step or any(self._heard)
 
     @property

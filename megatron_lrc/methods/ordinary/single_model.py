@@ -41,7 +41,6 @@ class SingleModel(PipelineStage):
         self._build(shapes)
 
     def _build(self, shapes: Shapes) -> None:
-        """Make the model, its weights not yet set."""
         self.shapes = shapes
         self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
         self.config = copy.copy(self.student.config)
