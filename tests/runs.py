@@ -10,8 +10,10 @@ from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, validate
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
-from megatron_lrc.train.metrics import MEASURED
 from ranks import run_ranks
+
+#: What differs between two runs that compute the same.
+MEASURED = ("time", "step_seconds", "tokens_per_second", "tflops", "mfu", "memory_gib", "straggler")
 
 
 def make_config(teacher: str, data: str, run: Path, *, steps: int) -> Config:

@@ -17,10 +17,8 @@ Result = TypeVar("Result")
 
 
 def fused_on_cuda(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`function` of tensors, through torch.compile where the first is on a GPU.
-
-    Where the compiler cannot be used (no Triton, no C compiler) a warning says so once, and the function runs as it is.
-    """
+    """`function` of tensors, through torch.compile where the first is on a GPU. Where the compiler cannot be
+    used (no Triton, no C compiler) a warning says so once, and the function runs as it is."""
     compiled: Callable[Arguments, Result] | None = None
     is_refused = False
 

@@ -19,16 +19,14 @@ from torch import Tensor
 
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.clone.seeds import generator_of
-from megatron_lrc.clone.sites import EMBED, LM_HEAD
+from megatron_lrc.clone.sites import LM_HEAD
 
 
 def norm_before(projection: str) -> str | None:
     """Name of the norm whose gain acts in front of the matrix that `projection` generates; None if there is none."""
     if projection == LM_HEAD.name:
         return "final"
-    if projection == EMBED.name:
-        return None
-    prefix, site = projection.rsplit(".", 1)
+    prefix, _, site = projection.rpartition(".")
     kind = {"q": "input", "k": "input", "v": "input", "gate": "post", "up": "post"}.get(site)
     return f"{prefix}.{kind}" if kind else None
 

@@ -23,10 +23,7 @@ class Overlap:
         """The gradient of a trained parameter is complete but for the data-parallel sum, which may begin."""
 
     def watch_weights(
-        self,
-        weights: Mapping[str, nn.Parameter],
-        with_target: Collection[str],
-        pull_back: Callable[[str], None],
+        self, weights: Mapping[str, nn.Parameter], with_target: Collection[str], pull_back: Callable[[str], None]
     ) -> None:
         """Find out in each step when backward has completed a dW_S, and `pull_back` it then if that is of use.
 

@@ -14,7 +14,7 @@ The clone loss projects the teacher's o and down outputs with the same P. That u
 Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,39 +180,31 @@ class Projections(nn.Module):
     def compose(self, weights: Iterable[ClonedWeight]) -> None:
         """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is not its own; and the
         targets, whose gradients are forgotten."""
-        for weight in self._without_what_stays(weights):
-            self.overlap.parameter_is_needed(self.matrix(weight.projection))
-            projection = self.full(weight.projection)
+        # Targets of projections that are fixed stay as the first composition has made them.
+        self._targets = {name: leaf for name, leaf in self._targets.items() if not self.matrix(name).requires_grad}
+        fixed = set(self._targets)
+        for weight in weights:
+            name = weight.projection
+            is_target = name in self._are_detached and name not in fixed
+            if weight.is_own and not is_target:
+                continue
+            self.overlap.parameter_is_needed(self.matrix(name))
+            projection = self.full(name)
             if not weight.is_own:
                 student = select(weight.site, weight.student, weight.heads)
                 teacher = select(weight.site, weight.teacher, weight.heads)
                 student.copy_(compose(weight.site, teacher, projection))
-            if weight.projection in self._are_detached:
-                self._renew_target(weight.projection, projection)
-
-    def _without_what_stays(self, weights: Iterable[ClonedWeight]) -> Iterator[ClonedWeight]:
-        """The weights whose P is to be read: not the student's own, nor targets of fixed projections, which
-        stay as the first composition has made them."""
-        fixed = {name for name in self._targets if not self.matrix(name).requires_grad}
-        self._targets = {name: self._targets[name] for name in fixed}
-        for weight in weights:
-            is_target = weight.projection in self._are_detached and weight.projection not in fixed
-            if is_target or not weight.is_own:
-                yield weight
-
-    def _renew_target(self, name: str, projection: Tensor) -> None:
-        self._targets[name] = leaf = projection.detach()
-        if not self._are_detached[name]:
-            accumulate_in_fp32(leaf.requires_grad_())
-            self.overlap.watch_target(name, leaf)
+            if is_target:
+                self._targets[name] = leaf = projection.detach()
+                if not self._are_detached[name]:
+                    accumulate_in_fp32(leaf.requires_grad_())
+                    self.overlap.watch_target(name, leaf)
 
     @torch.no_grad()
     def pull_back(self, weights: Sequence[ClonedWeight]) -> None:
         """dP += f^T(W_T, dW_S), for every weight of which that is not done in this step, with what the clone
-        targets have gathered. Each P has one weight on a stage.
-
-        From the last matrix to the first: in this order megatron-core's DDP fills its buckets.
-        """
+        targets have gathered. Each P has one weight on a stage. From the last matrix to the first: in this
+        order megatron-core's DDP fills its buckets."""
         for weight in reversed(weights):
             if not weight.is_own and not self.overlap.is_pulled_back(weight.projection):
                 self.pull_back_one(weight)

@@ -51,9 +51,7 @@ class VocabularyShard:
 @dataclass(frozen=True, slots=True)
 class HeadLossSettings:
     """lm, kl: weights of the losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
-
-    loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise.
-    """
+    loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise."""
 
     lm: float
     kl: float
@@ -64,9 +62,9 @@ class HeadLossSettings:
 
 def lm_and_kl_loss(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     student_head: Tensor,
-    teacher_head: Tensor,
+    teacher_head: Tensor | None,
     labels: Tensor,
     token_weight: Tensor,
     *,
@@ -79,26 +77,11 @@ def lm_and_kl_loss(
     agree: KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest.
     What is not computed is 0; so is the teacher's part in training without KL, which has no use for it.
 
-    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: own rows.
+    student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: own rows. Without a
+    teacher its arguments are None, and settings.kl is 0.
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
     models = (student_hidden, student_head, teacher_hidden, teacher_head)
-    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
-
-
-def lm_loss(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    token_weight: Tensor,
-    *,
-    shard: VocabularyShard,
-    chunk_tokens: int,
-    loss_scale: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(L_LM, the sums [L_LM, 0, 0, 0, 0]), over weighted tokens, of one model; else as `lm_and_kl_loss`."""
-    settings = HeadLossSettings(1.0, 0.0, temperature=1.0, chunk_tokens=chunk_tokens, loss_scale=loss_scale)
-    models = (hidden, head, None, None)
     return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
 
 
@@ -121,8 +104,9 @@ class _LmAndKl(torch.autograd.Function):
         weight = token_weight.to(wide)
         needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
-        num_filled = shard.num_valid if len(labels) else 0
-        head_grad = _empty_gradient(student_head, num_filled, wide) if needs_grad else None
+        head_grad = torch.empty_like(student_head, dtype=wide) if needs_grad else None
+        if head_grad is not None:  # rows of tokens are filled below
+            head_grad[shard.num_valid if len(labels) else 0 :].zero_()
         is_teacher_wanted = settings.kl or not needs_grad
         sums = weight.new_zeros(5)
         for start in range(0, len(labels), settings.chunk_tokens):
@@ -166,13 +150,6 @@ class _LmAndKl(torch.autograd.Function):
             hidden_grad.mul_(factor)
             head_grad.mul_(factor)
         return hidden_grad, head_grad.to(hidden_grad.dtype), *[None] * 7
-
-
-def _empty_gradient(head: Tensor, num_filled: int, dtype: torch.dtype) -> Tensor:
-    """[v, d], of which the first rows are to be filled; zero from there on."""
-    gradient = torch.empty_like(head, dtype=dtype)
-    gradient[num_filled:].zero_()
-    return gradient
 
 
 #: Logits of one model that are worked on at once on CPU: temporaries of 1 MiB stay in the processor's cache.
@@ -306,9 +283,7 @@ def _gradient_of_both(
     temperature: float,
 ) -> None:
     """student_logits <- a exp(z_S) + b (exp(z_S/tau) - exp(z_T/tau)) - c exp(z_T/tau), a, b, c the scales.
-
-    scales: [3, n']. Overwrites the teacher's logits.
-    """
+    scales: [3, n']. Overwrites the teacher's logits."""
     lm_scale, excess_scale, warm_scale = scales.unsqueeze(2)
     student = student_logits.sub_(student_top.unsqueeze(1))
     teacher = teacher_logits.sub_(teacher_top.unsqueeze(1))

@@ -44,19 +44,17 @@ def traffic(stage: Stage, *, world_size: int) -> Traffic:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     e, num_microbatches = bytes_per_element(config), config.num_microbatches(world_size)
     tokens = config.training.micro_batch_size * config.training.seq_length / cp
-
+    widths = stage.teacher.hidden_size + stage.student.hidden_size
+    # Of a micro-batch each chunk's result goes forward, but the last one's; its gradient back, but the first's.
+    sends = 2 * len(stage.layers) - stage.is_first - stage.is_last
     return Traffic(
         tensor=num_microbatches * _activations(stage, tokens) * (tp - 1) / tp,
         projections=_projections(stage) * (tp - 1) / tp,
         context=num_microbatches * _keys_and_values(stage, tokens) * (cp - 1),
-        pipeline=num_microbatches * _neighbours(stage) * tokens * _widths(stage) * e / tp,
+        pipeline=num_microbatches * sends * tokens * widths * e / tp,
         data=_gradients(stage, config.data_parallel_size(world_size) * cp),
         ends=_tied(stage),
     )
-
-
-def _widths(stage: Stage) -> int:
-    return stage.teacher.hidden_size + stage.student.hidden_size
 
 
 def _activations(stage: Stage, tokens: float) -> float:
@@ -100,11 +98,6 @@ def _keys_and_values(stage: Stage, tokens: float) -> float:
     """A rank's own keys and values in one micro-batch: the teacher's once, the student's forward and backward."""
     features = 2 * stage.teacher.num_query_groups * stage.teacher.head_dim / stage.tp
     return 3 * tokens * features * bytes_per_element(stage.config) * stage.num_layers
-
-
-def _neighbours(stage: Stage) -> int:
-    """Sends of a micro-batch: each chunk's result forward, but the last one's; its gradient back, but the first's."""
-    return 2 * len(stage.layers) - stage.is_first - stage.is_last
 
 
 def _gradients(stage: Stage, replicas: int) -> float:

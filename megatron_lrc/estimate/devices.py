@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from megatron_lrc.config import ConfigError
 
 GIB = 2**30
-
 #: GPUs in one machine, joined by NVLink: the usual server.
 GPUS_PER_NODE = 8
-
 DEFAULT_GPU = "H100-80GB"
 
 #: Words in a device's name -> peak dense TFLOP/s in (bf16 and fp16, fp32 without TF32), by NVIDIA's data sheets; the

@@ -82,25 +82,21 @@ def head_flops(shape: ModelShape) -> float:
 def projection_flops(
     config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()
 ) -> float:
-    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded vocabulary's.
-
-    A tied student's matrix is composed at both ends of a pipeline.
-    """
+    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded
+    vocabulary's. A tied student's matrix is composed at both ends of a pipeline."""
     parallel = config.parallel
     elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * teacher.num_layers
-    if LM_HEAD.name in own:
-        return 2 * 2.0 * elements * student.hidden_size
-    ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
-    elements += ends * padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size) * teacher.hidden_size
+    if LM_HEAD.name not in own:
+        ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
+        rows = padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size)
+        elements += ends * rows * teacher.hidden_size
     return 2 * 2.0 * elements * student.hidden_size
 
 
 def _clone_flops(method: Method, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:
-    """(forward, backward) FLOPs per token of the clone loss's products, all layers together.
-
-    Backward reaches one factor of each: P from the teacher's output, which itself has no gradient; the
-    student's attention from the teacher's o, which is frozen.
-    """
+    """(forward, backward) FLOPs per token of the clone loss's products, all layers together. Backward reaches
+    one factor of each: P from the teacher's output, which itself has no gradient; the student's attention
+    from the teacher's o, which is frozen."""
     loss, forward, backward = method.config.loss, 0.0, 0.0
     target = 2.0 * teacher.hidden_size * student.hidden_size
     for layer in range(teacher.num_layers):

@@ -4,7 +4,6 @@ Which layouts are allowed is asked of `layout_checks.py` and `validation.py`, so
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,8 +23,13 @@ from megatron_lrc.estimate.speed import SECONDS_PER_DAY, StepTime, step_time
 from megatron_lrc.methods import method_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-#: (--recompute-granularity, --recompute-modules)
-RECOMPUTATION = ((None, ["core_attn"]), ("selective", ["mlp"]), ("full", ["core_attn"]))
+#: How often a model is split, in which way.
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+RECOMPUTATION = (
+    {"recompute_granularity": None, "recompute_modules": ["core_attn"]},
+    {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    {"recompute_granularity": "full", "recompute_modules": ["core_attn"]},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,8 @@ class Plan:
     def flags(self) -> str:
         """What the search has chosen, as flags."""
         parallel, training = self.config.parallel, self.config.training
-        sizes = {
-            "--tensor-model-parallel-size": parallel.tensor_model_parallel_size,
-            "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
-            "--context-parallel-size": parallel.context_parallel_size,
-        }
-        chosen = [f"{flag} {size}" for flag, size in sizes.items() if size > 1]
+        sizes = {name: getattr(parallel, name) for name in SIZES}
+        chosen = [f"--{name.replace('_', '-')} {size}" for name, size in sizes.items() if size > 1]
         chosen += ["--sequence-parallel"] * parallel.sequence_parallel
         chosen += [f"--micro-batch-size {training.micro_batch_size}"]
         if parallel.recompute_granularity:
@@ -70,9 +70,7 @@ class Plan:
         """Everything, by plain names, for JSON. Bytes, seconds."""
         parallel, training = self.config.parallel, self.config.training
         return {
-            "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-            "context_parallel_size": parallel.context_parallel_size,
+            **{name: getattr(parallel, name) for name in SIZES},
             "data_parallel_size": self.config.data_parallel_size(self.world_size),
             "micro_batch_size": training.micro_batch_size,
             "num_microbatches": self.config.num_microbatches(self.world_size),
@@ -118,12 +116,8 @@ def find_plans(
 def _rank(plan: Plan) -> tuple:
     """By speed; what the estimate cannot tell apart (two digits) by how few things are split, then by memory."""
     parallel, speed = plan.config.parallel, float(f"{plan.time.tokens_per_second:.2g}")
-    splits = (
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.tensor_model_parallel_size,
-    )
-    return -speed, math.prod(splits), splits, plan.memory.total
+    tp, pp, cp = (getattr(parallel, size) for size in SIZES)
+    return -speed, tp * pp * cp, (cp, pp, tp), plan.memory.total
 
 
 def candidates(config: Config, teacher: ModelShape, world_size: int) -> Iterator[Config]:
@@ -132,35 +126,16 @@ def candidates(config: Config, teacher: ModelShape, world_size: int) -> Iterator
     pipeline = [size for size in divisors(world_size) if size <= teacher.num_layers]
     context = [size for size in divisors(world_size) if size <= 8]
     for tp, pp, cp, micro_batch in itertools.product(tensor, pipeline, context, MICRO_BATCHES):
-        layout = _laid_out(config, tp, pp, cp, micro_batch)
+        sizes = dict(zip(SIZES, (tp, pp, cp), strict=True))
+        parallel = replace(config.parallel, **sizes, sequence_parallel=tp > 1)
+        parallel = replace(parallel, recompute_method="uniform", recompute_num_layers=1)
+        training = replace(config.training, micro_batch_size=micro_batch)
+        layout = replace(config, parallel=parallel, training=training)
         if not _is_allowed(layout, teacher, world_size):
             continue
-        replicas = world_size // (tp * pp)
-        for (granularity, modules), is_sharded in itertools.product(
-            RECOMPUTATION, (True, False) if replicas > 1 else (False,)
-        ):
-            yield replace(
-                layout,
-                parallel=replace(
-                    layout.parallel,
-                    recompute_granularity=granularity,
-                    recompute_modules=modules,
-                    use_distributed_optimizer=is_sharded,
-                ),
-            )
-
-
-def _laid_out(config: Config, tp: int, pp: int, cp: int, micro_batch: int) -> Config:
-    parallel = replace(
-        config.parallel,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        sequence_parallel=tp > 1,
-        recompute_method="uniform",
-        recompute_num_layers=1,
-    )
-    return replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=micro_batch))
+        shardings = (True, False) if world_size > tp * pp else (False,)
+        for recompute, is_sharded in itertools.product(RECOMPUTATION, shardings):
+            yield replace(layout, parallel=replace(parallel, **recompute, use_distributed_optimizer=is_sharded))
 
 
 def _is_allowed(config: Config, teacher: ModelShape, world_size: int) -> bool:

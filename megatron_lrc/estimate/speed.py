@@ -5,11 +5,10 @@ Communication counts as not overlapped with computation, as without the --overla
 more forward pass of the student's and the teacher's recomputed blocks.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_lrc.config import Config, ModelShape
-from megatron_lrc.estimate.communication import Traffic, traffic
+from megatron_lrc.estimate.communication import traffic
 from megatron_lrc.estimate.devices import GPUS_PER_NODE, Gpu
 from megatron_lrc.estimate.flops import head_flops, layer_flops, step_flops
 from megatron_lrc.estimate.stage import Stage, stages_of
@@ -20,7 +19,6 @@ DEFAULT_MFU = 0.35
 LINK_EFFICIENCY = 0.7
 #: Bytes per second and direction between nodes, for each GPU: one 400 Gbit/s adapter. Assumed.
 NODE_LINK = 50e9
-
 SECONDS_PER_DAY = 86400.0
 
 
@@ -64,7 +62,7 @@ def step_time(
     return StepTime(
         compute=per_gpu + flops.projections / world_size / speed,
         bubble=bubble + slowest - per_gpu,
-        communication=_communication(stages_of(config, teacher, student), world_size, gpu),
+        communication=max(_communication(stage, world_size, gpu) for stage in stages_of(config, teacher, student)),
         tokens=training.global_batch_size * training.seq_length,
     )
 
@@ -92,13 +90,9 @@ def _imbalance(config: Config, teacher: ModelShape, student: ModelShape) -> floa
     return max(work) / (sum(work) / len(work))
 
 
-def _communication(stages: Iterable[Stage], world_size: int, gpu: Gpu) -> float:
-    """Seconds of the collectives and sends of the rank that has most of them: volume over the speed of the link that
-    the group crosses."""
-    return max(_seconds(stage, traffic(stage, world_size=world_size), world_size, gpu) for stage in stages)
-
-
-def _seconds(stage: Stage, sent: Traffic, world_size: int, gpu: Gpu) -> float:
+def _communication(stage: Stage, world_size: int, gpu: Gpu) -> float:
+    """Seconds of a rank's collectives and sends: volume over the speed of the link that the group crosses."""
+    sent = traffic(stage, world_size=world_size)
     parallel = stage.config.parallel
     tp = parallel.tensor_model_parallel_size
     with_cp = tp * parallel.context_parallel_size

@@ -41,17 +41,14 @@ class Stage:
         return self.rank == self.config.parallel.pipeline_model_parallel_size - 1
 
     @property
-    def has_whole_model(self) -> bool:
-        """Both ends in one module, so that a tied head is the embedding itself and not a copy."""
-        return self.is_first and self.is_last and self.config.num_chunks == 1
-
-    @property
     def vocab_rows(self) -> int:
         return padded_vocab_size(self.teacher.vocab_size, self.tp) // self.tp
 
     def num_ends(self, shape: ModelShape) -> int:
         """Matrices of the size of the embedding that are held of a model: 0, 1 or 2."""
-        return self.is_first + self.is_last - (shape.is_tied and self.has_whole_model)
+        # With both ends in one module a tied head is the embedding itself and not a copy.
+        has_whole_model = self.is_first and self.is_last and self.config.num_chunks == 1
+        return self.is_first + self.is_last - (shape.is_tied and has_whole_model)
 
     def site_elements(self, site: Site, shape: ModelShape) -> int:
         """Of one matrix, on this rank."""

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 def find_documents(position_ids: Tensor) -> Tensor:
     """[documents, 3], int64 on the CPU: (row, first token, end) of each document in a batch, in order.
-
-    position_ids: [b, s], of the whole sequence, 0 at the first token of each document and only there.
-    """
+    position_ids: [b, s], of the whole sequence, 0 at the first token of each document and only there."""
     starts = (position_ids == 0).nonzero().cpu()  # the host has to know how many there are
     first, length = starts[:, 1], position_ids.shape[1]
     end = first.roll(-1).where(first.roll(-1) > 0, length)  # the next document's start, or the row's end
@@ -127,9 +125,7 @@ class ScaledDotProductAttention(nn.Module):
 
 class RotaryByPosition(nn.Module):
     """RoPE by the position ids that a GPTModel is called with, which megatron-core's own does not look at.
-
-    Takes the place of the model's `rotary_pos_emb`, whose table it reads.
-    """
+    Takes the place of the model's `rotary_pos_emb`, whose table it reads."""
 
     def __init__(self, model: GPTModel):
         super().__init__()

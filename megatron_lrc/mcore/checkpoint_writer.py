@@ -84,11 +84,6 @@ class CheckpointWriter:
         self._is_checked = False
 
     @property
-    def is_pending(self) -> bool:
-        """Whether a save was started and not finished."""
-        return self._pending is not None
-
-    @property
     def is_writing(self) -> bool:
         """Whether this rank's files are still being written. Does not wait."""
         return self._background is not None and self._background.is_writing
@@ -111,10 +106,8 @@ class CheckpointWriter:
         self._pending = pending
 
     def finish(self) -> Path | None:
-        """Wait until every rank has written its files, and give the checkpoint its name; None if nothing is pending.
-
-        SaveFailed if it could not be written. What was there before is untouched then.
-        """
+        """Wait until every rank has written its files, and give the checkpoint its name; None if nothing is
+        pending. SaveFailed if it could not be written. What was there before is untouched then."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -124,16 +117,15 @@ class CheckpointWriter:
         outcome, sums = pending.written
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (outcome if isinstance(outcome, str) else None, sums))
-        failure = next((error for error, _ in everyone if error), None)
-        if failure is None:
-            failure = self._write_index(pending, outcome)
-        if failure is None:
-            all_sums = {name: found for _, part in everyone for name, found in part.items()}
-            failure = self._publish(pending, all_sums)
-        if failure is not None:
+        try:
+            if failure := next((error for error, _ in everyone if error), None):
+                raise SaveFailed(failure)
+            self._write_index(pending, outcome)
+            self._publish(pending, {name: found for _, part in everyone for name, found in part.items()})
+        except (SaveFailed, CheckpointException) as error:
             if self._groups.is_main_rank:
                 shutil.rmtree(pending.partial, ignore_errors=True)
-            raise SaveFailed(f"step {pending.state.step} could not be saved: {failure}")
+            raise SaveFailed(f"step {pending.state.step} could not be saved: {error}") from None
         return pending.final
 
     def close(self) -> None:
@@ -141,19 +133,15 @@ class CheckpointWriter:
         if self._background is not None:
             self._background.close()
 
-    def _write_index(self, pending: _Pending, outcome: object) -> str | None:
+    def _write_index(self, pending: _Pending, outcome: object) -> None:
         """megatron-core's part of finishing: the index, from what all ranks have written."""
         if self._groups.is_main_rank:
             (pending.partial / RESERVE_FILE).unlink(missing_ok=True)
         pending.index_results.put(outcome)
-        try:
-            for finalize in pending.finalize:
-                finalize()
-        except CheckpointException as error:
-            return str(error)
-        return None
+        for finalize in pending.finalize:
+            finalize()
 
-    def _publish(self, pending: _Pending, sums: dict[str, FileSum]) -> str | None:
+    def _publish(self, pending: _Pending, sums: dict[str, FileSum]) -> None:
         checkpoint = self._config.checkpoint
 
         def publish_and_remove() -> None:
@@ -165,11 +153,7 @@ class CheckpointWriter:
                 retain_interval=checkpoint.save_retain_interval,
             )
 
-        try:
-            self._on_main_rank(publish_and_remove)
-        except SaveFailed as error:
-            return str(error)
-        return None
+        self._on_main_rank(publish_and_remove)
 
     def _on_main_rank(self, function: Callable[[], T]) -> T:
         """What `function` returns there, on every rank; SaveFailed on every rank if it raises OSError. Collective."""
@@ -180,10 +164,9 @@ class CheckpointWriter:
             except OSError as error:
                 answer[1] = reason(error)
         dist.broadcast_object_list(answer, src=0)
-        value, failure = answer
-        if failure is not None:
-            raise SaveFailed(failure)
-        return value
+        if answer[1] is not None:
+            raise SaveFailed(answer[1])
+        return answer[0]
 
 
 def _with_indices(bucket: Any) -> Bucket:

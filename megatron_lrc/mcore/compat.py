@@ -41,13 +41,12 @@ def owned_range(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> 
     DistributedOptimizer: the range whose state this rank holds, None if that is empty; after a reduce-scatter
     nothing else in the buffer is complete. Otherwise every rank has all of it, and the first one counts it.
     """
-    sharded = [single for single in chained_optimizers(optimizer) if hasattr(single, "model_param_gbuf_map")]
-    for single in sharded:
-        if parameter in single.model_param_gbuf_map:
+    for single in chained_optimizers(optimizer):
+        if parameter in getattr(single, "model_param_gbuf_map", {}):
             owned = single._get_model_param_range_map(parameter)["param"]
             return slice(owned.start, owned.end)
     is_first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    return slice(None) if is_first and not sharded else None
+    return slice(None) if is_first and not is_sharded(optimizer) else None
 
 
 def is_sharded(optimizer: MegatronOptimizer) -> bool:

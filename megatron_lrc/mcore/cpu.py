@@ -112,11 +112,9 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_TOP_PAD = -4, -1, -2
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what is freed for the next allocation, as CUDA's allocator does.
-
-    By default glibc maps every large block anew and gives it back, so that each activation starts with page
-    faults, which cost much on virtual machines. Other C libraries, and whoever has set MALLOC_*, are let alone.
-    """
+    """Have malloc keep what is freed for the next allocation, as CUDA's allocator does. By default glibc maps
+    every large block anew and gives it back, so that each activation starts with page faults, which cost much
+    on virtual machines. Other C libraries, and whoever has set MALLOC_*, are let alone."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(AttributeError, OSError):

@@ -6,6 +6,7 @@ the same.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,10 +34,9 @@ def scaling_state(stages: Sequence[PipelineStage]) -> dict[str, Tensor]:
                 if not module.fp8_meta_tensors_initialized:  # no pass has been made yet
                     with get_fp8_context(config):
                         module.init_fp8_metadata(num_gemms=1)
-                for direction in ("scaling_fwd", "scaling_bwd"):
-                    for name in ("scale", "amax_history"):
-                        tensor = getattr(module.fp8_meta[direction], name)
-                        state[f"fp8.layers.{index}.{linear}.{direction}.{name}"] = tensor
+                for direction, name in itertools.product(("scaling_fwd", "scaling_bwd"), ("scale", "amax_history")):
+                    tensor = getattr(module.fp8_meta[direction], name)
+                    state[f"fp8.layers.{index}.{linear}.{direction}.{name}"] = tensor
     return state
 
 

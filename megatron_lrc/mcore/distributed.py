@@ -58,23 +58,19 @@ def world_size() -> int:
 
 def start(config: Config) -> Groups:
     """Join the world and make megatron-core's groups for `config.parallel`. `stop()` undoes it."""
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
         if "RANK" in os.environ:
             store, rank, size = next(rendezvous("env://", timeout=timeout))
             # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.
             store = PrefixStore(f"attempt_{torchrun.restarts()}", store)
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     cpu.activate()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,

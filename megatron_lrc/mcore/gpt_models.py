@@ -17,13 +17,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend, LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_lrc.clone.sites import HeadLayout
 from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
@@ -42,10 +40,6 @@ def vocabulary_shard(shape: ModelShape, tp_group: ProcessGroup) -> VocabularySha
     """This rank's rows of the embedding and the LM head."""
     padded = padded_vocab_size(shape.vocab_size, tp_group.size())
     return VocabularyShard.of(shape.vocab_size, padded, tp_group)
-
-
-def head_layout(shape: ModelShape) -> HeadLayout:
-    return HeadLayout.of(shape)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -174,29 +168,23 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
     )
 
 
-def layer_spec(config: Config, shape: ModelShape, dtype: torch.dtype) -> ModuleSpec:
-    """What a transformer layer is built of."""
+def block_spec(config: Config, shape: ModelShape, dtype: torch.dtype, num_layers: int) -> TransformerBlockSubmodules:
+    """What a stage's layers and the final norm are built of."""
     if uses_transformer_engine(config):
-        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        final_norm = TENorm
+        layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
     else:
-        local_spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm)
-        spec = copy.deepcopy(local_spec)
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
+        final_norm = RMSNorm
+        layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm))
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if shape.has_qk_norm:
-            attention = spec.submodules.self_attention.submodules
+            attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if not uses_engine_attention(config, dtype):
-        spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
-    return spec
-
-
-def final_norm(config: Config) -> type:
-    if not uses_transformer_engine(config):
-        return RMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm
+        layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 
 
 def build_stage(
@@ -212,16 +200,14 @@ def build_stage(
 ) -> GPTModel:
     """One stage of a model of `shape`, its weights not yet set. chunk: which of this rank's virtual stages.
 
-    inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. The embedding and the LM head
-    are separate parameters even of a tied model, so that megatron-core's own tying stays out of the way.
+    inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. megatron-core's own tying of
+    embedding and LM head stays out of the way.
     """
     model_config = transformer_config(config, shape, dtype, is_trained=is_trained)
     num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
     model = GPTModel(
         config=model_config,
-        transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, shape, dtype)] * num_layers, layer_norm=final_norm(config)
-        ),
+        transformer_layer_spec=block_spec(config, shape, dtype, num_layers),
         vocab_size=padded_vocab_size(shape.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.training.seq_length,
         pre_process=is_first_stage,
@@ -235,6 +221,7 @@ def build_stage(
         model.rotary_pos_emb = RotaryByPosition(model)
     if is_last_stage:
         model.output_layer = OutputLayer(model.output_layer.weight)
+    tie_ends(model, shape)
     if is_trained and config.compute.gradient_accumulation_fusion and torch.finfo(dtype).bits == 16:
         fuse_weight_gradients(model)
     return model

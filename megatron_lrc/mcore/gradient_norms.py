@@ -25,11 +25,9 @@ from megatron_lrc.mcore.stages import PipelineStage, Trained
 def group_gradient_norms(
     optimizer: StageOptimizer, stages: Sequence[PipelineStage], groups: Groups
 ) -> dict[str, float | None]:
-    """Group -> L2 norm of its gradient over all layers and ranks; None for an lm_head that is tied.
-
-    To be called between `reduce_gradients` and `clip_and_step`. Gradients are means over the global batch's tokens, the
-    fp16 loss scale taken out. Collective, one small all-reduce; waits for the device.
-    """
+    """Group -> L2 norm of its gradient over all layers and ranks; None for an lm_head that is tied. To be
+    called between `reduce_gradients` and `clip_and_step`. Gradients are means over the global batch's tokens,
+    the fp16 loss scale taken out. Collective, one small all-reduce; waits for the device."""
     names = stages[0].gradient_groups
     squares = torch.zeros(len(names), dtype=torch.float64, device=groups.device)
     for stage in stages:

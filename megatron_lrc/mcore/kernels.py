@@ -43,11 +43,9 @@ def uses_transformer_engine(config: Config) -> bool:
 
 
 def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
-    """Whether Transformer Engine's attention is used, or that of `attention.py`.
-
-    By --attention-backend auto only where its fast kernels apply and the results could be the same: not in fp32, nor
-    document by document, nor with context parallelism (its ring attention has not been tried here).
-    """
+    """Whether Transformer Engine's attention is used, or that of `attention.py`. By --attention-backend auto
+    only where its fast kernels apply and the results could be the same: not in fp32, nor document by
+    document, nor with context parallelism (its ring attention has not been tried here)."""
     backend = config.compute.attention_backend
     if not uses_transformer_engine(config) or backend == "local" or config.data.reset_attention_mask:
         return False
@@ -56,11 +54,9 @@ def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
 
 
 def fuse_weight_gradients(model: GPTModel) -> None:
-    """Have Transformer Engine's GEMMs add to `main_grad`, which every weight that they reach must have by then.
-
-    Set on its modules and not in TransformerConfig, where megatron-core's own output layer, which is not used here,
-    would refuse it without apex's extension.
-    """
+    """Have Transformer Engine's GEMMs add to `main_grad`, which every weight that they reach must have by
+    then. Set on its modules and not in TransformerConfig, where megatron-core's own output layer, which is
+    not used here, would refuse it without apex's extension."""
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
@@ -108,9 +104,7 @@ def stop_userbuffers(config: Config) -> None:
 
 def describe_kernels(config: Config, dtype: torch.dtype, trained: str) -> str | None:
     """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU.
-
-    trained: what the trained model is called, `student` or `model`.
-    """
+    trained: what the trained model is called, `student` or `model`."""
     if not uses_transformer_engine(config):
         return None
     compute, attention = config.compute, "its own" if uses_engine_attention(config, dtype) else "torch's"

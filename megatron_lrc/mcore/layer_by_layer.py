@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, select
+from megatron_lrc.clone.products import ROWS_AT_ONCE
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.gpt_models import build_stage, head_layout, layers_of, norm_gains
-
-HEAD_ROWS = 8192  # rows of an LM head that are widened at once
+from megatron_lrc.mcore.gpt_models import build_stage, layers_of, norm_gains
 
 _NORMS = {
     "input": "input_layernorm.weight",
@@ -96,7 +95,7 @@ class LayerByLayer:
 
     def _places_of_layer(self) -> dict[str, Tensor]:
         """Name of each weight of a layer -> where it goes, a view of a parameter."""
-        heads, layer, shape = head_layout(self.shape), self._layer, self.shape
+        heads, layer, shape = HeadLayout.of(self.shape), self._layer, self.shape
         places = {site.name: select(site, layer.get_parameter(f"{site.linear}.weight"), heads) for site in LAYER_SITES}
         if shape.has_qkv_bias:
             for site in LAYER_SITES[:3]:
@@ -120,7 +119,7 @@ class LayerByLayer:
         self._filled = set()
 
     def _multiply(self, head: Tensor) -> Tensor:
-        blocks = (rows.to(self._hidden.device, self.dtype) for rows in head.split(HEAD_ROWS))
+        blocks = (rows.to(self._hidden.device, self.dtype) for rows in head.split(ROWS_AT_ONCE))
         return torch.cat([F.linear(self._hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
 
 
@@ -128,10 +127,8 @@ class LayerByLayer:
 def layer_by_layer(
     shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32
 ) -> Iterator[LayerByLayer]:
-    """A LayerByLayer, in megatron-core's process groups of a world of one, whatever torchrun's environment says.
-
-    Groups that there are already are used; what is made here is gone again afterwards.
-    """
+    """A LayerByLayer, in megatron-core's process groups of a world of one, whatever torchrun's environment
+    says. Groups that there are already are used; what is made here is gone again afterwards."""
     if parallel_state.model_parallel_is_initialized():
         assert dist.get_world_size() == 1, "one process computes a model by itself"
         yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)

@@ -34,19 +34,12 @@ from megatron_lrc.mcore.overlap import BucketOverlap
 from megatron_lrc.mcore.stages import PipelineStage
 
 
-def build_optimizer(config: Config, stages: Sequence[PipelineStage], groups: Groups) -> "StageOptimizer":
-    """The optimizer of these stages, attached to them."""
-    for stage in stages:
-        mark_for_grad_norm(stage)
-    optimizer = StageOptimizer(config, stages, groups)
-    optimizer.attach(stages)
-    return optimizer
-
-
 class StageOptimizer:
-    """AdamW on everything that this rank's stages train. `build_optimizer` makes it ready for use."""
+    """AdamW on everything that this rank's stages train, attached to them."""
 
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
+        for stage in stages:
+            mark_for_grad_norm(stage)
         self.groups = groups
         self.clip_grad = config.optimizer.clip_grad
         everything = self._trained = [trained for stage in stages for trained in stage.trained()]
@@ -61,14 +54,14 @@ class StageOptimizer:
             self.replicas,
             config_overrides=get_standard_config_overrides(optimizer_config),  # no weight decay of the gains
         )
-        self._is_scaled = config.training.fp16
-        self._min_loss_scale = _smallest_loss_scale(config)
+        self._training = config.training
         #: Something is trained from the middle of the run on, and no step has been taken with it yet.
         self.is_to_start_moments = False
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
+        self._attach(stages)
 
-    def attach(self, stages: Sequence[PipelineStage]) -> None:
+    def _attach(self, stages: Sequence[PipelineStage]) -> None:
         """Tell the stages that this optimizer trains them: how their communication overlaps, and, in the
         configuration that the schedules and the losses read, what holds back the sums until a step's last
         backward pass and what scales the loss."""
@@ -76,7 +69,7 @@ class StageOptimizer:
             no_sync = [replica.no_sync for replica in self.replicas]
             stages[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         for stage, replica in zip(stages, self.replicas, strict=True):
-            if self._is_scaled:
+            if self._training.fp16:
                 stage.config.grad_scale_func = self.optimizer.scale_loss
             stage.attach(BucketOverlap(replica, has_pipeline=self.groups.pp.size() > 1))
 
@@ -143,14 +136,14 @@ class StageOptimizer:
     @property
     def loss_scale(self) -> float:
         """What the losses are multiplied by before backward: above 1 with fp16 only."""
-        return float(self.optimizer.get_loss_scale()) if self._is_scaled else 1.0  # reads the device
+        return float(self.optimizer.get_loss_scale()) if self._training.fp16 else 1.0  # reads the device
 
     def can_be_lowered(self, loss_scale: float) -> bool:
         """Whether gradients that overflow at it are part of the search for the loss scale, and no fault."""
-        return self._min_loss_scale < loss_scale
+        is_dynamic = self._training.fp16 and self._training.loss_scale is None
+        return is_dynamic and self._training.min_loss_scale < loss_scale
 
     def zero_grad(self) -> None:
-        """Empty the gradient buffers."""
         for replica in self.replicas:
             replica.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -243,32 +236,18 @@ def parameter_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
-def _smallest_loss_scale(config: Config) -> float:
-    """Below which the loss scale does not go: infinity where it never changes."""
-    is_dynamic = config.training.fp16 and config.training.loss_scale is None
-    return config.training.min_loss_scale if is_dynamic else math.inf
+#: Settings that go by the same names in megatron-core's OptimizerConfig.
+_OF_OPTIMIZER = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+_OF_LOSS_SCALE = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:
-    settings = config.optimizer
     return OptimizerConfig(
         optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
-        bf16=config.training.bf16,
-        fp16=config.training.fp16,
-        loss_scale=config.training.loss_scale,
-        initial_loss_scale=config.training.initial_loss_scale,
-        min_loss_scale=config.training.min_loss_scale,
-        loss_scale_window=config.training.loss_scale_window,
-        hysteresis=config.training.hysteresis,
         params_dtype=parameter_dtype(config),
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        **{name: getattr(config.optimizer, name) for name in _OF_OPTIMIZER},
+        **{name: getattr(config.training, name) for name in ("bf16", "fp16", *_OF_LOSS_SCALE)},
     )
 
 

@@ -21,7 +21,7 @@ from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import GPTModel, build_stage, tie_ends
+from megatron_lrc.mcore.gpt_models import GPTModel, build_stage
 
 NORMS, BIASES, MAPS = "norms", "biases", "maps"
 
@@ -31,10 +31,8 @@ GRADIENT_GROUPS: tuple[str, ...] = (*(site.name for site in LAYER_SITES), EMBED.
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares.
-
-    Where there is no teacher, `teacher` is the student's own shape.
-    """
+    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares. Where there is
+    no teacher, `teacher` is the student's own shape."""
 
     teacher: ModelShape
     student: ModelShape
@@ -92,10 +90,8 @@ class Trained:
 
 
 class TrainedWeights(nn.Module):
-    """What DDP wraps, where that is not a whole model: a module `first`, if any, then single parameters.
-
-    DDP fills its buckets from the last parameter to the first, so the order is that of the forward pass.
-    """
+    """What DDP wraps, where that is not a whole model: a module `first`, if any, then single parameters. DDP
+    fills its buckets from the last parameter to the first, so the order is that of the forward pass."""
 
     def __init__(self, own: Iterable[Trained], first: nn.Module | None = None):
         super().__init__()
@@ -134,7 +130,7 @@ class PipelineStage(nn.Module, ABC):
 
     def _build_model(self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool) -> GPTModel:
         """This stage of a model of some shape, its weights not yet set."""
-        model = build_stage(
+        return build_stage(
             self.settings,
             shape,
             inverse_frequencies,
@@ -144,8 +140,6 @@ class PipelineStage(nn.Module, ABC):
             is_first_stage=self.pre_process,
             is_last_stage=self.post_process,
         )
-        tie_ends(model, shape)
-        return model
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """What the stage before has given, [s/tp, b, hidden_size of `config`]; called by the schedules."""
@@ -198,9 +192,7 @@ class PipelineStage(nn.Module, ABC):
 
     def after_step(self, gradient_scale: Tensor) -> None:
         """Called when the optimizer has taken a step, which some steps skip: step what it does not know of.
-
-        gradient_scale: fp64 scalar, which makes the mean gradient of a sum over tokens. Collective.
-        """
+        gradient_scale: fp64 scalar, which makes the mean gradient of a sum over tokens. Collective."""
 
     def record(self) -> dict[str, Any]:
         """Fields of its own in a logged step's record."""

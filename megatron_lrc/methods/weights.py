@@ -1,7 +1,7 @@
 """Weights from disk into a stage: each rank reads its slices, and nothing else."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, select
 from megatron_lrc.hf.reader import Reader
@@ -11,8 +11,8 @@ from megatron_lrc.mcore.stages import PipelineStage
 
 @torch.no_grad()
 def load_weights(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
-    """Read this rank's slices of a model, and nothing else of it, from disk into one of the stage's models: matrices
-    and norm gains."""
+    """Read this rank's slices of a model from disk into one of the stage's models: matrices, norm gains, and what a
+    teacher and its student share."""
     groups = stage.groups
 
     def read(site: Site, layer: int | None, **extra: int) -> Tensor:
@@ -23,29 +23,26 @@ def load_weights(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
         model.embedding.word_embeddings.weight.copy_(read(EMBED, None, padded_vocab_size=vocab))
     for index, layer in layers_of(model):
         for site in LAYER_SITES:
-            weight = layer.get_parameter(f"{site.linear}.weight")
-            place = select(site, weight, stage.heads)
+            place = select(site, layer.get_parameter(f"{site.linear}.weight"), stage.heads)
             place.copy_(read(site, index).view(place.shape))
     if stage.post_process:
         model.get_parameter("output_layer.weight").copy_(read(LM_HEAD, None, padded_vocab_size=vocab))
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         gain.copy_(reader.norm(kind, int(layer_name[1]) if layer_name else None))
+    load_frozen(stage, model, reader)
     model.set_is_first_microbatch()  # FP8 copies of the weights, if there are any, are to be made anew
 
 
 @torch.no_grad()
 def load_frozen(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
     """Read what a teacher and its student share: biases of q, k and v, gains of the q and k norms."""
-    for index, layer in layers_of(model):
-        _load_frozen(stage, layer, index, reader)
-
-
-def _load_frozen(stage: PipelineStage, layer: nn.Module, index: int, reader: Reader) -> None:
     tp, frozen = stage.groups.tp, reader.description.family.frozen
-    for site in LAYER_SITES:
-        if (name := f"{site.name}_bias") in frozen:
-            place = select(site, layer.get_parameter(f"{site.linear}.bias"), stage.heads)
-            place.copy_(reader.frozen(name, index, tp_rank=tp.rank(), tp_size=tp.size()).view(place.shape))
-        if (name := f"{site.name}_norm") in frozen:
-            layer.get_parameter(f"self_attention.{site.name}_layernorm.weight").copy_(reader.frozen(name, index))
+    for index, layer in layers_of(model):
+        for site in LAYER_SITES:
+            if (name := f"{site.name}_bias") in frozen:
+                place = select(site, layer.get_parameter(f"{site.linear}.bias"), stage.heads)
+                place.copy_(reader.frozen(name, index, tp_rank=tp.rank(), tp_size=tp.size()).view(place.shape))
+            if (name := f"{site.name}_norm") in frozen:
+                gain = layer.get_parameter(f"self_attention.{site.name}_layernorm.weight")
+                gain.copy_(reader.frozen(name, index))

@@ -10,7 +10,7 @@ and done again are there twice. A W&B that fails costs a warning, not the run: e
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_lrc.config import Config, ConfigError
 
@@ -49,24 +49,16 @@ def scalars(tag: str, record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
-class Board(Protocol):
-    """Something that shows numbers by step."""
-
-    def add(self, values: dict[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def open_boards(config: Config, run: Path | None, *, resume_at: int) -> list[Board]:
+def open_boards(config: Config, run: Path | None, *, resume_at: int) -> "list[TensorBoard | WeightsAndBiases]":
     """TensorBoard in the run directory, if there is one, and W&B if it is asked for."""
-    boards: list[Board] = [TensorBoard(run, resume_at=resume_at)] if run else []
+    boards: list[TensorBoard | WeightsAndBiases] = [TensorBoard(run, resume_at=resume_at)] if run else []
     if config.logging.wandb_project:
         boards.append(WeightsAndBiases(config, run))
     return boards
 
 
 class TensorBoard:
-    """RUN/tensorboard; what was shown past `resume_at` is hidden."""
+    """Shows numbers by step in RUN/tensorboard; what was shown past `resume_at` is hidden."""
 
     def __init__(self, run: Path, *, resume_at: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by one rank only

@@ -23,10 +23,8 @@ CONFIG_FILE = "config.yaml"
 
 
 def find_checkpoint(config: Config, damaged: Mapping[Path, str]) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint that --load means, and a warning for each that was passed over.
-
-    Refuses to write over another run, or over what is newer than the checkpoint it is to continue.
-    """
+    """The newest whole checkpoint that --load means, and a warning for each that was passed over. Refuses to
+    write over another run, or over what is newer than the checkpoint it is to continue."""
     save, load = config.checkpoint.save, config.checkpoint.load
     candidates = checkpoints_to_load(config.checkpoint)
     if save and (newest := newest_checkpoint(save)) and load != AUTO:
@@ -72,10 +70,8 @@ def find_weights(method: Method, reader: Reader) -> Path | None:
 
 
 def check_fits(path: Path, method: Method, reader: Reader) -> RunState:
-    """The state of a checkpoint, if it is of this teacher and student.
-
-    The training data may be another one: the run says so, and keeps its position (`loop.py`).
-    """
+    """The state of a checkpoint, if it is of this teacher and student. The training data may be another one:
+    the run says so, and keeps its position (`loop.py`)."""
     state, config_before, saved = read_state(path)
     config, base = method.config, reader.description.shape
     if config_before.model.method != method.name:

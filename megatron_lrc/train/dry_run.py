@@ -4,6 +4,7 @@ Works on a machine without GPUs, for any number of them. What the estimates rest
 GPUs' peak is an assumption and printed as one.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,46 +40,27 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     method = method_of(config)
     student = method.student_shape(shape)
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
-    for line in describe_changes(config):
-        print(line)
-    if not method.is_estimated:
-        dry_run_unestimated(config, shape, student, world_size, checked.warnings)
-        return
-    peaks = peak_memory(config, shape, student, world_size=world_size)
-    for lines in (
+    warnings, peaks, memory, time = checked.warnings, [], iter(()), iter(())
+    if method.is_estimated:
+        peaks = peak_memory(config, shape, student, world_size=world_size)
+        memory, mfu = describe_memory(peaks, gpu), wanted.mfu or DEFAULT_MFU
+        time = describe_time(config, shape, student, world_size, gpu, mfu, checked.state.step)
+    else:
+        warnings = [f"memory and time are not estimated for --method {method.name}", *warnings]
+    for line in itertools.chain(
+        describe_changes(config),
         describe_models(method, shape, student),
         describe_layout(config, world_size),
         describe_flops(config, shape, student),
-        describe_memory(peaks, gpu),
+        memory,
         describe_disk(config, shape, student),
-        describe_time(config, shape, student, world_size, gpu, wanted.mfu or DEFAULT_MFU, checked.state.step),
-        (f"warning: {warning}" for warning in checked.warnings),
-    ):
-        for line in lines:
-            print(line)
-    refuse_too_much(config, shape, student, peaks, gpu)
-    print("dry run: every check passed, nothing was started")
-
-
-def dry_run_unestimated(
-    config: Config, base: ModelShape, student: ModelShape, world_size: int, warnings: list[str]
-) -> None:
-    """The same of a method for whose memory and time there is no estimate yet."""
-    warnings = [f"memory and time are not estimated for --method {config.model.method}", *warnings]
-    size = parameter_count(student)
-    print(
-        f"model: {size / 1e9:.2f}B parameters, all trained, hidden size {student.hidden_size}, "
-        f"{student.num_layers} layers, {describe_tying(student)}"
-    )
-    for lines in (
-        describe_layout(config, world_size),
-        describe_flops(config, base, student),
-        describe_disk(config, base, student),
+        time,
         (f"warning: {warning}" for warning in warnings),
     ):
-        for line in lines:
-            print(line)
-    refuse_too_little_disk(config, base, student)
+        print(line)
+    if peaks:
+        refuse_too_much_memory(peaks, gpu)
+    refuse_too_little_disk(config, shape, student)
     print("dry run: every check passed, nothing was started")
 
 
@@ -91,24 +73,25 @@ def gpu_here() -> Gpu:
 
 
 def describe_models(method: Method, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
-    for name, shape in (("teacher", teacher), ("student", student)):
+    shapes = {"teacher": teacher, "student": student} if method.is_estimated else {"model": student}
+    for name, shape in shapes.items():
         yield (
-            f"{name}: {parameter_count(shape) / 1e9:.2f}B parameters, hidden size {shape.hidden_size}, "
-            f"{shape.num_layers} layers, {describe_tying(shape)}"
+            f"{name}: {parameter_count(shape) / 1e9:.2f}B parameters, {'' if method.is_estimated else 'all trained, '}"
+            f"hidden size {shape.hidden_size}, {shape.num_layers} layers, {describe_tying(shape)}"
         )
 
     def count(has_changed: bool) -> int:
         return trained_elements(teacher, student, method.own_matrices(has_changed=has_changed))
 
-    yield from method.describe_trained(count)
+    if method.is_estimated:
+        yield from method.describe_trained(count)
 
 
 def describe_layout(config: Config, world_size: int) -> Iterator[str]:
     training = config.training
     assert training.global_batch_size is not None
     yield f"layout: {config.describe_layout(world_size, f'{world_size} GPUs')}"
-    tokens = training.global_batch_size * training.seq_length
-    steps = training.train_iters
+    tokens, steps = training.global_batch_size * training.seq_length, training.train_iters
     yield f"training: {steps} steps of {tokens} tokens, {steps * tokens / 1e9:.3f}B in all"
 
 
@@ -165,10 +148,8 @@ def describe_time(
     )
 
 
-def refuse_too_much(
-    config: Config, teacher: ModelShape, student: ModelShape, peaks: list[MemoryParts], gpu: Gpu
-) -> None:
-    """ConfigError if a GPU cannot hold its part, or the disk not even one checkpoint and its successor."""
+def refuse_too_much_memory(peaks: list[MemoryParts], gpu: Gpu) -> None:
+    """ConfigError if a GPU cannot hold its part."""
     total = max(peak.total for peak in peaks)
     if total > gpu.memory:
         raise ConfigError(
@@ -176,10 +157,10 @@ def refuse_too_much(
             "Use a layout that tools/plan.py finds: a smaller --micro-batch-size, --recompute-granularity full, or "
             "more --tensor-model-parallel-size or --pipeline-model-parallel-size."
         )
-    refuse_too_little_disk(config, teacher, student)
 
 
 def refuse_too_little_disk(config: Config, teacher: ModelShape, student: ModelShape) -> None:
+    """ConfigError if the disk cannot hold even one checkpoint and its successor."""
     if config.checkpoint.save is None:
         return
     need, free = disk_need(config, teacher, student), free_space(config.checkpoint.save)

@@ -29,12 +29,9 @@ T = TypeVar("T")
 def measure_effective_rank(
     forward: Callable[[], T], stages: Sequence[PipelineStage], groups: Groups
 ) -> tuple[T, dict[str, list[float]]]:
-    """What `forward` returns, and "teacher" (if there is one) and "student" -> effective rank of what it has put
-    through the stages.
-
-    n + 1 values for n layers: at each layer's input, and at the final norm's; not-a-number where a hidden state was not
-    finite. Collective; the same on every rank.
-    """
+    """What `forward` returns, and "teacher" (if there is one) and "student" -> effective rank of what it has
+    put through the stages. n + 1 values for n layers: at each layer's input, and at the final norm's;
+    not-a-number where a hidden state was not finite. Collective; the same on every rank."""
     moments: dict[tuple[int, int], SecondMoment] = {}  # (model, layer)
     hooks = []
     for stage in stages:

@@ -24,11 +24,9 @@ def collect_only_new_objects(*, is_on: bool) -> Iterator[None]:
 
 
 def collect_everything() -> None:
-    """Collect at once, also what `collect_only_new_objects` leaves out.
-
-    For when something as large as an optimizer has been replaced: it is held by nothing but itself, and a GPU's memory
-    cannot wait for the next collection.
-    """
+    """Collect at once, also what `collect_only_new_objects` leaves out. For when something as large as an
+    optimizer has been replaced: it is held by nothing but itself, and a GPU's memory cannot wait for the next
+    collection."""
     was_left_out = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()

@@ -12,10 +12,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            record = _parsed(line)
-            if record is not None:
-                yield record
+        yield from (record for record in map(_parsed, file) if record is not None)
 
 
 def drop_records_after(path: Path, step: int) -> None:
@@ -25,8 +22,7 @@ def drop_records_after(path: Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(path, encoding="utf-8", errors="replace") as file, open(partial, "w", encoding="utf-8") as kept:
         for line in file:
-            record = _parsed(line)
-            if record is not None and record["step"] <= step:
+            if (record := _parsed(line)) is not None and record["step"] <= step:
                 kept.write(line)
     os.replace(partial, path)
 

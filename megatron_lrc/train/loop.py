@@ -19,7 +19,7 @@ from megatron_lrc.mcore.kernels import (
     start_userbuffers,
     stop_userbuffers,
 )
-from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
@@ -30,14 +30,12 @@ from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.process_memory import largest_memory_gib
-from megatron_lrc.train.records import Interval
 from megatron_lrc.train.saving import Saving
 from megatron_lrc.train.start_checks import Checked, check
-from megatron_lrc.train.step import Run, StepReport, evaluate, train_step
+from megatron_lrc.train.step import Interval, Run, StepReport, Votes, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
-from megatron_lrc.train.votes import Votes
 
 
 def train(config: Config) -> None:
@@ -86,7 +84,7 @@ class Trainer:
             has_changed=self._has_changed,
         )
         stages = self.method.build_stages(materials)
-        optimizer = build_optimizer(self._config_of_phase, stages, groups)
+        optimizer = StageOptimizer(self._config_of_phase, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
             # No step has been taken since the method changed what is trained.
@@ -94,10 +92,10 @@ class Trainer:
         elif checked.weights_from:
             load_weights(checked.weights_from, stages, optimizer)
         self.guard = Guard(config, self.state, stages)
-        at_once = config.training.micro_batch_size * groups.dp.size()
         assert config.training.global_batch_size is not None, "the configuration has been resolved"
         self.global_batch_size = config.training.global_batch_size
-        self.run = Run(self.method, groups, stages, optimizer, self.global_batch_size // at_once)
+        num_microbatches = config.num_microbatches(distributed.world_size())
+        self.run = Run(self.method, groups, stages, optimizer, num_microbatches)
         # A run may also continue another one's checkpoint.
         save, resume_from = config.checkpoint.save, checked.resume_from
         is_same_run = save and resume_from and resume_from.parent.resolve() == Path(save).resolve()
@@ -156,10 +154,7 @@ class Trainer:
             self._look_at(report)
             interval.add(report)
             if is_logged:
-                record = interval.record(self.method)  # waits for the device, so before the clock is read
-                seconds = stopwatch.lap(interval.steps)
-                slowest = self.stragglers.record(interval.steps)
-                self._log_step(log, report, record, lr, seconds, slowest)
+                self._log_step(log, report, interval, lr, stopwatch)
                 interval.reset()
             stopwatch.pause()
             if self.stopping.is_urgent:
@@ -193,7 +188,7 @@ class Trainer:
         before = self.run.optimizer
         before.await_parameters()
         self.method.change(self.run.stages)
-        self.run.optimizer = build_optimizer(self._config_of_phase, self.run.stages, self.groups)
+        self.run.optimizer = StageOptimizer(self._config_of_phase, self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=self.method.keeps_moments)
         del before
         collect_everything()
@@ -207,23 +202,19 @@ class Trainer:
 
     def _look_at(self, report: StepReport) -> None:
         """Say why a step was skipped; after too many in a row save what there is and stop."""
-        line = self.guard.look_at(report)
-        if line:
+        if line := self.guard.look_at(report):
             self._say(line)
         if self.guard.is_over:
             self.saving.save_last()
             raise RunStopped(self.guard.last_words)
 
     def _log_step(
-        self,
-        log: RunLog | None,
-        report: StepReport,
-        interval: dict[str, Any],
-        lr: float,
-        seconds: float,
-        slowest: dict[str, Any] | None,
+        self, log: RunLog | None, report: StepReport, interval: Interval, lr: float, stopwatch: Stopwatch
     ) -> None:
-        """Write the record. Collective: memory is that of all ranks."""
+        """Write the record of the steps since the last one. Collective: memory is that of all ranks."""
+        losses = interval.record(self.method)  # waits for the device, so before the clock is read
+        seconds = stopwatch.lap(interval.steps)
+        slowest = self.stragglers.record(interval.steps)
         memory = largest_memory_gib(self.groups.device)
         if not log:
             return
@@ -231,7 +222,7 @@ class Trainer:
             {
                 "step": self.state.step,
                 "tokens": self.state.tokens,
-                **interval,
+                **losses,
                 "grad_norm": report.grad_norm,
                 "grad_norm_by_group": report.grad_norm_by_group,
                 "lr": lr,
@@ -284,7 +275,6 @@ class Trainer:
     def _open_log(self) -> RunLog | None:
         if not self.groups.is_main_rank:
             return None
-        save = self.config.checkpoint.save
         log = RunLog(
             self.config,
             self._throughput(),
@@ -292,20 +282,14 @@ class Trainer:
             checkpoint=self._started_from,
             world_size=distributed.world_size(),
         )
-        if save:
-            save_yaml(self.config, Path(save) / CONFIG_FILE)
+        if self.config.checkpoint.save:
+            save_yaml(self.config, Path(self.config.checkpoint.save) / CONFIG_FILE)
         return log
 
     def _throughput(self) -> Throughput:
-        shapes, peak = self.run.stages[0].shapes, peak_tflops(self.config, self.groups.device)
-        return Throughput(
-            self.config,
-            shapes.teacher,
-            shapes.student,
-            world_size=distributed.world_size(),
-            peak=peak,
-            has_changed=self._has_changed,
-        )
+        shapes, world_size = self.run.stages[0].shapes, distributed.world_size()
+        models, peak = (shapes.teacher, shapes.student), peak_tflops(self.config, self.groups.device)
+        return Throughput(self.config, *models, world_size=world_size, peak=peak, has_changed=self._has_changed)
 
     def _announce(self, checked: Checked) -> None:
         """The lines at a run's start: what differs from the defaults, both models, the layout."""
@@ -322,16 +306,13 @@ class Trainer:
             self._say(f"starts from the weights of {checked.weights_from}")
         if checked.resume_from:
             self._say(f"continues {checked.resume_from} at step {self.state.step}")
-            self._warn_of_other_data(checked.state.data_order)
-
-    def _warn_of_other_data(self, order_before: str) -> None:
-        """Other data is no error: a run may go on with a later stage's. A position in it is not what it was, though."""
-        if self.train_data and order_before not in ("", self.train_data.order.identity):
-            self._say(
-                "warning: the training data is not what the checkpoint was trained on (files, their order or weights, "
-                "--split, --seq-length, --seed); the position is kept: the next sample is number "
-                f"{self.state.consumed_samples} of the data given now"
-            )
+            # Other data is no error: a run may go on with a later stage's. A position in it is not what it was, though.
+            if self.train_data and checked.state.data_order not in ("", self.train_data.order.identity):
+                self._say(
+                    "warning: the training data is not what the checkpoint was trained on (files, their order or "
+                    "weights, --split, --seq-length, --seed); the position is kept: the next sample is number "
+                    f"{self.state.consumed_samples} of the data given now"
+                )
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:

@@ -39,9 +39,6 @@ from megatron_lrc.train.progress import Progress, agreement_text, losses_text
 from megatron_lrc.train.starts import lost_work, note_start, now
 from megatron_lrc.train.throughput import Throughput
 
-#: What differs between two runs that compute the same.
-MEASURED = ("time", "step_seconds", "tokens_per_second", "tflops", "mfu", "memory_gib", "straggler")
-
 #: Records' losses, the sum first.
 LOSSES = ("loss", "lm_loss", "kl_loss", "clone_loss", "teacher_lm_loss")
 

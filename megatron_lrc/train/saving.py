@@ -10,8 +10,7 @@ from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter, SaveFailed
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.train.step import Run
-from megatron_lrc.train.votes import Votes
+from megatron_lrc.train.step import Run, Votes
 
 
 class Saving:
@@ -35,7 +34,6 @@ class Saving:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's files are being written."""
         return self._writer is not None and self._writer.is_writing
 
     def after_step(self, votes: Votes) -> None:

@@ -1,9 +1,9 @@
-"""One optimizer step, and one validation: the method in the order it happens."""
+"""One optimizer step, one validation, and what they report: the method in the order it happens."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.mcore.stages import PipelineStage
 from megatron_lrc.methods import Method
-from megatron_lrc.train.votes import Votes
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -43,14 +42,6 @@ class Run:
         """W_S <- f(W_T, P) on every stage."""
         for stage in self.stages:
             stage.compose()
-
-    def compose_for_evaluation(self) -> None:
-        for stage in self.stages:
-            stage.compose_for_evaluation()
-
-    def after_step(self, gradient_scale: Tensor) -> None:
-        for stage in self.stages:
-            stage.after_step(gradient_scale)
 
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S) on every stage."""
@@ -112,6 +103,34 @@ class LossTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class Votes:
+    """What the processes of a run tell each other in the all-reduce of each step's loss sums.
+
+    Of one process each vote is 0 or 1; summed, each is the number of processes.
+
+    stop: for each of `stopping.REASONS`, who asks to stop for it.
+    num_writing: who is still writing a checkpoint.
+    """
+
+    stop: Sequence[float] = ()
+    num_writing: float = 0
+
+    def to_tensor(self, device: torch.device) -> Tensor:
+        """[n], fp64. Does not wait for the device, as a copy from the host would."""
+        votes = (*self.stop, self.num_writing)
+        tensor = torch.zeros(len(votes), dtype=torch.float64, device=device)
+        for place, vote in enumerate(votes):
+            if vote:
+                tensor[place].fill_(float(vote))
+        return tensor
+
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> "Votes":
+        """values: what `to_tensor` has made, read from the device."""
+        return cls(values[:-1], values[-1])
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """is_finite: whether the losses are. Gradient norms are those before clipping; by group only if asked for."""
 
@@ -124,6 +143,31 @@ class StepReport:
     #: overflow: gradients beyond fp16 while a lower loss scale can still be tried
     skipped_for: Literal["fault", "spike", "overflow"] | None = None
     votes: Votes = Votes()  # summed over all ranks
+
+
+class Interval:
+    """The steps since the last record (or since this process began): their losses, summed on the device, and how many
+    there were. Steps whose losses are not finite are left out of the losses; with no other step these are NaN."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device):
+        """shape: (layers, terms) of the losses."""
+        self._shape, self._device = shape, device
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = self.skipped = 0
+        self._totals = LossTotals.zeros(self._shape, self._device)
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        self.skipped += not report.is_updated
+        if report.is_finite:
+            self._totals += report.losses
+
+    def record(self, method: Method) -> dict[str, Any]:
+        """Losses as means over the interval's tokens, and `skipped_steps`. Waits for the device."""
+        by_layer = {"clone_by_layer": self._totals.clone_by_layer(method)} if self._shape[0] else {}
+        return {**self._totals.means(method), **by_layer, "skipped_steps": self.skipped}
 
 
 def train_step(
@@ -159,7 +203,8 @@ def train_step(
     is_updated, grad_norm = run.optimizer.clip_and_step(may_step=is_finite, max_norm=max_grad_norm)  # all ranks or none
     if is_updated:
         run.optimizer.lr_schedule.step(1)
-        run.after_step(1 / (losses.tokens.clamp_min(1) * loss_scale))
+        for stage in run.stages:
+            stage.after_step(1 / (losses.tokens.clamp_min(1) * loss_scale))
     skipped_for = None
     if not is_updated and is_finite and math.isfinite(grad_norm):
         skipped_for = "spike"
@@ -173,7 +218,8 @@ def train_step(
 def evaluate(run: Run, batches: Batches, *, num_batches: int) -> LossTotals:
     """Losses over `num_batches` global batches, without training. The student is composed first."""
     _reset_losses(run.stages)
-    run.compose_for_evaluation()
+    for stage in run.stages:
+        stage.compose_for_evaluation()
     with kept_scaling_state(run.stages):
         for _ in range(num_batches):
             forward_backward(run.stages, batches, run.config, num_microbatches=run.num_microbatches, forward_only=True)

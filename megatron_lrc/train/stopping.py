@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
-from megatron_lrc.train.votes import Votes
+from megatron_lrc.train.step import Votes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "stop"
@@ -63,7 +63,6 @@ class Stopping:
 
     @property
     def is_asked(self) -> bool:
-        """Whether to stop now."""
         return self._is_at_exit_step or any(self._heard)
 
     @property
@@ -113,7 +112,7 @@ class SignalWatch:
         self._thread.start()
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # The handlers do nothing: C writes the signal's number to the pipe as it arrives.
-        self._handlers_before = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         _watching.append(self)
 
     def stop(self) -> None:
@@ -143,10 +142,6 @@ class SignalWatch:
 
 #: The watch that is on, if any: what a forked child has to be rid of.
 _watching: list[SignalWatch] = []
-
-
-def _do_nothing(*_: object) -> None:
-    pass
 
 
 def _say(line: str) -> None:

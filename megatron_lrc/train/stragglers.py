@@ -50,9 +50,7 @@ class OwnTime:
 
 def find_slowest(times: Sequence[OwnTime]) -> dict[str, Any] | None:
     """The rank that is furthest above the median of its peers, as a record's field; None for a single rank.
-
-    Seconds are per step; `percent_over` is how much more own time it took than that median.
-    """
+    Seconds are per step; `percent_over` is how much more own time it took than that median."""
     if len(times) < 2:
         return None
 
@@ -105,16 +103,12 @@ class Stragglers:
         if not self.is_on:
             yield from batches
             return
-        iterator = iter(batches)
-        while True:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        wall, cpu = time.perf_counter(), time.thread_time()
+        for batch in batches:
             self._data += time.perf_counter() - wall
             self._cpu_of_data += time.thread_time() - cpu
             yield batch
+            wall, cpu = time.perf_counter(), time.thread_time()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

@@ -10,8 +10,7 @@ import torch
 from disturbed_training import train_spoiled
 from megatron_lrc.config import Config
 from megatron_lrc.train.boards import scalars
-from megatron_lrc.train.records import Interval
-from megatron_lrc.train.step import LossTotals, StepReport
+from megatron_lrc.train.step import Interval, LossTotals, StepReport
 from ranks import run_ranks
 from runs import make_config, on_layout, records, train
 

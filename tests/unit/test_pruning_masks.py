@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_lrc.config import ModelShape
+from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.methods.sheared.hard_concrete import likely, probability_kept, sample
-from megatron_lrc.methods.sheared.masks import Mask, Masks, MaskSettings, masks_between
-
-SETTINGS = MaskSettings(pruning_steps=100, seed=3, lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8)
+from megatron_lrc.methods.sheared.masks import Mask, Masks, masks_between
 
 
-def make(masks: list[Mask], **settings) -> Masks:
-    return Masks(masks, replace(SETTINGS, **settings), torch.device("cpu"))
+def make(masks: list[Mask], *, pruning_steps: int = 100, seed: int = 3, lr: float = 1.0) -> Masks:
+    config = Config()
+    config.training.seed, config.pruning.prune_after, config.pruning.mask_lr = seed, pruning_steps, lr
+    config.optimizer.adam_beta1, config.optimizer.adam_beta2, config.optimizer.adam_eps = 0.9, 0.999, 1e-8
+    return Masks(masks, config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -0.5, 0.0, 2.0])

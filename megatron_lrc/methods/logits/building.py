@@ -5,7 +5,7 @@ from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactor
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.method import Materials, Method
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
-from megatron_lrc.methods.weights import load_frozen, load_weights
+from megatron_lrc.methods.weights import load_weights
 
 
 def build_stages(
@@ -20,6 +20,5 @@ def build_stages(
     initial = InitialWeights(base, shape, std=std, seed=config.training.seed)
     for stage in stages:
         load_weights(stage, stage.student, initial)
-        load_frozen(stage, stage.student, initial)
-        stage.initialize_layer_losses(config.training.seed)
+        stage.layer_losses.initialize(config.training.seed)
     return stages

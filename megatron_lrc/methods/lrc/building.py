@@ -18,7 +18,7 @@ def build_stages(method: Method, materials: Materials) -> list[PairedModel]:
     losses = partial(CloneLosses, terms_of=method.terms_of) if method.config.loss.alpha else LayerLosses
     stages = build_paired_stages(method, materials, losses)
     if materials.is_new:
-        initialize(method.config, stages, materials.calibration, materials.groups)
+        initialize(method.config, stages, materials.calibration)
     return stages
 
 
@@ -35,7 +35,6 @@ def build_paired_stages(
     ]
     for stage in stages:
         load_weights(stage, stage.teacher, reader)
-        load_frozen(stage, stage.teacher, reader)
         load_frozen(stage, stage.student, reader)
     return stages
 

@@ -19,21 +19,16 @@ from megatron_lrc.clone.initialization import (
 )
 from megatron_lrc.clone.ridge import ReadingMoments
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.mcore.distributed import (
-    Groups,
-    broadcast_from_first,
-    broadcast_over_stage,
-    reduce_over_stage,
-    sum_over_world,
-)
+from megatron_lrc.mcore.distributed import broadcast_from_first, broadcast_over_stage, reduce_over_stage, sum_over_world
 from megatron_lrc.mcore.gpt_models import norm_gains, residual_readers
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 Batches = Iterator[dict[str, Tensor]]
+Reader = tuple[nn.Module, Callable[[Tensor], None]]
 
 
-def initialize(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches], groups: Groups) -> None:
+def initialize(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches]) -> None:
     """Give every projection its first value. `calibration` opens the training data from its start."""
     projection, seed = config.projection, config.training.seed
     if projection.init == "random":
@@ -44,28 +39,28 @@ def initialize(config: Config, stages: list[PairedModel], calibration: Callable[
         shapes = stages[0].shapes
         basis = random_basis(shapes.teacher.hidden_size, shapes.student.hidden_size, seed=seed)
     else:
-        basis = residual_basis(config, stages, calibration(), groups)
+        basis = residual_basis(config, stages, calibration())
     # From one rank: a decomposition may differ between machines.
-    basis = broadcast_from_first(basis.to(groups.device))
+    basis = broadcast_from_first(basis.to(stages[0].groups.device))
     for stage in stages:
         initialize_from_basis(stage.projections, basis, norm_gains(stage.teacher))
     if projection.init == "ridge":
-        fit_to_readings(config, stages, basis, calibration(), groups)
+        fit_to_readings(config, stages, basis, calibration())
 
 
-def residual_basis(config: Config, stages: list[PairedModel], batches: Batches, groups: Groups) -> Tensor:
+def residual_basis(config: Config, stages: list[PairedModel], batches: Batches) -> Tensor:
     """Q [D, d], fp64: directions, or channels, of the teacher's residual stream, computed from all ranks' tokens."""
     shapes = stages[0].shapes
-    moment = SecondMoment(shapes.teacher.hidden_size, groups.device)
+    moment = SecondMoment(shapes.teacher.hidden_size, stages[0].groups.device)
     readers = [(reader, moment.add) for stage in stages for reader in residual_readers(stage.teacher)]
-    run_teacher(config, stages, batches, groups, readers)
+    run_teacher(config, stages, batches, readers)
     sum_over_world(moment.total)
     if config.projection.init == "channel":
         return moment.largest_channels(shapes.student.hidden_size)
     return moment.leading_eigenvectors(shapes.student.hidden_size)
 
 
-def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, batches: Batches, groups: Groups) -> None:
+def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, batches: Batches) -> None:
     """Fit each P behind a norm to what the teacher reads there. basis: Q [D, d], fp64, the same on every rank."""
     epsilon = stages[0].shapes.teacher.norm_epsilon
     readers, moments = [], []
@@ -75,7 +70,7 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
             moment = ReadingMoments(basis, gain, epsilon)
             readers.append((reader, moment.add))
             moments.append((stage.projections, norm, moment))
-    run_teacher(config, stages, batches, groups, readers)
+    run_teacher(config, stages, batches, readers)
     for turn, (projections, norm, moment) in enumerate(moments):
         is_owner = reduce_over_stage(moment.total, turn)
         fitted = moment.fit() if is_owner else torch.empty_like(basis)
@@ -85,20 +80,13 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
                 projections.set_matrix(name, fitted)
 
 
-def run_teacher(
-    config: Config,
-    stages: list[PairedModel],
-    batches: Batches,
-    groups: Groups,
-    readers: list[tuple[nn.Module, Callable[[Tensor], None]]],
-) -> None:
+def run_teacher(config: Config, stages: list[PairedModel], batches: Batches, readers: list[Reader]) -> None:
     """Run the calibration's tokens through the teacher, and give each reader's input [s/tp, b, D] to its function."""
     hooks = [reader.register_forward_pre_hook(partial(_look_at_input, look)) for reader, look in readers]
-    tokens_at_once = config.training.micro_batch_size * config.training.seq_length * groups.dp.size()
+    tokens_at_once = config.training.micro_batch_size * config.training.seq_length * stages[0].groups.dp.size()
+    num_microbatches = -(-config.projection.calibration_tokens // tokens_at_once)
     try:
-        forward_teacher(
-            stages, batches, config, num_microbatches=-(-config.projection.calibration_tokens // tokens_at_once)
-        )
+        forward_teacher(stages, batches, config, num_microbatches=num_microbatches)
     except StopIteration:
         raise ConfigError(
             f"--calibration-tokens {config.projection.calibration_tokens} is more than the training data holds. "

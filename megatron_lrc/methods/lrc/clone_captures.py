@@ -16,7 +16,7 @@ over tensor parallel ranks, the sequence only with --sequence-parallel.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
 from megatron_lrc.config import CLONE_TERMS
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.kernels import own_precision
-from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses
+
+if TYPE_CHECKING:
+    from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 SITES_OF: dict[str, list[Site]] = {
     linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS
@@ -69,13 +72,11 @@ class Place:
 
 class CloneLosses(LayerLosses):
     """The clone losses of one stage. Micro-batches pass one after the other: `begin`, both models, `end`.
-
-    terms_of: names, of `terms`, of the losses that are on in a layer (global, from 0).
-    """
+    terms_of: names, of `terms`, of the losses that are on in a layer (global, from 0)."""
 
     terms = CLONE_TERMS
 
-    def __init__(self, stage: TwoModels, *, terms_of: Callable[[int], set[str]]):
+    def __init__(self, stage: "PairedModel", *, terms_of: Callable[[int], set[str]]):
         super().__init__(stage)
         self._settings, self._terms_of = stage.settings, terms_of
         self._micro_batch: MicroBatch | None = None  # the one in progress

@@ -7,48 +7,32 @@ Whoever builds the stage chooses the class (`CloneLosses`, `TinyBertLosses`). `L
 Notation: s sequence, b micro-batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_lrc.clone.projections import Projections
-from megatron_lrc.clone.sites import HeadLayout
-from megatron_lrc.config import Config
-from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import GPTModel
-from megatron_lrc.mcore.stages import LossSums, Shapes, Trained
+from megatron_lrc.mcore.stages import Trained
 
-
-class TwoModels(Protocol):
-    """What layer losses may use of the stage they belong to.
-
-    When they are made it has its models, shapes and groups; the sums and the projections come later, and the
-    projections are replaced when a student is opened. So losses keep the stage and look there.
-    """
-
-    settings: Config
-    shapes: Shapes
-    groups: Groups
-    heads: HeadLayout
-    sums: LossSums
-    teacher: GPTModel
-    student: GPTModel
-    projections: Projections
-    pre_process: bool
-
-    def main_loss_scale(self) -> Tensor | float: ...
+if TYPE_CHECKING:
+    from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 
 class LayerLosses:
-    """No losses between layers."""
+    """No losses between layers.
+
+    stage: when losses are made it has its models, shapes and groups; the sums and the projections come later, and the
+    projections are replaced when a student is opened. So losses keep the stage and look there.
+    """
 
     #: Names of the losses: the columns of `LossSums.clone`.
     terms: Sequence[str] = ()
     #: Groups of gradient norms that the parameters of `trained` make, beside those that every stage has.
     gradient_groups: tuple[str, ...] = ()
 
-    def __init__(self, stage: TwoModels):
+    def __init__(self, stage: PairedModel):
         self._stage = stage
 
     def begin(self, token_weight: Tensor) -> None:
@@ -75,4 +59,4 @@ class LayerLosses:
 
 
 #: Makes a stage's losses when its two models are there.
-LayerLossesFactory = Callable[[TwoModels], LayerLosses]
+LayerLossesFactory = Callable[["PairedModel"], LayerLosses]

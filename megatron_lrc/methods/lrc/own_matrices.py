@@ -16,9 +16,7 @@ from megatron_lrc.methods.ordinary.single_model import trained_parameters
 
 def own_parameters(student: GPTModel, shape: ModelShape, own: frozenset[str]) -> Iterator[Trained]:
     """Those of a stage. own: their names, of MATRICES; if all are own, so are q, k, v biases and q, k norms.
-
-    A fused parameter is owned as a whole: gate with up, and q with k and v.
-    """
+    A fused parameter is owned as a whole: gate with up, and q with k and v."""
     gains = norm_gains(student)
     for trained in trained_parameters(student, shape):
         is_matrix = not set(trained.groups).isdisjoint(MATRICES)

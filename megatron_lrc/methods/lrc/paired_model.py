@@ -15,25 +15,12 @@ from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
 from megatron_lrc.clone.overlap import Overlap
-from megatron_lrc.clone.projections import (
-    ClonedWeight,
-    Projections,
-    accumulate_in_fp32,
-    gradient_of,
-    zero_gradient,
-)
-from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, projection_names, select
+from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32, gradient_of, zero_gradient
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, projection_names, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import (
-    GPTModel,
-    head_layout,
-    layers_of,
-    norm_gains,
-    tie_ends,
-    vocabulary_shard,
-)
+from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, tie_ends, vocabulary_shard
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
@@ -75,9 +62,9 @@ class PairedModel(PipelineStage):
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
-        self.heads = head_layout(shapes.teacher)
-        self._layer_losses = layer_losses(self)
-        self.sums = LossSums(groups.device, shapes.teacher.num_layers, self._layer_losses.terms)
+        self.heads = HeadLayout.of(shapes.teacher)
+        self.layer_losses = layer_losses(self)
+        self.sums = LossSums(groups.device, shapes.teacher.num_layers, self.layer_losses.terms)
         self.vocabulary = vocabulary_shard(shapes.teacher, groups.tp)
         self._is_to_compose = False  # in the next forward pass
         self._choose_trained(own)
@@ -89,12 +76,10 @@ class PairedModel(PipelineStage):
         self.own = own
         self.overlap = Overlap()
         self.cloned_weights = self._pair_weights()
-        targets = self._layer_losses.target_names
-        names = projection_names(
-            [index for index, _ in layers_of(self.student)],
-            self.pre_process or self._has_tied_head(),
-            self._has_own_head(),
-        )
+        targets = self.layer_losses.target_names
+        has_embedding = self.pre_process or (self.post_process and self.shapes.student.is_tied)
+        layers = [index for index, _ in layers_of(self.student)]
+        names = projection_names(layers, has_embedding, self._has_own_head())
         fixed = [name for name in targets if name.rpartition(".")[2] in own]
         self.projections = Projections(
             [name for name in names if name.rpartition(".")[2] not in own or name in fixed],
@@ -108,19 +93,15 @@ class PairedModel(PipelineStage):
         )
         for name in targets:
             self.projections.add_target(name, is_detached=self.settings.loss.detach_clone_targets)
-        self._own_parameters = [
-            *own_parameters(self.student, self.shapes.student, own),
-            *self._layer_losses.trained(),
-        ]
+        of_student = own_parameters(self.student, self.shapes.student, own)
+        self._own_parameters = [*of_student, *self.layer_losses.trained()]
         self._trained_weights = TrainedWeights(self._own_parameters, self.projections)
         self._set_trainable()
 
     @torch.no_grad()
     def open(self, own: frozenset[str]) -> None:
-        """From now on these of the student's matrices are its own, with the values that they have now.
-
-        What trains is new, and so has to be whatever trains it.
-        """
+        """From now on these of the student's matrices are its own, with the values that they have now. What
+        trains is new, and so has to be whatever trains it."""
         self._compose_now()
         before = self.projections
         renew_parameters(self.student)
@@ -128,9 +109,6 @@ class PairedModel(PipelineStage):
         self._choose_trained(own)
         for name, _ in self.projections.named_matrices():
             self.projections.set_matrix(name, before.full(name))
-
-    def _has_tied_head(self) -> bool:
-        return self.post_process and self.shapes.student.is_tied
 
     def _has_own_head(self) -> bool:
         return self.post_process and not self.shapes.student.is_tied
@@ -179,10 +157,6 @@ class PairedModel(PipelineStage):
             yield Trained(name, layout.NORMS + name, gain, (NORMS,))
         yield from self._own_parameters
 
-    def initialize_layer_losses(self, seed: int) -> None:
-        """Give the losses between layers their first values, if they train anything of their own."""
-        self._layer_losses.initialize(seed)
-
     def fixed(self) -> Iterator[Trained]:
         """Projections that generate nothing any more but the clone loss's targets."""
         return (each for each in self._projections() if not each.parameter.requires_grad)
@@ -196,7 +170,7 @@ class PairedModel(PipelineStage):
     @property
     def gradient_groups(self) -> tuple[str, ...]:
         has_biases = self.shapes.student.has_qkv_bias and self.own.issuperset(MATRICES)
-        return (*GRADIENT_GROUPS, *[BIASES] * has_biases, *self._layer_losses.gradient_groups)
+        return (*GRADIENT_GROUPS, *[BIASES] * has_biases, *self.layer_losses.gradient_groups)
 
     @property
     def models(self) -> Mapping[str, GPTModel]:
@@ -243,17 +217,15 @@ class PairedModel(PipelineStage):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `find_documents`' documents if wanted.
-
-        Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens.
-        """
+        Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens."""
         token_weight = batch["loss_mask"].t().contiguous()
-        self._layer_losses.begin(token_weight)
+        self.layer_losses.begin(token_weight)
         teacher_in, student_in = self._split_input()
         with torch.no_grad():
             teacher_hidden = run_stage(self.teacher, batch, teacher_in)
         if self._is_to_compose:
             self._compose_now()
-        student_hidden = self._layer_losses.end(run_stage(self.student, batch, student_in))
+        student_hidden = self.layer_losses.end(run_stage(self.student, batch, student_in))
         if not self.post_process:
             return torch.cat([teacher_hidden, student_hidden], dim=-1)
         return self._lm_and_kl(teacher_hidden, student_hidden, batch["labels"], token_weight)
@@ -261,10 +233,10 @@ class PairedModel(PipelineStage):
     def forward_teacher(self, batch: dict[str, Tensor]) -> Tensor:
         """The teacher alone, for calibration. Inputs and outputs as of `forward`, the student's part zero."""
         teacher_in, _ = self._split_input()
-        self._layer_losses.begin(batch["loss_mask"].t())
+        self.layer_losses.begin(batch["loss_mask"].t())
         with torch.no_grad():
             hidden = run_stage(self.teacher, batch, teacher_in)
-        self._layer_losses.forget()
+        self.layer_losses.forget()
         if self.post_process:
             return hidden.new_zeros(())
         student_hidden = hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size)

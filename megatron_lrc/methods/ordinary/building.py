@@ -4,7 +4,7 @@ from megatron_lrc.hf.families import rope_inverse_frequencies
 from megatron_lrc.mcore.stages import Shapes
 from megatron_lrc.methods.method import Materials, Method
 from megatron_lrc.methods.ordinary.single_model import SingleModel
-from megatron_lrc.methods.weights import load_frozen, load_weights
+from megatron_lrc.methods.weights import load_weights
 
 
 def build_stages(method: Method, materials: Materials) -> list[SingleModel]:
@@ -18,5 +18,4 @@ def build_stages(method: Method, materials: Materials) -> list[SingleModel]:
     if materials.is_new:
         for stage in stages:
             load_weights(stage, stage.student, materials.reader)
-            load_frozen(stage, stage.student, materials.reader)
     return stages

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 
 from megatron_lrc.checkpoints.layout import SITES, key_of
 from megatron_lrc.clone.projections import gradient_of
-from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, Site, select
-from megatron_lrc.clone.vocab_parallel import lm_loss
+from megatron_lrc.clone.sites import CAPTURED_LINEARS, EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, select
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import (
-    GPTModel,
-    head_layout,
-    layers_of,
-    norm_gains,
-    vocabulary_shard,
-)
+from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, vocabulary_shard
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
@@ -47,11 +41,10 @@ class SingleModel(PipelineStage):
         self._build(shapes)
 
     def _build(self, shapes: Shapes) -> None:
-        """Make the model, its weights not yet set."""
         self.shapes = shapes
         self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
         self.config = copy.copy(self.student.config)
-        self.heads = head_layout(shapes.student)
+        self.heads = HeadLayout.of(shapes.student)
         self.vocabulary = vocabulary_shard(shapes.student, self.groups.tp)
         self._trained = list(trained_parameters(self.student, shapes.student))
 
@@ -84,14 +77,16 @@ class SingleModel(PipelineStage):
         if not self.post_process:
             return hidden
         token_weight = batch["loss_mask"].t().flatten()
-        loss, sums = lm_loss(
+        chunk, scale = self.settings.loss.loss_chunk_tokens, self.main_loss_scale()
+        loss, sums = lm_and_kl_loss(
             all_tokens(self.student, hidden),  # [s*b, d]
+            None,
             self.student.output_layer.weight,
+            None,
             batch["labels"].t().flatten(),
             token_weight,
             shard=self.vocabulary,
-            chunk_tokens=self.settings.loss.loss_chunk_tokens,
-            loss_scale=self.main_loss_scale(),
+            settings=HeadLossSettings(lm=1.0, kl=0.0, temperature=1.0, chunk_tokens=chunk, loss_scale=scale),
         )
         if self.groups.tp.rank() == 0:
             self.sums.add_main(sums, token_weight)

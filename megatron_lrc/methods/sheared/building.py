@@ -7,9 +7,9 @@ from megatron_lrc.hf.families import rope_inverse_frequencies
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
 from megatron_lrc.methods.method import Materials, Method
 from megatron_lrc.methods.ordinary import building as ordinary
-from megatron_lrc.methods.sheared.masks import Masks, MaskSettings, masks_between
+from megatron_lrc.methods.sheared.masks import Masks, masks_between
 from megatron_lrc.methods.sheared.sheared_model import ShearedModel
-from megatron_lrc.methods.weights import load_frozen, load_weights
+from megatron_lrc.methods.weights import load_weights
 
 
 def build_stages(method: Method, materials: Materials) -> Sequence[PipelineStage]:
@@ -18,29 +18,15 @@ def build_stages(method: Method, materials: Materials) -> Sequence[PipelineStage
         return ordinary.build_stages(method, materials)
     config, base, groups = method.config, materials.base, materials.groups
     shapes = Shapes(base.shape, base.shape, rope_inverse_frequencies(base))
-    masks = Masks(masks_between(base.shape, method.student_shape(base.shape)), mask_settings(method), groups.device)
+    masks = Masks(masks_between(base.shape, method.student_shape(base.shape)), config, groups.device)
     stages = [
         ShearedModel(config, shapes, groups, materials.dtype, chunk, masks=masks) for chunk in range(config.num_chunks)
     ]
     if materials.is_new:
         for stage in stages:
             load_weights(stage, stage.student, materials.reader)
-            load_frozen(stage, stage.student, materials.reader)
             stage.adopt_weights()
     return stages
-
-
-def mask_settings(method: Method) -> MaskSettings:
-    config, cut_after = method.config, method.change_step
-    assert cut_after is not None
-    return MaskSettings(
-        pruning_steps=cut_after,
-        seed=config.training.seed,
-        lr=config.pruning.mask_lr,
-        beta1=config.optimizer.adam_beta1,
-        beta2=config.optimizer.adam_beta2,
-        eps=config.optimizer.adam_eps,
-    )
 
 
 def cut(method: Method, stages: Sequence[PipelineStage]) -> None:

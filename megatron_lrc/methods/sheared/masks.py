@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.clone.seeds import generator_of
-from megatron_lrc.config import ModelShape
+from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.methods.sheared.hard_concrete import likely, probability_kept, sample
 
 HIDDEN, GROUPS, NEURONS = KINDS = ("hidden", "groups", "neurons")
@@ -40,18 +40,6 @@ class Mask:
     name: str
     size: int
     target: int
-
-
-@dataclass(frozen=True, slots=True)
-class MaskSettings:
-    """pruning_steps: after how many of them the model is cut. lr and the rest: of the masks' own Adam."""
-
-    pruning_steps: int
-    seed: int
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
 
 
 def mask_name(kind: str, layer: int | None) -> str:
@@ -74,18 +62,14 @@ class Masks:
     gradient: fp64 [units], this rank's partial sum of dLM / dz times dz / d log alpha.
     """
 
-    def __init__(self, masks: list[Mask], settings: MaskSettings, device: torch.device):
-        self.masks, self._settings = masks, settings
+    def __init__(self, masks: list[Mask], config: Config, device: torch.device):
+        self.masks, self._config = masks, config
         self._sizes = [mask.size for mask in masks]
         units = sum(self._sizes)
         values = torch.zeros(units + 2 * len(masks), dtype=torch.float64, device=device)
         values[:units] = FIRST_LOG_ALPHA
-        tensors = {
-            "values": values,
-            "exp_avg": torch.zeros_like(values),
-            "exp_avg_sq": torch.zeros_like(values),
-            "steps": values.new_zeros(1),
-        }
+        moments = {name: torch.zeros_like(values) for name in ("exp_avg", "exp_avg_sq")}
+        tensors = {"values": values, **moments, "steps": values.new_zeros(1)}
         self.state = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         self.gradient = torch.zeros(units, dtype=torch.float64, device=device)
         self._drawn: tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
@@ -105,7 +89,12 @@ class Masks:
 
     def sampled(self) -> Mapping[str, Tensor]:
         """Name -> the z [size] of this step, fp64; the same however often it is asked for."""
-        return self._draw()[0]
+        step = self.steps
+        if self._drawn is None or self._drawn[0] != step:
+            numbers = [self._numbers(mask, step) for mask in self.masks]
+            z, slope = sample(self.log_alpha, torch.cat(numbers).to(self.log_alpha.device))
+            self._drawn = step, self.by_mask(z), self.by_mask(slope)
+        return self._drawn[1]
 
     def likely(self) -> Mapping[str, Tensor]:
         """Name -> the z [size] that stands for each mask where nothing is drawn."""
@@ -113,23 +102,13 @@ class Masks:
 
     def kept(self) -> Mapping[str, Tensor]:
         """Name -> indices, in order, of the units with the highest scores, as many as the target is."""
-        best = {name: scores.sort(descending=True, stable=True).indices for name, scores in self._scores().items()}
+        scores = self.by_mask(self.log_alpha)
+        best = {name: part.sort(descending=True, stable=True).indices for name, part in scores.items()}
         return {mask.name: best[mask.name][: mask.target].sort().values for mask in self.masks}
-
-    def _scores(self) -> Mapping[str, Tensor]:
-        return self.by_mask(self.log_alpha)
-
-    def _draw(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        step = self.steps
-        if self._drawn is None or self._drawn[0] != step:
-            numbers = [self._numbers(mask, step) for mask in self.masks]
-            z, slope = sample(self.log_alpha, torch.cat(numbers).to(self.log_alpha.device))
-            self._drawn = step, self.by_mask(z), self.by_mask(slope)
-        return self._drawn[1:]
 
     def _numbers(self, mask: Mask, step: int) -> Tensor:
         """From (0, 1), fp64 [size], on CPU."""
-        generator = generator_of(self._settings.seed, f"{step}:{mask.name}")
+        generator = generator_of(self._config.training.seed, f"{step}:{mask.name}")
         return torch.rand(mask.size, dtype=torch.float64, generator=generator).clamp(1e-6, 1 - 1e-6)
 
     def add_gradient(self, name: str, dz: Tensor, start: int = 0) -> None:
@@ -144,7 +123,8 @@ class Masks:
 
     def targets(self) -> dict[str, float]:
         """Name -> the size that the Lagrangian drives to in this step."""
-        warmup = max(WARMUP_FRACTION * self._settings.pruning_steps, 1.0)
+        pruning_steps = self._config.step_of(self._config.pruning.prune_after)
+        warmup = max(WARMUP_FRACTION * pruning_steps, 1.0)
         share = min(self.steps / warmup, 1.0)
         return {mask.name: mask.size - share * (mask.size - mask.target) for mask in self.masks}
 
@@ -165,12 +145,12 @@ class Masks:
         self._adam(total)
 
     def _adam(self, gradient: Tensor) -> None:
-        settings, state = self._settings, self.state
+        state, adam = self.state, self._config.optimizer
         state["steps"].add_(1)
         count = self.steps
-        state["exp_avg"].lerp_(gradient, 1 - settings.beta1)
-        state["exp_avg_sq"].mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
-        mean = state["exp_avg"] / (1 - settings.beta1**count)
-        root = (state["exp_avg_sq"] / (1 - settings.beta2**count)).sqrt()
-        state["values"].sub_(settings.lr * mean / (root + settings.eps))
+        state["exp_avg"].lerp_(gradient, 1 - adam.adam_beta1)
+        state["exp_avg_sq"].mul_(adam.adam_beta2).addcmul_(gradient, gradient, value=1 - adam.adam_beta2)
+        mean = state["exp_avg"] / (1 - adam.adam_beta1**count)
+        root = (state["exp_avg_sq"] / (1 - adam.adam_beta2**count)).sqrt()
+        state["values"].sub_(self._config.pruning.mask_lr * mean / (root + adam.adam_eps))
         self.log_alpha.clamp_(-BOUND, BOUND)

@@ -10,7 +10,7 @@ Only tensors that have a mask multiplied into them are there twice. In a checkpo
 ordinary training, and the masks are beside it. `prune` cuts the model; then the stage is a `SingleModel`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,28 +89,24 @@ class ShearedModel(SingleModel):
             sizes.setdefault(name.rpartition(".")[2], []).append(size.item())
         return {"mask_sizes": {kind: sum(sizes[kind]) / len(sizes[kind]) for kind in KINDS if kind in sizes}}
 
-    # --- a step -----------------------------------------------------------------------------------
-
     def zero_gradients(self) -> None:
-        if self.masks is None:
-            return
-        self.masks.gradient.zero_()
+        if self.masks is not None:
+            self.masks.gradient.zero_()
         for weight in self._masked:
             zero_gradient(weight.model)
 
     def compose(self) -> None:
         """W_S <- W * z, with masks drawn for this step."""
         if self.masks is not None:
-            self._z = self.masks.sampled()
-            self._compose()
+            self._compose(self.masks.sampled())
 
     def compose_for_evaluation(self) -> None:
         if self.masks is not None:
-            self._z = self.masks.likely()
-            self._compose()
+            self._compose(self.masks.likely())
 
     @torch.no_grad()
-    def _compose(self) -> None:
+    def _compose(self, z: Mapping[str, Tensor]) -> None:
+        self._z = z
         for trained in self._trained:
             self.overlap.parameter_is_needed(trained.parameter)
         for weight in self._masked:
@@ -132,9 +128,7 @@ class ShearedModel(SingleModel):
     @torch.no_grad()
     def pull_back(self) -> None:
         """dW += dW_S * z, and dz. Gradients of what no mask is multiplied into are there already."""
-        if self.masks is None:
-            return
-        for weight in self._masked:
+        for weight in self._masked:  # none after the cut
             grad = gradient_of(weight.model)
             if grad is None:
                 continue
@@ -159,8 +153,6 @@ class ShearedModel(SingleModel):
     def after_step(self, gradient_scale: Tensor) -> None:
         if self.masks is not None and self._chunk == 0:
             self.masks.step(sum_over_world(self.masks.gradient.clone()) * gradient_scale)
-
-    # --- the cut ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prune(self, shapes: Shapes) -> None:

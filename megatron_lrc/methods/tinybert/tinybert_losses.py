@@ -9,7 +9,7 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` s
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.config import TINYBERT_TERMS
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import MAPS, Trained
-from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses
 from megatron_lrc.methods.tinybert.attention_loss import AttentionLoss
+
+if TYPE_CHECKING:
+    from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 EMBEDDING, HIDDEN, ATTENTION = range(len(TINYBERT_TERMS))
 
@@ -31,7 +34,7 @@ class TinyBertLosses(LayerLosses):
     terms = TINYBERT_TERMS
     gradient_groups = (MAPS,)
 
-    def __init__(self, stage: TwoModels):
+    def __init__(self, stage: "PairedModel"):
         super().__init__(stage)
         self._token_weight: Tensor
         self._teachers: dict[tuple[int, int], Any] = {}  # what the student has yet to meet, by (layer, term)
@@ -65,8 +68,6 @@ class TinyBertLosses(LayerLosses):
             drawn = torch.randn(parameter.shape, generator=generator_of(seed, f"maps.{name}"))
             parameter.copy_(drawn * parameter.shape[0] ** -0.5)
 
-    # --- hidden states ----------------------------------------------------------------------------
-
     def _compare_hidden(self, term: int, layer: int, teacher: nn.Module, student: nn.Module) -> None:
         shapes = self._stage.shapes
         name = "embedding" if term == EMBEDDING else f"hidden_{layer}"
@@ -98,8 +99,6 @@ class TinyBertLosses(LayerLosses):
     @property
     def _scale(self) -> Tensor | float:
         return self._stage.settings.loss.alpha * self._stage.main_loss_scale()
-
-    # --- attention --------------------------------------------------------------------------------
 
     def _compare_attention(self, layer: int, teacher: nn.Module, student: nn.Module) -> None:
         cores = [model.self_attention.core_attention for model in (teacher, student)]
