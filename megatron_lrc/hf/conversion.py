@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lrc.checkpoints.layout import SITES, Box, all_boxes, key_of
+from megatron_lrc.checkpoints.layout import SITES, Box, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
@@ -27,10 +27,6 @@ def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> di
         key, own = key_of(weight.local_name), dtype or reader.dtype(weight.key)
         dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
     return dtypes
-
-
-def boxes_of(description: TeacherDescription) -> Iterator[Box]:
-    return all_boxes(description.shape)
 
 
 def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:

@@ -99,8 +99,7 @@ class StudentWeights:
         if self.shape.is_tied and not self.base.shape.is_tied and "embed" not in self._own:
             raise ConfigError(
                 "The student has no lm_head projection, but its teacher's embedding and LM head are two "
-                "matrices: one projection cannot make both. Train with "
-                "--untie-embeddings-and-output-weights."
+                "matrices: one projection cannot make both. Train with --untie-embeddings-and-output-weights."
             )
         for kind, found, wanted in (
             ("projections", self._projections, {weight.key for weight in weights if weight.site is not None}),
