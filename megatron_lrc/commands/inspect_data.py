@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from megatron_lrc.commands.flags import new_parser, say
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.inspection import InspectionOptions, check_drawing, draw_histogram, inspect_dataset
+from megatron_lrc.data.inspection import InspectionOptions, draw_histogram, inspect_dataset
+from megatron_lrc.png_charts import check_matplotlib
 
 
 def not_negative(text: str) -> int:
@@ -43,16 +44,16 @@ def read_flags(argv: Sequence[str], program: str) -> InspectionOptions:
 def run(argv: Sequence[str], program: str) -> int:
     """2 where a dataset is damaged; the others are inspected all the same."""
     options = read_flags(argv, program)
-    inspections, exit_code = [], 0
+    lengths_of, exit_code = {}, 0
     if options.histogram:
-        check_drawing()
+        check_matplotlib("--histogram", "the lengths are printed as text in any case")
     for prefix in options.prefixes:
         try:
-            inspections.append(inspect_dataset(prefix, options, report=say))
+            lengths_of[prefix] = inspect_dataset(prefix, options, report=say)
         except ConfigError as error:
             print(f"{program}: {error}", file=sys.stderr)
             exit_code = 2
-    if options.histogram and inspections:
-        draw_histogram(options.histogram, inspections)
+    if options.histogram and lengths_of:
+        draw_histogram(options.histogram, lengths_of)
         print(f"wrote {options.histogram}")
     return exit_code

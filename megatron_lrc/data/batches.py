@@ -16,10 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from megatron_lrc.data.datasets import build_datasets, num_calibration_batches
-
-__all__ = ["BatchIterator", "build_datasets", "num_calibration_batches"]
-
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 

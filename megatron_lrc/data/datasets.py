@@ -7,8 +7,6 @@ under a temporary name, so that one which exists is complete.
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -28,7 +26,7 @@ from megatron_lrc.data.blends import DataPlan, plan_data
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.indexed_files import identity_of, read_indexed_file
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
-from megatron_lrc.data.sample_order import SampleOrder
+from megatron_lrc.data.sample_order import SampleOrder, digest_of
 from megatron_lrc.data.tokenizers import load_tokenizer
 
 T = TypeVar("T")
@@ -130,7 +128,7 @@ class Request:
     @cached_property
     def folder(self) -> str:
         parts = [[name, order.identity, self.reaches[name]] for name, order in self.orders.items()]
-        return os.path.join(self.parent, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32])
+        return os.path.join(self.parent, digest_of(parts))
 
     def fill_cache(self) -> bool:
         """Have the maps built by rank 0 unless they are there: whether they were. Collective; ConfigError alike."""
@@ -254,8 +252,7 @@ def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     if flags_that_need_eod(config):
         path = config.data.tokenizer_model or config.base_model
         assert path is not None
-        tokenizer = load_tokenizer(path)
-        return TokenizerIdentity(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
+        return load_tokenizer(path)
     return TokenizerIdentity(fingerprint="unknown", vocab_size=0, eod=None)
 
 

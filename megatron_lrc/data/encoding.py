@@ -40,11 +40,11 @@ class Chunk:
     """Consecutive lines of one file: the lines, or where whoever encodes them finds them in the file."""
 
     source: str
-    start: int  # byte of the file, where `lines` is None
     num_bytes: int  # of text
-    lines: list[bytes] | None
     disk_bytes: int  # of the file, packed as it may be, that these lines took; about
-    is_last: bool  # of its file
+    start: int = 0  # byte of the file, where `lines` is None
+    lines: list[bytes] | None = None
+    is_last: bool = False  # of its file
 
     def read(self) -> list[bytes]:
         """The lines. ConfigError if the file no longer has them."""
@@ -206,7 +206,7 @@ def _divide(path: str, start: int) -> Iterator[Chunk]:
             file.seek(max(min(start + CHUNK_BYTES, size) - 1, start))
             file.readline()
             end = file.tell()
-            yield _chunk(path, start=start, num_bytes=end - start, disk_bytes=end - start, is_last=end >= size)
+            yield Chunk(source=path, start=start, num_bytes=end - start, disk_bytes=end - start, is_last=end >= size)
             if end >= size:
                 return
             start = end
@@ -221,21 +221,9 @@ def _unpack(source: Source) -> Iterator[Chunk]:
         num_bytes += len(line)
         if num_bytes >= CHUNK_BYTES:
             position = source.position
-            yield _chunk(source.path, lines=lines, num_bytes=num_bytes, disk_bytes=position - counted)
+            yield Chunk(source=source.path, lines=lines, num_bytes=num_bytes, disk_bytes=position - counted)
             lines, num_bytes, counted = [], 0, position
-    yield _chunk(source.path, lines=lines, num_bytes=num_bytes, disk_bytes=source.size - counted, is_last=True)
-
-
-def _chunk(
-    source: str,
-    *,
-    num_bytes: int,
-    disk_bytes: int,
-    start: int = 0,
-    lines: list[bytes] | None = None,
-    is_last: bool = False,
-) -> Chunk:
-    return Chunk(source=source, start=start, num_bytes=num_bytes, lines=lines, disk_bytes=disk_bytes, is_last=is_last)
+    yield Chunk(source=source.path, lines=lines, num_bytes=num_bytes, disk_bytes=source.size - counted, is_last=True)
 
 
 _worker_encoder: ChunkEncoder | None = None  # set once in each worker process
