@@ -67,7 +67,7 @@ class Index(IndexedFile):
         """[tokens of the document]: its token ids, the sequences joined."""
         first, last = int(self.bounds[number]), int(self.bounds[number + 1])
         count = int(self.lengths[first:last].sum(dtype=numpy.int64))
-        return numpy.fromfile(f"{self.prefix}.bin", self.file.dtype, count, offset=int(self.pointers[first]))
+        return numpy.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=int(self.pointers[first]))
 
 
 def pieces(length: int) -> Iterator[slice]:
