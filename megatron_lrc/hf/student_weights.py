@@ -62,7 +62,7 @@ class StudentWeights:
         if weight.key in self._own:
             return self._own[weight.key]
         if weight.is_frozen:
-            return self._reader.tensor(weight.local_name, weight.layer)
+            return self._reader.weight(weight)
         given = (self._norms if weight.site is None else self._projections)[weight.key]  # [d] or [D, d]
         hidden, base_hidden = self.shape.hidden_size, self.base.shape.hidden_size
         expected = (hidden,) if weight.site is None else (base_hidden, hidden)

@@ -30,7 +30,7 @@ from megatron_lrc.hf.reader import Reader
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
 #: safetensors dtypes that weights may have; anything else is a quantised format.
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -89,7 +89,7 @@ class TeacherReader(Reader):
 
     def dtype(self, key: str) -> torch.dtype:
         """The data type in which the files hold the weight of this key (`Weight.key`)."""
-        return _DTYPES[self._slice(self._weights[key].name).get_dtype()]
+        return DTYPES[self._slice(self._weights[key].name).get_dtype()]
 
     def fingerprint(self) -> str:
         """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
@@ -139,8 +139,8 @@ class TeacherReader(Reader):
         found, file = self._slice(name), self._file_of[name]
         if tuple(found.get_shape()) != weight.shape:
             return [f"tensor {name} in {file} has shape {found.get_shape()}, expected {list(weight.shape)}"]
-        if found.get_dtype() not in _DTYPES:
-            return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(_DTYPES)}"]
+        if found.get_dtype() not in DTYPES:
+            return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(DTYPES)}"]
         if weight.is_zero and bool(found[:].any()):
             return [f"tensor {name} in {file} is not all zero, and a student has no place for it"]
         return []

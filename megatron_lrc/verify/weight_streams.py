@@ -1,27 +1,26 @@
 """Models as a stream of weights in the order of the forward pass, and their logits by megatron-core's layers.
 
 A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype
-its source has. Another kind of model needs one such generator.
+its source has.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.saved_student import SavedStudent, open_checkpoint
 from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.checkpoint_reader import open_teacher
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher, expected_weights
-from megatron_lrc.hf.reader import Reader
-from megatron_lrc.hf.student_weights import StudentWeights
+from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.methods import method_of
 
-Weights = Iterable[tuple[str, Tensor]]
+WeightOf = Callable[[Weight], Tensor]
 
 
 def stream_logits(
-    weights: Weights,
+    weights: Iterable[tuple[str, Tensor]],
     shape: ModelShape,
     inverse_frequencies: Tensor,
     tokens: Tensor,
@@ -40,20 +39,10 @@ def stream_logits(
         return forward.logits
 
 
-def teacher_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
-    """A teacher's weights, as the engine reads them."""
-    description = reader.description
-    for weight in expected_weights(description.family, description.shape):
-        if not weight.is_zero:
-            yield weight.key, reader.tensor(weight.local_name, weight.layer)
-
-
-def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's student, as an export would write it before rounding. base: as of `StudentWeights`."""
-    weight_of = StudentWeights.of(student, base)
-    return (
-        (weight.key, weight_of(weight)) for weight in expected_weights(base.family, student.shape) if not weight.is_zero
-    )
+def stream_weights(family: Family, shape: ModelShape, weight_of: WeightOf) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model of this family and shape, each asked for in its turn. Zeros are left out."""
+    weights = expected_weights(family, shape)
+    return ((weight.key, weight_of(weight)) for weight in weights if not weight.is_zero)
 
 
 def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:
