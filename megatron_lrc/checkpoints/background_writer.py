@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.files import Bucket, Written, write_files
-from megatron_lrc.launch.parent import end_with_parent
+from megatron_lrc.launch.torchrun import end_with_parent
 
 #: What the process runs, with the descriptors of its end of the connection and of the shared memory, and its parent.
 ENTRY = "megatron_lrc.checkpoints.background_writer:serve"

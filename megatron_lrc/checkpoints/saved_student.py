@@ -15,7 +15,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_lrc.checkpoints.boxes import read_box, take
 from megatron_lrc.checkpoints.index import UnsafeCheckpoint, read_index
 from megatron_lrc.checkpoints.layout import NORMS, PROJECTIONS, Box, all_boxes, box_of, whole_box
-from megatron_lrc.checkpoints.run_directory import STATE_FILE, find_changed, find_missing, newest_checkpoint, read_state
+from megatron_lrc.checkpoints.run_directory import (
+    STATE_FILE,
+    RunState,
+    find_changed,
+    find_missing,
+    newest_checkpoint,
+    read_state,
+)
 from megatron_lrc.clone.sites import HeadLayout
 from megatron_lrc.config import Config, ConfigError, ModelShape
 
@@ -72,13 +79,10 @@ class SavedStudent:
     path: Path
     config: Config
     shape: ModelShape
-    teacher_fingerprint: str
-    step: int
-    tokens: int
+    state: RunState
     projections: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
-    changed_at: int | None = None  # the step after which the method changed what is trained
 
     @property
     def is_composed(self) -> bool:
@@ -111,15 +115,4 @@ def open_checkpoint(run: str) -> SavedStudent:
         _Tensors(files, index, boxes, HeadLayout.of(shape))
         for boxes in (_boxes_under(PROJECTIONS, index), _boxes_under(NORMS, index), _boxes_of_weights(shape, index))
     )
-    return SavedStudent(
-        path=path,
-        config=config,
-        shape=shape,
-        teacher_fingerprint=state.teacher_fingerprint,
-        step=state.step,
-        tokens=state.tokens,
-        projections=projections,
-        norms=norms,
-        weights=weights,
-        changed_at=state.changed_at,
-    )
+    return SavedStudent(path, config, shape, state, projections=projections, norms=norms, weights=weights)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.data.blends import DataPlan, plan_data
+from megatron_lrc.data.blends import Blend, DataPlan, plan_data
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.indexed_files import identity_of, read_indexed_file
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
@@ -62,7 +62,7 @@ def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int 
     if not num_epochs or plan.train is None:
         return config
     assert batch_size is not None, "the configuration has been resolved"
-    order = _training_order(config, plan)
+    order = _order_of(plan.train, plan.train_part, config)
     if plan.train.weights:
         raise ConfigError(
             f"--train-epochs {num_epochs} passes over every dataset equally often, which the weights of "
@@ -106,13 +106,11 @@ class Request:
         assert plan.train is not None
         training, batch_size = config.training, config.training.global_batch_size
         assert batch_size is not None, "the configuration has been resolved before datasets are built"
-        orders = {"train": _training_order(config, plan)}
+        orders = {"train": _order_of(plan.train, plan.train_part, config)}
         ahead = max(training.train_iters - step, 0) * batch_size
         sizes = {"train": max(consumed_samples + ahead, max(num_calibration_batches(config), 1) * batch_size)}
         if plan.valid:
-            orders["valid"] = SampleOrder.of(
-                plan.valid, plan.valid_part, seq_length=training.seq_length, seed=training.seed
-            )
+            orders["valid"] = _order_of(plan.valid, plan.valid_part, config)
             sizes["valid"] = config.logging.eval_iters * batch_size
         return cls(
             orders=orders,
@@ -237,10 +235,8 @@ class OrderedDataset(Dataset[dict[str, Tensor]]):
         return which, int(numbers[place]) + round_number * self.order.sources[which].samples_per_pass
 
 
-def _training_order(config: Config, plan: DataPlan) -> SampleOrder:
-    assert plan.train is not None
-    training = config.training
-    return SampleOrder.of(plan.train, plan.train_part, seq_length=training.seq_length, seed=training.seed)
+def _order_of(blend: Blend, part: tuple[float, float], config: Config) -> SampleOrder:
+    return SampleOrder.of(blend, part, seq_length=config.training.seq_length, seed=config.training.seed)
 
 
 def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:

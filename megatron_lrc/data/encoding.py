@@ -58,28 +58,26 @@ class Chunk:
         return text.removesuffix(b"\n").split(b"\n")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class EncodedChunk:
     """The documents of one chunk, in order, for each JSON key."""
 
-    source: str
+    chunk: Chunk  # without its lines
     tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
     lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
     bad_lines: list[tuple[int, str]]  # (line of the chunk, from 0; what is wrong with it)
     num_lines: int
-    num_bytes: int
-    disk_bytes: int
-    is_last: bool
 
     def end(self, start: Position) -> Position:
         """Where the next chunk begins, if this one begins at `start`."""
-        if self.is_last:
+        if self.chunk.is_last:
             return Position(source=start.source + 1)
-        return replace(start, lines=start.lines + self.num_lines, num_bytes=start.num_bytes + self.num_bytes)
+        num_bytes = start.num_bytes + self.chunk.num_bytes
+        return replace(start, lines=start.lines + self.num_lines, num_bytes=num_bytes)
 
     def name_bad_lines(self, start: Position) -> list[str]:
         """ "FILE:LINE: what is wrong" of each bad line, if this chunk begins at `start`."""
-        return [f"{self.source}:{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
+        return [f"{self.chunk.source}:{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +109,7 @@ class ChunkEncoder:
             encoded = self._encode(documents[key])
             lengths[key] = [len(ids) for ids in encoded]
             tokens[key] = numpy.fromiter(chain.from_iterable(encoded), dtype=numpy.int32, count=sum(lengths[key]))
-        return EncodedChunk(
-            source=chunk.source,
-            tokens=tokens,
-            lengths=lengths,
-            bad_lines=bad_lines,
-            num_lines=len(lines),
-            num_bytes=chunk.num_bytes,
-            disk_bytes=chunk.disk_bytes,
-            is_last=chunk.is_last,
-        )
+        return EncodedChunk(replace(chunk, lines=None), tokens, lengths, bad_lines, num_lines=len(lines))
 
     def _parse(self, line: bytes) -> list[str | list[int]]:
         values = parse_line(line, self.keys)

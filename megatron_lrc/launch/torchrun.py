@@ -6,15 +6,16 @@ lie (.../attempt_0/RANK/error.json): the processes of the next attempt find it a
 words.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
-from megatron_lrc.launch.parent import end_with_parent
-
 _FINAL_EXIT_CODE = "megatron_lrc_exit_code"
+_PR_SET_PDEATHSIG = 1
 
 
 def is_used() -> bool:
@@ -33,6 +34,12 @@ def end_with_torchrun() -> None:
     """
     if is_used():
         end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(signal: int) -> None:
+    """Have this process get `signal` when the one that started it ends, however that ends. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal)
 
 
 def report_failure(message: str, details: str, *, final_exit_code: int | None = None) -> None:

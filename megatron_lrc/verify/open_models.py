@@ -72,7 +72,7 @@ def _open_hugging_face(path: Path) -> OpenModel:
 
 def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
     student, description = open_student(str(path), teacher)
-    family, step = description.family.name, student.step
+    family, step = description.family.name, student.state.step
     kind = f"{family} trained for {step} steps, for megatron-core"
     if student.is_composed:
         kind = f"student of a {family}, step {step}, composed for megatron-core"

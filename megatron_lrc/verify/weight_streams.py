@@ -53,13 +53,13 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     needed.
     """
     student = open_checkpoint(load)
-    method = method_of(student.config)
-    if refusal := method.why_no_student(student.path, student.step, student.changed_at):
+    method, trained_with = method_of(student.config), student.state.teacher_fingerprint
+    if refusal := method.why_no_student(student.path, student.state.step, student.state.changed_at):
         raise ConfigError(refusal)
     base = teacher or str(student.config.base_model)
     if not method.has_teacher:
         description = describe_teacher(base, needs_weights=False)
-        if description.config_fingerprint != student.teacher_fingerprint:
+        if description.config_fingerprint != trained_with:
             raise ConfigError(
                 f"{base} is not the model that {student.path} was trained from: its config.json differs. "
                 "Give the directory of that model with --teacher."
@@ -67,10 +67,10 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
         return student, description
     description = describe_teacher(base)
     fingerprint = open_teacher(description).fingerprint()
-    if fingerprint != student.teacher_fingerprint:
+    if fingerprint != trained_with:
         raise ConfigError(
             f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "
-            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the "
-            "directory of that teacher with --teacher."
+            f"{student.path} was trained with (fingerprint {trained_with[:16]}). Give the directory of that teacher "
+            "with --teacher."
         )
     return student, description
