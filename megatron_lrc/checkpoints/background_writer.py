@@ -155,7 +155,9 @@ def _tensors(buckets: list[Bucket]) -> Iterator[Tensor]:
 
 def serve(connection_file: int, memory_file: int, parent: int) -> None:
     """Write what comes until the rank says that it was the last, or is no more."""
-    _die_with(parent)
+    end_with_parent(signal.SIGKILL)  # Linux only; elsewhere the end of the connection says it
+    if os.getppid() != parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(10)  # where training needs every core, it goes first
     torch.set_num_threads(1)
@@ -174,9 +176,3 @@ def serve(connection_file: int, memory_file: int, parent: int) -> None:
 def _with_tensors(bucket: Any, memory: mmap.mmap) -> Bucket:
     path, name, (objects, staged) = bucket
     return path, name, (objects, [(index, place.tensor(memory)) for index, place in staged])
-
-
-def _die_with(parent: int) -> None:
-    end_with_parent(signal.SIGKILL)  # Linux only; elsewhere the end of the connection says it
-    if os.getppid() != parent:
-        os._exit(1)

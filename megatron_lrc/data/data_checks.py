@@ -39,14 +39,13 @@ def check_sizes(config: Config) -> list[IndexedFile]:
     """The part of `check_data` that needs neither teacher nor tokenizer; gives the datasets."""
     plan, training = plan_data(config), config.training
     if plan.train is None:
-        for purpose, is_asked in (
-            ("--train-iters above 0", training.train_iters > 0),
-            ("--train-epochs above 0", training.train_epochs > 0),
-            (
-                f"--init {config.projection.init} (for its calibration)",
-                config.projection.is_calibrated and config.checkpoint.load is None,
-            ),
-        ):
+        is_calibrated = config.projection.is_calibrated and config.checkpoint.load is None
+        purposes = {
+            "--train-iters above 0": training.train_iters > 0,
+            "--train-epochs above 0": training.train_epochs > 0,
+            f"--init {config.projection.init} (for its calibration)": is_calibrated,
+        }
+        for purpose, is_asked in purposes.items():
             if is_asked:
                 raise ConfigError(f"{purpose} needs training data. Give --data-path or --train-data-path, as a prefix.")
         return []

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -19,19 +18,15 @@ _SAMPLE_TOKENS = 200  # shown of each sample
 _BAR = 50  # characters of the longest bar
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectionOptions:
-    """The flags of tools/inspect_data.py."""
-
-    prefixes: list[str]
-    verify: bool = False
-    samples: int = 0
-    sample_seed: int | None = None
-    tokenizer_model: str | None = None
-    histogram: str | None = None
-
-
-def inspect_dataset(prefix: str, options: InspectionOptions, *, report: Callable[[str], None]) -> numpy.ndarray:
+def inspect_dataset(
+    prefix: str,
+    *,
+    verify: bool,
+    samples: int,
+    sample_seed: int | None,
+    tokenizer_model: str | None,
+    report: Callable[[str], None],
+) -> numpy.ndarray:
     """Reports on one dataset line by line; gives the tokens of each document [documents].
 
     ConfigError if it is damaged; its index is checked in any case.
@@ -41,16 +36,16 @@ def inspect_dataset(prefix: str, options: InspectionOptions, *, report: Callable
     lengths = document_lengths(index)
     for line in [*describe(index), *describe_lengths(lengths), *text_histogram(lengths)]:
         report(f"  {line}")
-    tokenizer = _tokenizer(index, options)
-    if options.verify:
+    tokenizer = _tokenizer(index, tokenizer_model, needs_one=samples > 0)
+    if verify:
         manifest_size = index.manifest["tokenizer"]["vocab_size"] if index.manifest else None
         vocab_size = tokenizer.vocab_size if tokenizer else manifest_size
         largest = check_token_ids(index, vocab_size)
         below = "vocabulary not known" if vocab_size is None else f"below the tokenizer's {vocab_size:,}"
         report(f"  verified     header, sizes, lengths, pointers, documents; largest token id {largest:,} ({below})")
-    if options.samples and tokenizer:
+    if samples and tokenizer:
         decode = load_decoder(tokenizer)
-        for number in sample_numbers(index.num_documents, options.samples, options.sample_seed):
+        for number in sample_numbers(index.num_documents, samples, sample_seed):
             report(f"  {decoded_sample(index, number, tokenizer.vocab_size, decode)}")
     return lengths
 
@@ -147,11 +142,11 @@ def draw_histogram(path: str, lengths_of: Mapping[str, numpy.ndarray]) -> None:
         axes.legend()
 
 
-def _tokenizer(index: Index, options: InspectionOptions) -> Tokenizer | None:
+def _tokenizer(index: Index, path: str | None, *, needs_one: bool) -> Tokenizer | None:
     """The one of --tokenizer-model, which must be the manifest's; for samples without the flag, the manifest's own."""
     made_with = index.manifest["tokenizer"] if index.manifest else None
-    path, kind, tiktoken = options.tokenizer_model, None, None
-    if path is None and options.samples:
+    kind = tiktoken = None
+    if path is None and needs_one:
         if made_with is None or not made_with.get("model"):
             raise ConfigError(
                 f"--samples needs a tokenizer, and no {index.prefix}.json names one. Give --tokenizer-model PATH."

@@ -8,7 +8,7 @@ its teacher's, or another one that computes the same from the same tensor names,
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -18,7 +18,6 @@ from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWE
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
 
 Arch = Literal["auto", "native", "llama"]
-ARCHS: tuple[Arch, ...] = get_args(Arch)
 
 
 def student_family(
