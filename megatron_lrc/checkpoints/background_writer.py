@@ -1,12 +1,10 @@
 """A process beside each rank that writes its checkpoints' files while training goes on.
 
-The rank copies its tensors into memory that both share, which is all that it waits for, and says what is to
-become of them; the process writes (`checkpoints/files.py`) and answers with what it has written. It is
-started once, has loaded torch and nothing else, and ends with the rank. Its memory is as large as this rank's
-part of a checkpoint.
+The rank copies its tensors into memory that both share, which is all that it waits for; the process writes
+them (`checkpoints/files.py`) and answers with what it has written. It is started once, has loaded torch and
+nothing else, and ends with the rank. Its memory is as large as this rank's part of a checkpoint.
 
-Rejected: a fork for each save. It shares all of the rank's memory, so every page that the next step writes to
-is copied first, as long as the fork lives, whatever it does.
+Rejected: a fork for each save. As long as it lives, every page that the next step writes to is copied first.
 """
 
 import contextlib

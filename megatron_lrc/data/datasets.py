@@ -1,9 +1,9 @@
 """A run's training and validation datasets: megatron-core's GPTDataset in the order of `sample_order.py`.
 
-The maps from samples to documents are cached. Each request (data, order, how many samples) has a folder of
-its own, named by a hash over all of it, the .idx bytes included: data written anew under an old prefix cannot
-meet stale maps, and maps built elsewhere (tools/build_index_cache.py) are found. Rank 0 fills the folder
-under a temporary name, so that one which exists is complete.
+The maps from samples to documents are cached: each request (data, order, how many samples) in a folder named
+by a hash over all of it, the .idx bytes included. So data written anew under an old prefix cannot meet stale
+maps, and maps built elsewhere are found. Rank 0 fills the folder under a temporary name: one which exists is
+complete.
 """
 
 import contextlib
@@ -52,10 +52,10 @@ def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int 
     """A copy in which --train-iters is what --train-epochs N comes to; the same Config without --train-epochs.
 
     An epoch is one pass over every training dataset (`sample_order.py`): each token is an input once, and a
-    label once. Left out are, per dataset and pass, the tokens after its last whole sample: at most
-    seq_length, other ones each time; and at the end of the run the samples that fill no global batch. `step`
-    and `consumed_samples` say where a resumed run stands: it takes the samples that are left, whatever its
-    batch size was.
+    label once. Left out are the tokens after a dataset's last whole sample (at most seq_length, other ones in
+    each pass), and at the end of the run the samples that fill no global batch. `step` and
+    `consumed_samples`: where a resumed run stands, which takes the samples that are left, whatever its batch
+    size was.
     """
     num_epochs, batch_size = config.training.train_epochs, config.training.global_batch_size
     plan = plan_data(config)

@@ -1,10 +1,9 @@
 """Text files to megatron-core's indexed datasets: what tools/preprocess_data.py runs.
 
-One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest PREFIX_KEY_document.json
-that says which tokenizer and which sources made it; training refuses a dataset whose manifest names another
-tokenizer. Everything is written under temporary names in the same folder (`writing.py`). A run that was
+One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest (.json): which tokenizer
+and which sources made it; training refuses a dataset whose manifest names another tokenizer. A run that was
 stopped goes on where it was, without a byte's difference (`restart.py`). `input_files.py` opens files,
-`encoding.py` turns lines into tokens; here is the whole.
+`encoding.py` turns lines into tokens, `writing.py` writes under temporary names; here is the whole.
 """
 
 import contextlib

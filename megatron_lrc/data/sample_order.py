@@ -1,6 +1,6 @@
 """The order in which a run goes through its samples: shuffled passes over each dataset, blended.
 
-The order is one endless sequence. It follows from the datasets' .idx files, the part of their documents, the
+The order is one endless sequence that follows from the datasets' .idx files, the part of their documents, the
 sequence length, the weights and the seed alone; how many samples a run asks for only says how far its maps
 reach. So a position in it (a number of samples) means the same after a change of batch sizes, processes,
 steps or epochs.

@@ -1,7 +1,7 @@
 """Loads tokenizers: Hugging Face directories and SentencePiece models here, rank files in `tiktoken_files.py`.
 
-torch is not imported, transformers and sentencepiece only inside the loaders, so that `--help` answers at
-once and the worker processes of tools/preprocess_data.py start with the `tokenizers` library alone.
+transformers and sentencepiece are imported inside the loaders and torch not at all: `--help` answers at once,
+and worker processes start with the `tokenizers` library alone.
 """
 
 import os

@@ -4,10 +4,8 @@
         megatron_lrc.json    which model that is, and which files the conversion wrote
         release/             the checkpoint, under the name that Megatron-LM gives to converted weights
 
-`CheckpointReader` gives the same tensors as `TeacherReader`: a training or an export takes either, as a
-`Reader`. Each rank reads the stored pieces that its slice overlaps; no process group is needed. Opening
-checks that everything is there and belongs together. The checkpoint's index is a pickle: nothing but the
-classes of an index comes out of it.
+`CheckpointReader` gives the same tensors as `TeacherReader`. Each rank reads the stored pieces that its slice
+overlaps; no process group is needed. Opening checks that everything is there and belongs together.
 """
 
 import hashlib

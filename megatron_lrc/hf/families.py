@@ -1,8 +1,8 @@
 """What a teacher's config.json says of it: its family, its shape, and the tensors that its files must hold.
 
-`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused
-(`teacher_checks.py`) before a weight is read or a process group exists. The families themselves are declared
-in `architectures.py`.
+`describe_teacher` reads config.json and nothing else, so that an impossible teacher is refused
+(`teacher_checks.py`) before a weight is read or a process group exists. `architectures.py` declares the
+families.
 
 A student keeps everything of its teacher's config but the hidden size; `student_config.py` chooses the class
 that it is written as.

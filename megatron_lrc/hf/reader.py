@@ -1,8 +1,7 @@
 """What a training, an export and a verification read a teacher through, in whichever form its weights are stored.
 
-A form says how rows of the embedding, a tensor parallel part and a whole tensor are read (`teacher.py`:
-safetensors; `checkpoint_reader.py`: a megatron-core checkpoint); padding, tied heads and the look at the
-values are here.
+A form (`teacher.py`: safetensors; `checkpoint_reader.py`: a megatron-core checkpoint) says how rows, parts
+and whole tensors are read; padding, tied heads and the look at the values are here.
 """
 
 from abc import ABC, abstractmethod

@@ -1,10 +1,10 @@
 """The one place where a student's weights are made of its parts, whatever the method.
 
 Its own weights are given as they are, composed ones are made by `sites.compose` in the dtype of the
-projections, which is how training makes them, and what is frozen is its base's. The export writes what this
-gives, and a verification of a checkpoint computes with it. So comparing an export with its checkpoint shows
-whatever went wrong with files, names, config and the engines' arithmetic; that the composition itself is
-right is for the tests to show, which compose by hand.
+projections, as in training, and what is frozen is its base's. Exports write what this gives, and
+verifications of checkpoints compute with it. So comparing the two shows what went wrong with files, names,
+config and the engines' arithmetic; that the composition itself is right is for the tests to show, which
+compose by hand.
 """
 
 from collections.abc import Mapping
@@ -29,11 +29,11 @@ PROJECTIONS_FILE = "projections.safetensors"
 class StudentWeights:
     """The weights of one student; each is read and made when it is asked for, and not kept.
 
-    base: its teacher, or the model that it was trained from, of which weights are read only where they are
-    needed. projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each a
-    full (D, d) matrix. norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by
-    `Weight.key`, what is neither composed nor the base's; it goes before all else. ConfigError where they are
-    not the parts of a student of this base.
+    base: its teacher, or the model that it was trained from; weights are read only where they are needed.
+    projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each (D, d).
+    norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by `Weight.key`, what is neither
+    composed nor the base's; it goes before all else. ConfigError where they are not the parts of a student of
+    this base.
     """
 
     def __init__(

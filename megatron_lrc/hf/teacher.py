@@ -1,9 +1,9 @@
 """A teacher's weights, read from safetensors slice by slice.
 
-Every rank opens the same files and reads only its tensor parallel part of the tensors of its own layers: no
-rank ever holds the whole teacher. Opening checks everything first: each expected tensor present with the
-shape that config.json implies, nothing unexpected, no file cut short. Afterwards a read fails only with the
-disk or at values that are not finite.
+Every rank opens the same files and reads only its tensor parallel part of its own layers: none ever holds the
+whole teacher. Opening checks first that each expected tensor is there in the shape that config.json implies,
+nothing unexpected, no file cut short. Afterwards a read fails only with the disk or at values that are not
+finite.
 
 Tensors come in the files' dtype and in Hugging Face's row order; `sites.select` finds their place in
 megatron-core's fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` output features, `i` input
@@ -95,7 +95,7 @@ class TeacherReader(Reader):
         """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
 
         Samples (start, middle, end of each file) because a fine-tuned model has its base model's config and
-        headers. Independent of the directory's path. The same weights in other shards are another
+        headers. Independent of the directory's path; the same weights in other shards are another
         fingerprint.
         """
         digest = hashlib.sha256(json.dumps(self.description.config_values, sort_keys=True).encode())

@@ -1,9 +1,8 @@
 """What a training process and torchrun tell each other: failures, and whether to start the processes again.
 
 torchrun (`--max-restarts N`) starts all processes again when one fails, whatever its exit code. A failure
-that would only come again is marked as final in the error file, beside which the files of earlier attempts
-lie (.../attempt_0/RANK/error.json): the processes of the next attempt find it and end at once in the same
-words.
+that would only come again is marked as final in the error file, beside which those of earlier attempts lie
+(.../attempt_0/RANK/error.json): the processes of the next attempt find it and end at once in the same words.
 """
 
 import contextlib

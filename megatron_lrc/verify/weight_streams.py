@@ -49,8 +49,8 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
     """A checkpoint (or the newest of a run) and its teacher, held against each other. ConfigError if they differ.
 
     teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the
-    model that --student or --teacher named, of which only config.json and what is copied into an export are
-    needed.
+    model that --student or --teacher named; only config.json and what is copied into an export are needed of
+    it.
     """
     student = open_checkpoint(load)
     method, trained_with = method_of(student.config), student.state.teacher_fingerprint
