@@ -20,7 +20,6 @@ from megatron_lrc.config import ModelShape
 PROJECTIONS, NORMS = "projections.", "norms."
 
 _LAYERS = "decoder.layers."
-#: Every site by its name.
 SITES: dict[str, Site] = {site.name: site for site in (EMBED, *LAYER_SITES, LM_HEAD)}
 _QKV, _FC1 = SITES["q"].linear, SITES["gate"].linear
 

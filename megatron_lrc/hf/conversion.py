@@ -16,8 +16,7 @@ from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
-#: Megatron-LM's pointer to the checkpoint in a directory.
-_TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer to the checkpoint in a directory
 
 
 def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:

@@ -37,11 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
-#: Bytes per sample of the fingerprint.
-_SAMPLE_BYTES = 65536
-
-#: Elements that are read from the files before they are opened anew.
-_ELEMENTS_KEPT = 2**25
+_SAMPLE_BYTES = 65536  # per sample of the fingerprint
+_ELEMENTS_KEPT = 2**25  # read from the files before they are opened anew
 
 
 class TeacherReader(Reader):

@@ -15,12 +15,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-#: Seconds that a rank has to say that it is there.
-ANSWER_WITHIN = 2.0
+ANSWER_WITHIN = 2.0  # seconds that a rank has to say that it is there
 #: Silence after which a machine counts as gone: seconds to the first probe, between probes, number of probes.
 KEEPALIVE = (60, 20, 6)
-#: Ranks named in one sentence; bytes of a line.
-NAMED, LONGEST_LINE = 8, 1 << 14
+NAMED, LONGEST_LINE = 8, 1 << 14  # ranks in one sentence; bytes of a line
 
 
 @dataclass(frozen=True, slots=True)
