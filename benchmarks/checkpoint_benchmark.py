@@ -19,9 +19,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Spread, table
+from benchmarks.measure import Spread, table, total_bytes
 from benchmarks.measured_models import add_model_flags, build, config_of
-from megatron_lrc.checkpoints.run_directory import RunState, newest_checkpoint, total_bytes
+from megatron_lrc.checkpoints.run_directory import RunState, newest_checkpoint
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Measured, Spread, measure, table
+from benchmarks.measure import Measured, Spread, measure, table, total_bytes
 from benchmarks.measured_models import add_student_flags, add_teacher_flags, config_of, open_base
 from benchmarks.naive import all_weights
-from megatron_lrc.checkpoints.run_directory import newest_checkpoint, total_bytes
+from megatron_lrc.checkpoints.run_directory import newest_checkpoint
 from megatron_lrc.config import ConfigError, validate_against_teacher
 from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.reader import Reader

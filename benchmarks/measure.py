@@ -5,7 +5,7 @@ import resource
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -124,6 +124,10 @@ def timed(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
     result = function()
     synchronize(device)
     return time.perf_counter() - start, result
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def table(rows: list[list[str]]) -> list[str]:

@@ -1,12 +1,10 @@
 """A process beside each rank that writes its checkpoints' files while training goes on.
 
-The rank copies its tensors into memory that both share, which is all that it waits for, and says what is to
-become of them; the process writes (`checkpoints/files.py`) and answers with what it has written. It is
-started once, has loaded torch and nothing else, and ends with the rank. Its memory is as large as this rank's
-part of a checkpoint.
+The rank copies its tensors into memory that both share, which is all that it waits for; the process writes
+them (`checkpoints/files.py`) and answers with what it has written. It is started once, has loaded torch and
+nothing else, and ends with the rank. Its memory is as large as this rank's part of a checkpoint.
 
-Rejected: a fork for each save. It shares all of the rank's memory, so every page that the next step writes to
-is copied first, as long as the fork lives, whatever it does.
+Rejected: a fork for each save. As long as it lives, every page that the next step writes to is copied first.
 """
 
 import contextlib
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.files import Bucket, Written, write_files
-from megatron_lrc.launch.parent import end_with_parent
+from megatron_lrc.launch.torchrun import end_with_parent
 
 #: What the process runs, with the descriptors of its end of the connection and of the shared memory, and its parent.
 ENTRY = "megatron_lrc.checkpoints.background_writer:serve"
@@ -155,7 +153,9 @@ def _tensors(buckets: list[Bucket]) -> Iterator[Tensor]:
 
 def serve(connection_file: int, memory_file: int, parent: int) -> None:
     """Write what comes until the rank says that it was the last, or is no more."""
-    _die_with(parent)
+    end_with_parent(signal.SIGKILL)  # Linux only; elsewhere the end of the connection says it
+    if os.getppid() != parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(10)  # where training needs every core, it goes first
     torch.set_num_threads(1)
@@ -174,9 +174,3 @@ def serve(connection_file: int, memory_file: int, parent: int) -> None:
 def _with_tensors(bucket: Any, memory: mmap.mmap) -> Bucket:
     path, name, (objects, staged) = bucket
     return path, name, (objects, [(index, place.tensor(memory)) for index, place in staged])
-
-
-def _die_with(parent: int) -> None:
-    end_with_parent(signal.SIGKILL)  # Linux only; elsewhere the end of the connection says it
-    if os.getppid() != parent:
-        os._exit(1)

@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_lrc.checkpoints.layout import Box
+from megatron_lrc.checkpoints.layout import SITES, Box
+from megatron_lrc.clone.sites import HeadLayout, select
 
 
 def read_box(files: FileSystemReader, stored: TensorStorageMetadata, box: Box) -> Tensor:
@@ -22,6 +23,13 @@ def read_box(files: FileSystemReader, stored: TensorStorageMetadata, box: Box) -
         plan = LoadPlan(create_read_items_for_chunk_list(box.key, stored, [chunk]))
         files.read_data(plan, _Planner(tensor)).wait()
     return tensor.view(box.local_shape)
+
+
+def take(name: str, content: Tensor, box: Box, heads: HeadLayout) -> Tensor:
+    """The tensor of one of `box.names` out of what lies in its box, in Hugging Face's order of rows."""
+    if len(box.names) == 1:
+        return content
+    return select(SITES[name.removesuffix("_bias")], content, heads).flatten(0, 1)
 
 
 class _Planner(DefaultLoadPlanner):

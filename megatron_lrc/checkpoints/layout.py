@@ -11,7 +11,7 @@ Notation: L layers, D hidden, v vocabulary, q query and k key features, f FFN wi
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import ModelShape
@@ -20,7 +20,6 @@ from megatron_lrc.config import ModelShape
 PROJECTIONS, NORMS = "projections.", "norms."
 
 _LAYERS = "decoder.layers."
-#: Every site by its name.
 SITES: dict[str, Site] = {site.name: site for site in (EMBED, *LAYER_SITES, LM_HEAD)}
 _QKV, _FC1 = SITES["q"].linear, SITES["gate"].linear
 
@@ -55,10 +54,6 @@ class Box:
     def local_shape(self) -> tuple[int, ...]:
         """Its sizes, without the dimension that stacks the layers."""
         return self.sizes if self.layer is None else self.sizes[1:]
-
-    @property
-    def numel(self) -> int:
-        return prod(self.sizes)
 
 
 def key_of(name: str) -> str:
@@ -121,6 +116,11 @@ def rows_box(shape: ModelShape, site: Site, start: int, length: int) -> Box:
     key = key_of(site.name)
     global_shape = stored_shapes(shape)[key]
     return Box(key, (site.name,), None, 0, 1, global_shape, (start, 0), (length, global_shape[1]))
+
+
+def whole_box(key: str, size: tuple[int, ...]) -> Box:
+    """All of a tensor that no GPTModel has."""
+    return Box(key, (key,), None, 0, 1, size, (0,) * len(size), size)
 
 
 def all_boxes(shape: ModelShape) -> Iterator[Box]:

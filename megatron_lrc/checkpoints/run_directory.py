@@ -16,7 +16,6 @@ import re
 import shutil
 import threading
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,8 +26,7 @@ from megatron_lrc.checkpoints.files import FileSum
 from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
 
 STATE_FILE = "run.json"
-#: --load: the newest checkpoint of --save.
-AUTO = "auto"
+AUTO = "auto"  # --load: the newest checkpoint of --save
 _THREADS_READING = 4
 _CHECKPOINT = re.compile(r"iter_(\d{7,})")
 _LEFTOVER = re.compile(r"(iter_\d{7,})\.(partial-\w+|replaced|removed)")
@@ -234,7 +232,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def total_bytes(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)

@@ -74,6 +74,7 @@ def convert(flags: argparse.Namespace) -> None:
 
 def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool) -> tuple[int, int]:
     """(tensors, parameters) written into `directory` and found equal to the source's; verify: its logits too."""
+    from megatron_lrc.checkpoints.layout import all_boxes
     from megatron_lrc.hf import conversion
     from megatron_lrc.hf.checkpoint_reader import is_converted
     from megatron_lrc.hf.families import describe_teacher
@@ -89,7 +90,7 @@ def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool)
     dtypes = conversion.stored_dtypes(reader, dtype)
     pieces = [
         Piece(box, dtypes[box.key], lambda box=box: conversion.fill_box(box, reader, dtypes[box.key]))
-        for box in conversion.boxes_of(reader.description)
+        for box in all_boxes(reader.description.shape)
     ]
     (directory / CHECKPOINT_FOLDER).mkdir()
     save_pieces(directory / CHECKPOINT_FOLDER, pieces, reader.description.shape)

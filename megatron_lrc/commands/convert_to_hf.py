@@ -73,7 +73,7 @@ def run(argv: Sequence[str], program: str) -> int:
         student,
         teacher,
         output=flags.output,
-        losses=last_validation(student.path.parent, student.step),
+        losses=last_validation(student.path.parent, student.state.step),
         dtype=getattr(torch, flags.dtype) if flags.dtype else None,
         arch=flags.arch,
         save_projections=flags.save_projections,
@@ -81,5 +81,6 @@ def run(argv: Sequence[str], program: str) -> int:
         force=flags.force,
         verify=not flags.no_verify,
     )
-    print(f"{flags.output}: {architecture} of hidden size {student.shape.hidden_size}, step {student.step}")
+    step, hidden = student.state.step, student.shape.hidden_size
+    print(f"{flags.output}: {architecture} of hidden size {hidden}, step {step}")
     return 0

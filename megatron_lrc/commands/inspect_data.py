@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from megatron_lrc.commands.flags import new_parser, say
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.inspection import InspectionOptions, check_drawing, draw_histogram, inspect_dataset
+from megatron_lrc.data.inspection import draw_histogram, inspect_dataset
+from megatron_lrc.png_charts import check_matplotlib
 
 
 def not_negative(text: str) -> int:
@@ -22,7 +23,7 @@ def not_negative(text: str) -> int:
     return value
 
 
-def read_flags(argv: Sequence[str], program: str) -> InspectionOptions:
+def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx")
     parser.add_argument(
@@ -38,22 +39,23 @@ def read_flags(argv: Sequence[str], program: str) -> InspectionOptions:
         help="tokenizer directory or SentencePiece .model file (default: the one that the manifest names)",
     )
     parser.add_argument("--histogram", metavar="FILE.png", help="draw the document lengths (needs matplotlib)")
-    return InspectionOptions(**vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
 
 
 def run(argv: Sequence[str], program: str) -> int:
     """2 where a dataset is damaged; the others are inspected all the same."""
-    options = read_flags(argv, program)
-    inspections, exit_code = [], 0
-    if options.histogram:
-        check_drawing()
-    for prefix in options.prefixes:
+    flags = vars(read_flags(argv, program))
+    prefixes, histogram = flags.pop("prefixes"), flags.pop("histogram")
+    lengths_of, exit_code = {}, 0
+    if histogram:
+        check_matplotlib("--histogram", "the lengths are printed as text in any case")
+    for prefix in prefixes:
         try:
-            inspections.append(inspect_dataset(prefix, options, report=say))
+            lengths_of[prefix] = inspect_dataset(prefix, **flags, report=say)
         except ConfigError as error:
             print(f"{program}: {error}", file=sys.stderr)
             exit_code = 2
-    if options.histogram and inspections:
-        draw_histogram(options.histogram, inspections)
-        print(f"wrote {options.histogram}")
+    if histogram and lengths_of:
+        draw_histogram(histogram, lengths_of)
+        print(f"wrote {histogram}")
     return exit_code

@@ -5,29 +5,30 @@
 writes data/all.bin and .idx, and .json (a manifest) if every input has one. Documents keep their order.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from megatron_lrc.commands.flags import new_parser, say
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.merging import MergeOptions, merge_datasets
+from megatron_lrc.data.merging import merge_datasets
 from megatron_lrc.data.writing import explain_os_error
 
 INTERRUPTED = "interrupted; nothing was written"
 
 
-def read_flags(argv: Sequence[str], program: str) -> MergeOptions:
+def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PREFIX", help="datasets in order, PREFIX of PREFIX.bin and .idx"
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
-    return MergeOptions(**vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
 
 
 def run(argv: Sequence[str], program: str) -> int:
-    options = read_flags(argv, program)
+    flags = read_flags(argv, program)
     try:
-        merge_datasets(options, report=say)
+        merge_datasets(flags.input, flags.output_prefix, report=say)
     except OSError as error:
-        raise ConfigError(explain_os_error(error, options.output_prefix)) from error
+        raise ConfigError(explain_os_error(error, flags.output_prefix)) from error
     return 0

@@ -1,13 +1,12 @@
 """Micro-batches: which samples each data-parallel rank takes, and in which order.
 
-A step of a run that has read `consumed` samples uses [consumed, consumed + G) of the dataset, G =
-global_batch_size, for any layout:
+A step of a run that has read `consumed` samples uses the next global_batch_size ones, for any layout:
 
     sample of (micro-batch m of the step, data-parallel rank r, position j)
         = consumed + (m * dp_size + r) * micro_batch_size + j
 
-so that a run continued on another number of processes sees the same global batches, and one continued with
-other batch sizes the same samples.
+so that a run continued on other processes sees the same global batches, with other batch sizes the same
+samples.
 """
 
 from collections.abc import Iterator
@@ -15,10 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
-
-from megatron_lrc.data.datasets import build_datasets, num_calibration_batches
-
-__all__ = ["BatchIterator", "build_datasets", "num_calibration_batches"]
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 

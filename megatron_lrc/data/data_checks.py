@@ -6,8 +6,6 @@ tokenizer?
 """
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import numpy
 
@@ -39,14 +37,13 @@ def check_sizes(config: Config) -> list[IndexedFile]:
     """The part of `check_data` that needs neither teacher nor tokenizer; gives the datasets."""
     plan, training = plan_data(config), config.training
     if plan.train is None:
-        for purpose, is_asked in (
-            ("--train-iters above 0", training.train_iters > 0),
-            ("--train-epochs above 0", training.train_epochs > 0),
-            (
-                f"--init {config.projection.init} (for its calibration)",
-                config.projection.is_calibrated and config.checkpoint.load is None,
-            ),
-        ):
+        is_calibrated = config.projection.is_calibrated and config.checkpoint.load is None
+        purposes = {
+            "--train-iters above 0": training.train_iters > 0,
+            "--train-epochs above 0": training.train_epochs > 0,
+            f"--init {config.projection.init} (for its calibration)": is_calibrated,
+        }
+        for purpose, is_asked in purposes.items():
             if is_asked:
                 raise ConfigError(f"{purpose} needs training data. Give --data-path or --train-data-path, as a prefix.")
         return []
@@ -99,7 +96,7 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
             f"{config.base_model} has {teacher_vocab_size}. Use the {kind}'s own tokenizer with "
             "--tokenizer-model."
         )
-    check_eod(config, tokenizer.eod, f"{flag} {path}", {file.prefix: file.manifest for file in files})
+    check_eod(config, tokenizer.eod, f"{flag} {path}", files)
     for file in files:
         if file.manifest and file.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
             made_with = file.manifest["tokenizer"]
@@ -130,10 +127,10 @@ def flags_that_need_eod(config: Config) -> list[str]:
     return [flag_of(name) for name in _NEED_EOD if getattr(config.data, name)]
 
 
-def check_eod(config: Config, eod: int | None, tokenizer: str, manifests: Mapping[str, dict[str, Any] | None]) -> None:
+def check_eod(config: Config, eod: int | None, tokenizer: str, files: list[IndexedFile]) -> None:
     """ConfigError if the flags need an end-of-document token and there is none; warns of data without it.
 
-    tokenizer: how messages name it. manifests: by dataset prefix, None for a dataset that has none.
+    tokenizer: how messages name it.
     """
     flags = flags_that_need_eod(config)
     if not flags:
@@ -142,12 +139,12 @@ def check_eod(config: Config, eod: int | None, tokenizer: str, manifests: Mappin
         raise ConfigError(
             f"{flags[0]} needs an end-of-document token, but the tokenizer of {tokenizer} has no EOS token."
         )
-    for prefix, manifest in manifests.items():
-        options = manifest and manifest.get("options")  # None in a merged dataset whose parts differ in them
+    for file in files:
+        options = file.manifest and file.manifest.get("options")  # None in a merged dataset whose parts differ in them
         if options and not any(options.get(way) for way in _WAYS_TO_WRITE_EOD):
             logger.warning(
                 "%s was written without --append-eod: %s will find no end of a document there, unless the "
                 "text itself holds the tokenizer's EOS token.",
-                prefix,
+                file.prefix,
                 " and ".join(flags),
             )

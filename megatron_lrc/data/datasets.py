@@ -1,14 +1,12 @@
 """A run's training and validation datasets: megatron-core's GPTDataset in the order of `sample_order.py`.
 
-The maps from samples to documents are cached. Each request (data, order, how many samples) has a folder of
-its own, named by a hash over all of it, the .idx bytes included: data written anew under an old prefix cannot
-meet stale maps, and maps built elsewhere (tools/build_index_cache.py) are found. Rank 0 fills the folder
-under a temporary name, so that one which exists is complete.
+The maps from samples to documents are cached: each request (data, order, how many samples) in a folder named
+by a hash over all of it, the .idx bytes included. So data written anew under an old prefix cannot meet stale
+maps, and maps built elsewhere are found. Rank 0 fills the folder under a temporary name: one which exists is
+complete.
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -24,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.data.blends import DataPlan, plan_data
+from megatron_lrc.data.blends import Blend, DataPlan, plan_data
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.indexed_files import identity_of, read_indexed_file
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
-from megatron_lrc.data.sample_order import SampleOrder
+from megatron_lrc.data.sample_order import SampleOrder, digest_of
 from megatron_lrc.data.tokenizers import load_tokenizer
 
 T = TypeVar("T")
@@ -54,17 +52,17 @@ def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int 
     """A copy in which --train-iters is what --train-epochs N comes to; the same Config without --train-epochs.
 
     An epoch is one pass over every training dataset (`sample_order.py`): each token is an input once, and a
-    label once. Left out are, per dataset and pass, the tokens after its last whole sample: at most
-    seq_length, other ones each time; and at the end of the run the samples that fill no global batch. `step`
-    and `consumed_samples` say where a resumed run stands: it takes the samples that are left, whatever its
-    batch size was.
+    label once. Left out are the tokens after a dataset's last whole sample (at most seq_length, other ones in
+    each pass), and at the end of the run the samples that fill no global batch. `step` and
+    `consumed_samples`: where a resumed run stands, which takes the samples that are left, whatever its batch
+    size was.
     """
     num_epochs, batch_size = config.training.train_epochs, config.training.global_batch_size
     plan = plan_data(config)
     if not num_epochs or plan.train is None:
         return config
     assert batch_size is not None, "the configuration has been resolved"
-    order = _training_order(config, plan)
+    order = _order_of(plan.train, plan.train_part, config)
     if plan.train.weights:
         raise ConfigError(
             f"--train-epochs {num_epochs} passes over every dataset equally often, which the weights of "
@@ -108,13 +106,11 @@ class Request:
         assert plan.train is not None
         training, batch_size = config.training, config.training.global_batch_size
         assert batch_size is not None, "the configuration has been resolved before datasets are built"
-        orders = {"train": _training_order(config, plan)}
+        orders = {"train": _order_of(plan.train, plan.train_part, config)}
         ahead = max(training.train_iters - step, 0) * batch_size
         sizes = {"train": max(consumed_samples + ahead, max(num_calibration_batches(config), 1) * batch_size)}
         if plan.valid:
-            orders["valid"] = SampleOrder.of(
-                plan.valid, plan.valid_part, seq_length=training.seq_length, seed=training.seed
-            )
+            orders["valid"] = _order_of(plan.valid, plan.valid_part, config)
             sizes["valid"] = config.logging.eval_iters * batch_size
         return cls(
             orders=orders,
@@ -130,7 +126,7 @@ class Request:
     @cached_property
     def folder(self) -> str:
         parts = [[name, order.identity, self.reaches[name]] for name, order in self.orders.items()]
-        return os.path.join(self.parent, hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32])
+        return os.path.join(self.parent, digest_of(parts))
 
     def fill_cache(self) -> bool:
         """Have the maps built by rank 0 unless they are there: whether they were. Collective; ConfigError alike."""
@@ -239,10 +235,8 @@ class OrderedDataset(Dataset[dict[str, Tensor]]):
         return which, int(numbers[place]) + round_number * self.order.sources[which].samples_per_pass
 
 
-def _training_order(config: Config, plan: DataPlan) -> SampleOrder:
-    assert plan.train is not None
-    training = config.training
-    return SampleOrder.of(plan.train, plan.train_part, seq_length=training.seq_length, seed=training.seed)
+def _order_of(blend: Blend, part: tuple[float, float], config: Config) -> SampleOrder:
+    return SampleOrder.of(blend, part, seq_length=config.training.seq_length, seed=config.training.seed)
 
 
 def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
@@ -254,8 +248,7 @@ def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     if flags_that_need_eod(config):
         path = config.data.tokenizer_model or config.base_model
         assert path is not None
-        tokenizer = load_tokenizer(path)
-        return TokenizerIdentity(fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
+        return load_tokenizer(path)
     return TokenizerIdentity(fingerprint="unknown", vocab_size=0, eod=None)
 
 

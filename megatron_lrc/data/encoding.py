@@ -40,11 +40,11 @@ class Chunk:
     """Consecutive lines of one file: the lines, or where whoever encodes them finds them in the file."""
 
     source: str
-    start: int  # byte of the file, where `lines` is None
     num_bytes: int  # of text
-    lines: list[bytes] | None
     disk_bytes: int  # of the file, packed as it may be, that these lines took; about
-    is_last: bool  # of its file
+    start: int = 0  # byte of the file, where `lines` is None
+    lines: list[bytes] | None = None
+    is_last: bool = False  # of its file
 
     def read(self) -> list[bytes]:
         """The lines. ConfigError if the file no longer has them."""
@@ -58,28 +58,26 @@ class Chunk:
         return text.removesuffix(b"\n").split(b"\n")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class EncodedChunk:
     """The documents of one chunk, in order, for each JSON key."""
 
-    source: str
+    chunk: Chunk  # without its lines
     tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
     lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
     bad_lines: list[tuple[int, str]]  # (line of the chunk, from 0; what is wrong with it)
     num_lines: int
-    num_bytes: int
-    disk_bytes: int
-    is_last: bool
 
     def end(self, start: Position) -> Position:
         """Where the next chunk begins, if this one begins at `start`."""
-        if self.is_last:
+        if self.chunk.is_last:
             return Position(source=start.source + 1)
-        return replace(start, lines=start.lines + self.num_lines, num_bytes=start.num_bytes + self.num_bytes)
+        num_bytes = start.num_bytes + self.chunk.num_bytes
+        return replace(start, lines=start.lines + self.num_lines, num_bytes=num_bytes)
 
     def name_bad_lines(self, start: Position) -> list[str]:
         """ "FILE:LINE: what is wrong" of each bad line, if this chunk begins at `start`."""
-        return [f"{self.source}:{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
+        return [f"{self.chunk.source}:{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +109,7 @@ class ChunkEncoder:
             encoded = self._encode(documents[key])
             lengths[key] = [len(ids) for ids in encoded]
             tokens[key] = numpy.fromiter(chain.from_iterable(encoded), dtype=numpy.int32, count=sum(lengths[key]))
-        return EncodedChunk(
-            source=chunk.source,
-            tokens=tokens,
-            lengths=lengths,
-            bad_lines=bad_lines,
-            num_lines=len(lines),
-            num_bytes=chunk.num_bytes,
-            disk_bytes=chunk.disk_bytes,
-            is_last=chunk.is_last,
-        )
+        return EncodedChunk(replace(chunk, lines=None), tokens, lengths, bad_lines, num_lines=len(lines))
 
     def _parse(self, line: bytes) -> list[str | list[int]]:
         values = parse_line(line, self.keys)
@@ -206,7 +195,7 @@ def _divide(path: str, start: int) -> Iterator[Chunk]:
             file.seek(max(min(start + CHUNK_BYTES, size) - 1, start))
             file.readline()
             end = file.tell()
-            yield _chunk(path, start=start, num_bytes=end - start, disk_bytes=end - start, is_last=end >= size)
+            yield Chunk(source=path, start=start, num_bytes=end - start, disk_bytes=end - start, is_last=end >= size)
             if end >= size:
                 return
             start = end
@@ -221,21 +210,9 @@ def _unpack(source: Source) -> Iterator[Chunk]:
         num_bytes += len(line)
         if num_bytes >= CHUNK_BYTES:
             position = source.position
-            yield _chunk(source.path, lines=lines, num_bytes=num_bytes, disk_bytes=position - counted)
+            yield Chunk(source=source.path, lines=lines, num_bytes=num_bytes, disk_bytes=position - counted)
             lines, num_bytes, counted = [], 0, position
-    yield _chunk(source.path, lines=lines, num_bytes=num_bytes, disk_bytes=source.size - counted, is_last=True)
-
-
-def _chunk(
-    source: str,
-    *,
-    num_bytes: int,
-    disk_bytes: int,
-    start: int = 0,
-    lines: list[bytes] | None = None,
-    is_last: bool = False,
-) -> Chunk:
-    return Chunk(source=source, start=start, num_bytes=num_bytes, lines=lines, disk_bytes=disk_bytes, is_last=is_last)
+    yield Chunk(source=source.path, lines=lines, num_bytes=num_bytes, disk_bytes=source.size - counted, is_last=True)
 
 
 _worker_encoder: ChunkEncoder | None = None  # set once in each worker process

@@ -1,7 +1,7 @@
 """Builds the index maps of a run before it starts: in one process, without a GPU, teacher or tokenizer.
 
-The folder is the one that the run looks for, since both make the same `Request`. It holds no path: data and
-maps may be moved together, or --data-cache-path may name another folder on the cluster.
+The run looks for the same folder, since both make the same `Request`. It holds no path: data and maps may be
+moved.
 """
 
 import time

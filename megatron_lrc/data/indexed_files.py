@@ -35,7 +35,7 @@ class IndexedFile:
 
     prefix: str
     dtype: numpy.dtype
-    lengths: numpy.ndarray  # tokens of each sequence, memory-mapped
+    lengths: numpy.ndarray  # [sequences], int32: tokens of each sequence; memory-mapped
     manifest: dict[str, Any] | None
 
     @property
@@ -53,35 +53,21 @@ class IndexedFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index:
-    """One .idx, all arrays memory-mapped."""
+class Index(IndexedFile):
+    """All of an .idx, memory-mapped."""
 
-    file: IndexedFile
     pointers: numpy.ndarray  # [sequences], int64: byte offset of each sequence in the .bin
     bounds: numpy.ndarray  # [documents + 1], int64: first sequence of each document, then the number of sequences
-
-    @property
-    def prefix(self) -> str:
-        return self.file.prefix
-
-    @property
-    def lengths(self) -> numpy.ndarray:
-        """[sequences], int32: tokens of each sequence."""
-        return self.file.lengths
 
     @property
     def num_documents(self) -> int:
         return len(self.bounds) - 1
 
-    @property
-    def manifest(self) -> dict[str, Any] | None:
-        return self.file.manifest
-
     def document(self, number: int) -> numpy.ndarray:
         """[tokens of the document]: its token ids, the sequences joined."""
         first, last = int(self.bounds[number]), int(self.bounds[number + 1])
         count = int(self.lengths[first:last].sum(dtype=numpy.int64))
-        return numpy.fromfile(f"{self.prefix}.bin", self.file.dtype, count, offset=int(self.pointers[first]))
+        return numpy.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=int(self.pointers[first]))
 
 
 def pieces(length: int) -> Iterator[slice]:
@@ -179,7 +165,7 @@ def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
     start += lengths.nbytes
     pointers = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start, shape=(num_sequences,))
     bounds = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start + pointers.nbytes, shape=(num_bounds,))
-    index = Index(file=file, pointers=pointers, bounds=bounds)
+    index = Index(**vars(file), pointers=pointers, bounds=bounds)
     _check_manifest(index)
     _check_sequences(index)
     _check_documents(index, may_be_empty=allow_empty_documents and file.manifest is None)
@@ -190,7 +176,7 @@ def check_token_ids(index: Index, vocab_size: int | None) -> int:
     """Looks at every token id: none below 0, none at or above `vocab_size` (None: not known). Gives the largest."""
     position = largest = 0
     with open(f"{index.prefix}.bin", "rb") as stream:
-        while len(ids := numpy.fromfile(stream, index.file.dtype, _PIECE)):
+        while len(ids := numpy.fromfile(stream, index.dtype, _PIECE)):
             largest = max(largest, int(ids.max()))
             if int(ids.min()) < 0 or (vocab_size is not None and largest >= vocab_size):
                 is_wrong = ids < 0 if vocab_size is None else (ids < 0) | (ids >= vocab_size)
@@ -215,7 +201,7 @@ def _check_manifest(index: Index) -> None:
             f"{index.prefix}.json names no tokenizer by fingerprint and vocabulary size: it is damaged. Move "
             "it away, or write the dataset again."
         )
-    said, found = index.manifest.get("dtype"), index.file.dtype.name
+    said, found = index.manifest.get("dtype"), index.dtype.name
     if said not in (None, found):
         raise ConfigError(
             f"The header of {index.prefix}.idx says {found}, but {index.prefix}.json says {said}: one of "
@@ -225,7 +211,7 @@ def _check_manifest(index: Index) -> None:
 
 def _check_sequences(index: Index) -> None:
     """No negative length; every sequence begins where the one before it ends, so that none leaves the .bin."""
-    position, itemsize = 0, index.file.dtype.itemsize
+    position, itemsize = 0, index.dtype.itemsize
     for piece in pieces(len(index.lengths)):
         lengths, pointers = index.lengths[piece].astype(numpy.int64), index.pointers[piece]
         if lengths.min() < 0:

@@ -1,10 +1,9 @@
 """Text files to megatron-core's indexed datasets: what tools/preprocess_data.py runs.
 
-One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest PREFIX_KEY_document.json
-that says which tokenizer and which sources made it; training refuses a dataset whose manifest names another
-tokenizer. Everything is written under temporary names in the same folder (`writing.py`). A run that was
+One dataset per JSON key, PREFIX_KEY_document.bin/.idx, and beside them a manifest (.json): which tokenizer
+and which sources made it; training refuses a dataset whose manifest names another tokenizer. A run that was
 stopped goes on where it was, without a byte's difference (`restart.py`). `input_files.py` opens files,
-`encoding.py` turns lines into tokens; here is the whole.
+`encoding.py` turns lines into tokens, `writing.py` writes under temporary names; here is the whole.
 """
 
 import contextlib
@@ -140,17 +139,14 @@ def publish_all(prefixes: dict[str, str], journal: Journal, report: Callable[[st
 
 def identity_of(options: IndexingOptions, sources: list[dict[str, Any]], tokenizer: Tokenizer) -> dict[str, Any]:
     """Whatever decides the bytes of the output; a source that was touched since counts as another one."""
+    chat = tokenizer.chat
     return {
         "megatron_lrc_version": __version__,
         "sources": [{**source, "modified": os.stat(source["path"]).st_mtime_ns} for source in sources],
         "keys": options.json_keys,
         "joining": [options.append_eod, options.eos_before_bos_after],
         "token_ids": options.token_ids,
-        "tokenizer": [
-            tokenizer.fingerprint,
-            tokenizer.encoding_identity,
-            tokenizer.chat.template if tokenizer.chat else None,
-        ],
+        "tokenizer": [tokenizer.fingerprint, tokenizer.encoding_identity, chat and chat.template],
     }
 
 
@@ -158,19 +154,19 @@ def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[
     """Ids before and after every document: nothing, Megatron's end of document, or the released code's joining."""
     if options.append_eod and options.eos_before_bos_after:
         raise ConfigError("--append-eod and --eos-before-bos-after are two ways to join documents. Keep one.")
+    if not options.append_eod and not options.eos_before_bos_after:
+        return [], []
     flag = "--append-eod" if options.append_eod else "--eos-before-bos-after"
     needed = {"EOS": tokenizer.eod} if options.append_eod else {"EOS": tokenizer.eod, "BOS": tokenizer.bos}
     lacking = [name for name, token in needed.items() if token is None]
-    if lacking and (options.append_eod or options.eos_before_bos_after):
+    if lacking:
         raise ConfigError(
             f"{flag}: the tokenizer {options.tokenizer_model!r} has no {' and no '.join(lacking)} token. "
             f"Leave out {flag} or use another tokenizer."
         )
     if options.append_eod:
         return [], [tokenizer.eod]  # type: ignore[list-item]
-    if options.eos_before_bos_after:
-        return [tokenizer.eod], [tokenizer.bos]  # type: ignore[list-item]
-    return [], []
+    return [tokenizer.eod], [tokenizer.bos]  # type: ignore[list-item]
 
 
 def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict[str, Any]]:
@@ -215,8 +211,8 @@ def write_chunks(
                 counts={key: writer.counts for key, writer in writers.items()},
                 bad_lines=done.bad_lines + len(bad_lines),
                 first_bad_line=done.first_bad_line or next(iter(bad_lines), ""),
-                text_bytes=done.text_bytes + encoded.num_bytes,
-                disk_bytes=done.disk_bytes + encoded.disk_bytes,
+                text_bytes=done.text_bytes + encoded.chunk.num_bytes,
+                disk_bytes=done.disk_bytes + encoded.chunk.disk_bytes,
             )
             if journal.is_due():
                 journal.write(done, sync)

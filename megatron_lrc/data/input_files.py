@@ -163,12 +163,9 @@ def _damage_named(path: str) -> Iterator[None]:
     """One sentence for an archive that breaks off or is none."""
     try:
         yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(
-            f"{path} is damaged, or not packed as its name says ({error}). Get the file again, or leave it out."
-        ) from error
     except Exception as error:
-        if type(error).__name__ != "ZstdError":  # of a package that may not be there
+        is_zstd = type(error).__name__ == "ZstdError"  # of a package that may not be there
+        if not is_zstd and not isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
             raise
         raise ConfigError(
             f"{path} is damaged, or not packed as its name says ({error}). Get the file again, or leave it out."

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
@@ -13,50 +12,42 @@ from megatron_lrc.data.indexed_files import Index, check_token_ids, read_index
 from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
 from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
-from megatron_lrc.png_charts import check_matplotlib, png_chart
+from megatron_lrc.png_charts import png_chart
 
 _SAMPLE_TOKENS = 200  # shown of each sample
 _BAR = 50  # characters of the longest bar
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectionOptions:
-    """The flags of tools/inspect_data.py."""
+def inspect_dataset(
+    prefix: str,
+    *,
+    verify: bool,
+    samples: int,
+    sample_seed: int | None,
+    tokenizer_model: str | None,
+    report: Callable[[str], None],
+) -> numpy.ndarray:
+    """Reports on one dataset line by line; gives the tokens of each document [documents].
 
-    prefixes: list[str]
-    verify: bool = False
-    samples: int = 0
-    sample_seed: int | None = None
-    tokenizer_model: str | None = None
-    histogram: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What is kept of a dataset for the drawing: its prefix and the tokens of each document [documents]."""
-
-    prefix: str
-    lengths: numpy.ndarray
-
-
-def inspect_dataset(prefix: str, options: InspectionOptions, *, report: Callable[[str], None]) -> Inspection:
-    """Reports on one dataset line by line. Raises a ConfigError if it is damaged; its index is checked in any case."""
+    ConfigError if it is damaged; its index is checked in any case.
+    """
     index = read_index(prefix)
     report(prefix)
     lengths = document_lengths(index)
     for line in [*describe(index), *describe_lengths(lengths), *text_histogram(lengths)]:
         report(f"  {line}")
-    tokenizer = _tokenizer(index, options)
-    if options.verify:
-        vocab_size = tokenizer.vocab_size if tokenizer else _manifest_vocab_size(index)
+    tokenizer = _tokenizer(index, tokenizer_model, needs_one=samples > 0)
+    if verify:
+        manifest_size = index.manifest["tokenizer"]["vocab_size"] if index.manifest else None
+        vocab_size = tokenizer.vocab_size if tokenizer else manifest_size
         largest = check_token_ids(index, vocab_size)
         below = "vocabulary not known" if vocab_size is None else f"below the tokenizer's {vocab_size:,}"
         report(f"  verified     header, sizes, lengths, pointers, documents; largest token id {largest:,} ({below})")
-    if options.samples and tokenizer:
+    if samples and tokenizer:
         decode = load_decoder(tokenizer)
-        for number in sample_numbers(index.num_documents, options.samples, options.sample_seed):
+        for number in sample_numbers(index.num_documents, samples, sample_seed):
             report(f"  {decoded_sample(index, number, tokenizer.vocab_size, decode)}")
-    return Inspection(prefix=prefix, lengths=lengths)
+    return lengths
 
 
 def document_lengths(index: Index) -> numpy.ndarray:
@@ -77,7 +68,7 @@ def describe(index: Index) -> list[str]:
     return [
         f"documents    {index.num_documents:,}",
         f"sequences    {len(index.lengths):,}",
-        f"tokens       {index.file.num_tokens:,} ({index.file.dtype.name})",
+        f"tokens       {index.num_tokens:,} ({index.dtype.name})",
         *(f"{suffix}         {size:,} bytes" for suffix, size in sizes.items()),
         f"tokenizer    {tokenizer}",
     ]
@@ -139,31 +130,23 @@ def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
     return lambda ids: hugging_face.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def check_drawing() -> None:
-    check_matplotlib("--histogram", "the lengths are printed as text in any case")
-
-
-def draw_histogram(path: str, inspections: list[Inspection]) -> None:
-    """Writes a PNG: share of documents by tokens per document, log-spaced bins, a line per dataset."""
-    greatest = max(int(inspection.lengths.max()) for inspection in inspections)
+def draw_histogram(path: str, lengths_of: Mapping[str, numpy.ndarray]) -> None:
+    """Writes a PNG: share of documents by tokens per document, log-spaced bins, a line per dataset (by prefix)."""
+    greatest = max(int(lengths.max()) for lengths in lengths_of.values())
     edges = numpy.unique(numpy.ceil(numpy.geomspace(1, max(greatest + 1, 2), 41)))  # lengths are whole: so are bins
     with png_chart(path, inches=(8, 4.5)) as axes:
-        for inspection in inspections:
-            counts, _ = numpy.histogram(inspection.lengths, edges)
-            axes.stairs(counts / len(inspection.lengths), edges, label=os.path.basename(inspection.prefix))
+        for prefix, lengths in lengths_of.items():
+            counts, _ = numpy.histogram(lengths, edges)
+            axes.stairs(counts / len(lengths), edges, label=os.path.basename(prefix))
         axes.set(xscale="log", xlabel="tokens per document", ylabel="share of documents")
         axes.legend()
 
 
-def _manifest_vocab_size(index: Index) -> int | None:
-    return index.manifest["tokenizer"]["vocab_size"] if index.manifest else None
-
-
-def _tokenizer(index: Index, options: InspectionOptions) -> Tokenizer | None:
+def _tokenizer(index: Index, path: str | None, *, needs_one: bool) -> Tokenizer | None:
     """The one of --tokenizer-model, which must be the manifest's; for samples without the flag, the manifest's own."""
     made_with = index.manifest["tokenizer"] if index.manifest else None
-    path, kind, tiktoken = options.tokenizer_model, None, None
-    if path is None and options.samples:
+    kind = tiktoken = None
+    if path is None and needs_one:
         if made_with is None or not made_with.get("model"):
             raise ConfigError(
                 f"--samples needs a tokenizer, and no {index.prefix}.json names one. Give --tokenizer-model PATH."

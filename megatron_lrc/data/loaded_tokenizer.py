@@ -4,8 +4,8 @@ It is identified by what its ids mean: `fingerprint` is a SHA-256 over the vocab
 so a copied directory is the same tokenizer, and a SentencePiece model and a plain Hugging Face conversion of it agree.
 The pad token is left out: conversions add one at will, and no prepared text contains it.
 
-There is deliberately no `pad` attribute. megatron-core's GPTDataset would otherwise mask every label that
-equals it and overwrite such tokens with id 0; the datasets here are never padded.
+There is deliberately no `pad` attribute: megatron-core's GPTDataset would mask every label that equals it and
+overwrite such tokens with id 0; the datasets here are never padded.
 """
 
 import functools

@@ -4,57 +4,42 @@ The bytes are those of megatron-core's IndexedDatasetBuilder.add_index; `writing
 not used.
 """
 
-import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import Index, read_index
-from megatron_lrc.data.writing import IndexPart, explain_os_error, make_folder_of, write_index
+from megatron_lrc.data.writing import IndexPart, make_folder_of, write_index, write_manifest
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
 _COPY_BYTES = 1 << 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions:
-    """The flags of tools/merge_datasets.py."""
-
-    input: list[str]
-    output_prefix: str
-
-
-def merge_datasets(options: MergeOptions, *, report: Callable[[str], None]) -> None:
+def merge_datasets(inputs: list[str], output_prefix: str, *, report: Callable[[str], None]) -> None:
     """Writes the inputs' documents in order as one dataset, with a manifest if every input has one."""
-    indexes = [read_index(prefix) for prefix in options.input]
+    indexes = [read_index(prefix) for prefix in inputs]
     check_alike(indexes)
-    check_output(options)
+    check_output(inputs, output_prefix)
     manifest = merged_manifest(indexes)
-    temporary = {suffix: f"{options.output_prefix}{suffix}.tmp-{os.getpid()}" for suffix in _SUFFIXES}
+    temporary = {suffix: f"{output_prefix}{suffix}.tmp-{os.getpid()}" for suffix in _SUFFIXES}
     try:
         with open(temporary[".bin"], "wb") as output:
             for index in indexes:
                 copy_tokens(index, output)
-                report(f"copied {index.prefix}: {index.num_documents:,} documents, {index.file.num_tokens:,} tokens")
+                report(f"copied {index.prefix}: {index.num_documents:,} documents, {index.num_tokens:,} tokens")
         with open(temporary[".idx"], "wb") as output:
-            write_index([IndexPart(index.file.dtype, index.lengths, index.bounds) for index in indexes], output)
+            write_index([IndexPart(index.dtype, index.lengths, index.bounds) for index in indexes], output)
         if manifest:
-            with open(temporary[".json"], "w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=2)
-                file.write("\n")
-        rename(options.output_prefix, temporary)
-    except OSError as error:
-        raise ConfigError(explain_os_error(error, options.output_prefix)) from error
+            write_manifest(temporary[".json"], manifest)
+        rename(output_prefix, temporary)
     finally:
         for path in temporary.values():
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-    report(f"wrote {options.output_prefix}.bin, .idx{', .json' if manifest else ''}")
+            Path(path).unlink(missing_ok=True)
+    report(f"wrote {output_prefix}.bin, .idx{', .json' if manifest else ''}")
     if manifest is None:
         missing = next(index.prefix for index in indexes if index.manifest is None)
         report(f"no manifest was written: {missing}.json does not exist")
@@ -66,10 +51,10 @@ def check_alike(indexes: list[Index]) -> None:
     """All inputs have one dtype, and one tokenizer as far as manifests say."""
     first = indexes[0]
     for index in indexes[1:]:
-        if index.file.dtype != first.file.dtype:
+        if index.dtype != first.dtype:
             raise ConfigError(
-                f"{first.prefix} holds {first.file.dtype.name} token ids and {index.prefix} "
-                f"{index.file.dtype.name}. Merge datasets of one dtype: write them again with the same "
+                f"{first.prefix} holds {first.dtype.name} token ids and {index.prefix} "
+                f"{index.dtype.name}. Merge datasets of one dtype: write them again with the same "
                 "tokenizer."
             )
     named = [(index.prefix, index.manifest["tokenizer"]) for index in indexes if index.manifest]
@@ -83,12 +68,12 @@ def check_alike(indexes: list[Index]) -> None:
             )
 
 
-def check_output(options: MergeOptions) -> None:
+def check_output(inputs: list[str], output_prefix: str) -> None:
     """The output overwrites no input. Makes its folder."""
-    output = os.path.realpath(f"{options.output_prefix}.idx")
-    if output in [os.path.realpath(f"{prefix}.idx") for prefix in options.input]:
-        raise ConfigError(f"The output {options.output_prefix} is one of the inputs. Use another --output-prefix.")
-    make_folder_of(options.output_prefix)
+    output = os.path.realpath(f"{output_prefix}.idx")
+    if output in [os.path.realpath(f"{prefix}.idx") for prefix in inputs]:
+        raise ConfigError(f"The output {output_prefix} is one of the inputs. Use another --output-prefix.")
+    make_folder_of(output_prefix)
 
 
 def merged_manifest(indexes: list[Index]) -> dict[str, Any] | None:
@@ -101,7 +86,7 @@ def merged_manifest(indexes: list[Index]) -> dict[str, Any] | None:
         "megatron_lrc_version": __version__,
         "tokenizer": manifests[0]["tokenizer"],
         **{count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")},
-        "dtype": indexes[0].file.dtype.name,
+        "dtype": indexes[0].dtype.name,
         **{count: sum(manifest.get(count, 0) for manifest in manifests) for count in ("empty_documents", "bad_lines")},
         "sources": [source for manifest in manifests for source in manifest.get("sources", [])],
         "options": options[0] if all(option == options[0] for option in options) else None,
@@ -122,7 +107,7 @@ def copy_tokens(index: Index, output: BinaryIO) -> None:
     before = output.tell()
     with open(f"{index.prefix}.bin", "rb") as source:
         shutil.copyfileobj(source, output, _COPY_BYTES)
-    expected = index.file.num_tokens * index.file.dtype.itemsize
+    expected = index.num_tokens * index.dtype.itemsize
     if output.tell() - before != expected:
         raise ConfigError(
             f"{index.prefix}.bin changed while it was read: {output.tell() - before} bytes instead of "
@@ -133,8 +118,7 @@ def copy_tokens(index: Index, output: BinaryIO) -> None:
 def rename(prefix: str, temporary: dict[str, str]) -> None:
     """Gives the files their final names. An older .idx and manifest go first: neither ever stands beside newer data."""
     for suffix in (".idx", ".json"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{prefix}{suffix}")
+        Path(f"{prefix}{suffix}").unlink(missing_ok=True)
     for suffix, path in temporary.items():
         if os.path.exists(path):
             os.replace(path, f"{prefix}{suffix}")

@@ -5,13 +5,13 @@ bytes are on the disk, so a process or machine that dies at any moment loses sec
 byte for byte as if nothing had happened: documents are encoded one by one, however they are cut into chunks.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 SECONDS_BETWEEN = 5.0
@@ -77,5 +77,4 @@ class Journal:
 
     def remove(self) -> None:
         for path in (self.path, f"{self.path}.partial"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+            Path(path).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The order in which a run goes through its samples: shuffled passes over each dataset, blended.
 
-The order is one endless sequence. It follows from the datasets' .idx files, the part of their documents, the
+The order is one endless sequence that follows from the datasets' .idx files, the part of their documents, the
 sequence length, the weights and the seed alone; how many samples a run asks for only says how far its maps
 reach. So a position in it (a number of samples) means the same after a change of batch sizes, processes,
 steps or epochs.
@@ -91,7 +91,7 @@ class SampleOrder:
     @cached_property
     def identity(self) -> str:
         """Hash over all that decides the order; holds no path, so data and maps can be moved together."""
-        return _hash([_FORMAT, [_hash_of(source) for source in self.sources], self.weights, self.seed])
+        return digest_of([_FORMAT, [_hash_of(source) for source in self.sources], self.weights, self.seed])
 
     @property
     def samples_per_pass(self) -> int:
@@ -143,7 +143,7 @@ def _narrow(numbers: numpy.ndarray) -> numpy.ndarray:
     return numbers.astype(numpy.int32) if fits else numbers
 
 
-def _hash(values: list) -> str:
+def digest_of(values: list) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
@@ -152,4 +152,4 @@ def _hash_of(source: Source) -> str:
     with open(f"{source.file.prefix}.idx", "rb") as file:
         while piece := file.read(1 << 24):
             digest.update(piece)
-    return _hash([digest.hexdigest(), source.documents.start, source.documents.stop, source.seq_length])
+    return digest_of([digest.hexdigest(), source.documents.start, source.documents.stop, source.seq_length])

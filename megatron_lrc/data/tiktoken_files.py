@@ -73,11 +73,8 @@ def load_tiktoken(path: str, options: TiktokenOptions) -> Tokenizer:
     """The tokenizer of a rank file or of Megatron-LM's JSON. ConfigError if file and options do not make one."""
     pattern = _find_pattern(options.pattern)
     ranks, specials = _place(path, *_read_file(path), options)
-    roles = {
-        "bos": _find_role("bos", specials, options.bos_token),
-        "eos": _find_role("eos", specials, options.eos_token),
-        "unk": _find_role("unk", specials, None),
-    }
+    given = {"bos": options.bos_token, "eos": options.eos_token, "unk": None}
+    roles = {role: _find_role(role, specials, token) for role, token in given.items()}
     vocabulary = {**{_spell(token): token_id for token, token_id in ranks.items()}, **specials}
     return Tokenizer(
         fingerprint=fingerprint(vocabulary, roles),

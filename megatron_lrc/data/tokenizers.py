@@ -1,11 +1,12 @@
 """Loads tokenizers: Hugging Face directories and SentencePiece models here, rank files in `tiktoken_files.py`.
 
-torch is not imported, transformers and sentencepiece only inside the loaders, so that `--help` answers at
-once and the worker processes of tools/preprocess_data.py start with the `tokenizers` library alone.
+transformers and sentencepiece are imported inside the loaders and torch not at all: `--help` answers at once,
+and worker processes start with the `tokenizers` library alone.
 """
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from megatron_lrc.config import ConfigError
@@ -44,14 +45,6 @@ class _PythonEncode:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-@dataclass(frozen=True)
-class _SentencePieceEncode:
-    processor: Any
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.encode(texts, out_type=int, add_bos=False, add_eos=False, num_threads=1)
 
 
 def _load_hugging_face(path: str) -> Tokenizer:
@@ -112,5 +105,5 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         eod=processor.eos_id() if processor.eos_id() >= 0 else None,
         bos=processor.bos_id() if processor.bos_id() >= 0 else None,
         path=path,
-        encode_batch=_SentencePieceEncode(processor),
+        encode_batch=partial(processor.encode, out_type=int, add_bos=False, add_eos=False, num_threads=1),
     )

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy
@@ -81,22 +82,18 @@ class DatasetWriter:
         self.sync()
         with open(self._partial[".idx"], "wb") as output:
             write_index([IndexPart(numpy.dtype(self.dtype), _LengthsFile(self._partial[".lengths"]))], output)
-        with open(self._partial[".json"], "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2)
-            file.write("\n")
+        write_manifest(self._partial[".json"], manifest)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: what is known to be good is there already
-            self._bin.close()
-        with contextlib.suppress(OSError):
-            self._lengths.close()
+        for file in (self._bin, self._lengths):
+            with contextlib.suppress(OSError):  # a full disk: what is known to be good is there already
+                file.close()
 
     def discard(self) -> None:
         """Removes whatever is not under a final name."""
         self.close()
         for path in self._partial.values():
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+            Path(path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -162,19 +159,21 @@ def write_index(parts: list[IndexPart], output: BinaryIO) -> None:
         first += len(part.lengths)
 
 
+def write_manifest(path: str, manifest: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
 def publish(prefix: str) -> None:
     """Gives a complete dataset its final names. May be done again after a crash in the middle of it.
 
     An older .idx goes first, so that it never stands beside newer data.
     """
     if os.path.exists(f"{prefix}.bin.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{prefix}.idx")
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
     for suffix in (".bin", ".json", ".idx"):
         with contextlib.suppress(FileNotFoundError):
             os.replace(f"{prefix}{suffix}.partial", f"{prefix}{suffix}")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(f"{prefix}.lengths.partial")
+    Path(f"{prefix}.lengths.partial").unlink(missing_ok=True)
 
 
 def make_folder_of(prefix: str) -> None:

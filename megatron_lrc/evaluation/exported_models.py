@@ -36,7 +36,7 @@ def as_hugging_face(path: Path, teacher: str | None, report: Callable[[str], Non
     student, description = open_student(str(checkpoint), moved)
     with tempfile.TemporaryDirectory(prefix="megatron_lrc_") as folder:
         output = Path(folder) / "model"
-        report(f"{checkpoint}: exporting step {student.step} to a temporary directory")
+        report(f"{checkpoint}: exporting step {student.state.step} to a temporary directory")
         export_saved(student, description, output=output)
         yield output
 

@@ -120,6 +120,6 @@ def read_text(inputs: list[str], key: str, tokenizer_directory: Path) -> Corpus:
         if encoded.bad_lines:
             line, what = encoded.bad_lines[0]
             raise ConfigError(f"{chunk.source}:{lines + line + 1}: {what}. Correct it, or leave the file out.")
-        lines = 0 if encoded.is_last else lines + encoded.num_lines
+        lines = 0 if encoded.chunk.is_last else lines + encoded.num_lines
         pieces.append(encoded.tokens[key])
     return Corpus(", ".join(inputs), numpy.concatenate(pieces))

@@ -15,27 +15,6 @@ FROZEN_BIASES: tuple[str, ...] = ("q_bias", "k_bias", "v_bias")
 FROZEN_NORMS: tuple[str, ...] = ("q_norm", "k_norm")
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One architecture. Templates take `layer`.
-
-    Keys of `sites` are Site names, of `norms` LAYER_NORMS and "final", of `frozen` FROZEN_BIASES and FROZEN_NORMS.
-    config: fields of config.json that tell it from others of the same architecture, and that a student's gets.
-    zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
-    """
-
-    name: str
-    architecture: str
-    model_type: str
-    sites: Mapping[str, str]
-    norms: Mapping[str, str]
-    frozen: Mapping[str, str] = field(default_factory=dict)
-    zeros: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    must_be_off: tuple[str, ...] = ()
-    ignored_suffixes: tuple[str, ...] = ()
-
-
 _SITES = {
     "embed": "model.embed_tokens.weight",
     "q": "model.layers.{layer}.self_attn.q_proj.weight",
@@ -53,6 +32,28 @@ _NORMS = {
     "final": "model.norm.weight",
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture. Templates take `layer`.
+
+    Keys of `sites` are Site names, of `norms` LAYER_NORMS and "final", of `frozen` FROZEN_BIASES and FROZEN_NORMS.
+    config: fields of config.json that tell it from others of the same architecture, and that a student's gets.
+    zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    must_be_off: tuple[str, ...] = ()
+    ignored_suffixes: tuple[str, ...] = ()
+    sites: Mapping[str, str] = field(default_factory=lambda: _SITES)
+    norms: Mapping[str, str] = field(default_factory=lambda: _NORMS)
+
+
 _QKV_BIASES = {f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"}
 _ROPE_BUFFERS = (".rotary_emb.inv_freq",)  # Llama 2 files carry what the config already says
 
@@ -60,8 +61,6 @@ LLAMA = Family(
     name="Llama",
     architecture="LlamaForCausalLM",
     model_type="llama",
-    sites=_SITES,
-    norms=_NORMS,
     must_be_off=("attention_bias", "mlp_bias"),
     ignored_suffixes=_ROPE_BUFFERS,
 )
@@ -71,8 +70,6 @@ LLAMA_WITH_BIASES = Family(
     name="Llama with attention biases",
     architecture="LlamaForCausalLM",
     model_type="llama",
-    sites=_SITES,
-    norms=_NORMS,
     frozen=_QKV_BIASES,
     zeros={"o_bias": "model.layers.{layer}.self_attn.o_proj.bias"},
     config={"attention_bias": True},
@@ -84,8 +81,6 @@ MISTRAL = Family(
     name="Mistral",
     architecture="MistralForCausalLM",
     model_type="mistral",
-    sites=_SITES,
-    norms=_NORMS,
     config={"sliding_window": None},
     must_be_off=("sliding_window",),
 )
@@ -94,8 +89,6 @@ QWEN2 = Family(
     name="Qwen2",
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
-    sites=_SITES,
-    norms=_NORMS,
     frozen=_QKV_BIASES,
     config={"use_sliding_window": False},
     must_be_off=("use_sliding_window",),
@@ -105,8 +98,6 @@ QWEN3 = Family(
     name="Qwen3",
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
-    sites=_SITES,
-    norms=_NORMS,
     frozen={name: f"model.layers.{{layer}}.self_attn.{name}.weight" for name in FROZEN_NORMS},
     config={"use_sliding_window": False},
     must_be_off=("attention_bias", "use_sliding_window"),

@@ -4,10 +4,8 @@
         megatron_lrc.json    which model that is, and which files the conversion wrote
         release/             the checkpoint, under the name that Megatron-LM gives to converted weights
 
-`CheckpointReader` gives the same tensors as `TeacherReader`: a training or an export takes either, as a
-`Reader`. Each rank reads the stored pieces that its slice overlaps; no process group is needed. Opening
-checks that everything is there and belongs together. The checkpoint's index is a pickle: nothing but the
-classes of an index comes out of it.
+`CheckpointReader` gives the same tensors as `TeacherReader`. Each rank reads the stored pieces that its slice
+overlaps; no process group is needed. Opening checks that everything is there and belongs together.
 """
 
 import hashlib
@@ -20,10 +18,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_lrc.checkpoints.boxes import read_box
+from megatron_lrc.checkpoints.boxes import read_box, take
 from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_index
-from megatron_lrc.checkpoints.layout import SITES, Box, box_of, rows_box, stored_shapes
-from megatron_lrc.clone.sites import HeadLayout, Site, select
+from megatron_lrc.checkpoints.layout import Box, box_of, rows_box, stored_shapes
+from megatron_lrc.clone.sites import HeadLayout, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import TeacherDescription, config_digest
 from megatron_lrc.hf.reader import Reader
@@ -97,10 +95,7 @@ class CheckpointReader(Reader):
 
     def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
         box = box_of(self.description.shape, name, layer, part=rank, parts=size)
-        tensor = self._read(box)
-        if len(box.names) == 1:
-            return tensor
-        return select(SITES[name.removesuffix("_bias")], tensor, self._heads).flatten(0, 1)
+        return take(name, self._read(box), box, self._heads)
 
     def _whole(self, name: str, layer: int | None) -> Tensor:
         return self._read(box_of(self.description.shape, name, layer))

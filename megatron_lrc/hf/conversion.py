@@ -6,18 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lrc.checkpoints.layout import SITES, Box, all_boxes, key_of
+from megatron_lrc.checkpoints.layout import SITES, Box, key_of
 from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
-from megatron_lrc.hf.output_folder import copy_files
+from megatron_lrc.hf.output_folder import COPIED_FILES, copy_files
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
-#: Megatron-LM's pointer to the checkpoint in a directory.
-_TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer to the checkpoint in a directory
 
 
 def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
@@ -27,10 +26,6 @@ def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> di
         key, own = key_of(weight.local_name), dtype or reader.dtype(weight.key)
         dtypes[key] = torch.promote_types(dtypes.get(key, own), own)
     return dtypes
-
-
-def boxes_of(description: TeacherDescription) -> Iterator[Box]:
-    return all_boxes(description.shape)
 
 
 def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:
@@ -47,15 +42,13 @@ def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:
 def finish(directory: Path, reader: TeacherReader, dtypes: Mapping[str, torch.dtype]) -> None:
     """Everything beside the checkpoint: config, tokenizer, and what tells the teacher from others."""
     description = reader.description
-    copy_files(description.directory, directory)
-    copy_files(description.directory, directory, ["config.json"])
+    copy_files(description.directory, directory, [*COPIED_FILES, "config.json"])
     (directory / _TRACKER_FILE).write_text(CHECKPOINT_FOLDER + "\n")
     fingerprint = reader.fingerprint()
     if rounded := {str(dtype) for key, dtype in dtypes.items() if _is_rounded(reader, key, dtype)}:
         fingerprint += "-" + "-".join(sorted(rounded)).replace("torch.", "")
-    Record.of(directory / CHECKPOINT_FOLDER, fingerprint=fingerprint, config_values=description.config_values).write(
-        directory
-    )
+    folder = directory / CHECKPOINT_FOLDER
+    Record.of(folder, fingerprint=fingerprint, config_values=description.config_values).write(directory)
 
 
 def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:
@@ -63,8 +56,8 @@ def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:
     written = CheckpointReader(describe_teacher(directory, role=CONVERTED))
     tensors = parameters = 0
     for weight in _stored_weights(reader.description):
-        found = written.tensor(weight.local_name, weight.layer)
-        expected = reader.tensor(weight.local_name, weight.layer).to(found.dtype)
+        found = written.weight(weight)
+        expected = reader.weight(weight).to(found.dtype)
         if found.shape != expected.shape or not torch.equal(_bits(found), _bits(expected)):
             raise ConfigError(
                 f"{weight.name} reads back otherwise than it was written; nothing was kept. Check the disk, "

@@ -1,10 +1,8 @@
 """Student -> plain Hugging Face directory: config, weights, tokenizer, model card, and a self-check.
 
-Each weight goes to disk before the next one is asked for. Of a clone (`student_weights.py`) memory then holds
-one teacher matrix, its projection and the result, whatever the model.
-
-Everything is written into a hidden directory beside the output, verified with plain transformers, and renamed
-at the end: the output is complete or absent.
+Each weight goes to disk before the next one is asked for: of a clone (`student_weights.py`) memory holds one
+teacher matrix, its projection and the result. Everything is written into a hidden directory beside the
+output, verified with plain transformers, and renamed at the end: the output is complete or absent.
 """
 
 import json

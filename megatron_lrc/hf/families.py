@@ -1,8 +1,8 @@
 """What a teacher's config.json says of it: its family, its shape, and the tensors that its files must hold.
 
-`describe_teacher` reads config.json and nothing else, so that every impossible teacher is refused
-(`teacher_checks.py`) before a weight is read or a process group exists. The families themselves are declared
-in `architectures.py`.
+`describe_teacher` reads config.json and nothing else, so that an impossible teacher is refused
+(`teacher_checks.py`) before a weight is read or a process group exists. `architectures.py` declares the
+families.
 
 A student keeps everything of its teacher's config but the hidden size; `student_config.py` chooses the class
 that it is written as.
@@ -91,17 +91,9 @@ def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:
     """(out, in) of a cloned weight in a model of this shape, unsharded."""
     hidden, ffn, head_dim = shape.hidden_size, shape.ffn_hidden_size, shape.head_dim
     queries, keys = shape.num_attention_heads * head_dim, shape.num_query_groups * head_dim
-    return {
-        "embed": (shape.vocab_size, hidden),
-        "lm_head": (shape.vocab_size, hidden),
-        "q": (queries, hidden),
-        "k": (keys, hidden),
-        "v": (keys, hidden),
-        "o": (hidden, queries),
-        "gate": (ffn, hidden),
-        "up": (ffn, hidden),
-        "down": (hidden, ffn),
-    }[site.name]
+    outer = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": ffn, "up": ffn, "down": ffn}
+    width = outer.get(site.name, shape.vocab_size)
+    return (width, hidden) if site.projected == "input" else (hidden, width)
 
 
 def frozen_shape(name: str, shape: ModelShape) -> tuple[int]:
@@ -113,30 +105,23 @@ def frozen_shape(name: str, shape: ModelShape) -> tuple[int]:
 def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
     """Every tensor of a model of this family and shape, in the order of the forward pass. Tied: no `lm_head`."""
 
+    def weight(template: str, name: str, layer: int | None, size: tuple[int, ...], **kind: Any) -> Weight:
+        key = name if layer is None else f"layers.{layer}.{name}"
+        return Weight(key, template.format(layer=layer), size, layer, **kind)
+
     def of_site(site: Site, layer: int | None) -> Weight:
-        key = site.name if layer is None else f"layers.{layer}.{site.name}"
-        return Weight(key, family.sites[site.name].format(layer=layer), site_shape(site, shape), layer, site)
+        return weight(family.sites[site.name], site.name, layer, site_shape(site, shape), site=site)
 
-    def of_norm(norm: str, layer: int | None) -> Weight:
-        key = norm if layer is None else f"layers.{layer}.{norm}"
-        return Weight(key, family.norms[norm].format(layer=layer), (shape.hidden_size,), layer)
-
-    def of_frozen(name: str, layer: int) -> Weight:
-        template = family.frozen[name]
-        key = f"layers.{layer}.{name}"
-        return Weight(key, template.format(layer=layer), frozen_shape(name, shape), layer, is_frozen=True)
-
-    def of_zero(name: str, layer: int) -> Weight:
-        template = family.zeros[name]
-        return Weight(f"layers.{layer}.{name}", template.format(layer=layer), (shape.hidden_size,), layer, is_zero=True)
-
+    hidden = (shape.hidden_size,)
     weights = [of_site(EMBED, None)]
     for layer in range(shape.num_layers):
-        weights += [of_norm(norm, layer) for norm in LAYER_NORMS]
+        weights += [weight(family.norms[name], name, layer, hidden) for name in LAYER_NORMS]
         weights += [of_site(site, layer) for site in LAYER_SITES]
-        weights += [of_frozen(name, layer) for name in (*FROZEN_BIASES, *FROZEN_NORMS) if name in family.frozen]
-        weights += [of_zero(name, layer) for name in family.zeros]
-    weights.append(of_norm("final", None))
+        for name, template in family.frozen.items():
+            weights.append(weight(template, name, layer, frozen_shape(name, shape), is_frozen=True))
+        for name, template in family.zeros.items():
+            weights.append(weight(template, name, layer, hidden, is_zero=True))
+    weights.append(weight(family.norms["final"], "final", None, hidden))
     return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
 
 

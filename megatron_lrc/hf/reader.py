@@ -1,8 +1,7 @@
 """What a training, an export and a verification read a teacher through, in whichever form its weights are stored.
 
-A form says how rows of the embedding, a tensor parallel part and a whole tensor are read (`teacher.py`:
-safetensors; `checkpoint_reader.py`: a megatron-core checkpoint); padding, tied heads and the look at the
-values are here.
+A form (`teacher.py`: safetensors; `checkpoint_reader.py`: a megatron-core checkpoint) says how rows, parts
+and whole tensors are read; padding, tied heads and the look at the values are here.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
-from megatron_lrc.hf.families import TeacherDescription
+from megatron_lrc.hf.families import TeacherDescription, Weight
 
 _SHOWN = 4  # problems in one message
 
@@ -83,6 +82,10 @@ class Reader(ABC):
             return self.norm(name, layer)
         assert layer is not None, f"{name} belongs to a layer"
         return self.frozen(name, layer, tp_rank=tp_rank, tp_size=tp_size)
+
+    def weight(self, weight: Weight) -> Tensor:
+        """One of `expected_weights`, whole."""
+        return self.tensor(weight.local_name, weight.layer)
 
     def _vocabulary_rows(self, site: Site, tp_rank: int, tp_size: int, padded_vocab_size: int) -> Tensor:
         shape = self.description.shape

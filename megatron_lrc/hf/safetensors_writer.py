@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.teacher import INDEX_FILE, SINGLE_FILE
+from megatron_lrc.hf.teacher import DTYPES, INDEX_FILE, SINGLE_FILE
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -45,7 +40,7 @@ def write_tensors(
     offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts aligned

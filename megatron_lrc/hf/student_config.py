@@ -8,7 +8,7 @@ its teacher's, or another one that computes the same from the same tensor names,
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -18,7 +18,6 @@ from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWE
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
 
 Arch = Literal["auto", "native", "llama"]
-ARCHS: tuple[Arch, ...] = get_args(Arch)
 
 
 def student_family(
@@ -60,9 +59,9 @@ def student_config(
 ) -> Mapping[str, Any]:
     """The teacher's config.json with the student's sizes; every field that a default could change is explicit.
 
-    RoPE settings and dtype are written in both spellings (transformers 5's, and the one that came before,
-    which inference engines still read): whoever knows only one would take its default for the other and
-    compute something else without a word.
+    RoPE settings and dtype are written in both spellings (transformers 5's, and the older one that inference
+    engines still read): whoever knows only one would take its default and compute something else without a
+    word.
     """
     config, rope, dtype_name = teacher.hf_config, rope_settings(teacher), str(dtype).removeprefix("torch.")
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}

@@ -1,10 +1,10 @@
 """The one place where a student's weights are made of its parts, whatever the method.
 
 Its own weights are given as they are, composed ones are made by `sites.compose` in the dtype of the
-projections, which is how training makes them, and what is frozen is its base's. The export writes what this
-gives, and a verification of a checkpoint computes with it. So comparing an export with its checkpoint shows
-whatever went wrong with files, names, config and the engines' arithmetic; that the composition itself is
-right is for the tests to show, which compose by hand.
+projections, as in training, and what is frozen is its base's. Exports write what this gives, and
+verifications of checkpoints compute with it. So comparing the two shows what went wrong with files, names,
+config and the engines' arithmetic; that the composition itself is right is for the tests to show, which
+compose by hand.
 """
 
 from collections.abc import Mapping
@@ -29,11 +29,11 @@ PROJECTIONS_FILE = "projections.safetensors"
 class StudentWeights:
     """The weights of one student; each is read and made when it is asked for, and not kept.
 
-    base: its teacher, or the model that it was trained from, of which weights are read only where they are
-    needed. projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each a
-    full (D, d) matrix. norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by
-    `Weight.key`, what is neither composed nor the base's; it goes before all else. ConfigError where they are
-    not the parts of a student of this base.
+    base: its teacher, or the model that it was trained from; weights are read only where they are needed.
+    projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each (D, d).
+    norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by `Weight.key`, what is neither
+    composed nor the base's; it goes before all else. ConfigError where they are not the parts of a student of
+    this base.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StudentWeights:
         if weight.key in self._own:
             return self._own[weight.key]
         if weight.is_frozen:
-            return self._reader.tensor(weight.local_name, weight.layer)
+            return self._reader.weight(weight)
         given = (self._norms if weight.site is None else self._projections)[weight.key]  # [d] or [D, d]
         hidden, base_hidden = self.shape.hidden_size, self.base.shape.hidden_size
         expected = (hidden,) if weight.site is None else (base_hidden, hidden)
@@ -99,8 +99,7 @@ class StudentWeights:
         if self.shape.is_tied and not self.base.shape.is_tied and "embed" not in self._own:
             raise ConfigError(
                 "The student has no lm_head projection, but its teacher's embedding and LM head are two "
-                "matrices: one projection cannot make both. Train with "
-                "--untie-embeddings-and-output-weights."
+                "matrices: one projection cannot make both. Train with --untie-embeddings-and-output-weights."
             )
         for kind, found, wanted in (
             ("projections", self._projections, {weight.key for weight in weights if weight.site is not None}),

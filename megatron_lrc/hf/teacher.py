@@ -1,9 +1,9 @@
 """A teacher's weights, read from safetensors slice by slice.
 
-Every rank opens the same files and reads only its tensor parallel part of the tensors of its own layers: no
-rank ever holds the whole teacher. Opening checks everything first: each expected tensor present with the
-shape that config.json implies, nothing unexpected, no file cut short. Afterwards a read fails only with the
-disk or at values that are not finite.
+Every rank opens the same files and reads only its tensor parallel part of its own layers: none ever holds the
+whole teacher. Opening checks first that each expected tensor is there in the shape that config.json implies,
+nothing unexpected, no file cut short. Afterwards a read fails only with the disk or at values that are not
+finite.
 
 Tensors come in the files' dtype and in Hugging Face's row order; `sites.select` finds their place in
 megatron-core's fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` output features, `i` input
@@ -30,18 +30,15 @@ from megatron_lrc.hf.reader import Reader
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
 #: safetensors dtypes that weights may have; anything else is a quantised format.
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
 
-#: Bytes per sample of the fingerprint.
-_SAMPLE_BYTES = 65536
-
-#: Elements that are read from the files before they are opened anew.
-_ELEMENTS_KEPT = 2**25
+_SAMPLE_BYTES = 65536  # per sample of the fingerprint
+_ELEMENTS_KEPT = 2**25  # read from the files before they are opened anew
 
 
 class TeacherReader(Reader):
@@ -89,13 +86,13 @@ class TeacherReader(Reader):
 
     def dtype(self, key: str) -> torch.dtype:
         """The data type in which the files hold the weight of this key (`Weight.key`)."""
-        return _DTYPES[self._slice(self._weights[key].name).get_dtype()]
+        return DTYPES[self._slice(self._weights[key].name).get_dtype()]
 
     def fingerprint(self) -> str:
         """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
 
         Samples (start, middle, end of each file) because a fine-tuned model has its base model's config and
-        headers. Independent of the directory's path. The same weights in other shards are another
+        headers. Independent of the directory's path; the same weights in other shards are another
         fingerprint.
         """
         digest = hashlib.sha256(json.dumps(self.description.config_values, sort_keys=True).encode())
@@ -139,8 +136,8 @@ class TeacherReader(Reader):
         found, file = self._slice(name), self._file_of[name]
         if tuple(found.get_shape()) != weight.shape:
             return [f"tensor {name} in {file} has shape {found.get_shape()}, expected {list(weight.shape)}"]
-        if found.get_dtype() not in _DTYPES:
-            return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(_DTYPES)}"]
+        if found.get_dtype() not in DTYPES:
+            return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(DTYPES)}"]
         if weight.is_zero and bool(found[:].any()):
             return [f"tensor {name} in {file} is not all zero, and a student has no place for it"]
         return []

@@ -15,12 +15,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-#: Seconds that a rank has to say that it is there.
-ANSWER_WITHIN = 2.0
+ANSWER_WITHIN = 2.0  # seconds that a rank has to say that it is there
 #: Silence after which a machine counts as gone: seconds to the first probe, between probes, number of probes.
 KEEPALIVE = (60, 20, 6)
-#: Ranks named in one sentence; bytes of a line.
-NAMED, LONGEST_LINE = 8, 1 << 14
+NAMED, LONGEST_LINE = 8, 1 << 14  # ranks in one sentence; bytes of a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +79,10 @@ class Hub(threading.Thread):
         super().__init__(name="peers-hub", daemon=True)
         if is_one_machine:
             self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
-        elif socket.has_dualstack_ipv6():
-            self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
         else:
-            self._listener = socket.create_server(("", 0), backlog=4096)
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=4096)
         _open.append(self._listener)
         self._token = secrets.token_hex(8)
         self._selector = selectors.DefaultSelector()

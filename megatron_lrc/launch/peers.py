@@ -23,14 +23,12 @@ from typing import Any
 from megatron_lrc.launch import torchrun
 from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Connection, Verdict, keep_alive
 
-#: Seconds for a connection to rank 0.
-CONNECT_WITHIN = 10.0
+CONNECT_WITHIN = 10.0  # seconds, to rank 0
 #: Seconds within which a main thread notices by itself, if ever; and that it then has to end the process.
 NOTICE_WITHIN, END_WITHIN = 0.05, 5.0
 #: Seconds by which torchrun is to see the first failure before the others: it looks at its processes every 0.1 s.
 FIRST_COMES_FIRST = 1.0
-#: Characters of a failure.
-LONGEST_FAILURE = 400
+LONGEST_FAILURE = 400  # characters
 PACKAGE = str(Path(__file__).parents[1])  # of megatron_lrc
 
 

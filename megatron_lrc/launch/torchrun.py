@@ -1,20 +1,20 @@
 """What a training process and torchrun tell each other: failures, and whether to start the processes again.
 
 torchrun (`--max-restarts N`) starts all processes again when one fails, whatever its exit code. A failure
-that would only come again is marked as final in the error file, beside which the files of earlier attempts
-lie (.../attempt_0/RANK/error.json): the processes of the next attempt find it and end at once in the same
-words.
+that would only come again is marked as final in the error file, beside which those of earlier attempts lie
+(.../attempt_0/RANK/error.json): the processes of the next attempt find it and end at once in the same words.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
 import time
 from pathlib import Path
 
-from megatron_lrc.launch.parent import end_with_parent
-
 _FINAL_EXIT_CODE = "megatron_lrc_exit_code"
+_PR_SET_PDEATHSIG = 1
 
 
 def is_used() -> bool:
@@ -33,6 +33,12 @@ def end_with_torchrun() -> None:
     """
     if is_used():
         end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(signal: int) -> None:
+    """Have this process get `signal` when the one that started it ends, however that ends. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal)
 
 
 def report_failure(message: str, details: str, *, final_exit_code: int | None = None) -> None:

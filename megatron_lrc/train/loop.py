@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
-from megatron_lrc.data.batches import BatchIterator, build_datasets
+from megatron_lrc.data.batches import BatchIterator
+from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups

@@ -46,14 +46,14 @@ def export_saved(
     family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
     weights = StudentWeights.of(student, base)
     name = base.directory.resolve().name
-    origin = method_of(student.config).origin(name, base.shape, student.changed_at)
+    origin = method_of(student.config).origin(name, base.shape, student.state.changed_at)
     card = model_card(
         base=base,
         family=family,
         shape=shape,
         **asdict(origin),
-        tokens=student.tokens,
-        steps=student.step,
+        tokens=student.state.tokens,
+        steps=student.state.step,
         losses=losses,
         settings=describe_changes(student.config, CARD_SECTIONS),
     )

@@ -13,7 +13,8 @@ from megatron_lrc.hf.checkpoint_reader import RECORD_FILE, open_teacher
 from megatron_lrc.hf.comparison import Difference, compare_logits, find_difference
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
-from megatron_lrc.verify.weight_streams import Weights, open_student, stream_logits, student_weights, teacher_weights
+from megatron_lrc.hf.student_weights import StudentWeights
+from megatron_lrc.verify.weight_streams import WeightOf, open_student, stream_logits, stream_weights
 
 #: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]
 Logits = Callable[[Tensor, torch.dtype, torch.dtype | None], Tensor]
@@ -43,9 +44,12 @@ def open_model(path: Path, teacher: str | None = None) -> OpenModel:
 
     teacher: where a checkpoint's teacher is now, if not where it was in the training.
     """
-    for recognises, opener in OPENERS:
-        if recognises(path):
-            return opener(path, teacher)
+    if (path / RECORD_FILE).is_file():
+        return _open_converted(path)
+    if (path / "config.json").is_file():
+        return _open_hugging_face(path)
+    if (path / STATE_FILE).is_file() or newest_checkpoint(str(path)) is not None:
+        return _open_checkpoint(path, teacher)
     raise ConfigError(
         f"{path} {'holds' if path.is_dir() else 'is'} no model. A Hugging Face directory (config.json and "
         "safetensors), one that tools/convert_from_hf.py wrote, a run directory, or a checkpoint of it (iter_NNNNNNN "
@@ -53,56 +57,37 @@ def open_model(path: Path, teacher: str | None = None) -> OpenModel:
     )
 
 
-def _is_hugging_face(path: Path) -> bool:
-    return (path / "config.json").is_file()
+def _open_converted(path: Path) -> OpenModel:
+    description = describe_teacher(path)
+    reader = open_teacher(description)
+    kind = f"{description.family.name}, converted for megatron-core"
+    logits = _streamed(lambda: reader.weight, description.shape, description)
+    return OpenModel(path, kind, description.shape, reader.norm("final").dtype, logits)
 
 
-def _open_hugging_face(path: Path, teacher: str | None) -> OpenModel:
+def _open_hugging_face(path: Path) -> OpenModel:
     model = HuggingFaceModel(path)
     return OpenModel(path, model.architecture, model, model.weights_dtype, model.logits)
 
 
-def _is_converted(path: Path) -> bool:
-    return (path / RECORD_FILE).is_file()
-
-
-def _open_converted(path: Path, teacher: str | None) -> OpenModel:
-    description = describe_teacher(path)
-    reader = open_teacher(description)
-    kind = f"{description.family.name}, converted for megatron-core"
-    logits = _streamed(lambda: teacher_weights(reader), description.shape, description)
-    return OpenModel(path, kind, description.shape, reader.norm("final").dtype, logits)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return (path / STATE_FILE).is_file() or newest_checkpoint(str(path)) is not None
-
-
 def _open_checkpoint(path: Path, teacher: str | None) -> OpenModel:
     student, description = open_student(str(path), teacher)
-    family, step = description.family.name, student.step
+    family, step = description.family.name, student.state.step
     kind = f"{family} trained for {step} steps, for megatron-core"
     if student.is_composed:
         kind = f"student of a {family}, step {step}, composed for megatron-core"
-    logits = _streamed(lambda: student_weights(student, description), student.shape, description)
+    logits = _streamed(lambda: StudentWeights.of(student, description), student.shape, description)
     return OpenModel(student.path, kind, student.shape, student.dtype, logits, is_exact=True)
 
 
-def _streamed(weights: Callable[[], Weights], shape: ModelShape, base: TeacherDescription) -> Logits:
-    """By megatron-core's layers. base: whose RoPE it is."""
+def _streamed(opened: Callable[[], WeightOf], shape: ModelShape, base: TeacherDescription) -> Logits:
+    """By megatron-core's layers. opened: gives what gives each weight. base: whose RoPE it is."""
 
     def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
-        return stream_logits(weights(), shape, rope_inverse_frequencies(base), tokens, dtype, rounded_to)
+        weights = stream_weights(base.family, shape, opened())
+        return stream_logits(weights, shape, rope_inverse_frequencies(base), tokens, dtype, rounded_to)
 
     return logits
-
-
-#: (whether a path is of this kind, how it is opened), in the order they are tried.
-OPENERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], OpenModel]], ...] = (
-    (_is_converted, _open_converted),
-    (_is_hugging_face, _open_hugging_face),
-    (_is_checkpoint, _open_checkpoint),
-)
 
 
 def rounding_of(model: OpenModel, other: OpenModel) -> torch.dtype | None:

@@ -1,27 +1,26 @@
 """Models as a stream of weights in the order of the forward pass, and their logits by megatron-core's layers.
 
 A stream gives (our name, tensor) for each weight: whole, in Hugging Face's order of rows, in whatever dtype
-its source has. Another kind of model needs one such generator.
+its source has.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.saved_student import SavedStudent, open_checkpoint
 from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.checkpoint_reader import open_teacher
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher, expected_weights
-from megatron_lrc.hf.reader import Reader
-from megatron_lrc.hf.student_weights import StudentWeights
+from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
 from megatron_lrc.methods import method_of
 
-Weights = Iterable[tuple[str, Tensor]]
+WeightOf = Callable[[Weight], Tensor]
 
 
 def stream_logits(
-    weights: Weights,
+    weights: Iterable[tuple[str, Tensor]],
     shape: ModelShape,
     inverse_frequencies: Tensor,
     tokens: Tensor,
@@ -40,37 +39,27 @@ def stream_logits(
         return forward.logits
 
 
-def teacher_weights(reader: Reader) -> Iterator[tuple[str, Tensor]]:
-    """A teacher's weights, as the engine reads them."""
-    description = reader.description
-    for weight in expected_weights(description.family, description.shape):
-        if not weight.is_zero:
-            yield weight.key, reader.tensor(weight.local_name, weight.layer)
-
-
-def student_weights(student: SavedStudent, base: TeacherDescription) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's student, as an export would write it before rounding. base: as of `StudentWeights`."""
-    weight_of = StudentWeights.of(student, base)
-    return (
-        (weight.key, weight_of(weight)) for weight in expected_weights(base.family, student.shape) if not weight.is_zero
-    )
+def stream_weights(family: Family, shape: ModelShape, weight_of: WeightOf) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model of this family and shape, each asked for in its turn. Zeros are left out."""
+    weights = expected_weights(family, shape)
+    return ((weight.key, weight_of(weight)) for weight in weights if not weight.is_zero)
 
 
 def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, TeacherDescription]:
     """A checkpoint (or the newest of a run) and its teacher, held against each other. ConfigError if they differ.
 
     teacher: where the teacher is now, if not where it was in the training. Of ordinary training it is the
-    model that --student or --teacher named, of which only config.json and what is copied into an export are
-    needed.
+    model that --student or --teacher named; only config.json and what is copied into an export are needed of
+    it.
     """
     student = open_checkpoint(load)
-    method = method_of(student.config)
-    if refusal := method.why_no_student(student.path, student.step, student.changed_at):
+    method, trained_with = method_of(student.config), student.state.teacher_fingerprint
+    if refusal := method.why_no_student(student.path, student.state.step, student.state.changed_at):
         raise ConfigError(refusal)
     base = teacher or str(student.config.base_model)
     if not method.has_teacher:
         description = describe_teacher(base, needs_weights=False)
-        if description.config_fingerprint != student.teacher_fingerprint:
+        if description.config_fingerprint != trained_with:
             raise ConfigError(
                 f"{base} is not the model that {student.path} was trained from: its config.json differs. "
                 "Give the directory of that model with --teacher."
@@ -78,10 +67,10 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
         return student, description
     description = describe_teacher(base)
     fingerprint = open_teacher(description).fingerprint()
-    if fingerprint != student.teacher_fingerprint:
+    if fingerprint != trained_with:
         raise ConfigError(
             f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "
-            f"{student.path} was trained with (fingerprint {student.teacher_fingerprint[:16]}). Give the "
-            "directory of that teacher with --teacher."
+            f"{student.path} was trained with (fingerprint {trained_with[:16]}). Give the directory of that teacher "
+            "with --teacher."
         )
     return student, description

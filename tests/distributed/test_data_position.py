@@ -12,7 +12,7 @@ import pytest
 
 from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint, read_state
 from megatron_lrc.config import Config, ConfigError, validate
-from megatron_lrc.data.batches import build_datasets
+from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.index_cache import build_index_cache
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop

@@ -26,8 +26,8 @@ from gradient_cases import (
 )
 from hf_teachers import write_llama, write_qwen3
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.data.batches import build_datasets
 from megatron_lrc.data.data_checks import check_data
+from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_lrc.config import Config
-from megatron_lrc.data.batches import build_datasets
+from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import effective_rank
 from ranks import run_ranks

@@ -104,7 +104,7 @@ def test_at_full_width_the_lm_loss_is_the_teachers(write_teacher, tiny_text, tmp
 
 
 def teacher_loss_on_first_validation_batch(config: Config) -> float:
-    from megatron_lrc.data.batches import build_datasets
+    from megatron_lrc.data.datasets import build_datasets
 
     _, valid = build_datasets(config)
     samples = [valid[index] for index in range(config.training.global_batch_size)]

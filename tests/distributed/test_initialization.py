@@ -13,7 +13,7 @@ from hf_teachers import write_llama
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.clone.ridge import RIDGE
 from megatron_lrc.config import Config
-from megatron_lrc.data.batches import build_datasets
+from megatron_lrc.data.datasets import build_datasets
 from ranks import run_ranks
 from runs import assert_same_parameters, make_config, on_layout, records, train
 

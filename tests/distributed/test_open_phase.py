@@ -101,7 +101,7 @@ def test_a_stop_before_at_or_after_the_opening_changes_nothing(
     train(config, ranks)
     stopped = saved_in(config, tmp_path / "stopped")
     train(replace(stopped, training=replace(config.training, train_iters=stop)), ranks)
-    assert (open_checkpoint(str(tmp_path / "stopped")).changed_at is None) == (stop <= OPENED)
+    assert (open_checkpoint(str(tmp_path / "stopped")).state.changed_at is None) == (stop <= OPENED)
     train(continued(stopped, steps=4), ranks)
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
     assert_same_opened_student(tmp_path / "stopped", tmp_path / "whole")

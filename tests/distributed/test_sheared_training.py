@@ -80,7 +80,7 @@ def test_a_stop_before_at_or_after_the_cut_changes_nothing(
     stopped = saved_in(config, tmp_path / "stopped", async_save=True)
     train(for_steps(stopped, stop), ranks)
     saved = open_checkpoint(str(tmp_path / "stopped"))
-    assert (saved.changed_at, saved.shape.hidden_size) == ((None, 48) if stop <= CUT else (CUT, 28))
+    assert (saved.state.changed_at, saved.shape.hidden_size) == ((None, 48) if stop <= CUT else (CUT, 28))
     train(continued(stopped, steps=4), ranks)
     assert without_times(records(tmp_path / "stopped")) == without_times(records(tmp_path / "whole"))
     assert records(tmp_path / "stopped", "validation.jsonl")[-1] == records(tmp_path / "whole", "validation.jsonl")[-1]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from command_line import ROOT, run
 from hf_teachers import write_llama
 from megatron_lrc.config import parse_config
-from megatron_lrc.data.batches import build_datasets
+from megatron_lrc.data.datasets import build_datasets
 from tiny_data import make_texts, write_jsonl
 from tools_path import tool_main
 

@@ -14,8 +14,9 @@ import tiny_data
 from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data import datasets
-from megatron_lrc.data.batches import BatchIterator, build_datasets
+from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.data_checks import check_data
+from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from tiny_data import numbered
 

@@ -8,9 +8,9 @@ import torch
 
 from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError, load_yaml, save_yaml, validate
-from megatron_lrc.data.batches import BatchIterator, build_datasets
+from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.data_checks import check_data
-from megatron_lrc.data.datasets import resolve_train_iters
+from megatron_lrc.data.datasets import build_datasets, resolve_train_iters
 from megatron_lrc.methods import method_of
 from tiny_data import numbered
 

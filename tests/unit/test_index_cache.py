@@ -10,8 +10,7 @@ import pytest
 from config_cases import data_config
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
-from megatron_lrc.data.batches import build_datasets
-from megatron_lrc.data.datasets import resolve_train_iters
+from megatron_lrc.data.datasets import build_datasets, resolve_train_iters
 from tiny_data import numbered, write_dataset
 from tools_path import tool_main
 

@@ -12,7 +12,7 @@ from megatron_lrc.hf.comparison import compare_logits
 from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
 from megatron_lrc.hf.teacher import TeacherReader
-from megatron_lrc.verify.weight_streams import stream_logits, teacher_weights
+from megatron_lrc.verify.weight_streams import stream_logits, stream_weights
 
 TOKENS = fixed_tokens(301)
 
@@ -52,7 +52,7 @@ def test_both_engines_agree_about_every_family(tmp_path: Path, write: Callable, 
     write(tmp_path, is_tied=is_tied)
     teacher = describe_teacher(tmp_path)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        weights = teacher_weights(TeacherReader(teacher))
+        weights = stream_weights(teacher.family, teacher.shape, TeacherReader(teacher).weight)
         ours = stream_logits(weights, teacher.shape, rope_inverse_frequencies(teacher), TOKENS, dtype)
         difference = compare_logits(ours, HuggingFaceModel(tmp_path).logits(TOKENS, dtype))
         assert difference.is_within(tolerance) and difference.top1_agreement == 1.0, (dtype, difference)
