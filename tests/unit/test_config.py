@@ -167,15 +167,17 @@ def test_validate_against_teacher_refuses(valid_config, values, expected):
     assert expected in errors[0]
 
 
-def test_errors_about_sizes_say_teacher_only_where_the_flag_is_teacher(config):
-    change(config, tensor_model_parallel_size=2, sequence_parallel=True)
-    change(config, pipeline_model_parallel_size=4, seq_length=9000)
-    assert all(" the teacher's " in error for error in errors_of(validate_against_teacher, config, SMOLLM2))
-    change(config, method="ordinary", student="DIR", teacher=None, student_hidden_size=None)
-    errors = errors_of(validate_against_teacher, config, SMOLLM2)
+def test_errors_about_sizes_say_teacher_only_where_the_flag_is_teacher(valid_config):
+    change(valid_config, tensor_model_parallel_size=2, sequence_parallel=True)
+    change(valid_config, pipeline_model_parallel_size=4, seq_length=9000)
+    assert all(
+        " the teacher's " in error for error in errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
+    )
+    change(valid_config, method="ordinary", student="DIR", teacher=None, student_hidden_size=None)
+    errors = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     assert len(errors) == 2 and all(" the model's " in error for error in errors)
-    change(config, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-    (warning,) = validate_against_teacher(config, SMOLLM2)
+    change(valid_config, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    (warning,) = validate_against_teacher(method_of(valid_config), SMOLLM2)
     assert "positions the model was made for" in warning
 
 
