@@ -15,17 +15,12 @@ from megatron_lrc.data.writing import explain_os_error
 INTERRUPTED = "interrupted; nothing was written"
 
 
-def read_flags(argv: Sequence[str], program: str) -> MergeOptions:
-    parser = new_parser(program, __doc__)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PREFIX", help="datasets in order, PREFIX of PREFIX.bin and .idx"
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
-    return MergeOptions(**vars(parser.parse_args(argv)))
-
-
 def run(argv: Sequence[str], program: str) -> int:
-    options = read_flags(argv, program)
+    parser = new_parser(program, __doc__)
+    inputs = "datasets in order, PREFIX of PREFIX.bin and .idx"
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help=inputs)
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
+    options = MergeOptions(**vars(parser.parse_args(argv)))
     try:
         merge_datasets(options, report=say)
     except OSError as error:

@@ -24,7 +24,7 @@ class Sizes:
     grid_times: float
     validations: int
     eval_iters: int
-    flags: tuple[str, ...] = ()  # of the user's, for all
+    flags: Sequence[str] = ()  # of the user's, for all
 
     def steps(self, times: float) -> int:
         """Exact multiples of the steps of one budget, as far as they are whole."""
