@@ -6,9 +6,8 @@ OUTPUT/material-*/      the default teacher and data
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from megatron_lrc.comparison.runner import Outcome, Runner, call_logged, flags_o
 from megatron_lrc.config import ConfigError, parse_config, validate
 from megatron_lrc.methods import method_of
 from megatron_lrc.report.chart_files import write_charts
+from megatron_lrc.whole_files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class Options:
     added: tuple[str, ...]
     sizes: Sizes
     seeds: tuple[int, ...]
-    lr_grid: tuple[float, ...] = ()
-    teacher: Path | None = None
-    data: tuple[str, ...] = ()
-    made: TeacherSettings = field(default_factory=TeacherSettings)
-    jobs: int = 2
-    threads: int = 1
-    target: float | None = None
-    wants_curves: bool = True
+    lr_grid: tuple[float, ...]
+    teacher: Path | None
+    data: tuple[str, ...]
+    made: TeacherSettings
+    jobs: int
+    threads: int
+    target: float | None
+    wants_curves: bool
 
 
 def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
@@ -116,9 +116,7 @@ def _write(found: tables.Comparison, options: Options) -> None:
         "report.html": page.render(found, now),
     }
     for name, text in texts.items():
-        partial = options.output / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, options.output / name)
+        write_whole(options.output / name, text)
     if options.wants_curves:
         path, seeds = options.output / "curves.svg", ", ".join(map(str, found.seeds))
         write_charts(path, figures.charts(found), title="Methods compared", note=f"seeds: {seeds}")
