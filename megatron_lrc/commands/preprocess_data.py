@@ -72,16 +72,12 @@ def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
         'The file has a line "BASE64 RANK" per token (special tokens follow the ranks, as in Llama 3), or is '
         "Megatron-LM's JSON vocabulary (special tokens come first).",
     )
-    group.add_argument(
-        "--tiktoken-pattern", metavar="PATTERN", help="how text is split: v1 or v2 (Megatron-LM's), llama3, or a regex"
-    )
-    group.add_argument(
-        "--tiktoken-num-special-tokens",
-        type=int,
-        metavar="N",
-        help="all special tokens; those not named are called <SPECIAL_i> (default: the named ones; 1000 for JSON)",
-    )
-    group.add_argument(
+    add = group.add_argument
+    patterns = "how text is split: v1 or v2 (Megatron-LM's), llama3, or a regex"
+    add("--tiktoken-pattern", metavar="PATTERN", help=patterns)
+    numbers = "all special tokens; those not named are called <SPECIAL_i> (default: the named ones; 1000 for JSON)"
+    add("--tiktoken-num-special-tokens", type=int, metavar="N", help=numbers)
+    add(
         "--tiktoken-special-tokens",
         "--tokenizer-special-tokens",
         nargs="+",
@@ -89,16 +85,10 @@ def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
         help="names in the order of their ids (default: none; <unk> <s> </s> <mask> <pad> <cls> <sep> for JSON)",
     )
     for role, names in (("bos", "<s> or <|begin_of_text|>"), ("eos", "</s> or <|end_of_text|>")):
-        group.add_argument(
-            f"--tiktoken-{role}-token", metavar="TOKEN", help=f"which of them is {role.upper()} (default: {names})"
-        )
-    group.add_argument(
-        "--vocab-size",
-        dest="tiktoken_vocab_size",
-        type=positive,
-        metavar="N",
-        help="ids in all, special tokens included; the file's later ranks are cut off (default: all)",
-    )
+        which = f"which of them is {role.upper()} (default: {names})"
+        add(f"--tiktoken-{role}-token", metavar="TOKEN", help=which)
+    every = "ids in all, special tokens included; the file's later ranks are cut off (default: all)"
+    add("--vocab-size", dest="tiktoken_vocab_size", type=positive, metavar="N", help=every)
 
 
 def run(argv: Sequence[str], program: str) -> int:

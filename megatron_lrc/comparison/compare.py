@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from megatron_lrc.comparison import comparison_page as page
@@ -52,13 +53,8 @@ def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
     options.output.mkdir(parents=True, exist_ok=True)
     material = _material(options, say)
     _check_flags(chosen, options, material)
-    runner = Runner(
-        options.output,
-        jobs=options.jobs,
-        threads=options.threads,
-        material_time=material.newest_change(),
-        say=say,
-    )
+    changed = material.newest_change()
+    runner = Runner(options.output, jobs=options.jobs, threads=options.threads, material_time=changed, say=say)
     what = {"sizes": options.sizes, "material": material}
     grid_runs = plan.grid_runs(chosen, options.lr_grid, options.seeds[0], **what)
     grid = runner.train(grid_runs) if grid_runs else {}
@@ -83,12 +79,8 @@ def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
 def _material(options: Options, say: Callable[[str], None]) -> Material:
     if options.teacher is not None:
         return Material(options.teacher, options.data, "The teacher and the data are the user's own.")
-
-    def call(name: str, command: list[str]) -> None:
-        # Alone on the machine, so all the cores that the runs would have had.
-        threads = options.jobs * options.threads
-        call_logged(options.output / "logs", name, command, threads=threads, say=say)
-
+    threads = options.jobs * options.threads  # alone on the machine, so all the cores that the runs would have had
+    call = partial(call_logged, options.output / "logs", threads=threads, say=say)
     return make_material(options.output, options.made, call=call)
 
 

@@ -57,12 +57,13 @@ def tiles(run: RunFiles) -> str:
     """The figures that are looked for first; of the last record unless they say otherwise."""
     last = run.records[-1] if run.records else {}
     valid = run.validations[-1] if run.validations else {}
+    rate = get(last, "tokens_per_second")
     lost = f"{run.lost_steps} steps lost, {duration(run.lost_seconds)}" if run.lost_steps else "no step lost"
     found = [
         ("tokens", count(last["tokens"]) if last else "-", _wall(run)),
         ("LM loss", number(get(last, "lm_loss")), f"perplexity {_perplexity(get(last, 'lm_loss'))}"),
         ("validation LM loss", number(get(valid, "lm_loss")), _gap(run)),
-        ("tokens per second", _count(get(last, "tokens_per_second")), _effective(run)),
+        ("tokens per second", count(rate) if math.isfinite(rate) else "-", _effective(run)),
         _compute_tile(last),
         ("memory, peak", f"{number(get(last, 'memory_gib', 'peak'), 3)} GiB", "the rank with the most"),
         ("starts", str(len(run.starts)) if run.starts else "-", lost),
@@ -101,10 +102,6 @@ def _gap(run: RunFiles) -> str:
     first, last = (get(record, "lm_loss") for record in (run.validations[0], run.validations[-1]))
     teacher = get(run.validations[-1], "teacher_lm_loss")
     return f"{(first - last) / (first - teacher):.0%} of the way to the teacher" if first > teacher else ""
-
-
-def _count(value: float) -> str:
-    return count(value) if math.isfinite(value) else "-"
 
 
 def _perplexity(loss: float) -> str:
