@@ -15,10 +15,11 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.commands.flags import flag_adder, new_parser, say
 from megatron_lrc.comparison.compare import Options, compare
 from megatron_lrc.comparison.contestants import CONTESTANTS, GROUPS
 from megatron_lrc.comparison.material import TeacherSettings
@@ -50,24 +51,20 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
         + "\n".join(f"  {name:18} {' '.join(names)}" for name, names in GROUPS.items()),
     )
     whole, real = positive(int), positive(float)
-
-    def add(name: str, text: str, **how: Any) -> None:
-        shown = how.get("default")
-        if how.get("type") in (whole, real):
-            how.setdefault("metavar", "N" if how["type"] is whole else "X")
-        words = " ".join(map(str, shown)) if isinstance(shown, list) else shown
-        parser.add_argument(name, help=text if shown is None else f"{text} (default: {words})", **how)
-
+    add = flag_adder(parser, {whole: "N", real: "X"})
     add("--output", "folder for everything", type=Path, required=True, metavar="DIR")
     add("--contestants", "contestants and groups, see below", nargs="+", default=["headline"], metavar="NAME")
     add("--ablations", "the group `ablations` too (default: no)", action="store_true")
-    add("--add", 'one of your own, as NAME="FLAGS"; may be repeated', action="append", default=[], metavar="NAME=FLAGS")
-    add("--flags", "training flags for all contestants, before their own", default="", metavar="FLAGS")
+    own = 'one of your own, as NAME="FLAGS"; may be repeated'
+    add("--add", own, action="append", default=[], metavar="NAME=FLAGS")
+    common = "training flags for all contestants, before their own"
+    add("--flags", common, type=shlex.split, default="", metavar="FLAGS")
     add("--seeds", "of initialisation and data order", nargs="+", type=int, default=[1], metavar="N")
     add("--tokens", "training tokens that every contestant gets", type=whole, default=200_000)
     add("--ordinary-times", "ordinary training gets up to this many times the tokens", type=real, default=10.0)
     add("--lr-grid", "learning rates to try with the first seed (default: no grid)", nargs="+", type=real, metavar="X")
-    add("--lr-grid-times", "budgets up to this many times the tokens are in the grid", type=real, default=1.0)
+    searched = "budgets up to this many times the tokens are in the grid"
+    add("--lr-grid-times", searched, type=real, default=1.0, dest="grid_times")
     add("--student-hidden-size", "of every student, in features", type=whole, default=128)
     add("--seq-length", "tokens per sequence", type=whole, default=128)
     add("--global-batch-size", "sequences per step", type=whole, default=8)
@@ -99,35 +96,16 @@ def options_of(flags: argparse.Namespace) -> Options:
         raise ConfigError("--teacher and --data-path belong together. Give both, or neither for a small teacher.")
     if len(set(flags.seeds)) < len(flags.seeds):
         raise ConfigError(f"--seeds {' '.join(map(str, flags.seeds))}: a seed occurs twice. Give each once.")
+    values = vars(flags)
+    of_teacher = {name.removeprefix("teacher_"): values[name] for name in values if name.startswith("teacher_")}
     made = TeacherSettings(
-        hidden_size=flags.teacher_hidden_size,
-        num_layers=flags.teacher_num_layers,
-        ffn_hidden_size=flags.teacher_ffn_hidden_size,
-        num_attention_heads=flags.teacher_num_attention_heads,
-        num_query_groups=flags.teacher_num_query_groups,
-        head_dim=flags.teacher_head_dim,
-        vocab_size=flags.vocab_size,
-        seq_length=flags.seq_length,
-        tokens=flags.teacher_tokens,
-        lr=flags.teacher_lr,
-        text=str(flags.text) if flags.text else "",
+        **of_teacher, vocab_size=flags.vocab_size, seq_length=flags.seq_length, text=str(flags.text or "")
     )
-    sizes = Sizes(
-        student_hidden_size=flags.student_hidden_size,
-        tokens=flags.tokens,
-        seq_length=flags.seq_length,
-        global_batch_size=flags.global_batch_size,
-        ordinary_times=flags.ordinary_times,
-        grid_times=flags.lr_grid_times,
-        validations=flags.validations,
-        eval_iters=flags.eval_iters,
-        flags=tuple(shlex.split(flags.flags)),
-    )
+    sizes = Sizes(**{one.name: values[one.name] for one in fields(Sizes)})
     data = ("--data-path", *flags.data_path, "--split", flags.split) if flags.data_path else ()
-    names = [*flags.contestants, *(["ablations"] if flags.ablations else [])]
     return Options(
         output=flags.output,
-        names=tuple(names),
+        names=(*flags.contestants, *(["ablations"] if flags.ablations else [])),
         added=tuple(flags.add),
         sizes=sizes,
         seeds=tuple(flags.seeds),

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.commands.flags import new_parser
+from megatron_lrc.commands.flags import DTYPES, new_parser
 from megatron_lrc.config import CONVERTED, ConfigError
 
 INTERRUPTED = "interrupted; nothing was written"
@@ -25,29 +25,20 @@ INTERRUPTED = "interrupted; nothing was written"
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
-    parser.add_argument(
-        "--hf-model", required=True, type=Path, metavar="DIR|FILE.gguf", help="Model to convert; nothing is downloaded."
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Directory to write; new, or empty.")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="Data type of the stored weights. Default: the model's own; GGUF: float32, as it is dequantised.",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("torch_dist", "hf"),
-        default="torch_dist",
-        help="torch_dist: megatron-core distributed checkpoint. hf: Hugging Face directory, from GGUF only.",
-    )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="Skip comparing the result's logits with those of transformers."
-    )
+    add, source = parser.add_argument, "Model to convert; nothing is downloaded."
+    add("--hf-model", required=True, type=Path, metavar="DIR|FILE.gguf", help=source)
+    add("--output", required=True, type=Path, metavar="DIR", help="Directory to write; new, or empty.")
+    stored = "Data type of the stored weights. Default: the model's own; GGUF: float32, as it is dequantised."
+    add("--dtype", choices=DTYPES, help=stored)
+    formats = "torch_dist: megatron-core distributed checkpoint. hf: Hugging Face directory, from GGUF only."
+    add("--format", choices=("torch_dist", "hf"), default="torch_dist", help=formats)
+    add("--no-verify", action="store_true", help="Skip comparing the result's logits with those of transformers.")
     return parser.parse_args(argv)
 
 
-def convert(flags: argparse.Namespace) -> None:
+def run(argv: Sequence[str], program: str) -> int:
     """Write into a hidden folder beside the output, compare, rename."""
+    flags = read_flags(argv, program)
     import torch  # imported here with the rest, so that --help answers at once
 
     from megatron_lrc.hf.gguf import write_gguf_as_hf
@@ -70,6 +61,7 @@ def convert(flags: argparse.Namespace) -> None:
         else:
             counts = write_checkpoint(source, partial, dtype, verify=not flags.no_verify)
     print(f"{flags.output}: {counts[0]} tensors, {counts[1]:,} parameters, read back equal")
+    return 0
 
 
 def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool) -> tuple[int, int]:
@@ -99,8 +91,3 @@ def write_checkpoint(source: Path, directory: Path, dtype=None, *, verify: bool)
     if verify:
         check_conversion(source, directory, dtype)
     return counts
-
-
-def run(argv: Sequence[str], program: str) -> int:
-    convert(read_flags(argv, program))
-    return 0

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.commands.flags import new_parser
+from megatron_lrc.commands.flags import DTYPES, new_parser
 from megatron_lrc.config import ConfigError
 
 INTERRUPTED = "interrupted; nothing was written"
@@ -17,17 +17,12 @@ INTERRUPTED = "interrupted; nothing was written"
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
-    parser.add_argument(
-        "--load", required=True, metavar="RUN", help="Run directory; its newest complete checkpoint is taken."
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write.")
-    parser.add_argument("--save-projections", action="store_true", help="Write projections.safetensors as well.")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="Data type of the weights. Default: that of the training.",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--load", required=True, metavar="RUN", help="Run directory; its newest complete checkpoint is taken.")
+    add("--output", required=True, type=Path, metavar="DIR", help="Hugging Face directory to write.")
+    add("--save-projections", action="store_true", help="Write projections.safetensors as well.")
+    add("--dtype", choices=DTYPES, help="Data type of the weights. Default: that of the training.")
+    add(
         "--arch",
         choices=("auto", "native", "llama"),
         default="auto",
@@ -35,20 +30,14 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
         "auto: the teacher's, unless transformers refuses it at this width (then a class that computes the same) or "
         "servers may take its heads for hidden size / heads (a narrower Qwen2: llama).",
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="Largest weight file, as in 5GB or 300MB."
-    )
-    parser.add_argument(
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="Largest weight file, as in 5GB or 300MB.")
+    add(
         "--teacher",
         metavar="DIR",
         help="Where the teacher, or the model that ordinary training started from, is now. Default: where it was.",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="Replace an earlier export in DIR, once the new one is complete."
-    )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="Skip comparing the result's logits with the student's."
-    )
+    add("--force", action="store_true", help="Replace an earlier export in DIR, once the new one is complete.")
+    add("--no-verify", action="store_true", help="Skip comparing the result's logits with the student's.")
     return parser.parse_args(argv)
 
 

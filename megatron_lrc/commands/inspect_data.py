@@ -25,20 +25,14 @@ def not_negative(text: str) -> int:
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx")
-    parser.add_argument(
-        "--verify", action="store_true", help="also look at every token id (the index is checked in any case)"
-    )
-    parser.add_argument("--samples", type=not_negative, default=0, metavar="N", help="print the first N documents")
-    parser.add_argument(
-        "--sample-seed", type=not_negative, metavar="SEED", help="draw --samples at random instead of the first ones"
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        metavar="PATH",
-        help="tokenizer directory or SentencePiece .model file (default: the one that the manifest names)",
-    )
-    parser.add_argument("--histogram", metavar="FILE.png", help="draw the document lengths (needs matplotlib)")
+    add = parser.add_argument
+    add("prefixes", nargs="+", metavar="PREFIX", help="PREFIX of PREFIX.bin and PREFIX.idx")
+    add("--verify", action="store_true", help="also look at every token id (the index is checked in any case)")
+    add("--samples", type=not_negative, default=0, metavar="N", help="print the first N documents")
+    add("--sample-seed", type=not_negative, metavar="SEED", help="draw --samples at random instead of the first ones")
+    tokenizer = "tokenizer directory or SentencePiece .model file (default: the one that the manifest names)"
+    add("--tokenizer-model", metavar="PATH", help=tokenizer)
+    add("--histogram", metavar="FILE.png", help="draw the document lengths (needs matplotlib)")
     return parser.parse_args(argv)
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     },
     "runs": {
         "train": ("train", "one process of a run (torchrun starts several); --dry-run only estimates"),
-        "check": ("check", "checks flags, teacher and data as train would, and starts nothing"),
+        "check": ("train", "checks flags, teacher and data as train would, and starts nothing"),
         "plan": ("plan", "which layouts fit on some GPUs, and how fast each may be"),
         "report": ("report", "one HTML page about a run, finished or under way"),
         "compare": ("compare_methods", "methods trained on equal tokens and data; a table and plots"),
@@ -67,7 +67,7 @@ def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
     """The command's exit code. program: what the user called, for messages."""
     module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
     if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
-        return module.run(argv, program)
+        return module.run(argv, program, only_checks=command == "check")
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:

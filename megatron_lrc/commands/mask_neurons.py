@@ -12,56 +12,31 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.commands.flags import DTYPES, flag_adder, new_parser, say
 
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="HF directory")
-    parser.add_argument(
-        "--student", type=Path, required=True, metavar="DIR", help="HF directory, run directory or checkpoint"
-    )
-    parser.add_argument("--items", type=Path, metavar="FILE.jsonl", help="questions to score (default: --input)")
-    parser.add_argument(
-        "--input", nargs="+", default=[], metavar="FILE", help="text to score instead of questions (default: --items)"
-    )
-    parser.add_argument(
-        "--prompts",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="text that activations are measured on (default: the items' prompts, or the text of --input)",
-    )
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="where a line has its text (default: text)")
-    parser.add_argument("--num-neurons", type=int, default=50, metavar="N", help="neurons to mask (default: 50)")
-    parser.add_argument(
-        "--scope",
-        choices=("model", "layer"),
-        default="model",
-        help="N neurons of the whole model, as the paper's 50 are read here, or N of each layer (default: model)",
-    )
-    parser.add_argument("--num-seeds", type=int, default=5, metavar="N", help="random drawings (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first drawing (default: 0)")
-    parser.add_argument("--seq-length", type=int, default=256, metavar="N", help="tokens per window (default: 256)")
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="about how many tokens of each text, taken evenly; 0: all (default: 0)",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences at once (default: 8)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is), cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and arithmetic (default: float32)",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the scores there (default: nowhere)")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw the scores (needs matplotlib; default: no plot)"
-    )
+    add = flag_adder(parser)
+    add("--teacher", "HF directory", type=Path, required=True, metavar="DIR")
+    add("--student", "HF directory, run directory or checkpoint", type=Path, required=True, metavar="DIR")
+    add("--items", "questions to score (default: --input)", type=Path, metavar="FILE.jsonl")
+    add("--input", "text to score instead of questions (default: --items)", nargs="+", default=[], metavar="FILE")
+    measured = "text that activations are measured on (default: the items' prompts, or the text of --input)"
+    add("--prompts", measured, nargs="+", default=[], metavar="FILE")
+    add("--json-key", "where a line has its text", default="text", metavar="KEY")
+    add("--num-neurons", "neurons to mask", type=int, default=50)
+    scopes = "N neurons of the whole model, as the paper's 50 are read here, or N of each layer"
+    add("--scope", scopes, choices=("model", "layer"), default="model")
+    add("--num-seeds", "random drawings", type=int, default=5)
+    add("--seed", "of the first drawing", type=int, default=0)
+    add("--seq-length", "tokens per window", type=int, default=256)
+    add("--max-tokens", "about how many tokens of each text, taken evenly; 0: all", type=int, default=0)
+    add("--batch-size", "sequences at once", type=int, default=8)
+    add("--device", "auto (CUDA if there is), cpu, cuda or cuda:N", default="auto")
+    add("--dtype", "of weights and arithmetic", choices=DTYPES, default="float32")
+    add("--output", "write the scores there (default: nowhere)", type=Path, metavar="FILE.json")
+    add("--plot", "draw the scores (needs matplotlib; default: no plot)", type=Path, metavar="FILE.png")
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,6 @@
 writes data/all.bin and .idx, and .json (a manifest) if every input has one. Documents keep their order.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from megatron_lrc.commands.flags import new_parser, say
@@ -16,17 +15,12 @@ from megatron_lrc.data.writing import explain_os_error
 INTERRUPTED = "interrupted; nothing was written"
 
 
-def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
-    parser = new_parser(program, __doc__)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PREFIX", help="datasets in order, PREFIX of PREFIX.bin and .idx"
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
-    return parser.parse_args(argv)
-
-
 def run(argv: Sequence[str], program: str) -> int:
-    flags = read_flags(argv, program)
+    parser = new_parser(program, __doc__)
+    inputs = "datasets in order, PREFIX of PREFIX.bin and .idx"
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help=inputs)
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
+    flags = parser.parse_args(argv)
     try:
         merge_datasets(flags.input, flags.output_prefix, report=say)
     except OSError as error:

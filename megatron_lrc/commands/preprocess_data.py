@@ -11,7 +11,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import new_parser, positive, say
+from megatron_lrc.commands.flags import flag_adder, new_parser, positive, say
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
@@ -22,13 +22,14 @@ INTERRUPTED = "interrupted; the same command goes on from here"
 
 def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
     parser = new_parser(program, __doc__)
-    parser.add_argument(
+    add = flag_adder(parser)
+    add(
         "--input",
+        "files, folders or quoted patterns: .jsonl (one object per line), .txt (one document per file), both also "
+        "as .gz or .zst; .parquet (one document per row)",
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders or quoted patterns: .jsonl (one object per line), .txt (one document per file), both also "
-        "as .gz or .zst; .parquet (one document per row)",
     )
     parser.add_argument(
         "--json-keys",
@@ -38,44 +39,28 @@ def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
         help="keys or columns to read, one dataset each (default: text); a list of messages there, as in chat data, is "
         "rendered with the tokenizer's chat template",
     )
-    parser.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.bin, .idx, .json"
-    )
-    parser.add_argument(
-        "--tokenizer-type",
-        choices=["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"],
-        default="HuggingFaceTokenizer",
-        help="kind of --tokenizer-model (default: HuggingFaceTokenizer)",
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        required=True,
-        metavar="PATH",
-        help="tokenizer directory, SentencePiece .model file, or for TikTokenizer a rank file",
-    )
+    add("--output-prefix", "writes PREFIX_KEY_document.bin, .idx, .json", required=True, metavar="PREFIX")
+    kinds = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer")
+    add("--tokenizer-type", "kind of --tokenizer-model", choices=kinds, default=kinds[0])
+    models = "tokenizer directory, SentencePiece .model file, or for TikTokenizer a rank file"
+    add("--tokenizer-model", models, required=True, metavar="PATH")
     add_tiktoken_flags(parser)
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's EOS token")
-    parser.add_argument(
+    add("--append-eod", "end every document with the tokenizer's EOS token", action="store_true")
+    add(
         "--eos-before-bos-after",
+        "join documents as EOS + text + BOS (the released code's way), instead of --append-eod",
         action="store_true",
-        help="join documents as EOS + text + BOS (the released code's way), instead of --append-eod",
     )
-    parser.add_argument(
+    add(
         "--token-ids",
-        action="store_true",
-        help="the keys hold lists of token ids of this tokenizer instead of text, such as the released code's "
+        "the keys hold lists of token ids of this tokenizer instead of text, such as the released code's "
         '{"input_ids": [...]}; with --json-keys input_ids',
+        action="store_true",
     )
-    parser.add_argument("--workers", type=positive, default=1, help="processes that encode (default: 1)")
-    parser.add_argument(
-        "--on-bad-line",
-        choices=["fail", "skip"],
-        default="fail",
-        help="a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it (default: fail)",
-    )
-    parser.add_argument(
-        "--log-interval", type=positive, default=10000, help="documents between progress lines (default: 10000)"
-    )
+    add("--workers", "processes that encode", type=positive, default=1)
+    bad = "a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it"
+    add("--on-bad-line", bad, choices=("fail", "skip"), default="fail")
+    add("--log-interval", "documents between progress lines", type=positive, default=10000)
     values = vars(parser.parse_args(argv))
     names = [name for name in values if name.startswith("tiktoken_")]
     tiktoken = TiktokenOptions(**{name.removeprefix("tiktoken_"): values.pop(name) for name in names})
@@ -88,16 +73,12 @@ def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
         'The file has a line "BASE64 RANK" per token (special tokens follow the ranks, as in Llama 3), or is '
         "Megatron-LM's JSON vocabulary (special tokens come first).",
     )
-    group.add_argument(
-        "--tiktoken-pattern", metavar="PATTERN", help="how text is split: v1 or v2 (Megatron-LM's), llama3, or a regex"
-    )
-    group.add_argument(
-        "--tiktoken-num-special-tokens",
-        type=int,
-        metavar="N",
-        help="all special tokens; those not named are called <SPECIAL_i> (default: the named ones; 1000 for JSON)",
-    )
-    group.add_argument(
+    add = group.add_argument
+    patterns = "how text is split: v1 or v2 (Megatron-LM's), llama3, or a regex"
+    add("--tiktoken-pattern", metavar="PATTERN", help=patterns)
+    numbers = "all special tokens; those not named are called <SPECIAL_i> (default: the named ones; 1000 for JSON)"
+    add("--tiktoken-num-special-tokens", type=int, metavar="N", help=numbers)
+    add(
         "--tiktoken-special-tokens",
         "--tokenizer-special-tokens",
         nargs="+",
@@ -105,16 +86,10 @@ def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
         help="names in the order of their ids (default: none; <unk> <s> </s> <mask> <pad> <cls> <sep> for JSON)",
     )
     for role, names in (("bos", "<s> or <|begin_of_text|>"), ("eos", "</s> or <|end_of_text|>")):
-        group.add_argument(
-            f"--tiktoken-{role}-token", metavar="TOKEN", help=f"which of them is {role.upper()} (default: {names})"
-        )
-    group.add_argument(
-        "--vocab-size",
-        dest="tiktoken_vocab_size",
-        type=positive,
-        metavar="N",
-        help="ids in all, special tokens included; the file's later ranks are cut off (default: all)",
-    )
+        which = f"which of them is {role.upper()} (default: {names})"
+        add(f"--tiktoken-{role}-token", metavar="TOKEN", help=which)
+    every = "ids in all, special tokens included; the file's later ranks are cut off (default: all)"
+    add("--vocab-size", dest="tiktoken_vocab_size", type=positive, metavar="N", help=every)
 
 
 def run(argv: Sequence[str], program: str) -> int:

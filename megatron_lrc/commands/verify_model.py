@@ -16,29 +16,24 @@ from megatron_lrc.config import ConfigError
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)
-    for name, metavar in (("first", "A"), ("second", "B")):
-        parser.add_argument(
-            name,
-            type=Path,
-            metavar=metavar,
-            help="Hugging Face directory, output of convert_from_hf.py, run directory, or checkpoint (iter_NNNNNNN).",
-        )
-    parser.add_argument(
+    add = parser.add_argument
+    kinds = "Hugging Face directory, output of convert_from_hf.py, run directory, or checkpoint (iter_NNNNNNN)."
+    add("first", type=Path, metavar="A", help=kinds)
+    add("second", type=Path, metavar="B", help=kinds)
+    add(
         "--dtype",
         choices=("float32", "float64"),
         default="float32",
         help="Data type of the arithmetic. Weights are those of the files in any case.",
     )
-    parser.add_argument(
+    add(
         "--tolerance",
         type=float,
         metavar="X",
         help="Largest difference of logits that counts as none, in standard deviations of the logits. Default: what "
         "rounding may make, 1e-4 in float32, 1e-9 in float64.",
     )
-    parser.add_argument(
-        "--teacher", metavar="DIR", help="Where a checkpoint's teacher is now. Default: where it was in the training."
-    )
+    add("--teacher", metavar="DIR", help="Where a checkpoint's teacher is now. Default: where it was in the training.")
     return parser.parse_args(argv)
 
 

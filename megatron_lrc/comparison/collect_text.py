@@ -27,6 +27,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_lrc.whole_files import write_whole
+
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 SKIPPED_PATHS = ("transformers/models",)  # thousands of near copies of each other: slow to read, and dull
 MIN_PARAGRAPH = 120  # characters
@@ -143,24 +145,23 @@ def drop_repeated(documents: list[Document], seen: set[str]) -> list[Document]:
     for source, paragraphs in documents:
         fresh = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
         seen.update(fresh)
-        if sum(map(len, fresh)) >= MIN_DOCUMENT:
-            unique.append((source, fresh))
-    return unique
+        unique.append((source, fresh))
+    return long_enough(unique)
+
+
+def long_enough(documents: list[Document]) -> list[Document]:
+    return [document for document in documents if sum(map(len, document[1])) >= MIN_DOCUMENT]
 
 
 def drop_overlapping(documents: list[Document], training: list[Document]) -> list[Document]:
     """Held-out documents without the paragraphs that largely occur in the training part under another wording."""
     trained = set().union(*(shingles(paragraph) for _, paragraphs in training for paragraph in paragraphs))
-    kept = []
-    for source, paragraphs in documents:
-        clean = []
-        for paragraph in paragraphs:
-            own = shingles(paragraph)
-            if len(own & trained) <= MAX_SHARED_SHINGLES * len(own):
-                clean.append(paragraph)
-        if sum(map(len, clean)) >= MIN_DOCUMENT:
-            kept.append((source, clean))
-    return kept
+
+    def is_new(paragraph: str) -> bool:
+        own = shingles(paragraph)
+        return len(own & trained) <= MAX_SHARED_SHINGLES * len(own)
+
+    return long_enough([(source, list(filter(is_new, paragraphs))) for source, paragraphs in documents])
 
 
 def split_documents(documents: Iterable[Document], heldout_share: float) -> tuple[list[Document], list[Document]]:
@@ -191,19 +192,6 @@ def gather() -> Iterator[Document]:
         yield from found
 
 
-def write_jsonl(documents: list[Document], path: Path) -> int:
-    """Writes one JSON object a line and returns the bytes of text in them."""
-    partial = path.with_name(path.name + ".partial")
-    size = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for source, paragraphs in documents:
-            text = "\n\n".join(paragraphs)
-            size += len(text.encode())
-            file.write(json.dumps({"text": text, "source": source}) + "\n")
-    os.replace(partial, path)
-    return size
-
-
 def write_parts(
     documents: Iterable[Document],
     output_dir: Path,
@@ -223,7 +211,10 @@ def write_parts(
             )
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("train", train), ("heldout", heldout)):
-        size = write_jsonl(chosen, output_dir / f"{name}.jsonl")
+        texts = [("\n\n".join(paragraphs), source) for source, paragraphs in chosen]
+        size = sum(len(text.encode()) for text, _ in texts)
+        lines = (json.dumps({"text": text, "source": source}) + "\n" for text, source in texts)
+        write_whole(output_dir / f"{name}.jsonl", "".join(lines))
         print(f"{name}: {len(chosen)} documents, {size / 1e6:.2f} MB -> {output_dir / name}.jsonl")
 
 
@@ -233,15 +224,9 @@ def main() -> None:
     parser.add_argument("--heldout-share", type=float, default=0.06, help="share of the sources kept out of training")
     parser.add_argument("--min-train-bytes", type=int, default=2_000_000, help="least training text, in bytes")
     parser.add_argument("--min-heldout-bytes", type=int, default=60_000, help="least held-out text, in bytes")
-    args = parser.parse_args()
+    flags = vars(parser.parse_args())
     try:
-        write_parts(
-            gather(),
-            args.output_dir,
-            heldout_share=args.heldout_share,
-            min_train_bytes=args.min_train_bytes,
-            min_heldout_bytes=args.min_heldout_bytes,
-        )
+        write_parts(gather(), **flags)
     except (ValueError, OSError) as error:
         print(f"collect_text.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,10 +6,10 @@ OUTPUT/material-*/      the default teacher and data
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from megatron_lrc.comparison import comparison_page as page
@@ -24,6 +24,7 @@ from megatron_lrc.comparison.runner import Outcome, Runner, call_logged, flags_o
 from megatron_lrc.config import ConfigError, parse_config, validate
 from megatron_lrc.methods import method_of
 from megatron_lrc.report.chart_files import write_charts
+from megatron_lrc.whole_files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,14 @@ class Options:
     added: tuple[str, ...]
     sizes: Sizes
     seeds: tuple[int, ...]
-    lr_grid: tuple[float, ...] = ()
-    teacher: Path | None = None
-    data: tuple[str, ...] = ()
-    made: TeacherSettings = field(default_factory=TeacherSettings)
-    jobs: int = 2
-    threads: int = 1
-    target: float | None = None
-    wants_curves: bool = True
+    lr_grid: tuple[float, ...]
+    teacher: Path | None
+    data: tuple[str, ...]
+    made: TeacherSettings
+    jobs: int
+    threads: int
+    target: float | None
+    wants_curves: bool
 
 
 def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
@@ -52,13 +53,8 @@ def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
     options.output.mkdir(parents=True, exist_ok=True)
     material = _material(options, say)
     _check_flags(chosen, options, material)
-    runner = Runner(
-        options.output,
-        jobs=options.jobs,
-        threads=options.threads,
-        material_time=material.newest_change(),
-        say=say,
-    )
+    changed = material.newest_change()
+    runner = Runner(options.output, jobs=options.jobs, threads=options.threads, material_time=changed, say=say)
     what = {"sizes": options.sizes, "material": material}
     grid_runs = plan.grid_runs(chosen, options.lr_grid, options.seeds[0], **what)
     grid = runner.train(grid_runs) if grid_runs else {}
@@ -83,12 +79,8 @@ def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
 def _material(options: Options, say: Callable[[str], None]) -> Material:
     if options.teacher is not None:
         return Material(options.teacher, options.data, "The teacher and the data are the user's own.")
-
-    def call(name: str, command: list[str]) -> None:
-        # Alone on the machine, so all the cores that the runs would have had.
-        threads = options.jobs * options.threads
-        call_logged(options.output / "logs", name, command, threads=threads, say=say)
-
+    threads = options.jobs * options.threads  # alone on the machine, so all the cores that the runs would have had
+    call = partial(call_logged, options.output / "logs", threads=threads, say=say)
     return make_material(options.output, options.made, call=call)
 
 
@@ -116,9 +108,7 @@ def _write(found: tables.Comparison, options: Options) -> None:
         "report.html": page.render(found, now),
     }
     for name, text in texts.items():
-        partial = options.output / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, options.output / name)
+        write_whole(options.output / name, text)
     if options.wants_curves:
         path, seeds = options.output / "curves.svg", ", ".join(map(str, found.seeds))
         write_charts(path, figures.charts(found), title="Methods compared", note=f"seeds: {seeds}")

@@ -25,10 +25,6 @@ class Contestant:
     flags: str
     about: str
 
-    @property
-    def words(self) -> list[str]:
-        return shlex.split(self.flags)
-
 
 #: Peak learning rates: the best of 1e-3, 3e-3 and 1e-2 for lrc-pca, lrc-random and ordinary on the default material
 #: (--tokens 100000 --lr-grid 1e-3 3e-3 1e-2). The others have that of the nearest of them.
@@ -114,7 +110,7 @@ def check(contestants: Sequence[Contestant]) -> None:
     problems = []
     for one in contestants:
         try:
-            parse_config(one.words)
+            parse_config(shlex.split(one.flags))
         except ConfigError as error:
             reason = "; ".join(str(error).splitlines())
             problems.append(

@@ -9,7 +9,6 @@ again.
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.train.jsonl import read_records
+from megatron_lrc.whole_files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 PROGRAM = [sys.executable, "-m", "megatron_lrc"]
@@ -121,7 +121,7 @@ def _collect(text: Path, settings: TeacherSettings, call: Call) -> None:
     text.mkdir(parents=True, exist_ok=True)
     parts = {"train": [line for place, line in enumerate(lines) if place % 20], "heldout": lines[::20]}
     for name, chosen in parts.items():
-        _write(text / f"{name}.jsonl", "".join(line + "\n" for line in chosen))
+        write_whole(text / f"{name}.jsonl", "".join(line + "\n" for line in chosen))
 
 
 def _teacher_flags(start: Path, run: Path, settings: TeacherSettings) -> list[str]:
@@ -159,7 +159,7 @@ def write_tokenizer(texts: Path, directory: Path, vocab_size: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
-    _write(directory / "tokenizer_config.json", json.dumps(settings, indent=2))
+    write_whole(directory / "tokenizer_config.json", json.dumps(settings, indent=2))
 
 
 def write_shape(directory: Path, settings: TeacherSettings) -> None:
@@ -182,11 +182,4 @@ def write_shape(directory: Path, settings: TeacherSettings) -> None:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    _write(directory / "config.json", json.dumps(config, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(directory / "config.json", json.dumps(config, indent=2))

@@ -12,6 +12,7 @@ from megatron_lrc.comparison.material import Material
 from megatron_lrc.comparison.results import Group, Reached, Result
 from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.comparison.runner import Outcome
+from megatron_lrc.report.run_tables import names_and_cells
 from megatron_lrc.train.progress import count
 
 Rows = tuple[list[str], list[list[str]]]  # names of the columns, cells
@@ -48,34 +49,25 @@ def times_text(value: float) -> str:
 
 def main_table(found: Comparison) -> Rows:
     """A row for each contestant and budget, then the teacher."""
-    names = [
-        "contestant",
-        "tokens",
-        "held-out loss",
-        "tokens/s",
-        f"tokens to reach {loss_text(found.target)}",
-        "ordinary training needs, in multiples of this contestant's tokens",
-        "learning rate",
-    ]
     rows = []
     for one in found.groups:
         is_ordinary = one.name == results.ORDINARY
         own = results.spread_reached(results.own_tokens(one, found.groups, found.target), count)
         ratio = results.spread_reached(results.ratios(one, found.groups), times_text)
-        rows.append(
-            [
-                one.name if one.times == 1 else f"{one.name}, {one.times:g} times the tokens",
-                count(one.tokens),
-                results.spread(one.losses, loss_text),
-                results.spread(one.rates, count),
-                own if not is_ordinary or one.times == 1 else "",
-                "" if is_ordinary else ratio,
-                rate_text(one),
-            ]
-        )
+        row = {
+            "contestant": one.name if one.times == 1 else f"{one.name}, {one.times:g} times the tokens",
+            "tokens": count(one.tokens),
+            "held-out loss": results.spread(one.losses, loss_text),
+            "tokens/s": results.spread(one.rates, count),
+            f"tokens to reach {loss_text(found.target)}": own if not is_ordinary or one.times == 1 else "",
+            "ordinary training needs, in multiples of this contestant's tokens": "" if is_ordinary else ratio,
+            "learning rate": rate_text(one),
+        }
+        rows.append(row)
     if found.teacher_loss is not None:
-        rows.append(["(teacher)", "", loss_text(found.teacher_loss), "", "", "", ""])
-    return names, rows
+        teacher = {"contestant": "(teacher)", "held-out loss": loss_text(found.teacher_loss)}
+        rows.append(dict.fromkeys(rows[0], "") | teacher)
+    return names_and_cells(rows)
 
 
 def rate_text(one: Group) -> str:
@@ -101,14 +93,18 @@ def grid_table(found: Comparison) -> Rows:
 
 def run_table(found: Comparison) -> Rows:
     """Every run with its own flags."""
-    rows = []
-    for one in found.groups:
-        for result in one.results:
-            run = result.outcome.run
-            rows.append(
-                [run.name, loss_text(result.loss), f"{result.seconds:.0f}", run.contestant.flags, run.contestant.about]
-            )
-    return ["run", "held-out loss", "seconds of training steps", "contestant's flags", "what it is"], rows
+    rows = [
+        {
+            "run": result.outcome.run.name,
+            "held-out loss": loss_text(result.loss),
+            "seconds of training steps": f"{result.seconds:.0f}",
+            "contestant's flags": result.outcome.run.contestant.flags,
+            "what it is": one.about,
+        }
+        for one in found.groups
+        for result in one.results
+    ]
+    return names_and_cells(rows)
 
 
 def failures(found: Comparison) -> Rows:

@@ -7,7 +7,7 @@ is the lowest and the highest over seeds.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_lrc.comparison.contestants import ORDINARY
@@ -24,10 +24,6 @@ class Reached:
 
     tokens: float
     kind: str = "at"
-
-    def as_multiple_of(self, tokens: float) -> "Reached":
-        """The same as a multiple of `tokens`."""
-        return Reached(self.tokens / tokens, self.kind)
 
 
 def tokens_to_reach(points: Sequence[Point], loss: float) -> Reached:
@@ -131,14 +127,8 @@ def group(results: Sequence[Result]) -> list[Group]:
 
 def ordinary_points(groups: Sequence[Group], seed: int) -> list[Point]:
     """What ordinary training reached at each of its budgets with this seed: ends of runs planned for that long."""
-    found = [
-        (float(one.tokens), result.loss)
-        for one in groups
-        if one.name == ORDINARY
-        for result in one.results
-        if result.outcome.run.seed == seed
-    ]
-    return sorted(found)
+    ordinary = [(one, result) for one in groups if one.name == ORDINARY for result in one.results]
+    return sorted((float(one.tokens), result.loss) for one, result in ordinary if result.outcome.run.seed == seed)
 
 
 def ratios(one: Group, groups: Sequence[Group]) -> list[Reached]:
@@ -147,7 +137,8 @@ def ratios(one: Group, groups: Sequence[Group]) -> list[Reached]:
     for result in one.results:
         points = ordinary_points(groups, result.outcome.run.seed)
         if points:
-            found.append(tokens_to_reach(points, result.loss).as_multiple_of(one.tokens))
+            reached = tokens_to_reach(points, result.loss)
+            found.append(replace(reached, tokens=reached.tokens / one.tokens))
     return found
 
 

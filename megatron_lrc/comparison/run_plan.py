@@ -5,6 +5,7 @@ was planned for t tokens; the middle of a longer run, whose rate has not decayed
 can do. So ordinary training, whose need for tokens is asked, has one run per budget.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Sizes:
     grid_times: float
     validations: int
     eval_iters: int
-    flags: tuple[str, ...] = ()  # of the user's, for all
+    flags: Sequence[str] = ()  # of the user's, for all
 
     def steps(self, times: float) -> int:
         """Exact multiples of the steps of one budget, as far as they are whole."""
@@ -73,7 +74,7 @@ def make_run(
         *("--eval-interval", str(max(1, steps // sizes.validations)), "--eval-iters", str(sizes.eval_iters)),
         *("--log-interval", str(max(1, steps // 50)), "--save-interval", str(max(1, steps // 3)), "--keep-last", "1"),
         *sizes.flags,
-        *contestant.words,
+        *shlex.split(contestant.flags),
         *(() if lr is None else ("--lr", repr(lr))),
     ]
     return Run(contestant, times, seed, lr, sizes.tokens_of(times), steps, tuple(flags))

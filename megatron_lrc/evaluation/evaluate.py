@@ -1,7 +1,7 @@
 """What tools/evaluate.py does: figures of one model, as lines and as a dict for JSON."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +25,22 @@ class EvaluationOptions:
     """As the flags of tools/evaluate.py, which describes them."""
 
     model: Path
-    teacher: Path | None = None
+    teacher: Path | None
     data_path: list[str]
-    split: str = "969,30,1"
-    eval_split: Part = "valid"
+    split: str
+    eval_split: Part
     input: list[str]
-    json_key: str = "text"
-    seq_length: int = 2048
-    batch_size: int = 4
-    max_tokens: int = 0
-    device: str = "auto"
-    dtype: str = "float32"
+    json_key: str
+    seq_length: int
+    batch_size: int
+    max_tokens: int
+    device: str
+    dtype: str
     tasks: list[str]
-    tasks_dir: Path | None = None
-    num_fewshot: int = 0
-    limit: int | None = None
-    output: Path | None = None
+    tasks_dir: Path | None
+    num_fewshot: int
+    limit: int | None
+    output: Path | None
 
 
 def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
@@ -97,7 +97,11 @@ def check_numbers(options: Any, least: dict[str, int]) -> None:
 
 def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Report) -> dict[str, Any]:
     """Figures of each corpus, and of all tokens together where there are several."""
-    corpora = list(_corpora(options, directory))
+    corpora: list[Corpus] = []
+    if options.data_path:
+        corpora += read_indexed(options.data_path, options.split, options.eval_split, directory)
+    if options.input:
+        corpora.append(read_text(options.input, options.json_key, directory))
     teacher, vocab_size = None, int(model.config.vocab_size)
     if options.teacher:
         teacher = load_model(hugging_face_teacher(options.teacher), device=model.device, dtype=model.dtype)
@@ -118,13 +122,6 @@ def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Re
         "teacher": str(options.teacher) if options.teacher else None,
         "figures": {name: found.to_dict() for name, found in figures.items()},
     }
-
-
-def _corpora(options: EvaluationOptions, directory: Path) -> Iterator[Corpus]:
-    if options.data_path:
-        yield from read_indexed(options.data_path, options.split, options.eval_split, directory)
-    if options.input:
-        yield read_text(options.input, options.json_key, directory)
 
 
 def common_vocabulary(directory: Path, model: Any, other_directory: Path, other: Any) -> int:

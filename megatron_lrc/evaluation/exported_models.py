@@ -18,8 +18,6 @@ from megatron_lrc.hf.forward import load_pretrained
 from megatron_lrc.verify.exporting import export_saved
 from megatron_lrc.verify.weight_streams import open_student
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @contextmanager
 def as_hugging_face(path: Path, teacher: str | None, report: Callable[[str], None]) -> Iterator[Path]:

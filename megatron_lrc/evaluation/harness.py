@@ -10,11 +10,11 @@ For each task a YAML file is then written that includes the harness's own defini
 from. Splits without a file are left out; the one that is scored must be there.
 """
 
-import importlib
 import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class TaskScores:
 def check_harness() -> None:
     """--tasks needs lm_eval, which nothing else here does."""
     try:
-        importlib.import_module("lm_eval.models.huggingface")
+        import_module("lm_eval.models.huggingface")
     except ImportError as error:
         raise ConfigError(
             f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}). Run pip install 'lm_eval[hf]', "
@@ -68,7 +68,7 @@ def run_tasks(
 ) -> TaskScores:
     """Score a loaded model on tasks out of `NINE_TASKS`. directory: its tokenizer's. limit: rows of each (sub)task."""
     check_harness()
-    lm_eval, wrapper, datasets = map(_import, ("lm_eval", "lm_eval.models.huggingface", "datasets"))
+    lm_eval, wrapper, datasets = map(import_module, ("lm_eval", "lm_eval.models.huggingface", "datasets"))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -79,7 +79,7 @@ def run_tasks(
             manager, scored = known, members
         else:
             scored = _write_local_tasks(known.task_index, members, tasks_dir, Path(folder), num_fewshot)
-            manager = _import("lm_eval.tasks").TaskManager(include_path=folder, include_defaults=False)
+            manager = import_module("lm_eval.tasks").TaskManager(include_path=folder, include_defaults=False)
         loaded = _load_tasks(manager, [leaf for leaves in scored.values() for leaf in leaves], tasks_dir)
         results = lm_eval.simple_evaluate(
             model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -97,13 +97,9 @@ def run_tasks(
     )
 
 
-def _import(name: str) -> Any:
-    return importlib.import_module(name)
-
-
 def _known_tasks(tasks: list[str]) -> Any:
     """The harness's TaskManager with its own definitions of these tasks."""
-    module = _import("lm_eval.tasks")
+    module: Any = import_module("lm_eval.tasks")
     folders = [str(Path(module.__file__).parent / folder) for folder in _FOLDERS]
     manager = module.TaskManager(include_path=folders, include_defaults=False)
     return manager if all(task in manager.task_index for task in tasks) else module.TaskManager()
@@ -150,9 +146,8 @@ def _write_local_tasks(
     """A YAML file in `folder` for each task with files in `tasks_dir`; gives those. Of a group some may be missing."""
     written: dict[str, list[str]] = {}
     for task, leaves in members.items():
-        places = {
-            leaf: tasks_dir / task if leaf == task else tasks_dir / task / _subject(index, leaf) for leaf in leaves
-        }
+        subjects = {leaf: "" if leaf == task else index[leaf].cfg["dataset_name"] for leaf in leaves}
+        places = {leaf: tasks_dir / task / subject for leaf, subject in subjects.items()}
         written[task] = [leaf for leaf in leaves if leaf == task or places[leaf].is_dir()]
         if not written[task]:
             raise ConfigError(
@@ -164,10 +159,6 @@ def _write_local_tasks(
             definition = {"include": str(index[leaf].yaml_path), "task": leaf, **settings}
             (folder / f"{leaf}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
     return written
-
-
-def _subject(index: Any, leaf: str) -> str:
-    return index[leaf].cfg["dataset_name"]
 
 
 def _local_settings(definition: dict[str, Any], place: Path, num_fewshot: int) -> dict[str, Any]:

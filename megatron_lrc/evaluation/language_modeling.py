@@ -54,7 +54,8 @@ def measure(
             tokens = tokens.to(model.device)
             student_logits = _logits(model, tokens, columns)
             teacher_logits = student_logits if teacher is None else _logits(teacher, tokens, columns)
-            parts = (tensor.split(TOKENS_AT_ONCE) for tensor in (student_logits, teacher_logits, _labels(tokens)))
+            labels = tokens[:, 1:].flatten()  # [b * s]
+            parts = (tensor.split(TOKENS_AT_ONCE) for tensor in (student_logits, teacher_logits, labels))
             for part in zip(*parts, strict=True):
                 sums += _sums_of(*part, with_teacher=teacher is not None)
     return figures_of(sums, with_teacher=teacher is not None), sums
@@ -63,11 +64,6 @@ def measure(
 def _logits(model: Any, tokens: Tensor, vocab_size: int) -> Tensor:
     """[b * s, v], in the model's dtype."""
     return model(tokens[:, :-1], use_cache=False).logits[..., :vocab_size].flatten(0, 1)
-
-
-def _labels(tokens: Tensor) -> Tensor:
-    """[b * s]"""
-    return tokens[:, 1:].flatten()
 
 
 def _sums_of(student: Tensor, teacher: Tensor, labels: Tensor, *, with_teacher: bool) -> Tensor:

@@ -18,18 +18,11 @@ import transformers
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.evaluation import neurons
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
 from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
 from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
-from megatron_lrc.evaluation.neurons import (
-    Scope,
-    down_projections,
-    masked,
-    mean_activations,
-    most_active,
-    random_neurons,
-)
 from megatron_lrc.evaluation.questions import accuracy, encode_questions, in_batches, padded, read_questions
 from megatron_lrc.png_charts import check_matplotlib, png_chart
 
@@ -48,21 +41,21 @@ class MaskingOptions:
 
     teacher: Path
     student: Path
-    items: Path | None = None
+    items: Path | None
     input: list[str]
     prompts: list[str]
-    json_key: str = "text"
-    num_neurons: int = 50
-    scope: Scope = "model"
-    num_seeds: int = 5
-    seed: int = 0
-    seq_length: int = 256
-    max_tokens: int = 0
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: str = "float32"
-    output: Path | None = None
-    plot: Path | None = None
+    json_key: str
+    num_neurons: int
+    scope: neurons.Scope
+    num_seeds: int
+    seed: int
+    seq_length: int
+    max_tokens: int
+    batch_size: int
+    device: str
+    dtype: str
+    output: Path | None
+    plot: Path | None
 
 
 def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
@@ -76,10 +69,10 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
         }
         vocab_size = _check_pair(options, models, student)
         score = _scorer(options, vocab_size)
-        means = mean_activations(models["teacher"], _prompts(options, vocab_size))
-        important = most_active(means, options.num_neurons, options.scope)
+        means = neurons.mean_activations(models["teacher"], _prompts(options, vocab_size))
+        important = neurons.most_active(means, options.num_neurons, options.scope)
         seeds = range(options.seed, options.seed + options.num_seeds)
-        drawn = {seed: random_neurons(important, options.num_neurons, options.scope, seed) for seed in seeds}
+        drawn = {seed: neurons.random_neurons(important, options.num_neurons, options.scope, seed) for seed in seeds}
         found = {
             name: _conditions(model, important, drawn, score, lambda line, name=name: report(f"{name}, {line}"))
             for name, model in models.items()
@@ -109,8 +102,8 @@ def _conditions(
 ) -> dict[str, dict[str, Any]]:
     """Condition -> score; of the random ones each seed's, their mean and their standard deviation."""
 
-    def score_with(neurons: Tensor | None, condition: str) -> Score:
-        with nullcontext() if neurons is None else masked(model, neurons):
+    def score_with(chosen: Tensor | None, condition: str) -> Score:
+        with nullcontext() if chosen is None else neurons.masked(model, chosen):
             found = score(model)
         report(f"{condition}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}")
         return found
@@ -119,7 +112,7 @@ def _conditions(
         "unmasked": score_with(None, "unmasked"),
         "important": score_with(important, "important masked"),
     }
-    by_seed = {seed: score_with(neurons, f"random masked, seed {seed}") for seed, neurons in drawn.items()}
+    by_seed = {seed: score_with(chosen, f"random masked, seed {seed}") for seed, chosen in drawn.items()}
     means = {name: mean(scores[name] for scores in by_seed.values()) for name in found["unmasked"]}
     deviations = {f"{name}_std": pstdev([scores[name] for scores in by_seed.values()]) for name in means}
     found["random"] = {**means, **deviations, "by_seed": by_seed}
@@ -140,13 +133,12 @@ def _check(options: MaskingOptions) -> None:
 
 def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directory: Path) -> int:
     """ConfigError unless neuron (layer, index) means something in both; gives the common vocabulary's size."""
-    shapes = [[module.in_features for module in down_projections(model)] for model in models.values()]
+    shapes = [[module.in_features for module in neurons.down_projections(model)] for model in models.values()]
     if shapes[0] != shapes[1]:
         sizes = [f"{len(shape)} layers of {max(shape)} FFN neurons" for shape in shapes]
         raise ConfigError(
             f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so "
-            "their neurons have not the same indices. A student that was cloned from this teacher is "
-            "expected."
+            "their neurons have not the same indices. A student that was cloned from this teacher is expected."
         )
     return common_vocabulary(student_directory, models["student"], options.teacher, models["teacher"])
 

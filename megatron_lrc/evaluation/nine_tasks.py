@@ -43,9 +43,5 @@ def results_table(name: str, scores: Mapping[str, float], average: float | None)
     rows.append([name, "-" if average is None else f"{100 * average:.2f}", *ours])
     table = [["zero-shot, %", "average", *headings], *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in table
-    ]
+    placed = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
+    return ["  ".join(cells).rstrip() for cells in placed]

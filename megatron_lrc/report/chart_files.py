@@ -1,12 +1,12 @@
 """Charts as one SVG file: whole without a page or scripts, legible on white and on dark."""
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from megatron_lrc.report.chart_axes import number
 from megatron_lrc.report.charts import COLORS, HEIGHT, LEFT, RIGHT, WIDTH, Chart, Series, plot
+from megatron_lrc.whole_files import write_whole
 
 COLUMNS, GAP, TITLE, CAPTION, LINE = 2, 26, 44, 22, 17  # pixels but for the first; LINE: of a legend
 _CHARACTER, _SWATCH = 6.6, 22  # the mean width of a legend's characters; room for the stroke before its words
@@ -24,14 +24,10 @@ _STYLE = """text { font: 11.5px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sa
 
 
 def write_charts(path: Path, charts: Sequence[Chart], *, title: str, note: str = "") -> None:
-    """Write the charts, two in a row; those without a finite value are left out. The file is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(draw_file(charts, title=title, note=note), encoding="utf-8")
-    os.replace(partial, path)
+    """Write the charts, two in a row; those without a finite value are left out. The file is whole or absent.
 
-
-def draw_file(charts: Sequence[Chart], *, title: str, note: str = "") -> str:
-    """The file's text. note: a line in small print beside the title."""
+    note: a line in small print beside the title.
+    """
     panels = [panel for chart in charts if (panel := _panel(chart))]
     parts, top = [], float(TITLE)
     for start in range(0, len(panels), COLUMNS):
@@ -44,13 +40,14 @@ def draw_file(charts: Sequence[Chart], *, title: str, note: str = "") -> str:
         top += above + HEIGHT + GAP
     width = GAP + min(COLUMNS, max(len(panels), 1)) * (WIDTH + GAP)
     rules = "".join(f".s{n} {{ stroke: {c}; }} .f{n} {{ fill: {c}; }}\n" for n, c in enumerate(COLORS))
-    return (
+    text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top:g}" '
         f'width="{width}" height="{top:g}" role="img" aria-label="{escape(title)}">\n<style>{_STYLE}{rules}</style>\n'
         f'<rect class="paper" width="{width}" height="{top:g}"/>\n'
         f'<text x="{GAP}" y="27"><tspan class="ink title">{escape(title)}</tspan>'
         f'<tspan dx="12">{escape(note)}</tspan></text>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+    write_whole(path, text)
 
 
 def _panel(chart: Chart) -> tuple[float, str, str] | None:

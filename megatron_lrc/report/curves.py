@@ -33,41 +33,33 @@ class Curves:
         self._validations = [record for record in run.validations if isinstance(record.get("tokens"), int)]
         self._marks = [run.tokens_at(start["step"]) for start in run.starts[1:]]
 
-    def losses(self) -> str:
+    def losses(self) -> list[str]:
         kl_unit = "nats per token, times tau squared"
-        return "".join(
-            [
-                self._loss("LM loss", "nats per token", "lm_loss", with_teacher=True),
-                self._loss("Loss", "what is minimised: weighted sum of the three", "loss"),
-                self._loss("KL loss", kl_unit, "kl_loss"),
-                self._loss("Clone loss", "squared error, summed over layers and terms", "clone_loss", is_log=True),
-            ]
-        )
-
-    def heat_maps(self) -> str:
-        ends = [record["tokens"] for record in self._records]
-        names = [term for term in (*CLONE_TERMS, *TINYBERT_TERMS) if term in self._run.clone_by_layer]
-        return "".join(
-            draw_heat_map(term, self._run.clone_by_layer[term], (ends[0], ends[-1])) for term in names if ends
-        )
-
-    def optimization(self) -> str:
-        groups = list(self._records[-1].get("grad_norm_by_group") or {}) if self._records else []
-        by_group = [
-            Series(group, points(self._records, "grad_norm_by_group", group), color)
-            for color, group in enumerate(groups)
+        return [
+            self._loss("LM loss", "nats per token", "lm_loss", with_teacher=True),
+            self._loss("Loss", "what is minimised: weighted sum of the three", "loss"),
+            self._loss("KL loss", kl_unit, "kl_loss"),
+            self._loss("Clone loss", "squared error, summed over layers and terms", "clone_loss", is_log=True),
         ]
-        return "".join(
-            [
-                self._one("Learning rate", "", "lr", from_zero=True),
-                self._one("Gradient norm", "before clipping", "grad_norm", is_log=True),
-                self._draw("Gradient norm by group", "projections of each kind; norm gains", by_group, is_log=True),
-                self._some("Loss scale", "fp16", "loss_scale", _varies, is_log=True),
-                self._some("Skipped steps", "between two records", "skipped_steps", any, from_zero=True),
-            ]
-        )
 
-    def machine(self) -> str:
+    def heat_maps(self) -> list[str]:
+        ends, by_layer = [record["tokens"] for record in self._records], self._run.clone_by_layer
+        names = [term for term in (*CLONE_TERMS, *TINYBERT_TERMS) if term in by_layer]
+        return [draw_heat_map(term, by_layer[term], (ends[0], ends[-1])) for term in names if ends]
+
+    def optimization(self) -> list[str]:
+        name, records = "grad_norm_by_group", self._records
+        groups = list(records[-1].get(name) or {}) if records else []
+        by_group = [Series(group, points(records, name, group), color) for color, group in enumerate(groups)]
+        return [
+            self._one("Learning rate", "", "lr", from_zero=True),
+            self._one("Gradient norm", "before clipping", "grad_norm", is_log=True),
+            self._draw("Gradient norm by group", "projections of each kind; norm gains", by_group, is_log=True),
+            self._some("Loss scale", "fp16", "loss_scale", _varies, is_log=True),
+            self._some("Skipped steps", "between two records", "skipped_steps", any, from_zero=True),
+        ]
+
+    def machine(self) -> list[str]:
         field, title, unit, scale = ("tflops", "TFLOP/s by part", "per device", 1.0)
         if any(get(record, "mfu", "total") > 0 for record in self._records):
             field, title, unit, scale = ("mfu", "MFU by part", "% of the device's peak", 100.0)
@@ -85,20 +77,18 @@ class Curves:
             Series("slowest rank", [(r["tokens"], _own_seconds(r)) for r in slowest], 3),
             Series("its peers' median", points(slowest, "straggler", "peers_seconds"), 0),
         ]
-        return "".join(
-            [
-                self._one("Throughput", "tokens per second, all devices", "tokens_per_second", from_zero=True),
-                self._draw(title, unit, parts, is_stacked=True),
-                self._draw("Memory", "GiB, the rank with the most", memory, from_zero=True),
-                self._one("Step time", "seconds per step", "step_seconds", from_zero=True),
-                self._draw("Slowest rank", "seconds of own work per step", stragglers, from_zero=True),
-            ]
-        )
+        return [
+            self._one("Throughput", "tokens per second, all devices", "tokens_per_second", from_zero=True),
+            self._draw(title, unit, parts, is_stacked=True),
+            self._draw("Memory", "GiB, the rank with the most", memory, from_zero=True),
+            self._one("Step time", "seconds per step", "step_seconds", from_zero=True),
+            self._draw("Slowest rank", "seconds of own work per step", stragglers, from_zero=True),
+        ]
 
-    def effective_rank(self) -> str:
+    def effective_rank(self) -> list[str]:
         measured = [record for record in self._validations if isinstance(record.get("effective_rank"), dict)]
         if not measured:
-            return ""
+            return []
         series = []
         for color, model in enumerate(("teacher", "student")):
             for record, style in ((measured[-1], "line"), (measured[0], "dashed")):
@@ -107,7 +97,8 @@ class Curves:
                     name = model if style == "line" else f"{model} at step {record['step']}"
                     series.append(Series(name, list(enumerate(ranks)), color, style))
         title = f"Effective rank at step {measured[-1]['step']}"
-        return draw(Chart(title, "of the hidden states at each layer's input", series, from_zero=True, x_name="layer"))
+        unit = "of the hidden states at each layer's input"
+        return [draw(Chart(title, unit, series, from_zero=True, x_name="layer"))]
 
     def _loss(self, title: str, unit: str, key: str, *, with_teacher: bool = False, is_log: bool = False) -> str:
         series = [

@@ -1,7 +1,6 @@
 """The whole page, as one HTML text that asks nothing of the network."""
 
 import json
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -14,6 +13,7 @@ from megatron_lrc.report.charts import COLORS
 from megatron_lrc.report.curves import Curves
 from megatron_lrc.report.run_files import RunFiles, read_run
 from megatron_lrc.report.thinning import RULE
+from megatron_lrc.whole_files import write_whole
 
 HERE = Path(__file__).parent
 
@@ -25,6 +25,7 @@ MACHINE_NOTE = (
     "Throughput is that of the training loop, without validations and saving. Parts are the FLOPs that the "
     "method needs, over the time of the whole step, so that they add up; recomputation is not counted."
 )
+RESTART_NOTE = "Dashed lines in the charts are restarts."
 
 
 def write_report(run_directory: Path, output: Path | None) -> Path:
@@ -33,9 +34,7 @@ def write_report(run_directory: Path, output: Path | None) -> Path:
     text = render(read_run(run_directory), datetime.now(timezone.utc))
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: its folder does not exist. Make it, or give another file.")
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, output)
+    write_whole(output, text)
     return output
 
 
@@ -47,14 +46,12 @@ def render(run: RunFiles, now: datetime) -> str:
         f'<div class="tiles">{tables.tiles(run)}</div>',
         *(f'<p class="note">{escape(note)}</p>' for note in run.notes),
         "" if run.records else '<p class="note">There is no training record yet.</p>',
-        section("Losses", _charts(curves.losses()), tables.losses(run)),
+        section("Losses", _div("charts", curves.losses()), tables.losses(run)),
         section("Clone loss by layer", _div("heats", curves.heat_maps()), note=HEAT_NOTE),
-        section("Learning rate and gradients", _charts(curves.optimization())),
-        section("Throughput and memory", _charts(curves.machine()), note=MACHINE_NOTE),
-        section("Effective rank", _charts(curves.effective_rank())),
-        section(
-            "Starts", tables.starts(run), note="Dashed lines in the charts are restarts." if run.starts[1:] else ""
-        ),
+        section("Learning rate and gradients", _div("charts", curves.optimization())),
+        section("Throughput and memory", _div("charts", curves.machine()), note=MACHINE_NOTE),
+        section("Effective rank", _div("charts", curves.effective_rank())),
+        section("Starts", tables.starts(run), note=RESTART_NOTE if run.starts[1:] else ""),
         section("Configuration", tables.configuration(run)),
         f"<footer><p>{escape(RULE)}</p><p>megatron_lrc {escape(__version__)}, {now:%Y-%m-%d %H:%M:%S} UTC, "
         f"from {escape(str(run.path.absolute()))}</p></footer>",
@@ -84,12 +81,8 @@ def section(title: str, *parts: str, note: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{words}{content}</section>"
 
 
-def _charts(figures: str) -> str:
-    return _div("charts", figures)
-
-
-def _div(name: str, content: str) -> str:
-    return f'<div class="{name}">{content}</div>' if content else ""
+def _div(name: str, figures: list[str]) -> str:
+    return f'<div class="{name}">{"".join(figures)}</div>' if any(figures) else ""
 
 
 def _color_rules() -> str:

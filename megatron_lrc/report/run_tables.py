@@ -7,7 +7,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from megatron_lrc.config import Config, describe_changes
+from megatron_lrc.config import describe_changes
 from megatron_lrc.methods import method_of
 from megatron_lrc.report.chart_axes import number
 from megatron_lrc.report.curves import get
@@ -31,18 +31,13 @@ def header(run: RunFiles, now: datetime) -> str:
     share = min(run.step / steps, 1.0) if steps else 0.0
     badge = '<span class="badge done">finished</span>' if run.is_finished else '<span class="badge">under way</span>'
     of = f"step {run.step:,} of {steps:,} ({100 * share:.1f}%)" if steps else f"step {run.step:,}"
+    training = method_of(run.config).title if run.config else "Its configuration is not known"
     return (
         f"<header><h1>{escape(run.path.absolute().name)} {badge}</h1>"
-        f'<p class="sub">{escape(_describe_training(run.config))}</p>'
+        f'<p class="sub">{escape(training)}</p>'
         f'<div class="bar"><i style="width:{100 * share:.2f}%"></i></div>'
         f'<p class="sub">{of}{escape(_pace(run, now))}</p></header>'
     )
-
-
-def _describe_training(config: Config | None) -> str:
-    if config is None:
-        return "Its configuration is not known"
-    return method_of(config).title
 
 
 def _pace(run: RunFiles, now: datetime) -> str:
@@ -62,18 +57,16 @@ def tiles(run: RunFiles) -> str:
     """The figures that are looked for first; of the last record unless they say otherwise."""
     last = run.records[-1] if run.records else {}
     valid = run.validations[-1] if run.validations else {}
+    rate = get(last, "tokens_per_second")
+    lost = f"{run.lost_steps} steps lost, {duration(run.lost_seconds)}" if run.lost_steps else "no step lost"
     found = [
         ("tokens", count(last["tokens"]) if last else "-", _wall(run)),
         ("LM loss", number(get(last, "lm_loss")), f"perplexity {_perplexity(get(last, 'lm_loss'))}"),
         ("validation LM loss", number(get(valid, "lm_loss")), _gap(run)),
-        ("tokens per second", _count(get(last, "tokens_per_second")), _effective(run)),
+        ("tokens per second", count(rate) if math.isfinite(rate) else "-", _effective(run)),
         _compute_tile(last),
         ("memory, peak", f"{number(get(last, 'memory_gib', 'peak'), 3)} GiB", "the rank with the most"),
-        (
-            "starts",
-            str(len(run.starts)) if run.starts else "-",
-            f"{run.lost_steps} steps lost, {duration(run.lost_seconds)}" if run.lost_steps else "no step lost",
-        ),
+        ("starts", str(len(run.starts)) if run.starts else "-", lost),
     ]
     return "".join(
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(more)}</small></div>'
@@ -111,10 +104,6 @@ def _gap(run: RunFiles) -> str:
     return f"{(first - last) / (first - teacher):.0%} of the way to the teacher" if first > teacher else ""
 
 
-def _count(value: float) -> str:
-    return count(value) if math.isfinite(value) else "-"
-
-
 def _perplexity(loss: float) -> str:
     return number(math.exp(loss), 4) if loss < 700 else "-"
 
@@ -125,7 +114,8 @@ def losses(run: RunFiles) -> str:
     if run.records:
         columns += [(f"train, step {record['step']:,}", record) for record in (run.records[0], run.records[-1])]
     if run.validations:
-        best = min(run.validations, key=lambda record: _or_infinite(get(record, "lm_loss")))
+        finite = [record for record in run.validations if math.isfinite(get(record, "lm_loss"))]
+        best = min(finite or run.validations, key=lambda record: get(record, "lm_loss"))
         named = (("first", run.validations[0]), ("best", best), ("last", run.validations[-1]))
         columns += [(f"{name} validation, step {record['step']:,}", record) for name, record in named]
     rows = [
@@ -137,10 +127,6 @@ def losses(run: RunFiles) -> str:
     return table(["", *(name for name, _ in columns)], rows) if columns else ""
 
 
-def _or_infinite(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
-
-
 def starts(run: RunFiles) -> str:
     """A row per start: what it went on from, what was lost, on what it ran."""
     rows = []
@@ -150,33 +136,21 @@ def starts(run: RunFiles) -> str:
         layout, versions = start.get("layout") or {}, start.get("versions") or {}
         checkpoint = start.get("checkpoint")
         began = parse_time(start.get("time"))
-        rows.append(
-            [
-                str(place + 1),
-                f"{began:%Y-%m-%d %H:%M:%S}" if began else "-",
-                f"{start['step']:,}",
-                f"{end:,}",
-                "/".join(str(checkpoint).replace("\\", "/").split("/")[-2:]) if checkpoint else "-",
-                f"{start.get('lost_steps') or 0:,}",
-                duration(start.get("lost_seconds") or 0),
-                f"{start.get('world_size')} on {start.get('hosts')} host{'s' * (start.get('hosts') != 1)}",
-                " x ".join(f"{name.upper()} {size}" for name, size in layout.items() if size != 1) or "one rank",
-                ", ".join(f"{name.replace('_', '-')} {version}" for name, version in versions.items() if version),
-            ]
-        )
-    names = [
-        "",
-        "started (UTC)",
-        "from step",
-        "to step",
-        "checkpoint",
-        "lost steps",
-        "lost time",
-        "ranks",
-        "layout",
-        "versions",
-    ]
-    return table(names, rows) if rows else ""
+        sizes = [f"{name.upper()} {size}" for name, size in layout.items() if size != 1]
+        row = {
+            "": str(place + 1),
+            "started (UTC)": f"{began:%Y-%m-%d %H:%M:%S}" if began else "-",
+            "from step": f"{start['step']:,}",
+            "to step": f"{end:,}",
+            "checkpoint": "/".join(str(checkpoint).replace("\\", "/").split("/")[-2:]) if checkpoint else "-",
+            "lost steps": f"{start.get('lost_steps') or 0:,}",
+            "lost time": duration(start.get("lost_seconds") or 0),
+            "ranks": f"{start.get('world_size')} on {start.get('hosts')} host{'s' * (start.get('hosts') != 1)}",
+            "layout": " x ".join(sizes) or "one rank",
+            "versions": ", ".join(f"{name.replace('_', '-')} {text}" for name, text in versions.items() if text),
+        }
+        rows.append(row)
+    return table(*names_and_cells(rows)) if rows else ""
 
 
 def configuration(run: RunFiles) -> str:
@@ -198,6 +172,11 @@ def _setting(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)
+
+
+def names_and_cells(rows: Sequence[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Of a table whose rows are column -> cell, all with the same columns."""
+    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
