@@ -129,7 +129,7 @@ def look_at_opening(config: Config) -> dict[str, float]:
     tokens = float(before.losses.tokens)
     replaced = [weakref.ref(replica) for replica in run.optimizer.replicas]
     gc.freeze()  # as with background saves
-    trainer._open()
+    trainer._change()
     gone = all(reference() is None for reference in replaced)
     own = {trained.name: trained.parameter for trained in stage.trained() if trained.layer is not None}
     values = {name: parameter.detach().clone() for name, parameter in own.items()}
@@ -211,7 +211,7 @@ def first_step_of_tinybert(config: Config) -> tuple[list[torch.Tensor], dict[str
     batches = trainer._batches(trainer.train_data, 0)
     tokens = [next(batches)["tokens"] for _ in range(trainer.run.num_microbatches)]
     report = train_step(trainer.run, trainer._batches(trainer.train_data, 0))
-    return tokens, report.losses.clone_by_layer(config), maps
+    return tokens, report.losses.clone_by_layer(trainer.method), maps
 
 
 def test_hidden_losses_of_tinybert_are_those_of_transformers_hidden_states(tied_qwen, tiny_text, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from disturbed_training import train_spoiled
 from megatron_lrc.config import Config
+from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import scalars
 from megatron_lrc.train.step import Interval, LossTotals, StepReport
 from ranks import run_ranks
@@ -85,15 +86,15 @@ def test_a_step_with_more_tokens_weighs_more():
         losses = LossTotals(per_token * tokens, *[per_token * 0] * 4, torch.tensor(tokens), clone)
         return StepReport(losses, is_finite, 1.0, None, is_finite)
 
-    interval, config = Interval((2, 7), torch.device("cpu")), Config()
+    interval, method = Interval((2, 7), torch.device("cpu")), method_of(Config())
     for step in (report(10.0, 1.0), report(30.0, 2.0), report(20.0, math.nan, is_finite=False)):
         interval.add(step)
-    record = interval.record(config)
+    record = interval.record(method)
     assert record["lm_loss"] == 1.75 and record["clone_by_layer"]["down"] == [1.75, 1.75]
     assert record["skipped_steps"] == 1 and interval.steps == 3
     interval.reset()
     interval.add(report(10.0, 3.0))
-    assert interval.record(config)["lm_loss"] == 3.0 and interval.steps == 1
+    assert interval.record(method)["lm_loss"] == 3.0 and interval.steps == 1
 
 
 def test_tensorboard_has_a_name_for_every_part_that_is_on():
