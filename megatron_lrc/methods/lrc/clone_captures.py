@@ -16,7 +16,7 @@ over tensor parallel ranks, the sequence only with --sequence-parallel.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,7 @@ from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
 from megatron_lrc.config import CLONE_TERMS
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.kernels import own_precision
-from megatron_lrc.methods.lrc.layer_losses import LayerLosses
-
-if TYPE_CHECKING:
-    from megatron_lrc.methods.lrc.paired_model import PairedModel
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
 
 SITES_OF: dict[str, list[Site]] = {
     linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS
@@ -76,7 +73,7 @@ class CloneLosses(LayerLosses):
 
     terms = CLONE_TERMS
 
-    def __init__(self, stage: "PairedModel", *, terms_of: Callable[[int], set[str]]):
+    def __init__(self, stage: TwoModels, *, terms_of: Callable[[int], set[str]]):
         super().__init__(stage)
         self._settings, self._terms_of = stage.settings, terms_of
         self._micro_batch: MicroBatch | None = None  # the one in progress

@@ -7,32 +7,35 @@ Whoever builds the stage chooses the class (`CloneLosses`, `TinyBertLosses`). `L
 Notation: s sequence, b micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_lrc.mcore.stages import Trained
+from megatron_lrc.clone.projections import Projections
+from megatron_lrc.mcore.gpt_models import GPTModel
+from megatron_lrc.mcore.stages import PipelineStage, Trained
 
-if TYPE_CHECKING:
-    from megatron_lrc.methods.lrc.paired_model import PairedModel
+
+class TwoModels(PipelineStage):
+    """What layer losses may use of the stage they belong to: beside what any stage has, the teacher and projections.
+
+    When losses are made it has its models, shapes and groups; the sums and the projections come later, and the
+    projections are replaced when a student is opened. So losses keep the stage and look there.
+    """
+
+    teacher: GPTModel
+    projections: Projections
 
 
 class LayerLosses:
-    """No losses between layers.
-
-    stage: when losses are made it has its models, shapes and groups; the sums and the projections come later, and the
-    projections are replaced when a student is opened. So losses keep the stage and look there.
-    """
+    """No losses between layers."""
 
     #: Names of the losses: the columns of `LossSums.clone`.
     terms: Sequence[str] = ()
     #: Groups of gradient norms that the parameters of `trained` make, beside those that every stage has.
     gradient_groups: tuple[str, ...] = ()
 
-    def __init__(self, stage: PairedModel):
+    def __init__(self, stage: TwoModels):
         self._stage = stage
 
     def begin(self, token_weight: Tensor) -> None:
@@ -59,4 +62,4 @@ class LayerLosses:
 
 
 #: Makes a stage's losses when its two models are there.
-LayerLossesFactory = Callable[["PairedModel"], LayerLosses]
+LayerLossesFactory = Callable[[TwoModels], LayerLosses]

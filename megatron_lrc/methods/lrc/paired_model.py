@@ -26,18 +26,17 @@ from megatron_lrc.mcore.stages import (
     GRADIENT_GROUPS,
     NORMS,
     LossSums,
-    PipelineStage,
     Shapes,
     Trained,
     TrainedWeights,
     all_tokens,
     run_stage,
 )
-from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory, TwoModels
 from megatron_lrc.methods.lrc.own_matrices import own_parameters, renew_parameters
 
 
-class PairedModel(PipelineStage):
+class PairedModel(TwoModels):
     """One stage of both models. `projections` makes the student's weights and is what an optimizer trains.
 
     own: the student's matrices, by name, that are its own and trained themselves; the others are composed.

@@ -9,7 +9,7 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` s
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,8 @@ from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.config import TINYBERT_TERMS
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import MAPS, Trained
-from megatron_lrc.methods.lrc.layer_losses import LayerLosses
+from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
 from megatron_lrc.methods.tinybert.attention_loss import AttentionLoss
-
-if TYPE_CHECKING:
-    from megatron_lrc.methods.lrc.paired_model import PairedModel
 
 EMBEDDING, HIDDEN, ATTENTION = range(len(TINYBERT_TERMS))
 
@@ -34,7 +31,7 @@ class TinyBertLosses(LayerLosses):
     terms = TINYBERT_TERMS
     gradient_groups = (MAPS,)
 
-    def __init__(self, stage: "PairedModel"):
+    def __init__(self, stage: TwoModels):
         super().__init__(stage)
         self._token_weight: Tensor
         self._teachers: dict[tuple[int, int], Any] = {}  # what the student has yet to meet, by (layer, term)
