@@ -1,8 +1,8 @@
 """`Method`: what the rest of the code asks of a way to train a student. One class per method, in its folder.
 
 Its first half needs no torch: flags, shapes, words, what changes during a run. The second half, `build_stages` and
-`change`, imports its folder's `building.py` when it is called. Whoever works on stages then looks at the interface of
-`mcore.stages.PipelineStage` only; nobody outside this package asks which method runs.
+`change`, is its folder's `building.py`, which is imported when it is called. Whoever works on stages then looks at
+the interface of `mcore.stages.PipelineStage` only; nobody outside this package asks which method runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from megatron_lrc.config import (
@@ -238,13 +240,18 @@ class Method(ABC):
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
         """This rank's stages (one, without interleaving), their weights in place. Collective."""
+        return self._building.build_stages(self, materials)
 
     def change(self, stages: Sequence[PipelineStage]) -> None:
         """From here on something else is trained: it is new, and so has to be whatever trains it. Collective."""
-        raise NotImplementedError(f"--method {self.name} changes nothing")
+        self._building.change_stages(self, stages)
+
+    @property
+    def _building(self) -> ModuleType:
+        """The folder's `building.py`, which loads torch. It has `build_stages`, and `change_stages` if there is one."""
+        return import_module(f"megatron_lrc.methods.{self.name}.building")
 
 
 def describe_tying(shape: ModelShape) -> str:

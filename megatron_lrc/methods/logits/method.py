@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from megatron_lrc.config import ModelShape, flags_set
-from megatron_lrc.methods.method import CLONE_ONLY, Materials, Method, Origin
+from megatron_lrc.methods.method import CLONE_ONLY, Method, Origin
 from megatron_lrc.methods.ordinary.method import started_anew
-
-if TYPE_CHECKING:
-    from megatron_lrc.mcore.stages import PipelineStage
 
 
 class LogitDistillation(Method):
@@ -30,8 +26,3 @@ class LogitDistillation(Method):
     def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
         story = f"all of its weights, beside\nits teacher `{name}`. {started_anew(name)}"
         return self._trained(name, story, suffix=self.name)
-
-    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
-        from megatron_lrc.methods.logits.building import build_stages
-
-        return build_stages(self, materials)

@@ -39,8 +39,8 @@ def build_paired_stages(
     return stages
 
 
-def open_student(stages: Sequence[PipelineStage], own: frozenset[str]) -> None:
+def change_stages(method: Method, stages: Sequence[PipelineStage]) -> None:
     """--open-after: from here on these matrices are the student's own, with the values that they have."""
     for stage in stages:
         assert isinstance(stage, PairedModel)
-        stage.open(own)
+        stage.open(method.own_matrices(has_changed=True))

@@ -6,16 +6,12 @@ themselves, on the same losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_lrc.config import MATRICES, Config, ModelShape, flags_set, parse_clone_term
-from megatron_lrc.methods.method import Materials, Method, Origin
-
-if TYPE_CHECKING:
-    from megatron_lrc.mcore.stages import PipelineStage
+from megatron_lrc.methods.method import Method, Origin
 
 
 class LowRankClone(Method):
@@ -166,15 +162,3 @@ class LowRankClone(Method):
             f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
         )
         return self._trained(name, story, suffix="LRC-opened")
-
-    # --- stages ---------------------------------------------------------------------------------------------------
-
-    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
-        from megatron_lrc.methods.lrc.building import build_stages
-
-        return build_stages(self, materials)
-
-    def change(self, stages: Sequence[PipelineStage]) -> None:
-        from megatron_lrc.methods.lrc.building import open_student
-
-        open_student(stages, self.own_matrices(has_changed=True))

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from megatron_lrc.config import ModelShape, check_directory, flag_of, flags_set
-from megatron_lrc.methods.method import TEACHER_ONLY, Materials, Method, Origin, width_and_depth
-
-if TYPE_CHECKING:
-    from megatron_lrc.mcore.stages import PipelineStage
-
+from megatron_lrc.methods.method import TEACHER_ONLY, Method, Origin, width_and_depth
 
 #: For model cards.
 LM_LOSS_ALONE = "all of its weights, on the\nlanguage-modelling loss alone."
@@ -83,11 +78,6 @@ class OrdinaryTraining(WithoutTeacher):
         if self.starts_anew:
             return self._trained(name, f"{LM_LOSS_ALONE} {started_anew(name)}", suffix="new")
         return self._trained(name, f"{LM_LOSS_ALONE} It started from the weights of `{name}`.", suffix="trained")
-
-    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
-        from megatron_lrc.methods.ordinary.building import build_stages
-
-        return build_stages(self, materials)
 
 
 def started_anew(name: str) -> str:

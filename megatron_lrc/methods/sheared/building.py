@@ -29,8 +29,8 @@ def build_stages(method: Method, materials: Materials) -> Sequence[PipelineStage
     return stages
 
 
-def cut(method: Method, stages: Sequence[PipelineStage]) -> None:
-    """From here on what the masks leave of the model is trained, by itself."""
+def change_stages(method: Method, stages: Sequence[PipelineStage]) -> None:
+    """The cut: from here on what the masks leave of the model is trained, by itself."""
     full = stages[0].shapes
     pruned = method.student_shape(full.student)
     for stage in stages:

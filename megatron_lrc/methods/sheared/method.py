@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_lrc.config import ModelShape, check_directory, flag_of
-from megatron_lrc.methods.method import Materials, Method, Origin, width_and_depth
+from megatron_lrc.methods.method import Method, Origin, width_and_depth
 from megatron_lrc.methods.ordinary.method import LM_LOSS_ALONE, WithoutTeacher
-
-if TYPE_CHECKING:
-    from megatron_lrc.mcore.stages import PipelineStage
 
 
 class Sheared(WithoutTeacher):
@@ -153,15 +149,3 @@ class Sheared(WithoutTeacher):
     def origin(self, name: str, base: ModelShape, changed_at: int | None) -> Origin:
         pruned = f"which was pruned after {changed_at:,} steps with\nlearnt masks (arXiv 2310.06694)."
         return self._trained(name, f"{LM_LOSS_ALONE} It started as `{name}`, {pruned}", suffix="sheared")
-
-    # --- stages ---------------------------------------------------------------------------------------------------
-
-    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
-        from megatron_lrc.methods.sheared.building import build_stages
-
-        return build_stages(self, materials)
-
-    def change(self, stages: Sequence[PipelineStage]) -> None:
-        from megatron_lrc.methods.sheared.building import cut
-
-        cut(self, stages)

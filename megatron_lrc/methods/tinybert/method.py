@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from megatron_lrc.config import TINYBERT_TERMS, ModelShape
 from megatron_lrc.methods.logits.method import LogitDistillation
-from megatron_lrc.methods.method import CLONE_ONLY, Materials
-
-if TYPE_CHECKING:
-    from megatron_lrc.mcore.stages import PipelineStage
+from megatron_lrc.methods.method import CLONE_ONLY
 
 
 class TinyBert(LogitDistillation):
@@ -45,8 +41,3 @@ class TinyBert(LogitDistillation):
     def title(self) -> str:
         model = self.config.model
         return f"TinyBERT's distillation of {model.teacher} to hidden size {model.student_hidden_size}"
-
-    def build_stages(self, materials: Materials) -> Sequence[PipelineStage]:
-        from megatron_lrc.methods.tinybert.building import build_stages
-
-        return build_stages(self, materials)
