@@ -111,8 +111,6 @@ def open_checkpoint(run: str) -> SavedStudent:
         raise ConfigError(f"{error}. Give a checkpoint that megatron_lrc wrote.") from None
     files = FileSystemReader(path)
     files.set_up_storage_reader(index, is_coordinator=True)
-    projections, norms, weights = (
-        _Tensors(files, index, boxes, HeadLayout.of(shape))
-        for boxes in (_boxes_under(PROJECTIONS, index), _boxes_under(NORMS, index), _boxes_of_weights(shape, index))
-    )
+    kinds = _boxes_under(PROJECTIONS, index), _boxes_under(NORMS, index), _boxes_of_weights(shape, index)
+    projections, norms, weights = (_Tensors(files, index, boxes, HeadLayout.of(shape)) for boxes in kinds)
     return SavedStudent(path, config, shape, state, projections=projections, norms=norms, weights=weights)

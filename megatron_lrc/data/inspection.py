@@ -131,7 +131,7 @@ def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
 
 
 def draw_histogram(path: str, lengths_of: Mapping[str, numpy.ndarray]) -> None:
-    """Writes a PNG: share of documents by tokens per document, log-spaced bins, a line per dataset (by prefix)."""
+    """Writes a PNG: share of documents by tokens per document, log-spaced bins, a line per dataset prefix."""
     greatest = max(int(lengths.max()) for lengths in lengths_of.values())
     edges = numpy.unique(numpy.ceil(numpy.geomspace(1, max(greatest + 1, 2), 41)))  # lengths are whole: so are bins
     with png_chart(path, inches=(8, 4.5)) as axes:
