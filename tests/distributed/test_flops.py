@@ -40,7 +40,7 @@ def count_step(config: Config) -> Counted:
     """On a rank: one step, part by part."""
     trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
     if method_of(config).change_step is not None:
-        trainer._open()
+        trainer._change()
     run = trainer.run
 
     def pass_through(**how) -> int:
