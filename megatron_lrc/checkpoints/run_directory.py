@@ -99,7 +99,7 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
 
 
 def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:
-    """With today's names. Version 0.1 had a name for each method's change, of which a run can have one."""
+    """Older checkpoints had a name for each method's change, of which a run can have one; now it is `changed_at`."""
     older = [state.pop(name, None) for name in ("opened_at", "pruned_at")]
     return {"changed_at": next((step for step in older if step is not None), None), **state}
 
