@@ -18,7 +18,7 @@ from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
@@ -128,7 +128,7 @@ def build_run(
     dtype = parameter_dtype(config)
     method = method_of(config)
     stages = method.build_stages(Materials(base, reader, groups, dtype, lambda: batches, is_new=True))
-    return Run(method, groups, stages, StageOptimizer(config, stages, groups), config.num_microbatches(1))
+    return Run(method, groups, stages, build_optimizer(config, stages, groups), config.num_microbatches(1))
 
 
 def same_batch(config: Config, vocab_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.mcore.optimizer import build_optimizer
 from megatron_lrc.mcore.stages import Trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import step
@@ -139,7 +139,7 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
         initialize_random(stage.projections, std=config.projection.init_method_std, seed=1)
         for name, gain in stage.projections.named_norms():
             gain.data.copy_(some_gain(name, sizes.student))
-    optimizer = StageOptimizer(config, stages, groups)
+    optimizer = build_optimizer(config, stages, groups)
     num_micro_batches = config.num_microbatches(distributed.world_size())
     run = step.Run(method_of(config), groups, stages, optimizer, num_micro_batches)
 

@@ -34,12 +34,19 @@ from megatron_lrc.mcore.overlap import BucketOverlap
 from megatron_lrc.mcore.stages import PipelineStage
 
 
+def build_optimizer(config: Config, stages: Sequence[PipelineStage], groups: Groups) -> "StageOptimizer":
+    """The optimizer of these stages, attached to them."""
+    for stage in stages:
+        mark_for_grad_norm(stage)
+    optimizer = StageOptimizer(config, stages, groups)
+    optimizer.attach(stages)
+    return optimizer
+
+
 class StageOptimizer:
-    """AdamW on everything that this rank's stages train, attached to them."""
+    """AdamW on everything that this rank's stages train. `build_optimizer` makes it ready for use."""
 
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
-        for stage in stages:
-            mark_for_grad_norm(stage)
         self.groups = groups
         self.clip_grad = config.optimizer.clip_grad
         everything = self._trained = [trained for stage in stages for trained in stage.trained()]
@@ -59,9 +66,8 @@ class StageOptimizer:
         self.is_to_start_moments = False
         self.lr_schedule = _lr_schedule(config, self.optimizer)
         self.initialize_state()
-        self._attach(stages)
 
-    def _attach(self, stages: Sequence[PipelineStage]) -> None:
+    def attach(self, stages: Sequence[PipelineStage]) -> None:
         """Tell the stages that this optimizer trains them: how their communication overlaps, and, in the
         configuration that the schedules and the losses read, what holds back the sums until a step's last
         backward pass and what scales the loss."""

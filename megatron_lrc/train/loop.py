@@ -20,7 +20,7 @@ from megatron_lrc.mcore.kernels import (
     start_userbuffers,
     stop_userbuffers,
 )
-from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
+from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
@@ -85,7 +85,7 @@ class Trainer:
             has_changed=self._has_changed,
         )
         stages = self.method.build_stages(materials)
-        optimizer = StageOptimizer(self._config_of_phase, stages, groups)
+        optimizer = build_optimizer(self._config_of_phase, stages, groups)
         if checked.resume_from:
             load_checkpoint(checked.resume_from, stages, optimizer)
             # No step has been taken since the method changed what is trained.
@@ -189,7 +189,7 @@ class Trainer:
         before = self.run.optimizer
         before.await_parameters()
         self.method.change(self.run.stages)
-        self.run.optimizer = StageOptimizer(self._config_of_phase, self.run.stages, self.groups)
+        self.run.optimizer = build_optimizer(self._config_of_phase, self.run.stages, self.groups)
         self.run.optimizer.take_over(before, with_moments=self.method.keeps_moments)
         del before
         collect_everything()

@@ -16,7 +16,7 @@ from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import load_checkpoint
-from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.mcore.optimizer import build_optimizer
 from ranks import run_ranks
 from runs import make_config, on_layout, records, train
 from tools_path import convert_to_hf
@@ -46,7 +46,7 @@ def logits_in_training(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     groups = distributed.start(config)
     teacher = describe_teacher(config.model.teacher)
     stages = build_stages(config, teacher, TeacherReader(teacher), groups, torch.float32)
-    load_checkpoint(newest_checkpoint(config.checkpoint.save), stages, StageOptimizer(config, stages, groups))
+    load_checkpoint(newest_checkpoint(config.checkpoint.save), stages, build_optimizer(config, stages, groups))
     stage = stages[0]
     stage.compose()
     finals = {}

@@ -18,7 +18,7 @@ from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.mcore.optimizer import build_optimizer
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import step
 from method_runs import ordinary
@@ -40,7 +40,7 @@ def gradients_of_one_step(config: Config) -> tuple[Tensor, dict[str, tuple[int |
     groups = distributed.start(config)
     base = describe_teacher(config.model.student)
     stages = build_stages(config, base, TeacherReader(base), groups, torch.float64, is_new=True)
-    optimizer = StageOptimizer(config, stages, groups)
+    optimizer = build_optimizer(config, stages, groups)
     num_micro_batches = config.num_microbatches(distributed.world_size())
     optimizer.zero_grad()
     batches = own_micro_batches(config, groups, SIZES)

@@ -17,7 +17,7 @@ from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.optimizer import StageOptimizer
+from megatron_lrc.mcore.optimizer import build_optimizer
 from megatron_lrc.mcore.stages import Shapes
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.sheared.hard_concrete import sample
@@ -56,7 +56,7 @@ def model_named(tmp_path_factory):
 def build(config: Config, base) -> step.Run:
     groups = distributed.start(config)
     stages = build_stages(config, base, TeacherReader(base), groups, torch.float64, is_new=True)
-    optimizer = StageOptimizer(config, stages, groups)
+    optimizer = build_optimizer(config, stages, groups)
     run = step.Run(method_of(config), groups, stages, optimizer, config.num_microbatches(distributed.world_size()))
     return run
 
@@ -166,7 +166,7 @@ def masked_and_cut(config: Config) -> tuple[float, float, int]:
     before, shape = loss(), method_of(config).student_shape(base.shape)
     for stage in run.stages:
         stage.prune(Shapes(shape, shape, stage.shapes.inverse_frequencies))
-    run.optimizer = StageOptimizer(config, run.stages, run.groups)
+    run.optimizer = build_optimizer(config, run.stages, run.groups)
     return before, loss(), run.stages[0].config.hidden_size
 
 
