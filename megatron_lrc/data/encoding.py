@@ -26,8 +26,9 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.input_files import Source, is_divisible
-from megatron_lrc.data.loaded_tokenizer import ChatTemplate, Encode
+from megatron_lrc.data.loaded_tokenizer import Encode
 from megatron_lrc.data.restart import Position
 
 CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory

@@ -8,7 +8,6 @@ There is deliberately no `pad` attribute: megatron-core's GPTDataset would mask 
 overwrite such tokens with id 0; the datasets here are never padded.
 """
 
-import functools
 import hashlib
 import json
 from collections import OrderedDict
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lrc.config import ConfigError
+from megatron_lrc.data.chat_template import ChatTemplate
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -42,7 +41,7 @@ class Tokenizer(TokenizerIdentity):
     path: str
     encode_batch: Encode
     bos: int | None = None
-    chat: "ChatTemplate | None" = None
+    chat: ChatTemplate | None = None
     encoding_identity: str = ""  # what decides a text's ids beside the fingerprint, as far as flags can change it
 
 
@@ -61,32 +60,6 @@ def spelled_bytes() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-@functools.cache
-def _load_once(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """Renders chats (lists of messages) as the tokenizer's own template says. template: its Jinja source.
-
-    The tokenizer of the directory is loaded again where the first chat is met: workers without chats stay light.
-    """
-
-    path: str
-    template: str
-
-    def __call__(self, messages: list[dict[str, Any]]) -> str:
-        """The whole chat as text, special tokens spelled out. ConfigError if the template refuses it."""
-        try:
-            return _load_once(self.path).apply_chat_template(messages, chat_template=self.template, tokenize=False)
-        except Exception as error:  # a template is a program: it may fail in any way, and raises what it likes
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"the tokenizer's chat template refuses it ({type(error).__name__}: {reason})") from error
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any, Literal
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.loaded_tokenizer import BackendEncode, ChatTemplate, Tokenizer, fingerprint
+from megatron_lrc.data.chat_template import chat_template_of
+from megatron_lrc.data.loaded_tokenizer import BackendEncode, Tokenizer, fingerprint
 from megatron_lrc.data.tiktoken_files import TiktokenOptions, load_tiktoken
 
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"]
@@ -75,7 +76,7 @@ def _load_hugging_face(path: str) -> Tokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         eod=tokenizer.eos_token_id,
         bos=tokenizer.bos_token_id,
-        chat=ChatTemplate(path, tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None,
+        chat=chat_template_of(path, tokenizer),
         path=path,
         encode_batch=_PythonEncode(tokenizer) if backend is None else BackendEncode(backend),
     )
