@@ -44,6 +44,7 @@ class RunState:
     tokens: int = 0
     data_order: str = ""  # hash over what decides that order (`data/sample_order.py`); not known to older checkpoints
     teacher_fingerprint: str = ""
+    tokenizer_fingerprint: str = ""  # of the data; "" where no manifest names it
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0
     changed_at: int | None = None  # the step after which the method changed what is trained (`Method.change`)

@@ -9,9 +9,9 @@ from megatron_lrc.config import ConfigError
 
 @functools.cache
 def _load_once(path: str) -> Any:
-    from transformers import AutoTokenizer
+    from megatron_lrc.data.directory_tokenizer import open_tokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return open_tokenizer(path)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
+from megatron_lrc.data.encoders import Encode
 from megatron_lrc.data.input_files import Source, is_divisible
-from megatron_lrc.data.loaded_tokenizer import Encode
 from megatron_lrc.data.restart import Position
 
 CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory

@@ -139,7 +139,11 @@ def identity_of(manifest: dict[str, Any]) -> TokenizerIdentity:
     """The tokenizer that a manifest names."""
     tokenizer = manifest["tokenizer"]
     return TokenizerIdentity(
-        fingerprint=tokenizer["fingerprint"], vocab_size=tokenizer["vocab_size"], eod=tokenizer["eod"]
+        fingerprint=tokenizer["fingerprint"],
+        vocab_size=tokenizer["vocab_size"],
+        eod=tokenizer["eod"],
+        kind=tokenizer.get("kind", "tokenizers"),
+        probes=tokenizer.get("probes", ""),
     )
 
 

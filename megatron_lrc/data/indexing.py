@@ -146,7 +146,7 @@ def identity_of(options: IndexingOptions, sources: list[dict[str, Any]], tokeniz
         "keys": options.json_keys,
         "joining": [options.append_eod, options.eos_before_bos_after],
         "token_ids": options.token_ids,
-        "tokenizer": [tokenizer.fingerprint, tokenizer.encoding_identity, chat and chat.template],
+        "tokenizer": [tokenizer.fingerprint, chat and chat.template],
     }
 
 
@@ -241,9 +241,7 @@ def make_manifest(
         "tokenizer": {
             "type": options.tokenizer_type,
             "model": options.tokenizer_model,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod,
+            **tokenizer.as_manifest(),
             **({"tiktoken": asdict(options.tiktoken)} if options.tokenizer_type == "TikTokenizer" else {}),
         },
         "documents": writer.documents,

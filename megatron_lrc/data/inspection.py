@@ -9,7 +9,7 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import Index, check_token_ids, read_index
-from megatron_lrc.data.loaded_tokenizer import Tokenizer
+from megatron_lrc.data.loaded_tokenizer import Tokenizer, describe_unlike
 from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
 from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
 from megatron_lrc.png_charts import png_chart
@@ -156,10 +156,10 @@ def _tokenizer(index: Index, path: str | None, *, needs_one: bool) -> Tokenizer 
     if path is None:
         return None
     tokenizer = load_tokenizer(path, _known_type(kind), tiktoken)
-    if made_with and made_with["fingerprint"] != tokenizer.fingerprint:
+    if made_with and not tokenizer.made(made_with):
         raise ConfigError(
-            f"{index.prefix} was made with the tokenizer {made_with.get('model')} (fingerprint "
-            f"{made_with['fingerprint'][:12]}), but {path} now has fingerprint {tokenizer.fingerprint[:12]}. "
+            f"{index.prefix} was made with the tokenizer {describe_unlike(made_with)}, but {path} now has fingerprint "
+            f"{tokenizer.fingerprint[:12]}. "
             "Give --tokenizer-model the tokenizer that made the dataset."
         )
     return tokenizer

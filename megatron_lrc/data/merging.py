@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import Index, read_index
+from megatron_lrc.data.loaded_tokenizer import are_alike, describe_unlike
 from megatron_lrc.data.writing import IndexPart, make_folder_of, write_index, write_manifest
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
@@ -60,11 +61,10 @@ def check_alike(indexes: list[Index]) -> None:
     named = [(index.prefix, index.manifest["tokenizer"]) for index in indexes if index.manifest]
     for prefix, tokenizer in named[1:]:
         first_prefix, first_tokenizer = named[0]
-        if tokenizer["fingerprint"] != first_tokenizer["fingerprint"]:
+        if not are_alike(tokenizer, first_tokenizer):
             raise ConfigError(
-                f"{first_prefix} was made with the tokenizer {first_tokenizer.get('model')} (fingerprint "
-                f"{first_tokenizer['fingerprint'][:12]}) and {prefix} with {tokenizer.get('model')} "
-                f"(fingerprint {tokenizer['fingerprint'][:12]}). Merge datasets of one tokenizer."
+                f"{first_prefix} was made with the tokenizer {describe_unlike(first_tokenizer)} and {prefix} with "
+                f"{describe_unlike(tokenizer)}. Merge datasets of one tokenizer."
             )
 
 

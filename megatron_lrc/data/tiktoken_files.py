@@ -8,9 +8,9 @@ Two forms of file, told apart by their first character. Which ids special tokens
   said otherwise, and ids are ranks + that number.
 
 Neither form holds the split pattern, the special tokens or their roles, so flags say them. Spellings of special tokens
-in a text become their ids, as with a Hugging Face tokenizer of the same model: which file is named does not matter. The
-fingerprint is the Hugging Face tokenizer's too, wherever ids and the bos, eos and unk tokens agree. Text is not
-normalised. Nothing is downloaded: tiktoken's encodings by name are not offered.
+in a text become their ids, as with a Hugging Face tokenizer of the same model: which file is named does not matter, as
+long as both give known texts the same ids (`are_alike`). Text is not normalised. Nothing is downloaded: tiktoken's
+encodings by name are not offered.
 """
 
 import base64
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.loaded_tokenizer import Tokenizer, fingerprint, spelled_bytes
+from megatron_lrc.data.encoders import spelled_bytes
+from megatron_lrc.data.loaded_tokenizer import Tokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -76,14 +77,16 @@ def load_tiktoken(path: str, options: TiktokenOptions) -> Tokenizer:
     given = {"bos": options.bos_token, "eos": options.eos_token, "unk": None}
     roles = {role: _find_role(role, specials, token) for role, token in given.items()}
     vocabulary = {**{_spell(token): token_id for token, token_id in ranks.items()}, **specials}
-    return Tokenizer(
-        fingerprint=fingerprint(vocabulary, roles),
-        encoding_identity=f"tiktoken {pattern}",
+    return Tokenizer.identified(
+        kind="tiktoken",
+        vocabulary=vocabulary,
+        roles=roles,
+        rules=pattern,
+        encode_batch=TiktokenEncode(_make_encoding(pattern, ranks, specials)),
         vocab_size=len(ranks) + len(specials),
         eod=specials[roles["eos"]] if roles["eos"] else None,
         bos=specials[roles["bos"]] if roles["bos"] else None,
         path=path,
-        encode_batch=TiktokenEncode(_make_encoding(pattern, ranks, specials)),
     )
 
 

@@ -10,10 +10,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_lrc.data.loaded_tokenizer import Encode
+from megatron_lrc.data.encoders import Encode
 
 PLAIN_TEXTS: tuple[str, ...] = (
     "The quick brown fox jumps over the lazy dog.",
@@ -76,19 +74,17 @@ class Difference:
         )
 
 
-def find_difference(encode: "Encode", other: "Encode", texts: Sequence[str]) -> Difference | None:
+def find_difference(encode: Encode, other: Encode, texts: Sequence[str]) -> Difference | None:
     """None if both give the same ids for all texts."""
     pairs = list(zip(texts, encode(list(texts)), other(list(texts)), strict=True))
     different = [(text, ids, other_ids) for text, ids, other_ids in pairs if list(ids) != list(other_ids)]
     if not different:
         return None
     text, ids, other_ids = different[0]
-    return Difference(
-        text=text, ids=ids, other_ids=other_ids, num_different=len(different), num_texts=len(texts)
-    )
+    return Difference(text=text, ids=ids, other_ids=other_ids, num_different=len(different), num_texts=len(texts))
 
 
-def digest_of_ids(encode: "Encode", special_tokens: Iterable[str]) -> str:
+def digest_of_ids(encode: Encode, special_tokens: Iterable[str]) -> str:
     """SHA-256 over the ids of all these texts."""
     ids = encode([*PLAIN_TEXTS, *with_special_tokens(special_tokens)])
     return hashlib.sha256(json.dumps([list(map(int, one)) for one in ids]).encode()).hexdigest()

@@ -4,6 +4,7 @@ transformers and sentencepiece are imported inside the loaders and torch not at 
 and worker processes start with the `tokenizers` library alone.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,9 @@ from typing import Any, Literal
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import chat_template_of
-from megatron_lrc.data.loaded_tokenizer import BackendEncode, Tokenizer, fingerprint
+from megatron_lrc.data.directory_tokenizer import open_tokenizer, rules_of
+from megatron_lrc.data.encoders import BackendEncode
+from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.tiktoken_files import TiktokenOptions, load_tiktoken
 
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"]
@@ -49,36 +52,20 @@ class _PythonEncode:
 
 
 def _load_hugging_face(path: str) -> Tokenizer:
-    if not os.path.isdir(path):
-        raise ConfigError(
-            f"There is no tokenizer directory {path!r}. A local directory with tokenizer.json or tokenizer.model is "
-            "needed (nothing is downloaded): give --tokenizer-model such a directory."
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"transformers finds no tokenizer that it can load in {path!r} ({reason}). Give --tokenizer-model a "
-            "directory that holds one, or a SentencePiece .model file."
-        ) from error
+    tokenizer = open_tokenizer(path)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # What tokenizer.json says about truncation and padding is meant for model calls: documents are kept whole.
-        backend.no_truncation()
-        backend.no_padding()
     vocabulary = tokenizer.get_vocab()
-    special_tokens = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "unk": tokenizer.unk_token}
-    return Tokenizer(
-        fingerprint=fingerprint(vocabulary, special_tokens),
+    return Tokenizer.identified(
+        kind="python" if backend is None else "tokenizers",
+        vocabulary=vocabulary,
+        roles={"bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "unk": tokenizer.unk_token},
+        rules=type(tokenizer).__name__ if backend is None else rules_of(backend),
+        encode_batch=_PythonEncode(tokenizer) if backend is None else BackendEncode(backend),
         vocab_size=max(vocabulary.values()) + 1,
         eod=tokenizer.eos_token_id,
         bos=tokenizer.bos_token_id,
         chat=chat_template_of(path, tokenizer),
         path=path,
-        encode_batch=_PythonEncode(tokenizer) if backend is None else BackendEncode(backend),
     )
 
 
@@ -99,12 +86,14 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         ) from error
     vocabulary = {processor.id_to_piece(piece_id): piece_id for piece_id in range(processor.get_piece_size())}
     roles = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
-    special_tokens = {role: processor.id_to_piece(role_id) if role_id >= 0 else None for role, role_id in roles.items()}
-    return Tokenizer(
-        fingerprint=fingerprint(vocabulary, special_tokens),
-        vocab_size=processor.get_piece_size(),
-        eod=processor.eos_id() if processor.eos_id() >= 0 else None,
-        bos=processor.bos_id() if processor.bos_id() >= 0 else None,
-        path=path,
+    return Tokenizer.identified(
+        kind="sentencepiece",
+        vocabulary=vocabulary,
+        roles={role: processor.id_to_piece(role_id) if role_id >= 0 else None for role, role_id in roles.items()},
+        rules=hashlib.sha256(processor.serialized_model_proto()).hexdigest(),
         encode_batch=partial(processor.encode, out_type=int, add_bos=False, add_eos=False, num_threads=1),
+        vocab_size=processor.get_piece_size(),
+        eod=roles["eos"] if roles["eos"] >= 0 else None,
+        bos=roles["bos"] if roles["bos"] >= 0 else None,
+        path=path,
     )

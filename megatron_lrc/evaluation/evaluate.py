@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.directory_tokenizer import has_tokenizer
 from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
 from megatron_lrc.evaluation.harness import check_harness, run_tasks
@@ -127,13 +128,13 @@ def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Re
 def common_vocabulary(directory: Path, model: Any, other_directory: Path, other: Any) -> int:
     """Columns of logits that both have. One may be padded beyond the other's; ConfigError for other tokens than its."""
     sizes = int(model.config.vocab_size), int(other.config.vocab_size)
-    if sizes[0] != sizes[1]:
-        found = [load_tokenizer(str(path)) for path in (directory, other_directory)]
-        if found[0].fingerprint != found[1].fingerprint or found[0].vocab_size > min(sizes):
+    if sizes[0] != sizes[1] or (has_tokenizer(directory) and has_tokenizer(other_directory)):
+        first, second = (load_tokenizer(str(path)) for path in (directory, other_directory))
+        if not first.made(second.as_manifest()) or (sizes[0] != sizes[1] and first.vocab_size > min(sizes)):
             raise ConfigError(
                 f"{directory} has a vocabulary of {sizes[0]} and {other_directory} one of {sizes[1]}, and their "
-                "tokenizers are not the same, so their predictions cannot be compared. Two models of one tokenizer are "
-                "expected."
+                f"tokenizers are not the same ({first.difference_from(second)}), so their predictions cannot be "
+                "compared. Two models of one tokenizer are expected."
             )
     return min(sizes)
 

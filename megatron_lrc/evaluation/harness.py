@@ -18,10 +18,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import transformers
 import yaml
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 
 #: Names of the harness's settings that hold the name of a split.
@@ -71,7 +71,7 @@ def run_tasks(
     lm_eval, wrapper, datasets = map(import_module, ("lm_eval", "lm_eval.models.huggingface", "datasets"))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = open_tokenizer(directory)
     known = _known_tasks(tasks)
     members = {task: list(_leaves(known.task_index, task)) for task in tasks}
     with tempfile.TemporaryDirectory(prefix="megatron_lrc_") as folder:

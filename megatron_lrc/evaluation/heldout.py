@@ -19,6 +19,7 @@ from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
 from megatron_lrc.data.indexed_files import read_indexed_file
 from megatron_lrc.data.input_files import find_files
+from megatron_lrc.data.loaded_tokenizer import describe_unlike
 from megatron_lrc.data.tokenizers import load_tokenizer
 
 Part = Literal["valid", "test", "all"]
@@ -65,16 +66,15 @@ class Corpus:
 def read_indexed(prefixes: list[str], split: str, part: Part, tokenizer_directory: Path) -> list[Corpus]:
     """The part's documents of each dataset. ConfigError where a manifest names another tokenizer than the model's."""
     bounds = _bounds(split, part)
-    fingerprint = None
+    tokenizer = None
     corpora = []
     for prefix in prefixes:
         file = read_indexed_file(prefix)
         if file.manifest:
-            fingerprint = fingerprint or load_tokenizer(str(tokenizer_directory)).fingerprint
-            made_with = file.manifest["tokenizer"]
-            if made_with["fingerprint"] != fingerprint:
+            tokenizer = tokenizer or load_tokenizer(str(tokenizer_directory))
+            if not tokenizer.made(file.manifest["tokenizer"]):
                 raise ConfigError(
-                    f"{prefix} was made with the tokenizer {made_with.get('model')}, and that of "
+                    f"{prefix} was made with the tokenizer {describe_unlike(file.manifest['tokenizer'])}, and that of "
                     f"{tokenizer_directory} is another one. Write the data again with the model's tokenizer."
                 )
         documents = file.documents(bounds)

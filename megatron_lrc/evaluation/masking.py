@@ -14,10 +14,10 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.evaluation import neurons
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
 from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
@@ -177,7 +177,7 @@ def _batches(options: MaskingOptions, corpus: Corpus, vocab_size: int) -> Iterab
 
 
 def _tokenizer(options: MaskingOptions) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(options.teacher, local_files_only=True)
+    return open_tokenizer(options.teacher)
 
 
 # ------------------------------------------------------------------------------------------------ results

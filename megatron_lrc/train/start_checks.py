@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -43,7 +43,7 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
     teacher, reader = _open_base(method)
     warnings = validate_against_teacher(method, teacher.shape)
     check_pipeline_layout(config, teacher.shape)
-    check_data(config, teacher.shape.vocab_size)
+    tokenizer_fingerprint = check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         _check_writable(Path(config.checkpoint.save))
     resume_from, passed_over = find_checkpoint(config, damaged)
@@ -52,6 +52,7 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
         state = check_fits(resume_from, method, reader)
     else:
         state = RunState(teacher_fingerprint=fingerprint(method, reader))
+    state = replace(state, tokenizer_fingerprint=tokenizer_fingerprint)
     weights_from = None if resume_from else find_weights(method, reader)
     config = resolve_train_iters(config, step=state.step, consumed_samples=state.consumed_samples)
     if config.training.train_epochs:  # only now are its steps known

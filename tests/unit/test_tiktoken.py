@@ -10,6 +10,7 @@ import pytest
 
 import tiny_data
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.loaded_tokenizer import are_alike
 from megatron_lrc.data.tiktoken_files import JSON_SPECIAL_TOKENS, PATTERNS, TiktokenOptions
 from megatron_lrc.data.tokenizers import load_tokenizer
 from preprocess_tool import check_refused, preprocess
@@ -111,8 +112,7 @@ def test_a_rank_file_gives_the_documents_of_the_directory(tmp_path, llama, worke
     assert documents == read_documents(tmp_path / "hf_text_document")
     assert documents[0].count(2002) == 2 and documents[0][-1] == 2001
     manifests = [json.loads((tmp_path / f"{name}_text_document.json").read_text()) for name in ("ranks", "hf")]
-    fingerprints = [manifest["tokenizer"].pop("fingerprint") for manifest in manifests]
-    assert fingerprints[0] == fingerprints[1]
+    assert are_alike(*(manifest["tokenizer"] for manifest in manifests))
     assert manifests[0]["tokenizer"]["vocab_size"] == manifests[1]["tokenizer"]["vocab_size"] == 2003
 
 
@@ -128,9 +128,9 @@ def test_transformers_conversion_of_the_rank_file_agrees(tmp_path, llama):
     options = TiktokenOptions(pattern="llama3", special_tokens=SPECIAL_TOKENS, eos_token="<|eot_id|>")
     file = load_tokenizer(str(ranks), "TikTokenizer", options)
     assert file.encode_batch([*AWKWARD, *TEXTS]) == directory.encode_batch([*AWKWARD, *TEXTS])
-    assert file.unique_identifiers == directory.unique_identifiers and file.bos == directory.bos
+    assert directory.made(file.as_manifest()) and file.bos == directory.bos
     base = load_tokenizer(str(ranks), "TikTokenizer", LLAMA_OPTIONS)
-    assert base.fingerprint != file.fingerprint  # whose EOS is another
+    assert not directory.made(base.as_manifest())  # whose EOS is another
 
 
 @pytest.mark.parametrize("pattern", ["v1", "v2"])
@@ -156,7 +156,7 @@ def test_megatrons_json_gives_what_megatron_core_and_a_directory_make_of_it(tmp_
     roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     directory = load_tokenizer(str(save(trained, tmp_path / "hf", **roles)))
     assert whole.encode_batch(texts) == directory.encode_batch(texts)
-    assert whole.fingerprint == directory.fingerprint
+    assert directory.made(whole.as_manifest())
 
 
 def test_special_tokens_that_are_not_named_are_filled_up(llama):
@@ -172,14 +172,14 @@ def test_a_pickled_tokenizer_encodes_the_same(llama):
     assert pickle.loads(pickle.dumps(tokenizer)).encode_batch(TEXTS[:9]) == tokenizer.encode_batch(TEXTS[:9])
 
 
-def test_the_pattern_is_in_the_identity_but_not_in_the_fingerprint(llama):
+def test_the_pattern_belongs_to_the_fingerprint(llama):
     named, other = (
         load_tokenizer(str(llama[0]), "TikTokenizer", TiktokenOptions(pattern=pattern)) for pattern in ("llama3", "v2")
     )
     spelled = load_tokenizer(str(llama[0]), "TikTokenizer", TiktokenOptions(pattern=PATTERNS["llama3"]))
     assert named.encode_batch(TEXTS) != other.encode_batch(TEXTS)
-    assert named.fingerprint == other.fingerprint and named.encoding_identity != other.encoding_identity
-    assert named.encoding_identity == spelled.encoding_identity != load_tokenizer(str(llama[1])).encoding_identity
+    assert named.fingerprint != other.fingerprint and named.probes != other.probes
+    assert named.fingerprint == spelled.fingerprint
 
 
 BYTES = [bytes([byte]) for byte in range(256)]
