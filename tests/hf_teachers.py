@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from megatron_lrc.data.split_patterns import QWEN2
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -114,14 +116,18 @@ def _write(
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.0 if name.endswith("o_proj.bias") else 0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     if config.vocab_size > 256:
-        write_tokenizer(directory, vocab_size=config.vocab_size)
+        write_tokenizer(directory, vocab_size=config.vocab_size, is_qwen2=config.model_type == "qwen2")
     return model
 
 
-def write_tokenizer(directory: Path, *, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer trained on one sentence."""
+def write_tokenizer(directory: Path, *, vocab_size: int, is_qwen2: bool = False) -> None:
+    """A byte-level BPE tokenizer trained on one sentence. is_qwen2: that treats text as Qwen2's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if is_qwen2:
+        tokenizer.normalizer = normalizers.NFC()
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2), "isolated"), bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)

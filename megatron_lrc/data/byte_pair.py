@@ -30,19 +30,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lrc.data.encoders import BackendEncode, Encode, spelled_bytes
+from megatron_lrc.data.split_patterns import GPT2, GPT2_SINGLE_DIGITS, LLAMA3, QWEN2
 
-_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-_GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
-# Digits are cut out first there, so that white space before one is at the end of its piece.
-_GPT2_SINGLE_DIGITS = rf"{_CONTRACTIONS}| ?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?=\p{{N}})|\s+(?!\S)|\s+"
-_AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_KNOWN_SPLITS = {
-    rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}{_AFTER_NUMBERS}"
-    for numbers in (r"\p{N}", r"\p{N}{1,3}")  # Qwen2 and its successors; Llama 3
-}
+_KNOWN_SPLITS = {QWEN2, LLAMA3}
 # tiktoken is twice as fast at a pattern without look-ahead. GPT-2's keeps the last of several blanks before something
 # else for that; cut there beforehand, a text needs no looking ahead. Blanks: \s of both engines.
-_GPT2_OF_PIECES = _GPT2.replace(r"|\s+(?!\S)", "")
+_GPT2_OF_PIECES = GPT2.replace(r"|\s+(?!\S)", "")
 _BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _BEFORE_A_CUT = re.compile(rf"[{_BLANK}](?=[{_BLANK}][^{_BLANK}])")
 _CLASSES = (r"\p{L}", r"\p{N}", r"\s", r"(?i:[strevmld])")
@@ -103,7 +96,7 @@ class BytePairEncode:
         import tiktoken
 
         self._backend, self._proof = backend, proof
-        self._is_cut = proof.pattern == _GPT2
+        self._is_cut = proof.pattern == GPT2
         pattern = _GPT2_OF_PIECES if self._is_cut else proof.pattern
         self._merges = tiktoken.Encoding("proved", pat_str=pattern, mergeable_ranks=proof.ranks, special_tokens={})
         missing = [byte for byte in range(256) if bytes([byte]) not in proof.ranks]
@@ -208,10 +201,10 @@ def _split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(before) > 1:
         return None
     if not before:
-        return _GPT2 if last["use_regex"] else None
+        return GPT2 if last["use_regex"] else None
     first = before[0]
     if first["type"] == "Digits" and first["individual_digits"] and last["use_regex"]:
-        return _GPT2_SINGLE_DIGITS
+        return GPT2_SINGLE_DIGITS
     is_known = first["type"] == "Split" and first["pattern"].get("Regex") in _KNOWN_SPLITS
     if is_known and first["behavior"] == "Isolated" and not first["invert"] and not last["use_regex"]:
         return first["pattern"]["Regex"]

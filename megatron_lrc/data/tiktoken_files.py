@@ -23,17 +23,9 @@ from typing import Any
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoders import spelled_bytes
 from megatron_lrc.data.loaded_tokenizer import Tokenizer
+from megatron_lrc.data.split_patterns import LLAMA3, MEGATRON_V1, TEKKEN
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_NO_WORD = r"[^\r\n\p{L}\p{N}]"
-_BLANKS = r"\s+(?!\S)|\s+"
-PATTERNS = {  # v1 and v2 are Megatron-LM's, llama3 is that of Meta's models since Llama 3
-    "v1": rf"{_NO_WORD}?+\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]++[\r\n]*|\s*[\r\n]|{_BLANKS}",
-    "v2": rf"{_NO_WORD}?{_UPPER}*{_LOWER}+|{_NO_WORD}?{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
-    rf"|\s*[\r\n]+|{_BLANKS}",
-    "llama3": rf"{_CONTRACTIONS}|{_NO_WORD}?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_BLANKS}",
-}
+PATTERNS = {"v1": MEGATRON_V1, "v2": TEKKEN, "llama3": LLAMA3}  # v1 and v2 are Megatron-LM's names
 # Megatron-LM's, in its order
 JSON_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 JSON_NUM_SPECIAL_TOKENS = 1000

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import transformers
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.comparison import find_difference
+from megatron_lrc.hf.exported_tokenizer import find_fault, write_tokenizer
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
-from megatron_lrc.hf.output_folder import complete_or_absent, copy_files
+from megatron_lrc.hf.output_folder import complete_or_absent
 from megatron_lrc.hf.safetensors_writer import write_model
 from megatron_lrc.hf.student_config import Arch, student_config, student_family
-
-_SAMPLE_TEXT = "The low-rank clone answers: 3.14 * 2 = 6.28, isn't it?\n\n  Line two."
 
 
 class Source(Protocol):
@@ -50,17 +48,24 @@ def export_model(
     force: bool = False,
     verify: bool = True,
     source: Source | None = None,
+    data_fingerprint: str = "",
     write_extra: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a model of this shape that has `base`'s config.json in everything else, and its tokenizer.
 
     weight_of: asked once for each weight, in the order of the forward pass; what it gives is written in
     `dtype`. max_shard_size in bytes. source: another engine, which gets each weight as it is written and with
-    whose logits the result is verified. write_extra: what else belongs into the folder.
+    whose logits the result is verified. data_fingerprint: of the tokenizer that made the training data, if that is
+    known. write_extra: what else belongs into the folder.
     """
     with complete_or_absent(output, source=base.directory, force=force) as partial:
         family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
         weights = {weight.name: weight for weight in expected_weights(family, shape)}
+        config = json.dumps(student_config(base, shape, family, dtype=dtype), indent=2, sort_keys=True)
+        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
+        write_tokenizer(base.directory, partial)
+        if verify and (fault := find_fault(partial, base.directory, data_fingerprint)):  # before hours of writing
+            raise ConfigError(_failed(fault))
 
         def tensor_of(name: str) -> Tensor:
             weight = weights[name]
@@ -76,9 +81,6 @@ def export_model(
             tensor_of=tensor_of,
             max_shard_size=max_shard_size,
         )
-        config = json.dumps(student_config(base, shape, family, dtype=dtype), indent=2, sort_keys=True)
-        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        copy_files(base.directory, partial)
         write_extra(partial)
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
@@ -88,7 +90,7 @@ def export_model(
 
 def check_export(directory: Path, teacher: TeacherDescription, source: Source | None = None) -> None:
     """Open what was written with plain transformers: every key in its place, finite logits, those of the
-    source (their largest difference is printed), the teacher's tokenizer."""
+    source (their largest difference is printed)."""
     try:
         reason = _find_fault(directory, teacher, source)
     except ConfigError as error:
@@ -111,13 +113,6 @@ def _find_fault(directory: Path, teacher: TeacherDescription, source: Source | N
             return "computed in float16 its logits are not finite, so --dtype float16 is too narrow for its activations"
     if source is not None and (difference := find_difference(directory, source.logits, logits)) is not None:
         return f"its logits are not those of the student in megatron-core: {difference}"
-    if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        ours, theirs = (
-            transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)(_SAMPLE_TEXT)["input_ids"]
-            for path in (directory, teacher.directory)
-        )
-        if ours != theirs:
-            return "its tokenizer and the teacher's split the same text differently"
     return None
 
 

@@ -70,6 +70,7 @@ def export_saved(
             force=force,
             verify=verify,
             source=source,
+            data_fingerprint=student.state.tokenizer_fingerprint,
             write_extra=weights.write_projections if save_projections else lambda folder: None,
         )
     return family.architecture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_lrc.data.byte_pair import BytePairEncode, fastest, prove
-from megatron_lrc.data.loaded_tokenizer import BackendEncode, spelled_bytes
+from megatron_lrc.data.encoders import BackendEncode, spelled_bytes
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
