@@ -30,8 +30,12 @@ def write_gguf(
     *,
     extra_fields: dict[str, Any] | None = None,
     extra_tensors: dict[str, Tensor] | None = None,
+    pre: str | None = "",
 ) -> None:
-    """The model's weights in float32, those of attention outputs in 8 bits where their width allows it."""
+    """The model's weights in float32, those of attention outputs in 8 bits where their width allows it.
+
+    pre: the name of the tokenizer's rules; "" for those of the directory's tokenizer, None for no name.
+    """
     config, architecture = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -47,6 +51,9 @@ def write_gguf(
     for name, value in (extra_fields or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{name}", value)
     _add_tokenizer(writer, tokenizer_directory)
+    name = ("qwen2" if architecture == "qwen2" else "gpt-2") if pre == "" else pre
+    if name is not None:
+        writer.add_tokenizer_pre(name)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

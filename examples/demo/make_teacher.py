@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from megatron_lrc.hf.gguf import read_gguf, saveable
+from megatron_lrc.hf.gguf import read_gguf, save_gguf_tokenizer, saveable
 
 SAMPLE = (
     "The sea was calm that morning, and the fishermen had already left the harbour when the sun came up behind the "
@@ -43,7 +43,7 @@ def write_teacher(gguf: Path, output: Path) -> None:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     saveable(source).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_gguf_tokenizer(tokenizer, partial, gguf)
     check_teacher(partial, source)
     os.replace(partial, output)
 

@@ -72,10 +72,10 @@ def find_fault(directory: Path, source: Path, data_fingerprint: str = "") -> str
         )
     if load_tokenizer(str(directory)).fingerprint != own.fingerprint:
         return f"its tokenizer is not that of {source}"
-    return _find_other_ids(directory)
+    return find_other_ids(directory)
 
 
-def _find_other_ids(directory: Path) -> str | None:
+def find_other_ids(directory: Path) -> str | None:
     """How the ids of AutoTokenizer differ from those of tokenizer.json, without and with special tokens, and back."""
     file = directory / TOKENIZER_FILE
     if not file.is_file():

@@ -2,20 +2,25 @@
 
 transformers dequantises while it reads, but refuses to save a model that came from GGUF: the weights are
 handed to a fresh model of a clean configuration, without a copy. What it would drop without a word (RoPE
-scaling, tensors that its class has no place for) is refused here.
+scaling, tensors that its class has no place for, rules of the tokenizer) is refused here.
 """
 
 import importlib
 import importlib.util
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.architectures import FAMILIES
+from megatron_lrc.hf.exported_tokenizer import find_other_ids, label_tokenizer
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.gguf_tokenizer import check_gguf_tokenizer, read_gguf_tokenizer
 from megatron_lrc.hf.teacher import TeacherReader
 
 _PACKAGES = ("gguf", "accelerate")
@@ -29,7 +34,7 @@ def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = No
     source, tokenizer = read_gguf(path)
     model = saveable(source.to(dtype or torch.float32))
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_gguf_tokenizer(tokenizer, directory, path)
     reader = TeacherReader(describe_teacher(directory, role=CONVERTED))
     names, state, parameters = reader.names(), model.state_dict(), 0
     for name in names:
@@ -40,6 +45,14 @@ def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = No
                 f"{path}: {name} reads back otherwise than it was written. Check the disk, then try again."
             )
     return len(names), parameters
+
+
+def save_gguf_tokenizer(tokenizer: Any, directory: Path, path: Path) -> None:
+    """Write it beside the model's config.json; ConfigError unless transformers reads it back with the same ids."""
+    tokenizer.save_pretrained(directory)
+    label_tokenizer(tokenizer, None, directory)
+    if fault := find_other_ids(directory):
+        raise ConfigError(f"{path}: {fault}. Convert the model's original Hugging Face directory.")
 
 
 def read_gguf(path: Path) -> tuple[Any, Any]:
@@ -53,8 +66,10 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
     try:
         contents = importlib.import_module("gguf").GGUFReader(path)
         _check_architecture(path, contents)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        check_gguf_tokenizer(path, contents)
+        with _alone(path) as file:
+            tokenizer = read_gguf_tokenizer(file, contents)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except ConfigError:
         raise
     except Exception as error:  # each part of transformers has errors of its own
@@ -65,6 +80,14 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
         ) from error
     _check_nothing_is_lost(path, contents, model)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """The file in a folder of its own: transformers would take the tokenizer of another model beside it."""
+    with tempfile.TemporaryDirectory(prefix="megatron_lrc_") as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder) / path.name
 
 
 def clean_config(config: Any, architecture: str) -> PreTrainedConfig:
