@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import numpy
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -26,7 +27,7 @@ _OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
 def write_gguf(
     path: Path,
     model: Any,
-    tokenizer_directory: Path,
+    tokenizer: Path,
     *,
     extra_fields: dict[str, Any] | None = None,
     extra_tensors: dict[str, Tensor] | None = None,
@@ -34,7 +35,8 @@ def write_gguf(
 ) -> None:
     """The model's weights in float32, those of attention outputs in 8 bits where their width allows it.
 
-    pre: the name of the tokenizer's rules; "" for those of the directory's tokenizer, None for no name.
+    tokenizer: a directory with a byte-level one, or a SentencePiece model. pre: the name of the former's rules; "" for
+    those that tests' teachers have, None for no name.
     """
     config, architecture = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -50,10 +52,11 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     for name, value in (extra_fields or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{name}", value)
-    _add_tokenizer(writer, tokenizer_directory)
-    name = ("qwen2" if architecture == "qwen2" else "gpt-2") if pre == "" else pre
-    if name is not None:
-        writer.add_tokenizer_pre(name)
+    if tokenizer.is_file():
+        _add_sentencepiece(writer, tokenizer)
+    else:
+        name = ("qwen2" if architecture == "qwen2" else "gpt-2") if pre == "" else pre
+        _add_byte_level(writer, tokenizer, name)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -86,7 +89,24 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: numpy.ndarray, confi
         writer.add_tensor(name, values)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
+def _add_sentencepiece(writer: gguf.GGUFWriter, model: Path) -> None:
+    pieces = SentencePieceProcessor(model_file=str(model))
+    ids = range(pieces.get_piece_size())
+    kinds = ((pieces.is_unknown, "UNKNOWN"), (pieces.is_control, "CONTROL"), (pieces.is_byte, "BYTE"))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([pieces.id_to_piece(one) for one in ids])
+    writer.add_token_scores([pieces.get_score(one) for one in ids])
+    writer.add_token_types(
+        [next((gguf.TokenType[name] for holds, name in kinds if holds(one)), gguf.TokenType.NORMAL) for one in ids]
+    )
+    writer.add_bos_token_id(pieces.bos_id())
+    writer.add_eos_token_id(pieces.eos_id())
+    writer.add_unk_token_id(pieces.unk_id())
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, directory: Path, pre: str | None) -> None:
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     merges = json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])

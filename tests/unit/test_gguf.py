@@ -1,19 +1,26 @@
 """A GGUF file becomes the model that was written into it; what transformers would drop without a word is refused."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from convert_tool import convert, refused_conversion
 from hf_teachers import write_llama, write_qwen2
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
+from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, with_special_tokens
+from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, open_teacher
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.gguf_tokenizer import RULES as GGUF_RULES
 from megatron_lrc.hf.teacher import TeacherReader
+from tokenizer_files import llama2_style, write_directory, write_sentencepiece
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -119,3 +126,66 @@ def test_missing_gguf_package_is_named(tmp_path: Path, capsys, monkeypatch: pyte
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output")
     assert "reading GGUF needs gguf, not installed here. Run: pip install gguf" in message
+
+
+def converted(source: Path, output: Path) -> Tokenizer:
+    convert(source, output, "--format", "hf")
+    return load_tokenizer(str(output))
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "tekken"])
+def test_gguf_tokenizer_has_the_rules_that_its_file_names(tmp_path: Path, pre: str) -> None:
+    """Each against a tokenizer.json with these rules, trained by them; transformers has some of them only."""
+    source, _ = write_gguf_model(tmp_path, "llama", pre=pre)
+    original = Tokenizer.from_file(str(tmp_path / "source" / "tokenizer.json"))
+    GGUF_RULES[pre].apply_to(original)
+    texts = [*PLAIN_TEXTS, *with_special_tokens(["<s>", "</s>"])]
+    found = converted(source, tmp_path / "output").encode_batch(texts)
+    assert found == [encoding.ids for encoding in original.encode_batch(texts, add_special_tokens=False)]
+    assert AutoTokenizer.from_pretrained(tmp_path / "output")(texts, add_special_tokens=False)["input_ids"] == found
+
+
+def test_gguf_rules_are_those_that_text_shows() -> None:
+    """What the names mean, on text: digits together, apart, in threes; composed; a whole piece first."""
+
+    def pieces(pre: str, text: str) -> list[str]:
+        backend = Tokenizer(models.BPE())
+        GGUF_RULES[pre].apply_to(backend)
+        text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert pieces("gpt-2", "in 20234") == ["in", "\u012020234"]
+    assert pieces("smollm", "in 20234") == ["in", "\u0120", "2", "0", "2", "3", "4"]
+    assert pieces("llama-bpe", "in 20234") == ["in", "\u0120", "202", "34"]
+    assert pieces("qwen2", "in 20234") == ["in", "\u0120", "2", "0", "2", "3", "4"]
+    assert pieces("tekken", "HelloWorld") == ["Hello", "World"]
+    assert pieces("qwen2", "e\u0301") == pieces("llama-bpe", "\u00e9") != pieces("llama-bpe", "e\u0301")
+    assert [pre for pre, rules in sorted(GGUF_RULES.items()) if rules.whole_first] == [
+        *("falcon3", "llama-bpe", "llama-v3", "llama3", "tekken")
+    ]
+
+
+@pytest.mark.parametrize(("pre", "said"), [(None, "names none"), ("some-new-bpe", "names 'some-new-bpe'")])
+def test_gguf_whose_rules_for_text_are_not_known_is_refused(tmp_path: Path, capsys, pre, said: str) -> None:
+    source, _ = write_gguf_model(tmp_path, "llama", pre=pre)
+    message = refused_conversion(capsys, source, tmp_path / "output")
+    assert str(source) in message and said in message and "llama-bpe" in message
+
+
+def test_gguf_beside_another_models_files_has_its_own_tokenizer(tmp_path: Path) -> None:
+    source, _ = write_gguf_model(tmp_path, "llama")
+    alone = converted(source, tmp_path / "alone")
+    together = write_directory(tmp_path / "both", llama2_style(), label="LlamaTokenizer", model_type="llama")
+    shutil.copy(source, together / "model.gguf")
+    assert converted(together / "model.gguf", tmp_path / "output").fingerprint == alone.fingerprint
+
+
+def test_gguf_of_a_sentencepiece_model_gives_the_ids_of_that_model(tmp_path: Path) -> None:
+    model = write_sentencepiece(tmp_path / "pieces")
+    pieces = SentencePieceProcessor(model_file=str(model))
+    llama = write_llama(tmp_path / "source", vocab_size=pieces.get_piece_size(), rope=DEFAULT_ROPE)
+    write_gguf(tmp_path / "model.gguf", llama, model)
+    found = converted(tmp_path / "model.gguf", tmp_path / "output")
+    texts = [*PLAIN_TEXTS, " the cat", "    def f"]
+    assert found.encode_batch(texts) == [pieces.encode(text) for text in texts]
+    assert (found.bos, found.eod) == (pieces.bos_id(), pieces.eos_id())
