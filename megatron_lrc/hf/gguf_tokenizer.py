@@ -33,7 +33,7 @@ class Rules:
     def apply_to(self, backend: Any) -> None:
         """Set them in a `tokenizers.Tokenizer` with a byte-level BPE model."""
         by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None)
-        before = [pre_tokenizers.Digits(individual_digits=True)] if self.digits_apart else []
+        before: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if self.digits_apart else []
         if self.pattern is not None:
             before.append(pre_tokenizers.Split(Regex(self.pattern), "isolated"))
         backend.pre_tokenizer = pre_tokenizers.Sequence([*before, by_bytes]) if before else by_bytes

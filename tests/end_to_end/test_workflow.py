@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from command_line import ROOT, run
 from hf_teachers import write_llama
 from tiny_data import make_texts, write_jsonl
+from tools_path import convert_to_hf
 
 
 @pytest.mark.distributed
-def test_text_to_exported_student_through_the_command_line(tmp_path):
+def test_text_to_exported_student_through_the_command_line(tmp_path, capsys):
     teacher, runs = tmp_path / "teacher", tmp_path / "run"
     write_llama(teacher)
     corpus = write_jsonl(tmp_path / "corpus.jsonl", make_texts(300))
@@ -32,6 +33,13 @@ def test_text_to_exported_student_through_the_command_line(tmp_path):
     assert steps == [1, 2, 3, 4]
     assert any((runs / "tensorboard").iterdir()) and (runs / "config.yaml").is_file()
 
+    tokenizer_file = teacher / "tokenizer.json"
+    unchanged = tokenizer_file.read_text()
+    assert '"use_regex": true' in unchanged
+    tokenizer_file.write_text(unchanged.replace('"use_regex": true', '"use_regex": false'))
+    assert convert_to_hf(["--load", str(runs), "--output", str(tmp_path / "student")]) == 2
+    assert "is not the one that the training data was made with" in capsys.readouterr().err
+    tokenizer_file.write_text(unchanged)
     convert = [sys.executable, str(ROOT / "tools/convert_to_hf.py"), "--load", str(runs), "--save-projections"]
     run(*convert, "--output", str(tmp_path / "student"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")

@@ -18,7 +18,9 @@ from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
+from megatron_lrc.data.tokenizers import load_tokenizer
 from tiny_data import numbered
+from tokenizer_files import copy_with
 
 VOCABULARY = 320
 CPU = torch.device("cpu")
@@ -110,11 +112,32 @@ def test_index_of_another_format_is_refused(prepared, content):
 
 def test_wrong_tokenizer_is_refused_naming_both(prepared, tokenizer_folder, tmp_path):
     other = tiny_data.write_tokenizer(tmp_path / "other", words=["something", "else"])
-    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder, tokenizer_model=other))
-    assert f"{prepared} was made with the tokenizer {tokenizer_folder}" in message
-    assert f"the run's is that of --tokenizer-model {other}" in message
     message = refusal(data_config(data_path=[prepared], teacher=other))
+    assert f"{prepared} was made with the tokenizer {tokenizer_folder}" in message
     assert f"the run's is that of --teacher {other}" in message
+    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder, tokenizer_model=other))
+    assert f"--tokenizer-model {other} is not the tokenizer of the teacher {tokenizer_folder}" in message
+
+
+def test_a_tokenizer_that_splits_text_otherwise_is_another_one(prepared, tokenizer_folder, tmp_path):
+    """Both have the same vocabulary and special tokens, and the data is within it."""
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
+    other = str(copy_with(Path(tokenizer_folder), tmp_path / "other", pre_tokenizer=by_bytes))
+    assert "was made with the tokenizer" in refusal(data_config(data_path=[prepared], teacher=other))
+    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder, tokenizer_model=other))
+    assert "of 34 test texts get other ids" in message
+    copy = str(copy_with(Path(tokenizer_folder), tmp_path / "copy"))
+    config = data_config(data_path=[prepared], split="80,20,0", teacher=tokenizer_folder, tokenizer_model=copy)
+    assert check_data(config, VOCABULARY) == load_tokenizer(tokenizer_folder).fingerprint
+
+
+def test_data_of_a_version_that_did_not_record_the_rules_is_refused(prepared, tokenizer_folder):
+    manifest = json.loads(Path(f"{prepared}.json").read_text())
+    tokenizer = {**manifest["tokenizer"], "fingerprint": "0" * 64}
+    del tokenizer["probes"], tokenizer["kind"]
+    Path(f"{prepared}.json").write_text(json.dumps({**manifest, "tokenizer": tokenizer}))
+    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder))
+    assert "an earlier version wrote it, without how text is split" in message
 
 
 def test_tokenizer_larger_than_the_teacher_is_refused(prepared, tokenizer_folder):
