@@ -1,6 +1,6 @@
 """The tokenizer of a GGUF file, with the rules for text that the file only names.
 
-A GGUF holds tokens, merges and scores; of how text is cut into pieces it holds a name (`tokenizer.ggml.pre`), the rest
+A GGUF holds tokens, merges and scores; of how text is cut into pieces it holds a name (tokenizer.ggml.pre), the rest
 is in llama.cpp. transformers knows some names and takes GPT-2's rules for others; here a name that is not known is
 refused, since the result would give other ids than the model was trained with.
 """
@@ -41,7 +41,7 @@ class Rules:
         backend.model.ignore_merges = self.whole_first
 
 
-#: `tokenizer.ggml.pre` -> rules, for the names that models of the supported families carry.
+#: tokenizer.ggml.pre -> rules, for the names that models of the supported families carry.
 RULES = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo"), Rules()),
     **dict.fromkeys(("smollm", "starcoder", "refact"), Rules(digits_apart=True)),
