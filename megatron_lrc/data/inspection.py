@@ -3,11 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.data.indexed_files import Index, check_token_ids, read_index
 from megatron_lrc.data.loaded_tokenizer import Tokenizer, describe_unlike
 from megatron_lrc.data.tiktoken_files import TiktokenEncode, TiktokenOptions
@@ -124,9 +124,7 @@ def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
         from sentencepiece import SentencePieceProcessor
 
         return SentencePieceProcessor(model_file=tokenizer.path).decode
-    from transformers import AutoTokenizer
-
-    hugging_face: Any = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
+    hugging_face = open_tokenizer(tokenizer.path)
     return lambda ids: hugging_face.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 

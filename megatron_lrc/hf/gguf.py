@@ -69,7 +69,9 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
         check_gguf_tokenizer(path, contents)
         with _alone(path) as file:
             tokenizer = read_gguf_tokenizer(file, contents)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            )
     except ConfigError:
         raise
     except Exception as error:  # each part of transformers has errors of its own

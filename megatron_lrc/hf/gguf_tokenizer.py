@@ -72,7 +72,7 @@ def check_gguf_tokenizer(path: Path, contents: Any) -> None:
 
 def read_gguf_tokenizer(path: Path, contents: Any) -> Any:
     """The transformers tokenizer of a GGUF file that lies alone in its folder and has passed the check."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if _field(contents, "model") == "gpt2":
         RULES[_field(contents, "pre")].apply_to(tokenizer.backend_tokenizer)
     else:
