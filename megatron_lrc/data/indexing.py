@@ -78,7 +78,7 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     """
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
-    sources = check_paths(options, prefixes)
+    sources = check_paths(options, prefixes, report)
     tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type, options.tiktoken)
     before, after = document_ends(options, tokenizer)
     encoder = ChunkEncoder(
@@ -169,9 +169,11 @@ def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[
     return [tokenizer.eod], [tokenizer.bos]  # type: ignore[list-item]
 
 
-def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict[str, Any]]:
+def check_paths(
+    options: IndexingOptions, prefixes: dict[str, str], report: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Paths and sizes of what --input means, none of which an output would overwrite. Makes the output folder."""
-    files = find_files(options.input)
+    files = find_files(options.input, report)
     for prefix in prefixes.values():
         for suffix in (".bin", ".idx", ".json"):
             if os.path.realpath(prefix + suffix) in map(os.path.realpath, files):

@@ -73,7 +73,7 @@ def test_folders_and_patterns_are_sorted_and_keep_their_place(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     inputs = [str(tmp_path / "z*"), str(tmp_path / "b"), str(tmp_path / "a.jsonl")]
-    found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs)]
+    found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs, print)]
     assert found == ["z.jsonl.zst", "b/1.txt.gz", "b/2.jsonl", "b/c/3.parquet", "a.jsonl"]
     assert kind_of("x.TXT.GZ") == ".txt" and kind_of("x.tar.gz") is None
 
@@ -82,13 +82,13 @@ def test_folders_and_patterns_are_sorted_and_keep_their_place(tmp_path):
 def test_an_input_that_means_no_file_is_refused(tmp_path, item, expected):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=expected):
-        find_files([str(tmp_path / item)])
+        find_files([str(tmp_path / item)], print)
 
 
 def test_a_file_that_is_meant_twice_is_refused(tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(ConfigError, match="more than once"):
-        find_files([path, str(tmp_path)])
+        find_files([path, str(tmp_path)], print)
 
 
 def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):
