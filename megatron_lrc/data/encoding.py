@@ -28,6 +28,7 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
+from megatron_lrc.data.chats import read_chat
 from megatron_lrc.data.input_files import Source, is_divisible, kind_of
 from megatron_lrc.data.loaded_tokenizer import Encode
 from megatron_lrc.data.restart import Position
@@ -177,14 +178,10 @@ def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
 
 
 def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
-    if not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ConfigError(
-            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}} (for a list '
-            "of token ids add --token-ids)"
-        )
+    checked = read_chat(messages, key)
     if chat is None:
         raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
-    return chat(messages)
+    return chat(checked)
 
 
 def read_chunks(paths: list[str], keys: list[str], start: Position | None = None) -> Iterator[Chunk]:
