@@ -59,8 +59,8 @@ def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
         action="store_true",
     )
     add("--chat-template-name", "of a tokenizer's several chat templates, the one for chats", metavar="NAME")
-    dates = f"the date that chat templates write as today's, so that every day gives the same data (default: {DEFAULT_DATE})"
-    add("--chat-date", dates, metavar="YYYY-MM-DD")
+    dates = "the date that chat templates take for today's, so that every day gives the same data"
+    add("--chat-date", f"{dates} (default: {DEFAULT_DATE})", metavar="YYYY-MM-DD")
     add("--workers", "processes that encode", type=positive, default=1)
     bad = "a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it"
     add("--on-bad-line", bad, choices=("fail", "skip"), default="fail")
