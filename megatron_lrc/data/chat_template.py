@@ -139,7 +139,7 @@ class _Renderer:
             with contextlib.suppress(Exception):
                 text = self._render([*before, {"role": role, "content": content}, *after])
                 # Printed as Python or JSON the part would have its key before the text.
-                if _MARK in text and not re.search(rf"""["']text["']\s*:\s*["']{_MARK}""", text):
+                if _MARK in text and not re.search(rf"""text\\*["']\s*:\s*\\*["']{_MARK}""", text):
                     yield type(content)
 
 

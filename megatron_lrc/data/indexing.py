@@ -17,9 +17,10 @@ from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.byte_pair import fastest
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
-from megatron_lrc.data.input_files import find_files
+from megatron_lrc.data.input_files import find_files, kind_of
 from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.restart import Done, Journal
+from megatron_lrc.data.tables import check_table
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
 from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
 from megatron_lrc.data.writing import DatasetWriter, make_folder_of, publish
@@ -80,6 +81,9 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
     sources = check_paths(options, prefixes, report)
+    for source in sources:
+        if kind_of(source["path"]) == ".parquet":
+            check_table(source["path"], keys)  # now, not when its turn comes: a file changed then begins all anew
     tokenizer = with_chat_flags(
         load_tokenizer(options.tokenizer_model, options.tokenizer_type, options.tiktoken), options
     )

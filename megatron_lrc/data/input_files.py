@@ -74,14 +74,14 @@ def _below(folder: str, inside: tuple[str, ...] = ()) -> Iterator[str]:
     if real in inside:
         return
     try:
-        entries = list(os.scandir(folder))
+        names = os.listdir(folder)
     except OSError as error:
         raise ConfigError(f"The folder {folder} cannot be read ({error.strerror}). Leave it out.") from error
-    for entry in entries:
-        if entry.is_dir():
-            yield from _below(entry.path, (*inside, real))
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            yield from _below(path, (*inside, real))
         else:
-            yield entry.path
+            yield path
 
 
 def _counted(paths: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ as Spark and Impala may write text) that have to be UTF-8. Types that hold no te
 read, also within messages.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -18,21 +19,34 @@ _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64
 _OTHER_JSON = {"bool", "null", "halffloat", "float", "double"}
 
 
+def check_table(path: str, keys: list[str]) -> None:
+    """ConfigError if a column is missing or holds neither text, nor token ids, nor chats. Reads no row."""
+    with _opened(path, keys):
+        pass
+
+
 def row_lines(path: str, keys: list[str]) -> Iterator[tuple[float, list[bytes]]]:
     """The rows' values under `keys` as JSON lines, some at a time, each time with the share of the file read so far.
 
-    A row with bytes that are not UTF-8 gives those bytes, for whoever parses lines to find. ConfigError if a column
-    is missing or holds neither text, nor token ids, nor chats, or the file cannot be read.
+    A row with bytes that are not UTF-8 gives those bytes, for whoever parses lines to find. ConfigError as of
+    `check_table`, or if the file cannot be read.
     """
+    with _opened(path, keys) as table:
+        rows_read, num_rows = 0, max(table.metadata.num_rows, 1)
+        for batch in table.iter_batches(batch_size=256, columns=keys):
+            rows_read += batch.num_rows
+            yield rows_read / num_rows, _lines_of(batch)
+
+
+@contextlib.contextmanager
+def _opened(path: str, keys: list[str]) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile whose columns have been checked."""
     parquet = import_for(path, "pyarrow.parquet")
     arrow_error: Any = import_for(path, "pyarrow").ArrowException
     try:
         with parquet.ParquetFile(path) as table:
             _check_columns(path, keys, table.schema_arrow)
-            rows_read, num_rows = 0, max(table.metadata.num_rows, 1)
-            for batch in table.iter_batches(batch_size=256, columns=keys):
-                rows_read += batch.num_rows
-                yield rows_read / num_rows, _lines_of(batch)
+            yield table
     except (arrow_error, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} cannot be read as a parquet file ({reason}).") from error

@@ -135,6 +135,7 @@ PARTS_OF_USERS = (
     [
         (STRINGS, parts("a ", "b"), "a b"),
         (STRINGS, [], ""),
+        (STRINGS.replace("trim", "string | tojson"), parts("a", "b"), '"ab"'),
         (EITHER, "a", "a"),
         (EITHER, parts("a", "b"), "a;b;"),
         (ONLY_PARTS, "a", "a"),  # its characters have no type: transformers prints none of them

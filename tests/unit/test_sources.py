@@ -18,6 +18,7 @@ from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
 from megatron_lrc.data.input_files import find_files, kind_of
 from megatron_lrc.data.restart import Position
+from megatron_lrc.data.tables import check_table
 from megatron_lrc.data.tokenizers import load_tokenizer
 from preprocess_tool import check_refused, preprocess
 from tiny_data import read_documents, write_parquet, write_zst
@@ -277,8 +278,17 @@ def test_a_row_that_is_not_utf8_is_a_bad_line(tmp_path, is_chat):
 def test_a_column_of_another_type_is_refused_by_its_type(tmp_path, value, named):
     path = write_column(tmp_path / "a.parquet", [value])
     with pytest.raises(ConfigError) as caught:
-        documents_in(path)
+        check_table(str(path), ["text"])
     assert str(caught.value).startswith(f"{path}: the column ") and named in str(caught.value)
+
+
+def test_every_table_is_checked_before_the_first_is_read(tmp_path, tokenizer_folder, capsys):
+    write_column(tmp_path / "a.parquet", ["fine"])
+    write_column(tmp_path / "b.parquet", [1])
+    flags = ("--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o", "--log-interval", 1)
+    assert preprocess("--input", tmp_path, *flags) == 2
+    printed = capsys.readouterr()
+    assert "b.parquet: the column 'text' is of type int64" in printed.err and printed.out == ""
 
 
 @pytest.mark.parametrize("item, expected", [("none*.gz", "there is no such file"), ("folder", "the folder holds no")])
