@@ -5,8 +5,9 @@ run that goes on after midnight would mix two. So every template is rendered as 
 time on purpose, Jinja's `random` and `lipsum`, is refused.
 
 A template prints a message's content either as a string or as a list of parts, such as {"type": "text", "text": ...};
-some do both. Given the other form it may print a Python list, or nothing, without an error. Which one it prints is
-tried once for each role, and each content is given in a form that is printed (`_Renderer`).
+some do both, some take the first part only, also by role (Mistral Small 3.1's). Given another form it may print a
+Python list, or nothing, without an error. Which ones it prints is tried once for each role, and each content is given
+in a form that is printed (`_Renderer`).
 """
 
 import contextlib
@@ -24,9 +25,25 @@ from megatron_lrc.config import ConfigError
 #: The date of chats unless --chat-date gives one. Llama's templates write it where no date can be had.
 DEFAULT_DATE = "2024-07-26"
 _DEFAULT_NAME = "default"  # of the template that apply_chat_template takes, too
-_MARK = "lorem-0-ipsum"  # a content that no template contains
 
 Content = str | list[dict[str, Any]]  # a string, or parts {"type": "text", "text": ...}
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+# What a template is tried on. Some print only the first of several parts.
+_FIRST, _SECOND = "first-of-megatron-lrc", "second-of-megatron-lrc"
+_MARKS = {"string": [_FIRST], "part": [_FIRST], "parts": [_FIRST, _SECOND]}
+_FORMS: dict[str, Content] = {
+    "string": _FIRST,
+    "part": [_text_part(_FIRST)],
+    "parts": [_text_part(_FIRST), _text_part(_SECOND)],
+}
+_PRINTED_PART = re.compile(rf"""text\\*["']\s*:\s*\\*["']{_FIRST}""")
+# The roles of a chat in which a message of the role stands where templates expect it.
+_PLACES = {"system": ["system", "user"], "user": ["user"], "assistant": ["user", "assistant"]}
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,7 @@ class _Renderer:
         # Llama's name for the date of a chat, and its format. A template that has a date of its own keeps it
         # unless one is asked for.
         self._variables = {"date_string": _clock(date)("%d %b %Y")} if date else {}
-        self._forms: dict[str, set[type]] = {}
+        self._forms: dict[str, set[str]] = {}  # by role
 
     def __call__(self, messages: list[dict[str, Any]]) -> str:
         in_form = [{**message, "content": self._in_form(message["role"], message["content"])} for message in messages]
@@ -116,38 +133,38 @@ class _Renderer:
 
     def _in_form(self, role: str, content: Content) -> Content:
         """As it is if the template prints that; else parts joined, with nothing between, or a string as one part."""
-        if role not in self._forms:
-            self._forms[role] = set(self._printed_forms(role))
-        forms = self._forms[role]
+        forms = self._forms_of(role)
         if isinstance(content, list):
-            return content if list in forms else "".join(part["text"] for part in content)
-        return [_text_part(content)] if content and forms == {list} else content
+            if "parts" in forms:
+                return content
+            content = "".join(part["text"] for part in content)
+        return [_text_part(content)] if content and "string" not in forms and "part" in forms else content
 
-    def _printed_forms(self, role: str) -> Iterator[type]:
-        """Which of str and list are printed as content. Of a role other than these, what is surely printed."""
-        before: list[dict[str, Any]] = []
-        after: list[dict[str, Any]] = []
-        if role not in ("system", "user", "assistant"):
-            self._in_form("user", "")
-            yield from (self._forms["user"] if str not in self._forms["user"] else {str})
-            return
-        if role != "user":
-            other = [{"role": "user", "content": self._in_form("user", "a")}]
-            before, after = (other, []) if role == "assistant" else ([], other)
-        contents: tuple[Content, ...] = (_MARK, [_text_part(_MARK)])
-        for content in contents:
+    def _forms_of(self, role: str) -> set[str]:
+        """Those of `_FORMS` that the template prints. Of roles that are not tried: a string, if of users."""
+        if role not in self._forms:
+            if role in _PLACES:
+                self._forms[role] = set(self._printed_forms(role))
+            else:
+                of_users = self._forms_of("user")
+                self._forms[role] = {"string"} if "string" in of_users else of_users
+        return self._forms[role]
+
+    def _printed_forms(self, role: str) -> Iterator[str]:
+        for form, content in _FORMS.items():
+            tried = {"role": role, "content": content}
+            chat = [
+                tried if other == role else {"role": other, "content": self._in_form(other, "a")}
+                for other in _PLACES[role]
+            ]
             with contextlib.suppress(Exception):
-                text = self._render([*before, {"role": role, "content": content}, *after])
-                # Printed as Python or JSON the part would have its key before the text.
-                if _MARK in text and not re.search(rf"""text\\*["']\s*:\s*\\*["']{_MARK}""", text):
-                    yield type(content)
+                text = self._render(chat)
+                # Printed as Python or JSON a part would have its key before the text.
+                if all(mark in text for mark in _MARKS[form]) and not _PRINTED_PART.search(text):
+                    yield form
 
 
 _renderer = functools.cache(_Renderer)
-
-
-def _text_part(text: str) -> dict[str, str]:
-    return {"type": "text", "text": text}
 
 
 @functools.cache

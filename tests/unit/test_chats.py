@@ -130,6 +130,12 @@ PARTS_OF_USERS = (
 )
 
 
+FIRST_PART = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is not string or m.role == 'user' %}{{ m.content[0].text }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     "template, content, expected",
     [
@@ -140,6 +146,8 @@ PARTS_OF_USERS = (
         (EITHER, parts("a", "b"), "a;b;"),
         (ONLY_PARTS, "a", "a"),  # its characters have no type: transformers prints none of them
         (ONLY_PARTS, parts("a", "b"), "ab"),
+        (FIRST_PART, "a", "a"),
+        (FIRST_PART, parts("a", "b"), "ab"),
     ],
 )
 def test_content_is_given_in_a_form_that_the_template_prints(chat_of, template, content, expected):
@@ -149,6 +157,15 @@ def test_content_is_given_in_a_form_that_the_template_prints(chat_of, template, 
 def test_the_form_of_content_is_found_for_each_role(chat_of):
     chat = messages(parts("a", "b")) + messages(parts("c", "d"), role="assistant") + messages(parts("e"), role="tool")
     assert as_text(chat, "messages", chat_of(PARTS_OF_USERS)) == "<user>a;b;<assistant>cd<tool>e"
+
+
+def test_parts_are_not_lost_where_only_the_first_is_printed(chat_of):
+    chat = (
+        messages(parts("s", "t"), role="system")
+        + messages(parts("a", "b"))
+        + messages(parts("c", "d"), role="assistant")
+    )
+    assert as_text(chat, "messages", chat_of(FIRST_PART)) == "<system>st<user>ab<assistant>cd"
 
 
 def test_null_is_no_text_and_no_field(chat_of):
