@@ -81,12 +81,8 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
     sources = check_paths(options, prefixes, report)
-    for source in sources:
-        if kind_of(source["path"]) == ".parquet":
-            check_table(source["path"], keys)  # now, not when its turn comes: a file changed then begins all anew
-    tokenizer = with_chat_flags(
-        load_tokenizer(options.tokenizer_model, options.tokenizer_type, options.tiktoken), options
-    )
+    tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type, options.tiktoken)
+    tokenizer = with_chat_flags(tokenizer, options)
     before, after = document_ends(options, tokenizer)
     encoder = ChunkEncoder(
         keys=keys,
@@ -192,12 +188,18 @@ def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[
 def check_paths(
     options: IndexingOptions, prefixes: dict[str, str], report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Paths and sizes of what --input means, none of which an output would overwrite. Makes the output folder."""
+    """Paths and sizes of what --input means, none of which an output would overwrite. Makes the output folder.
+
+    prefixes: by key. Tables are checked here already: one that were mended later would begin everything anew.
+    """
     files = find_files(options.input, report)
     for prefix in prefixes.values():
         for suffix in (".bin", ".idx", ".json"):
             if os.path.realpath(prefix + suffix) in map(os.path.realpath, files):
                 raise ConfigError(f"The output {prefix + suffix} is one of the inputs. Use another --output-prefix.")
+    for path in files:
+        if kind_of(path) == ".parquet":
+            check_table(path, list(prefixes))
     make_folder_of(options.output_prefix)
     return [{"path": path, "bytes": os.path.getsize(path)} for path in files]
 
