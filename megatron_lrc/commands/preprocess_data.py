@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from megatron_lrc.commands.flags import flag_adder, new_parser, positive, say
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.chat_template import DEFAULT_DATE
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
 from megatron_lrc.data.writing import explain_os_error
@@ -26,7 +27,7 @@ def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
     add(
         "--input",
         "files, folders or quoted patterns: .jsonl (one object per line), .txt (one document per file), both also "
-        "as .gz or .zst; .parquet (one document per row)",
+        "as .gz, .bz2, .xz or .zst; .parquet (one document per row)",
         nargs="+",
         required=True,
         metavar="PATH",
@@ -57,6 +58,9 @@ def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
         '{"input_ids": [...]}; with --json-keys input_ids',
         action="store_true",
     )
+    add("--chat-template-name", "of a tokenizer's several chat templates, the one for chats", metavar="NAME")
+    dates = "the date that chat templates take for today's, so that every day gives the same data"
+    add("--chat-date", f"{dates} (default: {DEFAULT_DATE})", metavar="YYYY-MM-DD")
     add("--workers", "processes that encode", type=positive, default=1)
     bad = "a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it"
     add("--on-bad-line", bad, choices=("fail", "skip"), default="fail")

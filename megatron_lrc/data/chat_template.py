@@ -1,10 +1,170 @@
-"""ChatTemplate: renders chats (lists of messages) to text, as a tokenizer's own template says."""
+"""ChatTemplate: renders chats (lists of messages) to text, as a tokenizer's own template says, alike on any day.
 
+A template may ask for today's date (`strftime_now`; Llama 3.2's does). Data would be other data each day then, and a
+run that goes on after midnight would mix two. So every template is rendered as of one date. What gives other text each
+time on purpose, Jinja's `random` and `lipsum`, is refused.
+
+A template prints a message's content either as a string or as a list of parts, such as {"type": "text", "text": ...};
+some do both, some take the first part only, also by role (Mistral Small 3.1's). Given another form it may print a
+Python list, or nothing, without an error. Which ones it prints is tried once for each role, and each content is given
+in a form that is printed (`_Renderer`).
+"""
+
+import contextlib
 import functools
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date as calendar_date
+from datetime import datetime
+from hashlib import sha256
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+
+#: The date of chats unless --chat-date gives one. Llama's templates write it where no date can be had.
+DEFAULT_DATE = "2024-07-26"
+_DEFAULT_NAME = "default"  # of the template that apply_chat_template takes, too
+
+Content = str | list[dict[str, Any]]  # a string, or parts {"type": "text", "text": ...}
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+# What a template is tried on. Some print only the first of several parts.
+_FIRST, _SECOND = "first-of-megatron-lrc", "second-of-megatron-lrc"
+_MARKS = {"string": [_FIRST], "part": [_FIRST], "parts": [_FIRST, _SECOND]}
+_FORMS: dict[str, Content] = {
+    "string": _FIRST,
+    "part": [_text_part(_FIRST)],
+    "parts": [_text_part(_FIRST), _text_part(_SECOND)],
+}
+_PRINTED_PART = re.compile(rf"""text\\*["']\s*:\s*\\*["']{_FIRST}""")
+# The roles of a chat in which a message of the role stands where templates expect it.
+_PLACES = {"system": ["system", "user"], "user": ["user"], "assistant": ["user", "assistant"]}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders chats as one of a tokenizer's templates says.
+
+    The tokenizer of the directory is loaded again where the first chat is met: workers without chats stay light.
+    """
+
+    path: str
+    templates: dict[str, str]  # name -> Jinja source
+    name: str = _DEFAULT_NAME
+    date: str | None = None  # YYYY-MM-DD; None: DEFAULT_DATE, unless the template has a date of its own
+
+    def with_options(self, *, name: str | None, date: str | None) -> "ChatTemplate":
+        """The template of --chat-template-name, as of --chat-date; None: the default one. ConfigError for others."""
+        if name is not None and name not in self.templates:
+            raise ConfigError(
+                f"--chat-template-name {name}: the tokenizer {self.path!r} has no such chat template. "
+                f"Give one of {', '.join(sorted(self.templates))}."
+            )
+        if date is not None:
+            try:
+                date = calendar_date.fromisoformat(date).isoformat()
+            except ValueError as error:
+                raise ConfigError(f"--chat-date {date} is no date. Give one such as {DEFAULT_DATE}.") from error
+        return replace(self, name=name or self.name, date=date)
+
+    @property
+    def template(self) -> str | None:
+        """Its Jinja source; None if the tokenizer has several, of which none is named default and none was chosen."""
+        return self.templates.get(self.name)
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What a manifest says of it."""
+        return {
+            "chat_template": sha256(self.template.encode()).hexdigest() if self.template is not None else None,
+            "chat_template_name": self.name if self.template is not None else None,
+            "chat_date": self.date or DEFAULT_DATE,
+        }
+
+    def __call__(self, messages: list[dict[str, Any]]) -> str:
+        """The whole chat as text, special tokens spelled out. ConfigError if the template refuses it.
+
+        messages: as `chats.read_chat` gives them.
+        """
+        if self.template is None:
+            raise ConfigError(
+                f"it is a chat, and the tokenizer has several chat templates ({', '.join(sorted(self.templates))}), "
+                "none of them named default; choose one with --chat-template-name"
+            )
+        try:
+            return _renderer(self.path, self.template, self.date)(messages)
+        except Exception as error:  # a template is a program: it may fail in any way, and raises what it likes
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"the tokenizer's chat template refuses it ({type(error).__name__}: {reason})") from error
+
+
+def chat_template_of(path: str, tokenizer: Any) -> ChatTemplate | None:
+    """The chat templates of a transformers tokenizer that was loaded from `path`; None if it has none."""
+    found = tokenizer.chat_template
+    if not found:
+        return None
+    return ChatTemplate(path, dict(found) if isinstance(found, dict) else {_DEFAULT_NAME: found})
+
+
+class _Renderer:
+    """Renders chats with one template, each content in a form that it prints."""
+
+    def __init__(self, path: str, template: str, date: str | None):
+        self._tokenizer = _load_once(path)
+        self._source = _as_of(date or DEFAULT_DATE, template)
+        # Llama's name for the date of a chat, and its format. A template that has a date of its own keeps it
+        # unless one is asked for.
+        self._variables = {"date_string": _clock(date)("%d %b %Y")} if date else {}
+        self._forms: dict[str, set[str]] = {}  # by role
+
+    def __call__(self, messages: list[dict[str, Any]]) -> str:
+        in_form = [{**message, "content": self._in_form(message["role"], message["content"])} for message in messages]
+        return self._render(in_form)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=self._source, tokenize=False, **self._variables
+        )
+
+    def _in_form(self, role: str, content: Content) -> Content:
+        """As it is if the template prints that; else parts joined, with nothing between, or a string as one part."""
+        forms = self._forms_of(role)
+        if isinstance(content, list):
+            if "parts" in forms:
+                return content
+            content = "".join(part["text"] for part in content)
+        return [_text_part(content)] if content and "string" not in forms and "part" in forms else content
+
+    def _forms_of(self, role: str) -> set[str]:
+        """Those of `_FORMS` that the template prints. Of roles that are not tried: a string, if of users."""
+        if role not in self._forms:
+            if role in _PLACES:
+                self._forms[role] = set(self._printed_forms(role))
+            else:
+                of_users = self._forms_of("user")
+                self._forms[role] = {"string"} if "string" in of_users else of_users
+        return self._forms[role]
+
+    def _printed_forms(self, role: str) -> Iterator[str]:
+        for form, content in _FORMS.items():
+            tried = {"role": role, "content": content}
+            chat = [
+                tried if other == role else {"role": other, "content": self._in_form(other, "a")}
+                for other in _PLACES[role]
+            ]
+            with contextlib.suppress(Exception):
+                text = self._render(chat)
+                # Printed as Python or JSON a part would have its key before the text.
+                if all(mark in text for mark in _MARKS[form]) and not _PRINTED_PART.search(text):
+                    yield form
+
+
+_renderer = functools.cache(_Renderer)
 
 
 @functools.cache
@@ -14,25 +174,33 @@ def _load_once(path: str) -> Any:
     return open_tokenizer(path)
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """Renders chats (lists of messages) as the tokenizer's own template says. template: its Jinja source.
+def _as_of(date: str, template: str) -> str:
+    """A source that transformers renders as of this date.
 
-    The tokenizer of the directory is loaded again where the first chat is met: workers without chats stay light.
+    transformers passes data to a template, but no functions. It keeps each compiled source, though, with globals and
+    filters of its own: those are changed here, of a source that differs from the template by a comment, so that
+    nobody else renders with them. (The comment has a line to itself, which Jinja removes with it.)
     """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    path: str
-    template: str
-
-    def __call__(self, messages: list[dict[str, Any]]) -> str:
-        """The whole chat as text, special tokens spelled out. ConfigError if the template refuses it."""
-        try:
-            return _load_once(self.path).apply_chat_template(messages, chat_template=self.template, tokenize=False)
-        except Exception as error:  # a template is a program: it may fail in any way, and raises what it likes
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"the tokenizer's chat template refuses it ({type(error).__name__}: {reason})") from error
+    source = f"{{# as of {date} #}}\n{template}"
+    compiled = _compile_jinja_template(source)
+    if _compile_jinja_template(source) is not compiled:
+        raise RuntimeError("this version of transformers compiles a template anew each time, so no date can be fixed")
+    compiled.globals.update(strftime_now=_clock(date), lipsum=_refuse_chance)
+    compiled.environment.filters["random"] = _refuse_chance
+    return source
 
 
-def chat_template_of(path: str, tokenizer: Any) -> ChatTemplate | None:
-    """The chat template of a transformers tokenizer that was loaded from `path`; None if it has none."""
-    return ChatTemplate(path, tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None
+def _clock(date: str) -> Any:
+    """What takes the place of strftime_now: the start of this day."""
+    moment = datetime.fromisoformat(date)
+
+    def strftime_now(format: str) -> str:
+        return moment.strftime(format)
+
+    return strftime_now
+
+
+def _refuse_chance(*values: Any) -> str:
+    raise ValueError("it draws random numbers, so that the same chat would be another text each time")

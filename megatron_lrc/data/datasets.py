@@ -3,7 +3,7 @@
 The maps from samples to documents are cached: each request (data, order, how many samples) in a folder named
 by a hash over all of it, the .idx bytes included. So data written anew under an old prefix cannot meet stale
 maps, and maps built elsewhere are found. Rank 0 fills the folder under a temporary name: one which exists is
-complete.
+complete. It holds the maps' checksums, against which rank 0 reads all of them before a run uses them.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data.blends import Blend, DataPlan, plan_data
+from megatron_lrc.data.checksums import check_checksums, write_checksums
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.indexed_files import identity_of, read_indexed_file
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
@@ -126,10 +127,13 @@ class Request:
     @cached_property
     def folder(self) -> str:
         parts = [[name, order.identity, self.reaches[name]] for name, order in self.orders.items()]
-        return os.path.join(self.parent, digest_of(parts))
+        return os.path.join(self.parent, digest_of(["with checksums", *parts]))
 
     def fill_cache(self) -> bool:
-        """Have the maps built by rank 0 unless they are there: whether they were. Collective; ConfigError alike."""
+        """Have the maps built by rank 0 unless they are there: whether they were. Collective; ConfigError alike.
+
+        Maps that are there are checked by their checksums; damaged ones are refused.
+        """
         _require_compiled_helpers()
         return _on_first_rank(self._fill_cache)
 
@@ -139,9 +143,11 @@ class Request:
         try:
             os.makedirs(self.parent, exist_ok=True)
             if os.path.isdir(folder):
+                check_checksums(folder)
                 return True
             try:
                 self.write_maps(temporary)
+                write_checksums(temporary)
                 with contextlib.suppress(OSError):  # another run has just finished the same folder: use that one
                     os.rename(temporary, folder)
             finally:

@@ -9,6 +9,7 @@ way at a time: the output is the same bytes for any number of workers, and memor
 (multiprocessing's imap would read all of it ahead).
 """
 
+import codecs
 import json
 import multiprocessing
 import os
@@ -27,12 +28,14 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
+from megatron_lrc.data.chats import read_chat
 from megatron_lrc.data.encoders import Encode
-from megatron_lrc.data.input_files import Source, is_divisible
+from megatron_lrc.data.input_files import Source, is_divisible, kind_of
 from megatron_lrc.data.restart import Position
 
 CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory
 CHUNKS_AHEAD_PER_WORKER = 4
+_ONE_PER_LINE = "; an object on each line is expected, not one JSON document over the whole file"
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud83d; no UTF-8 can
 
 
@@ -77,8 +80,9 @@ class EncodedChunk:
         return replace(start, lines=start.lines + self.num_lines, num_bytes=num_bytes)
 
     def name_bad_lines(self, start: Position) -> list[str]:
-        """ "FILE:LINE: what is wrong" of each bad line, if this chunk begins at `start`."""
-        return [f"{self.chunk.source}:{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
+        """ "FILE:LINE: what is wrong" of each bad line, or "FILE row ROW: ...", if this chunk begins at `start`."""
+        place = f"{self.chunk.source}{' row ' if kind_of(self.chunk.source) == '.parquet' else ':'}"
+        return [f"{place}{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ class ChunkEncoder:
         documents: dict[str, list[str | list[int]]] = {key: [] for key in self.keys}
         bad_lines = []
         for number, line in enumerate(lines):
+            line = line.removeprefix(codecs.BOM_UTF8)  # of a file, or of one that was appended to it
             if not line.strip():
                 continue
             try:
@@ -131,15 +136,24 @@ def parse_line(line: bytes, keys: list[str]) -> list[Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from error
+        where = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        raise ConfigError(f"{_encoding_marked(line)}not UTF-8 ({where})") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not valid JSON ({error})") from error
+        raise ConfigError(f"not valid JSON ({error}){_ONE_PER_LINE if line.strip() in (b'[', b'{') else ''}") from error
     if not isinstance(record, dict):
-        raise ConfigError(f"a JSON {type(record).__name__}, not an object")
+        hint = _ONE_PER_LINE if isinstance(record, list) else ""
+        raise ConfigError(f"a JSON {type(record).__name__}, not an object{hint}")
     for key in keys:
         if key not in record:
             raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
     return [record[key] for key in keys]
+
+
+def _encoding_marked(line: bytes) -> str:
+    """ "UTF-16, " where a file begins with that encoding's byte order mark."""
+    if line.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first: the former begins as UTF-16's does
+        return "UTF-32, "
+    return "UTF-16, " if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
 
 
 def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
@@ -164,14 +178,10 @@ def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
 
 
 def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
-    if not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ConfigError(
-            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}} (for a list '
-            "of token ids add --token-ids)"
-        )
+    checked = read_chat(messages, key)
     if chat is None:
         raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
-    return chat(messages)
+    return chat(checked)
 
 
 def read_chunks(paths: list[str], keys: list[str], start: Position | None = None) -> Iterator[Chunk]:

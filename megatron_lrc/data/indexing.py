@@ -7,7 +7,6 @@ stopped goes on where it was, without a byte's difference (`restart.py`). `input
 """
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -18,9 +17,10 @@ from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.byte_pair import fastest
 from megatron_lrc.data.encoding import ChunkEncoder, EncodedChunk, encode_chunks, read_chunks
-from megatron_lrc.data.input_files import find_files
+from megatron_lrc.data.input_files import find_files, kind_of
 from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.restart import Done, Journal
+from megatron_lrc.data.tables import check_table
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
 from megatron_lrc.data.tokenizers import TokenizerType, load_tokenizer
 from megatron_lrc.data.writing import DatasetWriter, make_folder_of, publish
@@ -39,6 +39,8 @@ class IndexingOptions:
     append_eod: bool = False
     eos_before_bos_after: bool = False
     token_ids: bool = False
+    chat_template_name: str | None = None
+    chat_date: str | None = None
     workers: int = 1
     on_bad_line: Literal["fail", "skip"] = "fail"
     log_interval: int = 10000
@@ -78,8 +80,9 @@ def index_documents(options: IndexingOptions, *, report: Callable[[str], None]) 
     """
     keys = list(dict.fromkeys(options.json_keys))
     prefixes = {key: f"{options.output_prefix}_{key}_document" for key in keys}
-    sources = check_paths(options, prefixes)
+    sources = check_paths(options, prefixes, report)
     tokenizer = load_tokenizer(options.tokenizer_model, options.tokenizer_type, options.tiktoken)
+    tokenizer = with_chat_flags(tokenizer, options)
     before, after = document_ends(options, tokenizer)
     encoder = ChunkEncoder(
         keys=keys,
@@ -146,8 +149,21 @@ def identity_of(options: IndexingOptions, sources: list[dict[str, Any]], tokeniz
         "keys": options.json_keys,
         "joining": [options.append_eod, options.eos_before_bos_after],
         "token_ids": options.token_ids,
-        "tokenizer": [tokenizer.fingerprint, chat and chat.template],
+        "tokenizer": [tokenizer.fingerprint, chat and [chat.template, chat.date]],
     }
+
+
+def with_chat_flags(tokenizer: Tokenizer, options: IndexingOptions) -> Tokenizer:
+    """With the chat template that is chosen, as of the date that is. ConfigError where there is no template."""
+    if tokenizer.chat is not None:
+        chosen = tokenizer.chat.with_options(name=options.chat_template_name, date=options.chat_date)
+        return replace(tokenizer, chat=chosen)
+    if options.chat_template_name is not None or options.chat_date is not None:
+        raise ConfigError(
+            f"--chat-template-name and --chat-date are for tokenizers with a chat template, and "
+            f"{options.tokenizer_model!r} has none. Leave them out."
+        )
+    return tokenizer
 
 
 def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -169,13 +185,21 @@ def document_ends(options: IndexingOptions, tokenizer: Tokenizer) -> tuple[list[
     return [tokenizer.eod], [tokenizer.bos]  # type: ignore[list-item]
 
 
-def check_paths(options: IndexingOptions, prefixes: dict[str, str]) -> list[dict[str, Any]]:
-    """Paths and sizes of what --input means, none of which an output would overwrite. Makes the output folder."""
-    files = find_files(options.input)
+def check_paths(
+    options: IndexingOptions, prefixes: dict[str, str], report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Paths and sizes of what --input means, none of which an output would overwrite. Makes the output folder.
+
+    prefixes: by key. Tables are checked here already: one that were mended later would begin everything anew.
+    """
+    files = find_files(options.input, report)
     for prefix in prefixes.values():
         for suffix in (".bin", ".idx", ".json"):
             if os.path.realpath(prefix + suffix) in map(os.path.realpath, files):
                 raise ConfigError(f"The output {prefix + suffix} is one of the inputs. Use another --output-prefix.")
+    for path in files:
+        if kind_of(path) == ".parquet":
+            check_table(path, list(prefixes))
     make_folder_of(options.output_prefix)
     return [{"path": path, "bytes": os.path.getsize(path)} for path in files]
 
@@ -256,6 +280,6 @@ def make_manifest(
             "eos_before_bos_after": options.eos_before_bos_after,
             "token_ids": options.token_ids,
             "on_bad_line": options.on_bad_line,
-            "chat_template": hashlib.sha256(tokenizer.chat.template.encode()).hexdigest() if tokenizer.chat else None,
+            **(tokenizer.chat.identity if tokenizer.chat else {"chat_template": None}),
         },
     }

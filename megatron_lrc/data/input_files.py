@@ -1,62 +1,126 @@
 """Where documents come from: which files an --input means, and how each kind of file gives raw JSON lines.
 
-    .jsonl, .json        one object per line; also .gz and .zst of them
-    .parquet             one document per row; columns are the keys
-    .txt                 the whole file is one document, under the first key; also .gz and .zst
+    .jsonl, .json        one object per line; also packed
+    .parquet             one document per row; columns are the keys (`tables.py`)
+    .txt                 the whole file is one document, under the first key; also packed (`packings.py`)
 
 Whatever the kind, workers receive chunks of JSON lines (`encoding.py`), so there is one place where text is parsed and
 one kind of message. Reading is a stream: memory stays flat, but for a .txt file, which is a document.
 """
 
-import contextlib
+import codecs
 import glob
-import gzip
-import importlib
-import io
 import itertools
 import json
 import os
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any
+from functools import partial
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.packings import PACKINGS, damage_named, unpacked
+from megatron_lrc.data.tables import row_lines
 
-PACKINGS = (".gz", ".zst")
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
+_SUFFIXES_NAMED = 8  # of files that are passed over
 
 
 def kind_of(path: str) -> str | None:
     """The suffix that says what is in a file, without its packing; None for a file of no kind that is read."""
-    stem, suffix = os.path.splitext(path.lower())
-    inner = os.path.splitext(stem)[1] if suffix in PACKINGS else suffix
-    return inner if inner in KINDS and not (suffix in PACKINGS and inner == ".parquet") else None
+    inner, packing = _suffixes(path)
+    return inner if inner in KINDS and not (packing and inner == ".parquet") else None
 
 
-def find_files(inputs: Iterable[str]) -> list[str]:
+def find_files(inputs: Iterable[str], report: Callable[[str], None]) -> list[str]:
     """The files that paths, folders and patterns mean: each input in turn, a folder's and a pattern's sorted by path.
 
-    A file named as such may have any suffix (JSON lines, if it is none of the kinds); in a folder, searched with all
-    that is below it, other files are passed over. ConfigError if an input means no file, or one file is meant twice.
+    A file named as such may have any suffix (JSON lines, if it is none of the kinds). In a folder, searched with all
+    that is below it and linked into it, other files are passed over; `report` gets a line that counts them.
+    ConfigError if an input means no file, or one file is meant twice, be it through a link.
     """
     found: list[str] = []
+    passed_over: set[str] = set()
     for item in inputs:
-        if os.path.isdir(item):
-            inside = (os.path.join(folder, name) for folder, _, names in os.walk(item) for name in names)
-            files = sorted(path for path in inside if kind_of(path))
-            missing = f"the folder holds no {', '.join(KINDS)} file"
-        elif os.path.isfile(item):
-            files, missing = [item], ""
-        else:
-            files = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
-            missing = "there is no such file, and as a pattern it matches none"
+        files, others = _files_of(item)
         if not files:
+            missing = "there is no such file, and as a pattern it matches none"
+            if os.path.isdir(item) or others:
+                missing = f"the folder holds no {', '.join(KINDS)} file, but {_counted(others)}"
             raise ConfigError(f"--input {item}: {missing}. Give files, folders or quoted patterns such as 'data/*.gz'.")
         found += files
-    twice = {path for path in found if found.count(path) > 1} if len(set(found)) < len(found) else set()
-    if twice:
-        raise ConfigError(f"--input gives {min(twice)} more than once. Its documents would count twice; give it once.")
+        passed_over |= others
+    _check_readable(found)
+    _refuse_twice(found)
+    if passed_over := passed_over.difference(found):
+        kinds = f"{', '.join(KINDS)} (or the first two and .txt packed as {', '.join(PACKINGS)})"
+        report(f"passed over in folders: {_counted(passed_over)}; read are {kinds}")
     return found
+
+
+def _files_of(item: str) -> tuple[list[str], set[str]]:
+    """The files that are meant, sorted, and those of no kind in folders."""
+    if os.path.isfile(item):
+        return [item], set()
+    matches = [item] if os.path.isdir(item) else glob.glob(item, recursive=True)
+    named = {path for path in matches if not os.path.isdir(path)}
+    below = {path for folder in matches if os.path.isdir(folder) for path in _below(folder)}
+    files = named | {path for path in below if kind_of(path)}
+    return sorted(files), below - files
+
+
+def _below(folder: str, inside: tuple[str, ...] = ()) -> Iterator[str]:
+    """All files below a folder. Linked folders are entered, but not those that `inside`, the way here, has passed."""
+    real = os.path.realpath(folder)
+    if real in inside:
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise ConfigError(f"The folder {folder} cannot be read ({error.strerror}). Leave it out.") from error
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            yield from _below(path, (*inside, real))
+        else:
+            yield path
+
+
+def _counted(paths: Iterable[str]) -> str:
+    """How many files of which suffixes: "12 files (.csv 9, .tar.gz 3)"."""
+    counts = Counter("".join(_suffixes(path)) or "no suffix" for path in paths)
+    named = [f"{suffix} {count}" for suffix, count in counts.most_common(_SUFFIXES_NAMED)]
+    more = ["and others"] if len(counts) > _SUFFIXES_NAMED else []
+    total = sum(counts.values())
+    if not total:
+        return "no file at all"
+    return f"{total} file{'s' if total > 1 else ''} ({', '.join(named + more)})"
+
+
+def _suffixes(path: str) -> tuple[str, str]:
+    """What is in a file and how it is packed, in lower case: (".jsonl", ".gz"); "" for what the name does not say."""
+    stem, suffix = os.path.splitext(os.path.basename(path).lower())
+    return (os.path.splitext(stem)[1], suffix) if suffix in PACKINGS else (suffix, "")
+
+
+def _check_readable(files: list[str]) -> None:
+    for path in files:
+        inner, packing = _suffixes(path)
+        if inner == ".parquet" and packing:
+            raise ConfigError(f"{path} is a packed parquet file, which cannot be read in part. Unpack it first.")
+        if not os.path.isfile(path):
+            what = "is a link to a file that is not there" if os.path.islink(path) else "is no ordinary file"
+            raise ConfigError(f"{path} {what}. Remove or mend it, or name the other files.")
+
+
+def _refuse_twice(files: list[str]) -> None:
+    """ConfigError for a file that is there twice, by the same path, a symbolic or a hard link."""
+    seen: dict[object, str] = {}
+    for path in files:
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino) if status.st_nlink > 1 else os.path.realpath(path)
+        if first := seen.get(identity):
+            what = f"{path} more than once" if path == first else f"one file twice, by links: {first} and {path}"
+            raise ConfigError(f"--input gives {what}. Its documents would count twice; give it once.")
+        seen[identity] = path
 
 
 def is_divisible(path: str) -> bool:
@@ -87,9 +151,9 @@ class Source:
     def _lines(self) -> Iterator[bytes]:
         kind = kind_of(self.path)
         if kind == ".parquet":
-            yield from self._table_rows()
+            yield from self._table_lines()
             return
-        with open(self.path, "rb") as raw, _damage_named(self.path):
+        with open(self.path, "rb") as raw, damage_named(self.path):
             self._position = raw.tell
             file = unpacked(self.path, raw)
             if kind == ".txt":
@@ -98,91 +162,15 @@ class Source:
                 yield from file
             self._position = lambda: self.size  # the file is about to be closed
 
-    def _table_rows(self) -> Iterator[bytes]:
-        parquet = _import_for(self.path, "pyarrow.parquet")
-        arrow_error: Any = _import_for(self.path, "pyarrow").ArrowException
-        rows_read = 0
-        try:
-            with parquet.ParquetFile(self.path) as table:
-                names, num_rows = table.schema_arrow.names, max(table.metadata.num_rows, 1)
-                missing = [key for key in self._keys if key not in names]
-                if missing:
-                    raise ConfigError(
-                        f"{self.path} has no column {missing[0]!r}; its columns are {', '.join(names)}. "
-                        "Name the columns with --json-keys."
-                    )
-                self._position = lambda: self.size * rows_read // num_rows
-                for batch in table.iter_batches(batch_size=256, columns=self._keys):
-                    rows_read += batch.num_rows
-                    yield from (json.dumps(row, default=str).encode() for row in batch.to_pylist())
-        except (arrow_error, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{self.path} cannot be read as a parquet file ({reason}).") from error
-
-
-def unpacked(path: str, raw: IO[bytes]) -> IO[bytes]:
-    """The file's bytes, unpacked as its suffix says."""
-    if path.lower().endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if path.lower().endswith(".zst"):
-        decompressor = _import_for(path, "zstandard").ZstdDecompressor(max_window_size=2**31)
-        return io.BufferedReader(_ZstdFrames(raw, decompressor), 1 << 20)
-    return raw
-
-
-class _ZstdFrames(io.RawIOBase):
-    """All frames of a zstd file. EOFError if the last one breaks off: zstandard's own reader ends there in silence."""
-
-    def __init__(self, raw: IO[bytes], decompressor: Any):
-        self._raw, self._decompressor = raw, decompressor
-        self._frame: Any = None
-        self._packed, self._unpacked = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._unpacked:
-            self._packed = self._packed or self._raw.read(1 << 17)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("it breaks off")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._unpacked = memoryview(self._frame.decompress(self._packed))
-            self._packed = b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._unpacked))
-        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
-        return size
-
-
-@contextlib.contextmanager
-def _damage_named(path: str) -> Iterator[None]:
-    """One sentence for an archive that breaks off or is none."""
-    try:
-        yield
-    except Exception as error:
-        is_zstd = type(error).__name__ == "ZstdError"  # of a package that may not be there
-        if not is_zstd and not isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
-            raise
-        raise ConfigError(
-            f"{path} is damaged, or not packed as its name says ({error}). Get the file again, or leave it out."
-        ) from error
+    def _table_lines(self) -> Iterator[bytes]:
+        for share, lines in row_lines(self.path, self._keys):
+            self._position = partial(int, self.size * share)
+            yield from lines
 
 
 def _as_json_line(text: bytes, key: str) -> bytes:
-    """Bytes that are no UTF-8 stay as they are: whoever parses the line says so, by the rule for bad lines."""
+    """Without a byte order mark. What is not UTF-8 stays as it is: whoever parses the line names it, or skips it."""
     try:
-        return json.dumps({key: text.decode("utf-8")}).encode()
+        return json.dumps({key: text.removeprefix(codecs.BOM_UTF8).decode("utf-8")}).encode()
     except UnicodeDecodeError:
         return text
-
-
-def _import_for(path: str, package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        name = package.partition(".")[0]
-        raise ConfigError(f"{path} needs the package {name}. Install it: pip install {name}") from None

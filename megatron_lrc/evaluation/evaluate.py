@@ -102,7 +102,7 @@ def _heldout(options: EvaluationOptions, model: Any, directory: Path, report: Re
     if options.data_path:
         corpora += read_indexed(options.data_path, options.split, options.eval_split, directory)
     if options.input:
-        corpora.append(read_text(options.input, options.json_key, directory))
+        corpora.append(read_text(options.input, options.json_key, directory, report))
     teacher, vocab_size = None, int(model.config.vocab_size)
     if options.teacher:
         teacher = load_model(hugging_face_teacher(options.teacher), device=model.device, dtype=model.dtype)

@@ -5,7 +5,7 @@ training run cuts it. They are read in the order of the file, not in a run's shu
 on a seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
 from megatron_lrc.data.indexed_files import read_indexed_file
 from megatron_lrc.data.input_files import find_files
 from megatron_lrc.data.loaded_tokenizer import describe_unlike
+from megatron_lrc.data.restart import Position
 from megatron_lrc.data.tokenizers import load_tokenizer
 
 Part = Literal["valid", "test", "all"]
@@ -100,10 +101,11 @@ def _bounds(split: str, part: Part) -> tuple[float, float]:
     return plan.valid_part if part == "valid" else (plan.valid_part[1], 1.0)
 
 
-def read_text(inputs: list[str], key: str, tokenizer_directory: Path) -> Corpus:
+def read_text(inputs: list[str], key: str, tokenizer_directory: Path, report: Callable[[str], None] = print) -> Corpus:
     """All documents of these files (text, JSON lines, parquet, packed or not), each ended by the end-of-document token.
 
     As tools/preprocess_data.py --append-eod writes them. ConfigError for a line without text under `key`.
+    report: gets a line on the files of folders that are passed over.
     """
     tokenizer = load_tokenizer(str(tokenizer_directory))
     after = [] if tokenizer.eod is None else [tokenizer.eod]
@@ -114,12 +116,11 @@ def read_text(inputs: list[str], key: str, tokenizer_directory: Path) -> Corpus:
         after=after,
         chat=tokenizer.chat,
     )
-    pieces, lines = [numpy.zeros(0, dtype=numpy.int32)], 0
-    for chunk in read_chunks(find_files(inputs), [key]):
+    pieces, position = [numpy.zeros(0, dtype=numpy.int32)], Position()
+    for chunk in read_chunks(find_files(inputs, report), [key]):
         encoded = encode(chunk)
         if encoded.bad_lines:
-            line, what = encoded.bad_lines[0]
-            raise ConfigError(f"{chunk.source}:{lines + line + 1}: {what}. Correct it, or leave the file out.")
-        lines = 0 if encoded.chunk.is_last else lines + encoded.num_lines
+            raise ConfigError(f"{encoded.name_bad_lines(position)[0]}. Correct it, or leave the file out.")
+        position = encoded.end(position)
         pieces.append(encoded.tokens[key])
     return Corpus(", ".join(inputs), numpy.concatenate(pieces))

@@ -8,26 +8,32 @@ from pathlib import Path
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.teacher import WEIGHT_FILES
 
-#: What makes a tokenizer, a chat format and generation defaults; copied as it is.
+#: What makes a tokenizer, chat formats and generation defaults, as patterns; copied as it is. Not what a processor of
+#: images or sound needs (processor_config.json, preprocessor_config.json): models here are of text only.
 COPIED_FILES: tuple[str, ...] = (
     "tokenizer.json",
-    "tokenizer.model",
+    "tokenizer.model*",  # also Mistral's tokenizer.model.v3
+    "tekken.json",
+    "*.tiktoken",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
 
-def copy_files(source: Path, target: Path, names: Iterable[str] = COPIED_FILES) -> None:
-    """Copy those of `names` that `source` has."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_files(source: Path, target: Path, patterns: Iterable[str] = COPIED_FILES) -> None:
+    """Copy the files of `source` that any of these patterns means, to the same place in `target`."""
+    for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 @contextmanager

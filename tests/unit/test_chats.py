@@ -1,10 +1,20 @@
 """Chats are rendered with the tokenizer's template; documents are joined as the flags say."""
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tiny_data
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data import indexing
+from megatron_lrc.data.chat_template import ChatTemplate
+from megatron_lrc.data.encoding import as_text
+from megatron_lrc.data.tokenizers import load_tokenizer
+from megatron_lrc.hf.output_folder import copy_files
 from preprocess_tool import check_refused, preprocess
 from tiny_data import read_documents
 
@@ -74,3 +84,208 @@ def test_what_cannot_be_rendered_or_joined_is_one_sentence(tmp_path, chat_tokeni
     check_refused(capsys, "two ways to join", "--input", text, "--tokenizer-model", chat_tokenizer, *out, *both)
     joined = ("--tokenizer-model", plain, *out, "--eos-before-bos-after")
     check_refused(capsys, "has no EOS token", "--input", text, *joined)
+
+
+# ------------------------------------------------------------------------------------------------ what is rendered
+
+
+@pytest.fixture
+def chat_of(tmp_path, tokenizer_folder) -> Callable[..., ChatTemplate]:
+    """The chat template of a tokenizer with this Jinja source, and with others by name."""
+
+    def load(source: str | None = None, **others: str) -> ChatTemplate:
+        shutil.copytree(tokenizer_folder, tmp_path / "with_template")
+        if source is not None:
+            (tmp_path / "with_template" / "chat_template.jinja").write_text(source)
+        for name, other in others.items():
+            (tmp_path / "with_template" / "additional_chat_templates").mkdir(exist_ok=True)
+            (tmp_path / "with_template" / "additional_chat_templates" / f"{name}.jinja").write_text(other)
+        chat = load_tokenizer(str(tmp_path / "with_template")).chat
+        assert chat is not None
+        return chat
+
+    return load
+
+
+def messages(*contents: Any, role: str = "user") -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for content in contents]
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+STRINGS = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+ONLY_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }};{% endfor %}{% endif %}{% endfor %}"
+)
+PARTS_OF_USERS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'user' and m.content is not string %}"
+    "{% for part in m.content %}{{ part.text }};{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+FIRST_PART = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is not string or m.role == 'user' %}{{ m.content[0].text }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, content, expected",
+    [
+        (STRINGS, parts("a ", "b"), "a b"),
+        (STRINGS, [], ""),
+        (STRINGS.replace("trim", "string | tojson"), parts("a", "b"), '"ab"'),
+        (EITHER, "a", "a"),
+        (EITHER, parts("a", "b"), "a;b;"),
+        (ONLY_PARTS, "a", "a"),  # its characters have no type: transformers prints none of them
+        (ONLY_PARTS, parts("a", "b"), "ab"),
+        (FIRST_PART, "a", "a"),
+        (FIRST_PART, parts("a", "b"), "ab"),
+    ],
+)
+def test_content_is_given_in_a_form_that_the_template_prints(chat_of, template, content, expected):
+    assert as_text(messages(content), "messages", chat_of(template)) == f"<user>{expected}"
+
+
+def test_the_form_of_content_is_found_for_each_role(chat_of):
+    chat = messages(parts("a", "b")) + messages(parts("c", "d"), role="assistant") + messages(parts("e"), role="tool")
+    assert as_text(chat, "messages", chat_of(PARTS_OF_USERS)) == "<user>a;b;<assistant>cd<tool>e"
+
+
+def test_parts_are_not_lost_where_only_the_first_is_printed(chat_of):
+    chat = (
+        messages(parts("s", "t"), role="system")
+        + messages(parts("a", "b"))
+        + messages(parts("c", "d"), role="assistant")
+    )
+    assert as_text(chat, "messages", chat_of(FIRST_PART)) == "<system>st<user>ab<assistant>cd"
+
+
+def test_null_is_no_text_and_no_field(chat_of):
+    calls = "{% if m.tool_calls is defined %}[{{ m.tool_calls[0].id }}]{% endif %}"
+    template = STRINGS.replace("{% endfor %}", calls + "{% endfor %}")
+    call: dict[str, Any] = {"role": "assistant", "tool_calls": [{"id": 7}]}
+    chat = [call, {**call, "content": None}, {"role": "assistant", "content": None, "tool_calls": None, "name": None}]
+    assert as_text(chat, "messages", chat_of(template)) == "<assistant>[7]<assistant>[7]<assistant>"
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ({"role": "user", "content": 7}, "message 2 of 'messages' has a int as its content, which is not text"),
+        ({"role": "user", "content": False}, "has a bool as its content"),
+        ({"role": "user", "content": {"text": "x"}}, "has a dict as its content"),
+        ({"role": "user", "content": ["x"]}, "has a str among the parts of its content"),
+        ({"role": "user", "content": [{"type": "image", "image": None}]}, "has content of type 'image'"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "has content of type 'text'"),
+        ({"role": "user", "text": "x"}, "has no content, only role, text"),
+        ({"role": 1, "content": "x"}, "has a int as its role"),
+    ],
+)
+def test_what_is_no_text_is_a_bad_line(chat_of, message, reason):
+    with pytest.raises(ConfigError) as caught:
+        as_text([*messages("a"), message], "messages", chat_of(STRINGS))
+    assert reason in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- which template and day
+
+
+TODAY = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y %H:%M') %}{% endif %}"
+    "{{ date_string }}{% macro year() %} {{ strftime_now('%Y') }}{% endmacro %}{{ year() }}"
+)
+
+
+def test_todays_date_is_a_fixed_one(chat_of):
+    chat = chat_of(TODAY)
+    assert chat(messages("x")) == "26 Jul 2024 00:00 2024"
+    assert chat.with_options(name=None, date="2025-01-02")(messages("x")) == "02 Jan 2025 2025"
+    assert chat(messages("x")) == "26 Jul 2024 00:00 2024"
+
+
+def test_a_template_that_has_a_date_keeps_it_unless_one_is_given(chat_of):
+    own = "{% if not date_string is defined %}{% set date_string = '1 Dec 2023' %}{% endif %}"
+    chat = chat_of(own + "{{ date_string }}")
+    assert chat(messages("x")) == "1 Dec 2023"
+    assert chat.with_options(name=None, date="2025-01-02")(messages("x")) == "02 Jan 2025"
+
+
+def test_only_our_renderings_have_the_fixed_date(chat_of):
+    from transformers import AutoTokenizer
+
+    source = "\n  {% for m in messages %}\n  {{ m.content }}\n{% endfor %}\n{{ strftime_now('%Y') > '2024' }}\n\n"
+    chat = chat_of(source)
+    assert chat(messages("x")) == "\n  x\nFalse\n"
+    elsewhere = AutoTokenizer.from_pretrained(chat.path).apply_chat_template(messages("x"), tokenize=False)
+    assert elsewhere == "\n  x\nTrue\n"
+
+
+@pytest.mark.parametrize("chance", ["{{ [1, 2, 3] | random }}", "{{ lipsum() }}"])
+def test_a_template_that_draws_random_numbers_is_refused(chat_of, chance):
+    with pytest.raises(ConfigError, match="it draws random numbers"):
+        chat_of(chance)(messages("x"))
+
+
+def test_the_default_template_is_taken_or_the_one_that_is_named(chat_of):
+    chat = chat_of("default: {{ messages[0].content }}", tool_use="tools: {{ messages[0].content }}")
+    assert chat(messages("x")) == "default: x"
+    assert chat.with_options(name="tool_use", date=None)(messages("x")) == "tools: x"
+    with pytest.raises(ConfigError, match=r"--chat-template-name rag: .* Give one of default, tool_use\."):
+        chat.with_options(name="rag", date=None)
+    with pytest.raises(ConfigError, match="--chat-date 2.1.2025 is no date. Give one such as 2024-07-26"):
+        chat.with_options(name=None, date="2.1.2025")
+
+
+def test_without_a_default_one_has_to_be_named_if_there_are_chats(chat_of):
+    chat = chat_of(a="A", b="B")
+    assert as_text("no chat", "text", chat) == "no chat"
+    with pytest.raises(ConfigError, match=r"several chat templates \(a, b\), none of them named default; choose one"):
+        as_text(messages("x"), "messages", chat)
+    assert chat.with_options(name="b", date=None)(messages("x")) == "B"
+
+
+def test_date_and_name_are_in_the_manifest_and_another_date_is_other_data(tmp_path, chat_of):
+    folder = chat_of(TODAY, short="{{ strftime_now('%y') }}").path
+    source = write_lines(tmp_path / "chats.jsonl", [{"messages": CHATS[0]}])
+    flags = ("--input", source, "--tokenizer-model", folder, "--output-prefix", tmp_path / "o")
+    identities = []
+    for more, date, name in (
+        ((), "2024-07-26", "default"),
+        (("--chat-date", "2025-01-02"), "2025-01-02", "default"),
+        (("--chat-date", "2025-01-02", "--chat-template-name", "short"), "2025-01-02", "short"),
+    ):
+        assert preprocess(*flags, "--json-keys", "messages", *more) == 0
+        recorded = json.loads((tmp_path / "o_messages_document.json").read_text())["options"]
+        assert (recorded["chat_date"], recorded["chat_template_name"]) == (date, name)
+        values = dict(zip(("chat_date", "chat_template_name"), (more[1::2]), strict=False))
+        options = indexing.IndexingOptions(input=[], output_prefix="", tokenizer_model=folder, **values)
+        tokenizer = indexing.with_chat_flags(load_tokenizer(folder), options)
+        identities.append(json.dumps(indexing.identity_of(options, [], tokenizer)))
+    assert len(set(identities)) == 3
+
+
+def test_chat_flags_without_a_template_are_refused(tmp_path, tokenizer_folder, capsys):
+    source = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["x"])
+    flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
+    check_refused(capsys, "are for tokenizers with a chat template", *flags, "--chat-date", "2025-01-02")
+
+
+def test_exports_and_conversions_keep_every_template(chat_of, tmp_path):
+    folder = Path(chat_of("D", tool_use="T").path)
+    for name in ("tokenizer.model.v3", "tekken.json", "preprocessor_config.json", "model.safetensors"):
+        (folder / name).write_text("")
+    (tmp_path / "copy").mkdir()
+    copy_files(folder, tmp_path / "copy")
+    left_out = {"preprocessor_config.json", "model.safetensors"}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*")} == names - left_out
+    copied = load_tokenizer(str(tmp_path / "copy")).chat
+    assert copied is not None and copied.templates == {"default": "D", "tool_use": "T"}

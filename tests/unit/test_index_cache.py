@@ -10,6 +10,7 @@ import pytest
 from config_cases import data_config
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
+from megatron_lrc.data.checksums import write_checksums
 from megatron_lrc.data.datasets import build_datasets, resolve_train_iters
 from tiny_data import numbered, write_dataset
 from tools_path import tool_main
@@ -93,18 +94,51 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_map_that_would_run_code_or_is_damaged_is_refused(tmp_path):
-    prefix = numbered(tmp_path / "a", 60)
-    config = data_config(data_path=[prefix], split="80,20,0", train_iters=30, eval_iters=2)
+@pytest.fixture
+def built(tmp_path):
+    """A configuration whose maps are there, and one of them."""
+    config = data_config(data_path=[numbered(tmp_path / "a", 60)], split="80,20,0", train_iters=30, eval_iters=2)
     build_datasets(config)
     (file,) = (tmp_path / "cache").rglob("train-0-shuffle.npy")
+    return config, file
+
+
+def test_a_map_that_would_run_code_is_refused(tmp_path, built):
+    config, file = built
     numpy.save(file, numpy.array([Bomb(tmp_path / "it-ran")], dtype=object), allow_pickle=True)
-    with pytest.raises(ConfigError, match="shuffle.npy is not an index map"):
+    write_checksums(str(file.parent))
+    with pytest.raises(ConfigError, match=r"shuffle.npy is not an index map .* the next start builds it again"):
         build_datasets(config)
     assert not (tmp_path / "it-ran").exists()
-    file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(ConfigError, match="the next start builds it again"):
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("train-0-shuffle.npy", flip_a_bit, "shuffle.npy is damaged"),
+        ("train-0-shuffle.npy", lambda path: path.write_bytes(path.read_bytes()[:-8]), "shuffle.npy is damaged"),
+        ("valid-0-samples.npy", Path.unlink, "samples.npy is missing"),
+        ("checksums.json", Path.unlink, "checksums.json is missing or damaged"),
+        ("checksums.json", lambda path: path.write_text("{"), "checksums.json is missing or damaged"),
+    ],
+)
+def test_damaged_maps_are_refused_and_built_again_once_they_are_removed(built, name, damage, message):
+    """A changed bit in a map is another order of the samples, or samples of other data, without an error."""
+    config, file = built
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+    build_datasets(config)
+    damage(file.parent / name)
+    with pytest.raises(ConfigError, match=f"{message}.* Remove {file.parent}; the next start builds it again"):
         build_datasets(config)
+    shutil.rmtree(file.parent)
+    build_datasets(config)
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
 
 
 def errors(capsys, argv: list[str]) -> list[str]:

@@ -1,7 +1,13 @@
 """Whatever kind of file documents come in, the dataset is the one that their JSON lines give."""
 
+import bz2
+import codecs
+import datetime
+import decimal
 import gzip
 import json
+import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,8 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
 from megatron_lrc.data.input_files import find_files, kind_of
+from megatron_lrc.data.restart import Position
+from megatron_lrc.data.tables import check_table
 from megatron_lrc.data.tokenizers import load_tokenizer
 from preprocess_tool import check_refused, preprocess
 from tiny_data import read_documents, write_parquet, write_zst
@@ -73,22 +81,227 @@ def test_folders_and_patterns_are_sorted_and_keep_their_place(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     inputs = [str(tmp_path / "z*"), str(tmp_path / "b"), str(tmp_path / "a.jsonl")]
-    found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs)]
+    found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs, print)]
     assert found == ["z.jsonl.zst", "b/1.txt.gz", "b/2.jsonl", "b/c/3.parquet", "a.jsonl"]
     assert kind_of("x.TXT.GZ") == ".txt" and kind_of("x.tar.gz") is None
+
+
+def documents_in(path: Path, key: str = "text") -> list[bytes]:
+    """The JSON lines of a file that is not divisible."""
+    return [line for chunk in read_chunks([str(path)], [key]) for line in chunk.lines or []]
+
+
+def write_packed(path: Path, parts: list[bytes]) -> None:
+    """One packed stream for each part."""
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix.lower())
+    if pack is None:
+        write_zst(path, parts)
+    else:
+        path.write_bytes(b"".join(map(pack, parts)))
+
+
+PACKED = [".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".jsonl.zst", ".jsonl.zstd", ".JSONL.BZ2"]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_files_of_several_streams_give_every_line_also_from_the_middle_on(tmp_path, kind):
+    lines = json_lines(TEXTS)
+    write_packed(path := tmp_path / f"a{kind}", [lines[:5000], b"", lines[5000:]])
+    expected = lines.splitlines(keepends=True)
+    assert documents_in(path) == expected
+    (chunk,) = read_chunks([str(path)], ["text"], Position(lines=317))
+    assert chunk.lines == expected[317:]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_packed_file_that_breaks_off_or_goes_on_as_something_else_is_named(tmp_path, kind):
+    write_packed(path := tmp_path / f"a{kind}", [json_lines(TEXTS), json_lines(TEXTS[:3])])
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) * 2 // 3], whole[:-1], whole + b"more", b"\0" * 4 + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="is damaged, or not packed as its name says"):
+            documents_in(path)
+
+
+def test_xz_files_may_be_padded_with_zeros_as_their_format_says(tmp_path):
+    first, second = lzma.compress(b"one\n"), lzma.compress(b"two\n")
+    (tmp_path / "a.jsonl.xz").write_bytes(first + b"\0" * 8 + second + b"\0" * 4)
+    assert documents_in(tmp_path / "a.jsonl.xz") == [b"one\n", b"two\n"]
+
+
+def found_in(folder: Path, *inputs: str) -> tuple[list[str], list[str]]:
+    """(files, what was reported), all relative to the folder."""
+    reported: list[str] = []
+    files = find_files([str(folder / item) for item in inputs], reported.append)
+    return [str(Path(path).relative_to(folder)) for path in files], reported
+
+
+def write_empty(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_linked_folders_are_entered_but_not_for_ever(tmp_path):
+    write_empty(tmp_path, "in/a.jsonl", "elsewhere/deep/b.txt.bz2")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere/deep/self").symlink_to(tmp_path / "elsewhere/deep")
+    assert found_in(tmp_path, "in") == (["in/a.jsonl", "in/linked/deep/b.txt.bz2"], [])
+
+
+def test_what_is_passed_over_in_folders_is_counted_by_suffix(tmp_path):
+    write_empty(tmp_path, "in/a.jsonl", "in/b.tar.GZ", "in/c.csv", "in/d.csv", "in/README", "in/x.parquet.gz")
+    files, (line,) = found_in(tmp_path, "in")
+    assert files == ["in/a.jsonl"]
+    assert line.startswith("passed over in folders: 5 files (.csv 2, ")
+    assert all(part in line for part in (".tar.gz 1", "no suffix 1", ".parquet.gz 1"))
+    assert found_in(tmp_path, "in/a.jsonl", "in/c.csv") == (["in/a.jsonl", "in/c.csv"], [])
+    (tmp_path / "in/a.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"the folder holds no .* file, but 5 files \(.csv 2, "):
+        found_in(tmp_path, "in")
+
+
+def test_folders_that_a_pattern_matches_are_read_with_all_below_them(tmp_path):
+    write_empty(tmp_path, "in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl", "in/one/two/d.csv")
+    below = ["in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl"]
+    files, (line,) = found_in(tmp_path, "in/*")
+    assert files == below and "1 file (.csv 1)" in line
+    assert found_in(tmp_path, "in/**") == ([*below, "in/one/two/d.csv"], [])
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_that_is_meant_twice_by_a_link_is_refused(tmp_path, link):
+    write_empty(tmp_path, "a.jsonl")
+    link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    with pytest.raises(ConfigError, match=r"one file twice, by links: .*a.jsonl and .*b.jsonl"):
+        found_in(tmp_path, "*.jsonl")
+    with pytest.raises(ConfigError, match=r"one file twice, by links: .*b.jsonl and .*a.jsonl"):
+        found_in(tmp_path, "b.jsonl", "a.jsonl")
+
+
+def test_what_has_the_name_of_a_text_file_and_cannot_be_read_is_refused(tmp_path):
+    write_empty(tmp_path, "a.jsonl", "packed/p.parquet.gz")
+    (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="lost.jsonl is a link to a file that is not there"):
+        found_in(tmp_path, ".")
+    with pytest.raises(ConfigError, match="p.parquet.gz is a packed parquet file, .* Unpack it first"):
+        found_in(tmp_path, "packed/p.parquet.gz")
+
+
+def errors_of(path: Path) -> list[str]:
+    (chunk,) = read_chunks([str(path)], ["text"])
+    encoder = encoding.ChunkEncoder(keys=["text"], encode_batch=lambda texts: [[1] for _ in texts], vocab_size=2)
+    return encoder(chunk).name_bad_lines(Position())
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, packing):
+    mark = codecs.BOM_UTF8
+    write = gzip.compress if packing else bytes
+    (tmp_path / f"a.txt{packing}").write_bytes(write(mark + "caf\u00e9 \ufeff".encode()))
+    assert [json.loads(line) for line in documents_in(tmp_path / f"a.txt{packing}")] == [{"text": "caf\u00e9 \ufeff"}]
+    line = b'{"text": "x"}\n'
+    (tmp_path / f"a.jsonl{packing}").write_bytes(write(mark + line + line + mark + line + mark))
+    assert errors_of(tmp_path / f"a.jsonl{packing}") == []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("encoding_name", ["UTF-16", "UTF-32"])
+def test_other_encodings_are_named_by_their_mark(tmp_path, name, encoding_name):
+    (tmp_path / name).write_bytes('{"text": "x"}'.encode(encoding_name))
+    (error,) = errors_of(tmp_path / name)
+    assert error.startswith(f"{tmp_path / name}:1: {encoding_name}, not UTF-8 (byte 0xff at column 1)")
+
+
+def test_a_json_document_over_the_whole_file_is_called_that(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x"}]))
+    assert (
+        "not an object; an object on each line is expected, not one JSON document" in errors_of(tmp_path / "a.json")[0]
+    )
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x"}], indent=1))
+    assert "; an object on each line is expected, not one JSON document" in errors_of(tmp_path / "a.json")[0]
+
+
+def write_column(path: Path, values: list, arrow_type: str | None = None) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array(values, type=getattr(pyarrow, arrow_type)() if arrow_type else None)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    return path
+
+
+@pytest.mark.parametrize("arrow_type", ["string", "large_string", "binary", "large_binary", "binary_view"])
+def test_a_column_of_text_is_text_whether_it_is_annotated_or_not(tmp_path, arrow_type):
+    values = [None, "caf\u00e9", "b'x'"]
+    written = [value.encode() if value and "binary" in arrow_type else value for value in values]
+    path = write_column(tmp_path / "a.parquet", written, arrow_type)
+    assert [json.loads(line)["text"] for line in documents_in(path)] == values
+
+
+def test_values_within_messages_are_decoded_too_and_ids_stay_numbers(tmp_path):
+    chat = [{"role": "user", "content": "caf\u00e9".encode(), "n": 2**62, "calls": [{"x": b"y", "z": None}]}]
+    path = write_column(tmp_path / "a.parquet", [chat])
+    decoded = [{"role": "user", "content": "caf\u00e9", "n": 2**62, "calls": [{"x": "y", "z": None}]}]
+    assert [json.loads(line) for line in documents_in(path)] == [{"text": decoded}]
+    assert documents_in(write_column(tmp_path / "b.parquet", [[3, 1], []])) == [b'{"text": [3, 1]}', b'{"text": []}']
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_row_that_is_not_utf8_is_a_bad_line(tmp_path, is_chat):
+    values: list = [b"fine", b"caf\xe9", b"fine"]
+    if is_chat:
+        values = [[{"role": "user", "content": value}] for value in values]
+    path = write_column(tmp_path / "a.parquet", values)
+    errors = [error for error in errors_of(path) if "chat template" not in error]
+    assert errors == [f"{path} row 2: not UTF-8 (byte 0xe9 at column 4)"]
+
+
+@pytest.mark.parametrize(
+    "value, named",
+    [
+        (decimal.Decimal("1.5"), "'text' is of type decimal128(2, 1)"),
+        (datetime.datetime(2024, 1, 2), "'text' is of type timestamp[us]"),
+        (datetime.date(2024, 1, 2), "'text' is of type date32[day]"),
+        (1, "'text' is of type int64"),
+        (1.0, "'text' is of type double"),
+        (True, "'text' is of type bool"),
+        (None, "'text' is of type null"),
+        ({"body": "x"}, "'text' is of type struct<body: string>"),
+        (["x"], "'text' is of type list<"),
+        ([1.5], "'text' is of type list<"),
+        ([{"role": "user", "when": datetime.date(2024, 1, 2)}], "'text', field 'text.when', is of type date32[day]"),
+        ([{"role": "user", "a": [{"b": decimal.Decimal("1.5")}]}], "field 'text.a.b', is of type decimal128(2, 1)"),
+    ],
+)
+def test_a_column_of_another_type_is_refused_by_its_type(tmp_path, value, named):
+    path = write_column(tmp_path / "a.parquet", [value])
+    with pytest.raises(ConfigError) as caught:
+        check_table(str(path), ["text"])
+    assert str(caught.value).startswith(f"{path}: the column ") and named in str(caught.value)
+
+
+def test_every_table_is_checked_before_the_first_is_read(tmp_path, tokenizer_folder, capsys):
+    write_column(tmp_path / "a.parquet", ["fine"])
+    write_column(tmp_path / "b.parquet", [1])
+    flags = ("--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o", "--log-interval", 1)
+    assert preprocess("--input", tmp_path, *flags) == 2
+    printed = capsys.readouterr()
+    assert "b.parquet: the column 'text' is of type int64" in printed.err and printed.out == ""
 
 
 @pytest.mark.parametrize("item, expected", [("none*.gz", "there is no such file"), ("folder", "the folder holds no")])
 def test_an_input_that_means_no_file_is_refused(tmp_path, item, expected):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=expected):
-        find_files([str(tmp_path / item)])
+        find_files([str(tmp_path / item)], print)
 
 
 def test_a_file_that_is_meant_twice_is_refused(tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["x"])
     with pytest.raises(ConfigError, match="more than once"):
-        find_files([path, str(tmp_path)])
+        find_files([path, str(tmp_path)], print)
 
 
 def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):
