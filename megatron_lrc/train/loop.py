@@ -43,8 +43,9 @@ def train(config: Config) -> None:
     """Run the whole training on this process, one of the world that torchrun's environment describes."""
     choose_determinism(config)
     check_machine(config)
+    meeting = distributed.meet(config)
     checked = check(config, distributed.world_size())
-    groups = distributed.start(config)
+    groups = distributed.start(config, meeting)
     distributed.watch_peers(groups)
     checked = _fall_back_past_damage(config, checked)
     start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
