@@ -157,6 +157,15 @@ def test_a_changed_comment_in_the_code_is_named_by_its_file(tmp_path):
     assert {name for name in after if after[name] != before[name]} == {"megatron_lrc/train/step.py"}
 
 
+def test_the_tokenizer_counts_where_it_says_where_documents_end(config, tokenizer_folder):
+    assert "the tokenizer" not in describe_rank(check(config, 1), 1)
+    config.data.eod_mask_loss, found = True, []
+    for tokenizer in (config.model.teacher, tokenizer_folder):
+        config.data.tokenizer_model = tokenizer
+        found.append(rank_identity._describe_tokenizer(config)["the tokenizer"])
+    assert found[0] != found[1]
+
+
 def test_variables_that_choose_kernels_count_and_those_of_debugging_do_not(config, monkeypatch):
     before = describe_rank(check(config, 1), 1)
     monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
