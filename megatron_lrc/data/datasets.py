@@ -181,7 +181,7 @@ class Request:
             random_seed=config.training.seed,
             sequence_length=config.training.seq_length,
             blend_per_split=[(prefixes, None), None, None],  # or it would take itself for mock data
-            tokenizer=_tokenizer_identity(config, plan),  # type: ignore[arg-type]
+            tokenizer=tokenizer_identity(config, plan),  # type: ignore[arg-type]
             reset_position_ids=config.data.reset_position_ids or config.data.reset_attention_mask,
             reset_attention_mask=False,  # made of the position ids, in mcore/attention.py
             eod_mask_loss=config.data.eod_mask_loss,
@@ -204,6 +204,11 @@ class Request:
         path = os.path.join(self.folder, f"{name}.npy")
         try:
             return numpy.load(path, mmap_mode="r")
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{path} is not there, where rank 0 should have written it: ranks that have their data in folders of "
+                "their own need one for the index maps that all see. Give it with --data-cache-path."
+            ) from error
         except (OSError, ValueError, EOFError) as error:
             raise ConfigError(
                 f"{path} is not an index map ({error}). Remove {self.folder}; the next start builds it again."
@@ -245,7 +250,7 @@ def _order_of(blend: Blend, part: tuple[float, float], config: Config) -> Sample
     return SampleOrder.of(blend, part, seq_length=config.training.seq_length, seed=config.training.seed)
 
 
-def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
+def tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     """Of the manifest where there is one, else loaded if its end-of-document id is needed, else unknown."""
     assert plan.train is not None
     manifest = read_indexed_file(plan.train.prefixes[0]).manifest

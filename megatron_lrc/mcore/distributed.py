@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_lrc.config import Config
@@ -56,21 +56,43 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(config: Config) -> Groups:
-    """Join the world and make megatron-core's groups for `config.parallel`. `stop()` undoes it."""
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """The store through which the ranks of a run find each other: what they tell each other there needs no process
+    group, and can wait no longer than they want."""
+
+    store: Store
+    rank: int
+    world_size: int
+
+
+def meet(config: Config) -> Meeting:
+    """Come to the store that torchrun's environment names; a process without others, or one whose process group exists
+    already, has one of its own. Rank 0 waits for the others here only where no torchrun keeps the store."""
+    if dist.is_initialized():
+        return Meeting(_get_default_store(), dist.get_rank(), dist.get_world_size())
+    if "RANK" not in os.environ:
+        return Meeting(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
+    store, rank, size = next(rendezvous("env://", timeout=_timeout(config)))
+    # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.
+    return Meeting(PrefixStore(f"attempt_{torchrun.restarts()}", store), rank, size)
+
+
+def start(config: Config, meeting: Meeting | None = None) -> Groups:
+    """Join the world of those that met and make megatron-core's groups for `config.parallel`. `stop()` undoes it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
-        if "RANK" in os.environ:
-            store, rank, size = next(rendezvous("env://", timeout=timeout))
-            # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.
-            store = PrefixStore(f"attempt_{torchrun.restarts()}", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        met = meeting or meet(config)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=_timeout(config),
+            store=met.store,
+            rank=met.rank,
+            world_size=met.world_size,
+        )
     cpu.activate()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
@@ -90,6 +112,10 @@ def start(config: Config) -> Groups:
         embedding=parallel_state.get_embedding_group(check_initialized=False),
         device=device,
     )
+
+
+def _timeout(config: Config) -> timedelta:
+    return timedelta(minutes=config.parallel.distributed_timeout_minutes)
 
 
 def watch_peers(groups: Groups) -> None:

@@ -10,8 +10,9 @@ import pytest
 from config_cases import data_config
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
+from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.checksums import write_checksums
-from megatron_lrc.data.datasets import build_datasets, resolve_train_iters
+from megatron_lrc.data.datasets import Request, build_datasets
 from tiny_data import numbered, write_dataset
 from tools_path import tool_main
 
@@ -163,3 +164,12 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     (line,) = errors(capsys, [*flags(prefix), "--data-cache-path", f"{prefix}.idx"])
     assert "Give --data-cache-path a folder that can be written" in line
     assert [path.name for path in Path(tmp_path).iterdir() if path.is_dir()] == []
+
+
+def test_a_folder_of_maps_that_only_rank_0_sees_is_named(built):
+    config, file = built
+    request = Request.of(config, plan_data(config))
+    assert request.fill_cache() is True
+    file.unlink()  # as it looks to a rank on a machine with a folder of its own
+    with pytest.raises(ConfigError, match="shuffle.npy is not there, where rank 0 .* Give it with --data-cache-path"):
+        request.open(config, plan_data(config))
