@@ -5,6 +5,8 @@ and whole tensors are read; padding, tied heads and the look at the values are h
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +15,11 @@ from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
+from megatron_lrc.hf.constant_tensors import find_suspicious
+from megatron_lrc.hf.content_hash import FileContents
 from megatron_lrc.hf.families import TeacherDescription, Weight
+
+Contents = Mapping[Path, FileContents]  # by the file's path
 
 _SHOWN = 4  # problems in one message
 
@@ -26,9 +32,25 @@ class Reader(ABC):
 
     description: TeacherDescription
 
+    @property
     @abstractmethod
-    def fingerprint(self) -> str:
-        """sha256 that tells this teacher from others, wherever it lies."""
+    def files(self) -> list[Path]:
+        """Those that hold the weights."""
+
+    @abstractmethod
+    def fingerprint(self, contents: Contents | None = None) -> str:
+        """Tells this teacher from others, wherever it lies. contents: of `files`; None reads all of them now.
+
+        ConfigError where they are not what was written.
+        """
+
+    def sampled_fingerprint(self) -> str:
+        """What earlier versions noted in checkpoints instead, or "" where that is not known."""
+        return ""
+
+    def suspicious(self, contents: Contents) -> list[str]:
+        """Tensors that no trained model has, each with its file and what it is. contents: of `files`."""
+        return [what for path, found in contents.items() for what in find_suspicious(path, found.pieces)]
 
     @abstractmethod
     def _rows(self, site: Site, start: int, count: int) -> Tensor:

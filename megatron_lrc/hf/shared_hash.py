@@ -1,0 +1,130 @@
+"""What a model's files hold, found at the start of a run: remembered, or read by all ranks of a node together.
+
+Each rank hashes every n-th chunk of what the cache does not know and tells the others through the store at
+which the ranks of the run have met; no process group is needed, and nobody waits for ever. The ranks of a node
+share, and nodes do not, since each may have a copy of its own, and each copy has to be whole.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.content_hash import CHUNK_BYTES, Chunk, FileContents, assemble, hash_chunks, plan
+from megatron_lrc.hf.hash_cache import FileState, contents_of, read_cache, write_cache
+
+_POLL_SECONDS = 0.02
+_SLOWEST_READING = 10**7  # bytes/s of one rank: whoever is slower is taken for gone
+
+
+class Store(Protocol):
+    """What is used of torch's stores."""
+
+    def set(self, key: str, value: str, /) -> Any: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sharers:
+    """The ranks of this node, as this one sees them. timeout: seconds to wait for another one, beside its reading."""
+
+    store: Store | None
+    node: int  # the first rank of the node
+    rank: int  # among the node's
+    size: int
+    timeout: float
+
+    @classmethod
+    def of_environment(cls, store: Store | None, timeout: float) -> "Sharers":
+        """By torchrun's environment. Without LOCAL_WORLD_SIZE nobody knows who is on this node: each reads all."""
+        size, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        if store is None or size == 1:
+            return cls(None, 0, 0, 1, timeout)
+        return cls(store, int(os.environ["RANK"]) - rank, rank, size, timeout)
+
+    def tell(self, what: str, make: Callable[[], Any]) -> None:
+        """Give the others what `make` returns, as JSON; or, before it is raised here, its ConfigError."""
+        if self.store is None:
+            return
+        try:
+            message = {"value": make()}
+        except ConfigError as error:
+            self.store.set(self._key(what, self.rank), json.dumps({"error": str(error)}))
+            raise
+        self.store.set(self._key(what, self.rank), json.dumps(message))
+
+    def hear(self, what: str, rank: int, *, num_bytes: int = 0) -> Any:
+        """What that rank tells. num_bytes: that it has to read first."""
+        assert self.store is not None
+        key, limit = self._key(what, rank), self.timeout + num_bytes / _SLOWEST_READING
+        deadline = time.monotonic() + limit
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Rank {self.node + rank} has not told what its part of the teacher's files holds within "
+                    f"{limit:.0f} s: it has ended, or reads less than {_SLOWEST_READING / 10**6:.0f} MB/s. See its "
+                    "own output, or copy the files to a faster disk."
+                )
+            time.sleep(_POLL_SECONDS)
+        message = json.loads(self.store.get(key))
+        if "error" in message:
+            raise ConfigError(message["error"])
+        return message["value"]
+
+    def _key(self, what: str, rank: int) -> str:
+        return f"teacher_hash/{self.node}/{what}/{rank}"
+
+
+def contents_at_start(
+    directory: Path, paths: Sequence[Path], sharers: Sharers | None = None
+) -> dict[Path, FileContents]:
+    """What these files hold; `directory` is theirs, and has the cache. Each of the sharers has to call this.
+
+    ConfigError, on every sharer, where a file cannot be read or one of them does not come.
+    """
+    sharers = sharers or Sharers(None, 0, 0, 1, 0.0)
+    states = {path: FileState.of(path) for path in paths}
+    known = _known(directory, states, sharers)
+    sizes = {path: state.size for path, state in states.items() if path not in known}
+    found = {**known, **assemble(sizes, _share(sizes, sharers))}
+    if sizes and sharers.rank == 0:
+        write_cache(directory, states, found)
+    return {path: found[path] for path in paths}
+
+
+def _known(directory: Path, states: dict[Path, FileState], sharers: Sharers) -> dict[Path, FileContents]:
+    """What the cache knows; the first sharer looks, since it may be written while the others would."""
+    known = read_cache(directory, states) if sharers.rank == 0 else {}
+    if sharers.rank == 0:
+        files = {path.name: [found.size, [chunk.to_list() for chunk in found.chunks]] for path, found in known.items()}
+        sharers.tell("known", lambda: files)
+        return known
+    files = sharers.hear("known", 0)
+    return {path: contents_of(files[path.name][1], size=files[path.name][0]) for path in states if path.name in files}
+
+
+def _share(sizes: dict[Path, int], sharers: Sharers) -> list[Chunk]:
+    """All chunks of these files, each read by one of the sharers."""
+    work = plan(sizes)
+    if sharers.size == 1:
+        return hash_chunks(work)
+    own = work[sharers.rank :: sharers.size]
+    sharers.tell("chunks", lambda: [chunk.to_list() for chunk in hash_chunks(own, sharers=sharers.size)])
+    chunks: list[Chunk | None] = [None] * len(work)
+    for rank in range(sharers.size):
+        part = slice(rank, None, sharers.size)
+        told = sharers.hear("chunks", rank, num_bytes=len(own) * CHUNK_BYTES)
+        if len(told) != len(work[part]):
+            raise ConfigError(
+                "The teacher's files changed while the ranks of a node were reading them. Start again when they are "
+                "complete."
+            )
+        chunks[part] = [Chunk.of_list(chunk) for chunk in told]
+    return [chunk for chunk in chunks if chunk is not None]
