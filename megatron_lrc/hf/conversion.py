@@ -12,6 +12,7 @@ from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.narrowing import narrowed
 from megatron_lrc.hf.output_folder import COPIED_FILES, copy_files
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
@@ -31,13 +32,17 @@ def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> di
 
 
 def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:
-    """What lies in a box, [*box.local_shape] in `dtype`, from the teacher's own tensors."""
+    """What lies in a box, [*box.local_shape] in `dtype`, from the teacher's own tensors.
+
+    ConfigError where a value would become infinite in `dtype`.
+    """
     filled, heads = torch.empty(box.local_shape, dtype=dtype), HeadLayout.of(reader.description.shape)
     for name in box.names:
         place = filled
         if len(box.names) > 1:
             place = select(SITES[name.removesuffix("_bias")], filled, heads)
-        place.copy_(reader.tensor(name, box.layer, tp_rank=box.part, tp_size=box.parts).view(place.shape))
+        tensor = reader.tensor(name, box.layer, tp_rank=box.part, tp_size=box.parts).view(place.shape)
+        place.copy_(narrowed(tensor, dtype, name if box.layer is None else f"layers.{box.layer}.{name}"))
     return filled
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.narrowing import narrowed
 from megatron_lrc.hf.teacher import TeacherReader
 
 _PACKAGES = ("gguf", "accelerate")
@@ -27,7 +28,10 @@ def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = No
     Gives (tensors, parameters) once each was found equal, bit for bit, to what transformers made of the file.
     """
     source, tokenizer = read_gguf(path)
-    model = saveable(source.to(dtype or torch.float32))
+    dtype = dtype or torch.float32
+    for name, tensor in source.state_dict().items():
+        narrowed(tensor, dtype, name)  # refuses what would become infinite
+    model = saveable(source.to(dtype))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     reader = TeacherReader(describe_teacher(directory, role=CONVERTED))

@@ -18,6 +18,7 @@ from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.constant_tensors import find_suspicious
 from megatron_lrc.hf.content_hash import FileContents
 from megatron_lrc.hf.families import TeacherDescription, Weight
+from megatron_lrc.hf.narrowing import is_finite
 
 Contents = Mapping[Path, FileContents]  # by the file's path
 
@@ -129,7 +130,7 @@ class Reader(ABC):
             )
 
     def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
-        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both
+        if not is_finite(tensor):
             place = self._place(name if layer is None else f"layers.{layer}.{name}")
             raise ConfigError(
                 f"{self.description.given}: tensor {place} holds values that are not finite (NaN or "

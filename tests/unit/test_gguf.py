@@ -119,3 +119,13 @@ def test_missing_gguf_package_is_named(tmp_path: Path, capsys, monkeypatch: pyte
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output")
     assert "reading GGUF needs gguf, not installed here. Run: pip install gguf" in message
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, capsys) -> None:
+    model = write_llama(tmp_path / "source", rope=DEFAULT_ROPE)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 70000.0
+    write_gguf(tmp_path / "model.gguf", model, tmp_path / "source")
+    flags = ("--format", "hf", "--dtype", "float16")
+    message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output", *flags)
+    assert "model.norm.weight has values of up to 70000, and --dtype float16 holds 65504 at most" in message
