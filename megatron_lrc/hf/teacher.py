@@ -159,7 +159,7 @@ def _file_names(directory: Path) -> list[str]:
     names = sorted(set(_weight_map(directory).values()))
     if is_single and names != [SINGLE_FILE]:  # transformers would take the one, some servers take the other
         raise ConfigError(
-            f"{directory} holds {SINGLE_FILE} and an {INDEX_FILE} that names other files ({', '.join(names[:3])}"
+            f"{directory} holds {SINGLE_FILE} and a {INDEX_FILE} that names other files ({', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}): two sets of weights, and programs differ in which one they "
             "load. Move away what does not belong to the model."
         )
