@@ -7,6 +7,7 @@ from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 
 
 class SpoilGradient(torch.autograd.Function):
@@ -21,7 +22,7 @@ class SpoilGradient(torch.autograd.Function):
 
 def train_spoiled(config: Config, layer: int, kind: str, steps: tuple[int, ...]) -> str:
     """Train; in these steps spoil the input of a student layer's FFN, or its gradient. Returns what stopped the run."""
-    checked = loop.check(config, distributed.world_size())
+    checked = check(config, distributed.world_size())
     trainer = loop.Trainer(config, checked, distributed.start(config))
 
     def spoil(module, inputs):

@@ -10,6 +10,7 @@ from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, validate
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 
 #: What differs between two runs that compute the same.
@@ -76,7 +77,7 @@ def train(config: Config, ranks: int = 1) -> None:
 
 def make_trainer(config: Config) -> loop.Trainer:
     """On a single rank."""
-    checked = loop.check(config, 1)
+    checked = check(config, 1)
     return loop.Trainer(checked.config, checked, loop.distributed.start(config))
 
 

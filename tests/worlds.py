@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch.distributed as dist
 
@@ -35,8 +36,15 @@ def training_flags(teacher: str, data: str, run: Path, *more: str) -> list[str]:
 class World:
     """Ranks, each a process. stdout and stderr go to FOLDER/rank{R}.log. A context: at its end nothing is left."""
 
-    def __init__(self, num_ranks: int, flags: list[str], folder: Path, before: Callable[[int], object] | None = None):
-        """before: called with the rank in each process before it starts; importable."""
+    def __init__(
+        self,
+        num_ranks: int,
+        flags: list[str],
+        folder: Path,
+        before: Callable[[int], object] | None = None,
+        own_flags: Mapping[int, list[str]] = MappingProxyType({}),
+    ):
+        """before: called with the rank in each process before it starts; importable. own_flags: rank -> more flags."""
         folder.mkdir(parents=True, exist_ok=True)
         self.num_ranks, self.code_when_stopped = num_ranks, 0
         self._logs = [folder / f"rank{rank}.log" for rank in range(num_ranks)]
@@ -45,7 +53,10 @@ class World:
         # As torchrun has one: a free port that is free no more.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self.processes = [
-            context.Process(target=_run, args=(rank, num_ranks, self._store.port, flags, str(log), before))
+            context.Process(
+                target=_run,
+                args=(rank, num_ranks, self._store.port, [*flags, *own_flags.get(rank, [])], str(log), before),
+            )
             for rank, log in enumerate(self._logs)
         ]
         for process in self.processes:

@@ -4,8 +4,8 @@ An error of the user's costs one line of stderr per error and exit code 2. Of se
 what another rank has to say goes into torchrun's error file, which torchrun quotes in its report, and to
 stderr where there is no torchrun. Exit codes: 0 done, or stopped on request with its state saved
 (`train/stopping.py`), 1 a run that stopped itself (one line), a bug or a failing machine (with a traceback),
-another rank's failure (one line that names it, `launch/peers.py`), 2 the user's error, 128 + N ended at once
-by signal N.
+another rank's failure or absence (one line that names it, `launch/peers.py`, `launch/agreement.py`), 2 the
+user's error, 128 + N ended at once by signal N.
 
 Processes that torchrun starts again (--max-restarts) go on from the newest checkpoint of --save. A user's
 error or a run that stopped itself would only come again: they end as before, without starting.
@@ -27,6 +27,7 @@ from megatron_lrc.config import (
     validate,
 )
 from megatron_lrc.launch import peers, torchrun
+from megatron_lrc.launch.agreement import RanksMissing
 from megatron_lrc.methods import method_of
 
 
@@ -42,6 +43,9 @@ def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
         return 2
     except RunStopped as error:
         report_final_failure(str(error), 1)
+        return 1
+    except RanksMissing as error:  # which may come when all are started again
+        report_failure(str(error))
         return 1
     except Exception as error:
         if is_of_another_rank(error):
@@ -65,10 +69,10 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
     validate(method_of(config), world_size=world_size)
     config = config.resolved(world_size)
 
-    from megatron_lrc.train import loop  # imports torch, so it comes after what can fail at once
+    from megatron_lrc.train import loop, start_checks  # imports torch, so it comes after what can fail at once
 
     if only_checks:
-        loop.check(config, world_size)
+        start_checks.check(config, world_size)
     elif wanted:
         from megatron_lrc.train.dry_run import dry_run
 
@@ -87,7 +91,11 @@ def checkpoint_to_restart_from(config: Config) -> str | None:
 
 def report_final_failure(message: str, exit_code: int) -> None:
     """To the user, torchrun and the other ranks: a failure that a new start would only bring again."""
-    torchrun.report_failure(message, message, final_exit_code=exit_code)
+    report_failure(message, final_exit_code=exit_code)
+
+
+def report_failure(message: str, *, final_exit_code: int | None = None) -> None:
+    torchrun.report_failure(message, message, final_exit_code=final_exit_code)
     if os.environ.get("RANK", "0") == "0" or not torchrun.is_used():
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -22,6 +22,7 @@ class Setting:
     help: str
     metavar: str
     is_required: bool
+    per_rank: Literal["path", "value"] | None  # what each rank may have its own (`settings.setting`)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -52,6 +53,7 @@ def iterate_settings() -> Iterator[Setting]:
                 help=field.metadata["help"],
                 metavar=field.metadata.get("metavar") or {int: "N", float: "X"}.get(options[0], "TEXT"),
                 is_required=field.metadata.get("required", False),
+                per_rank=field.metadata.get("per_rank"),
             )
 
 

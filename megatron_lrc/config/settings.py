@@ -16,7 +16,8 @@ TINYBERT_TERMS = ("embedding", "hidden", "attention")
 
 def setting(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range
-    of a number (`at_least`, `above`, `below`)."""
+    of a number (`at_least`, `above`, `below`). `per_rank` marks what ranks may have each its own: "path", where what
+    lies there counts instead, or "value", which no other rank notices."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **extra})
     return field(default=default, metadata={"help": text, **extra})
@@ -40,6 +41,7 @@ class ModelConfig:
         "With --method ordinary: the model to train, a Hugging Face directory or one that tools/convert_from_hf.py "
         "wrote, instead of --teacher and --student-hidden-size.",
         metavar="DIR",
+        per_rank="path",
     )
     teacher: str | None = setting(
         None,
@@ -47,6 +49,7 @@ class ModelConfig:
         "tools/convert_from_hf.py wrote.",
         required=True,
         metavar="DIR",
+        per_rank="path",
     )
     student_hidden_size: int | None = setting(
         None, "Hidden size d_S of the student, in features; below the teacher's d_T.", at_least=1, required=True
@@ -357,16 +360,21 @@ class DataConfig:
         [],
         "Dataset prefixes, optionally weighted: PREFIX, or W1 PREFIX1 W2 PREFIX2 ...; divided by --split.",
         metavar="PREFIX",
+        per_rank="path",
     )
     split: str = setting("969,30,1", "Train, validation and test parts of --data-path.", metavar="TRAIN,VALID,TEST")
-    train_data_path: list[str] = setting([], "Training prefixes, instead of --data-path; same form.", metavar="PREFIX")
+    train_data_path: list[str] = setting(
+        [], "Training prefixes, instead of --data-path; same form.", metavar="PREFIX", per_rank="path"
+    )
     valid_data_path: list[str] = setting(
-        [], "Validation prefixes, beside --train-data-path; same form.", metavar="PREFIX"
+        [], "Validation prefixes, beside --train-data-path; same form.", metavar="PREFIX", per_rank="path"
     )
     data_cache_path: str | None = setting(
-        None, "Folder for the dataset's index maps. Default: cache/ beside the data.", metavar="DIR"
+        None, "Folder for the dataset's index maps. Default: cache/ beside the data.", metavar="DIR", per_rank="path"
     )
-    tokenizer_model: str | None = setting(None, "Tokenizer directory. Default: --teacher, or --student.", metavar="DIR")
+    tokenizer_model: str | None = setting(
+        None, "Tokenizer directory. Default: --teacher, or --student.", metavar="DIR", per_rank="path"
+    )
     eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
     reset_attention_mask: bool = setting(
         False, "Let a token attend to its own document only, which ends with the end-of-document token."
@@ -377,7 +385,7 @@ class DataConfig:
         "relative.",
     )
     num_workers: int = setting(
-        0, "Processes that read data for each rank; 0 reads in the training process.", at_least=0
+        0, "Processes that read data for each rank; 0 reads in the training process.", at_least=0, per_rank="value"
     )
 
 
@@ -385,18 +393,20 @@ class DataConfig:
 class CheckpointConfig:
     """The run directory: checkpoints, metrics.jsonl, TensorBoard."""
 
-    save: str | None = setting(None, "Run directory to write.", metavar="RUN")
+    save: str | None = setting(None, "Run directory to write.", metavar="RUN", per_rank="path")
     load: str | None = setting(
         None,
         "Run directory to continue from: its newest checkpoint that is whole. auto: that of --save, or a new start "
         "where there is none, which is what a restart should do. Or one checkpoint (RUN/iter_0000100).",
         metavar="RUN|auto",
+        per_rank="path",
     )
     pretrained_checkpoint: str | None = setting(
         None,
         "Run directory, or checkpoint, whose student a new run starts from: its weights only, without optimizer, step "
         "or data position.",
         metavar="RUN",
+        per_rank="path",
     )
     save_interval: int | None = setting(None, "Steps between checkpoints. Default: only at the end.", at_least=1)
     async_save: bool = setting(
@@ -433,10 +443,14 @@ class LoggingConfig:
         "Peak TFLOP/s of one device in the run's precision, for the share of it that is used (MFU). Default: that of a "
         "well-known data-centre GPU; on CPU and other devices no MFU.",
         above=0,
+        per_rank="value",
     )
     wandb_project: str | None = setting(
-        None, "Show the run in this project of Weights & Biases too (needs the package wandb).", metavar="NAME"
+        None,
+        "Show the run in this project of Weights & Biases too (needs the package wandb).",
+        metavar="NAME",
+        per_rank="value",
     )
     wandb_exp_name: str | None = setting(
-        None, "The run's name there. Default: that of the directory --save.", metavar="NAME"
+        None, "The run's name there. Default: that of the directory --save.", metavar="NAME", per_rank="value"
     )

@@ -175,7 +175,7 @@ class Request:
             random_seed=config.training.seed,
             sequence_length=config.training.seq_length,
             blend_per_split=[(prefixes, None), None, None],  # or it would take itself for mock data
-            tokenizer=_tokenizer_identity(config, plan),  # type: ignore[arg-type]
+            tokenizer=tokenizer_identity(config, plan),  # type: ignore[arg-type]
             reset_position_ids=config.data.reset_position_ids or config.data.reset_attention_mask,
             reset_attention_mask=False,  # made of the position ids, in mcore/attention.py
             eod_mask_loss=config.data.eod_mask_loss,
@@ -239,7 +239,7 @@ def _order_of(blend: Blend, part: tuple[float, float], config: Config) -> Sample
     return SampleOrder.of(blend, part, seq_length=config.training.seq_length, seed=config.training.seed)
 
 
-def _tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
+def tokenizer_identity(config: Config, plan: DataPlan) -> TokenizerIdentity:
     """Of the manifest where there is one, else loaded if its end-of-document id is needed, else unknown."""
     assert plan.train is not None
     manifest = read_indexed_file(plan.train.prefixes[0]).manifest

@@ -25,6 +25,7 @@ from functools import cached_property
 import numpy
 
 from megatron_lrc.data.blends import Blend
+from megatron_lrc.data.identity import index_digest
 from megatron_lrc.data.indexed_files import IndexedFile, read_indexed_file
 
 _FORMAT = 1  # of what the maps hold; part of every identity
@@ -148,8 +149,5 @@ def digest_of(values: list) -> str:
 
 
 def _hash_of(source: Source) -> str:
-    digest = hashlib.sha256()
-    with open(f"{source.file.prefix}.idx", "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return digest_of([digest.hexdigest(), source.documents.start, source.documents.stop, source.seq_length])
+    digest = index_digest(source.file.prefix)
+    return digest_of([digest, source.documents.start, source.documents.stop, source.seq_length])

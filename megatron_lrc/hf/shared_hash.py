@@ -5,10 +5,11 @@ which the ranks of the run have met; no process group is needed, and nobody wait
 share, and nodes do not, since each may have a copy of its own, and each copy has to be whole.
 """
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.content_hash import CHUNK_BYTES, Chunk, FileContents, assemble, hash_chunks, plan
 from megatron_lrc.hf.hash_cache import FileState, contents_of, read_cache, write_cache
+from megatron_lrc.launch.agreement import RanksMissing
 
 _POLL_SECONDS = 0.02
 _SLOWEST_READING = 10**7  # bytes/s of one rank: whoever is slower is taken for gone
@@ -49,34 +51,45 @@ class Sharers:
             return cls(None, 0, 0, 1, timeout)
         return cls(store, int(os.environ["RANK"]) - rank, rank, size, timeout)
 
-    def tell(self, what: str, make: Callable[[], Any]) -> None:
-        """Give the others what `make` returns, as JSON; or, before it is raised here, its ConfigError."""
-        if self.store is None:
-            return
-        try:
-            message = {"value": make()}
-        except ConfigError as error:
-            self.store.set(self._key(what, self.rank), json.dumps({"error": str(error)}))
-            raise
-        self.store.set(self._key(what, self.rank), json.dumps(message))
+    def tell(self, what: str, value: Any) -> None:
+        """Give the others this value, as JSON."""
+        if self.store is not None:
+            self.store.set(self._key(what, self.rank), json.dumps({"value": value}))
 
     def hear(self, what: str, rank: int, *, num_bytes: int = 0) -> Any:
         """What that rank tells. num_bytes: that it has to read first."""
+        limit = self.timeout + num_bytes / _SLOWEST_READING
+        try:
+            message = self._wait(self._key(what, rank), limit)
+        except RuntimeError as error:
+            raise RanksMissing("The store at which the ranks meet is gone. The log of rank 0 says why.") from error
+        if message is None:
+            raise RanksMissing(
+                f"Rank {self.node + rank} has not told what its part of the model's files holds within {limit:.0f} s: "
+                f"it has ended, or reads less than {_SLOWEST_READING / 10**6:.0f} MB/s. Its own log says which; give "
+                "a longer --distributed-timeout-minutes, or copy the files to a faster disk."
+            )
+        if "error" in message:
+            raise ConfigError(f"Rank {self.node + rank} cannot start: {message['error']}")
+        return message["value"]
+
+    def _wait(self, key: str, limit: float) -> dict[str, Any] | None:
+        """What is written there, or None after so many seconds. In short steps, so that signals come through."""
         assert self.store is not None
-        key, limit = self._key(what, rank), self.timeout + num_bytes / _SLOWEST_READING
         deadline = time.monotonic() + limit
         while not self.store.check([key]):
             if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"Rank {self.node + rank} has not told what its part of the teacher's files holds within "
-                    f"{limit:.0f} s: it has ended, or reads less than {_SLOWEST_READING / 10**6:.0f} MB/s. See its "
-                    "own output, or copy the files to a faster disk."
-                )
+                return None
             time.sleep(_POLL_SECONDS)
-        message = json.loads(self.store.get(key))
-        if "error" in message:
-            raise ConfigError(message["error"])
-        return message["value"]
+        return json.loads(self.store.get(key))
+
+    def tell_failure(self, text: str) -> None:
+        """This rank cannot start: let no other of its node wait for it."""
+        if self.store is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would listen
+            for what in ("known", "chunks"):
+                self.store.set(self._key(what, self.rank), json.dumps({"error": text}))
 
     def _key(self, what: str, rank: int) -> str:
         return f"teacher_hash/{self.node}/{what}/{rank}"
@@ -87,7 +100,8 @@ def contents_at_start(
 ) -> dict[Path, FileContents]:
     """What these files hold; `directory` is theirs, and has the cache. Each of the sharers has to call this.
 
-    ConfigError, on every sharer, where a file cannot be read or one of them does not come.
+    ConfigError where a file cannot be read, or another sharer says that it has failed; RanksMissing where one does
+    not come. Whoever catches these owes the others `Sharers.tell_failure`.
     """
     sharers = sharers or Sharers(None, 0, 0, 1, 0.0)
     states = {path: FileState.of(path) for path in paths}
@@ -104,7 +118,7 @@ def _known(directory: Path, states: dict[Path, FileState], sharers: Sharers) -> 
     known = read_cache(directory, states) if sharers.rank == 0 else {}
     if sharers.rank == 0:
         files = {path.name: [found.size, [chunk.to_list() for chunk in found.chunks]] for path, found in known.items()}
-        sharers.tell("known", lambda: files)
+        sharers.tell("known", files)
         return known
     files = sharers.hear("known", 0)
     return {path: contents_of(files[path.name][1], size=files[path.name][0]) for path in states if path.name in files}
@@ -116,15 +130,14 @@ def _share(sizes: dict[Path, int], sharers: Sharers) -> list[Chunk]:
     if sharers.size == 1:
         return hash_chunks(work)
     own = work[sharers.rank :: sharers.size]
-    sharers.tell("chunks", lambda: [chunk.to_list() for chunk in hash_chunks(own, sharers=sharers.size)])
+    sharers.tell("chunks", [chunk.to_list() for chunk in hash_chunks(own, sharers=sharers.size)])
     chunks: list[Chunk | None] = [None] * len(work)
     for rank in range(sharers.size):
         part = slice(rank, None, sharers.size)
         told = sharers.hear("chunks", rank, num_bytes=len(own) * CHUNK_BYTES)
         if len(told) != len(work[part]):
             raise ConfigError(
-                "The teacher's files changed while the ranks of a node were reading them. Start again when they are "
-                "complete."
+                "The model's files changed while the ranks of a node were reading them. Start again when they are complete."
             )
         chunks[part] = [Chunk.of_list(chunk) for chunk in told]
     return [chunk for chunk in chunks if chunk is not None]

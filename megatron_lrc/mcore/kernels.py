@@ -36,6 +36,11 @@ _BLOCKWISE_CUDA = (12, 9)
 _USERBUFFERS_VERSION = "2.7.0"
 
 
+def engine_version() -> str | None:
+    """Transformer Engine's; None where it is not installed or cannot be imported."""
+    return str(get_te_version()) if HAVE_TE else None
+
+
 def uses_transformer_engine(config: Config) -> bool:
     """By --transformer-impl auto not in fp32, which its GEMMs round to TF32 (`cublaslt_gemm.cu`)."""
     wanted, is_half = config.compute.transformer_impl, config.training.bf16 or config.training.fp16

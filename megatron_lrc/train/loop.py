@@ -10,11 +10,9 @@ from torch.utils.data import Dataset
 from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
 from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.datasets import build_datasets
-from megatron_lrc.hf.reader import Contents
-from megatron_lrc.hf.shared_hash import Sharers
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
-from megatron_lrc.mcore.distributed import Groups
+from megatron_lrc.mcore.distributed import Groups, Meeting
 from megatron_lrc.mcore.kernels import (
     check_machine,
     choose_determinism,
@@ -26,6 +24,7 @@ from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
+from megatron_lrc.train.alike import check_alike
 from megatron_lrc.train.checkpoint_checks import CONFIG_FILE
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.garbage import collect_everything, collect_only_new_objects
@@ -34,7 +33,7 @@ from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
 from megatron_lrc.train.process_memory import largest_memory_gib
 from megatron_lrc.train.saving import Saving
-from megatron_lrc.train.start_checks import Checked, check, check_base, check_start, read_base
+from megatron_lrc.train.start_checks import Checked
 from megatron_lrc.train.step import Interval, Run, StepReport, Votes, evaluate, train_step
 from megatron_lrc.train.stopping import Stopping
 from megatron_lrc.train.stragglers import Stragglers, describe
@@ -46,29 +45,22 @@ def train(config: Config) -> None:
     choose_determinism(config)
     check_machine(config)
     meeting = distributed.meet(config)
-    checked = check_start(config, distributed.world_size())
-    contents = read_base(checked, sharers_of_node(config, meeting))
-    checked = check_base(checked, contents)
+    checked = check_alike(config, meeting)
     groups = distributed.start(config, meeting)
     distributed.watch_peers(groups)
-    checked = _fall_back_past_damage(config, checked, contents)
+    checked = _fall_back_past_damage(config, checked, meeting)
     start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
     Trainer(checked.config, checked, groups).train()
     stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
 
 
-def sharers_of_node(config: Config, meeting: distributed.Meeting) -> Sharers:
-    """The ranks of this node, to share the reading of the teacher's files."""
-    return Sharers.of_environment(meeting.store, timeout=60.0 * config.parallel.distributed_timeout_minutes)
-
-
-def _fall_back_past_damage(config: Config, checked: Checked, contents: Contents) -> Checked:
+def _fall_back_past_damage(config: Config, checked: Checked, meeting: Meeting) -> Checked:
     """Look at what the files of the checkpoint hold, all ranks together, and take an older one while it is damaged."""
     damaged: dict[Path, str] = {}
     while checked.resume_from and (damage := damage_on_any_rank(checked.resume_from)):
         damaged[checked.resume_from] = damage
-        checked = check(config, distributed.world_size(), damaged, contents)
+        checked = check_alike(config, meeting, damaged, checked.contents)
     if checked.weights_from and (damage := damage_on_any_rank(checked.weights_from)):
         raise ConfigError(f"{checked.weights_from} is damaged ({damage}). Give an older checkpoint of that run.")
     return checked

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,6 +39,7 @@ class Checked:
     weights_from: Path | None  # of a run that starts: another one's checkpoint
     state: RunState  # of the checkpoint that is continued, or of a run that starts
     warnings: list[str]
+    contents: Contents = field(default_factory=dict)  # of the files of `reader`, once they have been read (`read_base`)
 
 
 def check(
@@ -49,7 +50,7 @@ def check(
 ) -> Checked:
     """`check_start`, then `check_base` with these contents, or with what this process alone reads."""
     checked = check_start(config, world_size, damaged)
-    return check_base(checked, read_base(checked) if contents is None else contents)
+    return check_base(with_contents(checked, read_base(checked) if contents is None else contents))
 
 
 def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = MappingProxyType({})) -> Checked:
@@ -94,12 +95,17 @@ def read_base(checked: Checked, sharers: Sharers | None = None) -> Contents:
         return contents_at_start(checked.teacher.directory, checked.reader.files, sharers)
 
 
-def check_base(checked: Checked, contents: Contents) -> Checked:
-    """With the fingerprint in its state and more warnings, if teacher and checkpoint belong together.
+def with_contents(checked: Checked, contents: Contents) -> Checked:
+    """contents: what `read_base` gave."""
+    return replace(checked, contents=contents)
 
-    contents: `read_base`. ConfigError, alike on every rank that read the same.
+
+def check_base(checked: Checked) -> Checked:
+    """With the fingerprint in its state and more warnings, if what was read and the checkpoint belong together.
+
+    ConfigError, alike on every rank that read the same.
     """
-    method, reader = method_of(checked.config), checked.reader
+    method, reader, contents = method_of(checked.config), checked.reader, checked.contents
     fingerprint = fingerprint_of(method, reader, contents)
     resume_from, weights_from, trained_with = checked.resume_from, checked.weights_from, None
     if checkpoint := resume_from or weights_from:

@@ -67,8 +67,8 @@ def note_start(
         },
         "versions": {
             "megatron_lrc": __version__,
-            "torch": _version("torch"),
-            "megatron_core": _version("megatron-core"),
+            "torch": version_of("torch"),
+            "megatron_core": version_of("megatron-core"),
             "python": platform.python_version(),
         },
     }
@@ -76,7 +76,8 @@ def note_start(
         file.write(json.dumps(line) + "\n")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package, without importing it."""
     try:
         return version(package)
     except PackageNotFoundError:  # from a source tree

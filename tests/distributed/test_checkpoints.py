@@ -22,6 +22,7 @@ from megatron_lrc.checkpoints.run_directory import (
 )
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from megatron_lrc.train.step import Run, train_step
 from ranks import run_ranks
 from runs import (
@@ -104,7 +105,7 @@ def test_an_older_checkpoint_is_continued_only_where_no_newer_one_is_written_ove
     train(config)
     older = str(checkpoint_path(tmp_path / "run", 2))
     with pytest.raises(ConfigError, match="holds iter_0000003, which is newer than"):
-        loop.check(saving(config, load=older), 1)
+        check(saving(config, load=older), 1)
     train(saving(config, load=older, save=str(tmp_path / "elsewhere")))
     assert_same_parameters(tmp_path / "elsewhere", tmp_path / "run")
 

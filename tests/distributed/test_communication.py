@@ -21,6 +21,7 @@ from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from megatron_lrc.train.step import train_step
 from ranks import run_ranks
 from runs import make_config, on_layout
@@ -83,7 +84,7 @@ def mask_of_late_piece(queries: int, keys: int) -> Tensor:
 def measure(config: Config) -> dict[str, float]:
     """On a rank: what it sends in the second step of a run."""
     bias.causal_lower_right = mask_of_late_piece  # type: ignore[assignment] (this process ends soon)
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     batches = trainer._batches(trainer.train_data, 0)
     train_step(trainer.run, batches)
     with SentBytes() as mode:

@@ -16,6 +16,7 @@ from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.index_cache import build_index_cache
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 from runs import make_config, records
 from tiny_data import write_dataset
@@ -128,14 +129,14 @@ def test_epochs_go_on_exactly_and_the_schedule_knows_their_steps(base, whole, tm
     assert [line["lr"] for line in records(tmp_path / "one")] == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 3.25e-4])
     one.optimizer.lr_warmup_iters = 4
     with pytest.raises(ConfigError, match="--lr-warmup-iters 4 leaves nothing of the 4 decay steps"):
-        loop.check(changed(one, str(tmp_path / "none")), 1)
+        check(changed(one, str(tmp_path / "none")), 1)
     one.optimizer.lr_warmup_iters = 0
     two = resumed(one, str(tmp_path / "two"), load=str(tmp_path / "one"), train_epochs=2, global_batch_size=4)
     assert samples_of(two)[:16] == whole[32:48]
     assert records(tmp_path / "two")[-1]["step"] == 4 + (74 - 32) // 4
     again = resumed(two, str(tmp_path / "three"), load=str(tmp_path / "two"), train_epochs=1)
     with pytest.raises(ConfigError, match="--train-epochs 1 is 37 samples, but the checkpoint of --load has read 72"):
-        loop.check(again, 1)
+        check(again, 1)
 
 
 @pytest.mark.distributed

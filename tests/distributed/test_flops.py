@@ -21,6 +21,7 @@ from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 from runs import make_config, on_layout
 
@@ -38,7 +39,7 @@ class Counted:
 
 def count_step(config: Config) -> Counted:
     """On a rank: one step, part by part."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     if method_of(config).change_step is not None:
         trainer._change()
     run = trainer.run

@@ -9,13 +9,14 @@ from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.stages import GRADIENT_GROUPS
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from megatron_lrc.train.step import StepReport, train_step
 from ranks import run_ranks
 from runs import make_config, on_layout
 
 
 def one_step(config: Config) -> StepReport:
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     batches = trainer._batches(trainer.train_data, 0)
     return train_step(trainer.run, batches, with_group_norms=True)
 

@@ -10,6 +10,7 @@ from disturbed_training import train_spoiled
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 from runs import assert_same_parameters, continued, make_config, on_layout, records, train
 
@@ -49,7 +50,7 @@ def test_a_single_bad_step_is_skipped_and_the_log_stays_valid_json(tiny_llama, t
 
 def train_with_a_jump(config: Config, at: int, factor: float) -> tuple[float, int, str]:
     """Train; in one step multiply the LM head's gradient. The gradient norms' running mean and count; what was said."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
 
     def scale(grad: torch.Tensor) -> torch.Tensor:
         return grad * factor if trainer.state.step + 1 == at else grad

@@ -20,6 +20,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from memory_cases import Case, memory_config
 from ranks import run_ranks
 from runs import make_config, on_layout
@@ -57,7 +58,7 @@ def measure_peak(config: Config, gives_back: bool) -> int:
     if gives_back:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for this process read already; megatron_lrc heeds it
         ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     trainer.train()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
@@ -104,7 +105,7 @@ def test_what_is_counted_is_within_5_percent_where_the_allocator_keeps_nothing(t
 
 def count_elements(config: Config) -> dict[str, int]:
     """On a rank: elements of what it holds."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     stages: list[PairedModel] = trainer.run.stages
 
     def elements(tensors) -> int:

@@ -15,6 +15,7 @@ from megatron_lrc.config import MATRICES, Config, ConfigError, validate
 from megatron_lrc.mcore import distributed
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from megatron_lrc.train.step import train_step
 from method_runs import OPENED, opened_config
 from ranks import run_ranks
@@ -121,7 +122,7 @@ def test_a_checkpoint_loads_on_another_layout_and_in_the_background(tied_qwen, t
 
 def look_at_opening(config: Config) -> dict[str, float]:
     """On a rank: a step with projections, then the same batches with the student opened at that point."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     run = trainer.run
     before = train_step(run, trainer._batches(trainer.train_data, 0), max_grad_norm=0.0)  # which is not taken
     (stage,) = run.stages
@@ -196,15 +197,15 @@ def test_an_opened_run_cannot_go_on_closed(tied_qwen, tiny_text, tmp_path):
     again = continued(config, steps=4)
     for changes in ({"open_after": None}, {"open_matrices": "all"}):
         with pytest.raises(ConfigError, match="Repeat --open-after .* and --open-matrices mlp"):
-            loop.check(replace(again, projection=replace(again.projection, **changes)).resolved(1), 1)
+            check(replace(again, projection=replace(again.projection, **changes)).resolved(1), 1)
     other = saved_in(config, tmp_path / "other", pretrained_checkpoint=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match="holds a student that was opened after step 2"):
-        loop.check(other.resolved(1), 1)
+        check(other.resolved(1), 1)
 
 
 def first_step_of_tinybert(config: Config) -> tuple[list[torch.Tensor], dict[str, list[float | None]], dict]:
     """On a rank: tokens of a step, its losses by layer, the maps it begins with. Saves the student first."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     trainer._save()
     (stage,) = trainer.run.stages
     maps = {each.name: each.parameter.detach().clone() for each in stage.trained() if each.name.startswith("maps.")}

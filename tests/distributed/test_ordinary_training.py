@@ -17,6 +17,7 @@ from megatron_lrc.estimate.flops import head_flops, layer_flops
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.methods import method_of
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from megatron_lrc.verify.weight_streams import open_student
 from method_runs import ordinary, ordinary_config
 from ranks import run_ranks
@@ -176,7 +177,7 @@ def test_tied_ends_stay_bit_identical_and_the_shares_of_flops_are_those_of_one_m
 
 
 def ends_after_training(config: Config) -> torch.Tensor:
-    trainer = loop.Trainer(config, loop.check(config, 4), loop.distributed.start(config))
+    trainer = loop.Trainer(config, check(config, 4), loop.distributed.start(config))
     trainer.train()
     (tied,) = [trained for stage in trainer.run.stages for trained in stage.trained() if trained.is_at_both_ends]
     return tied.parameter.detach().clone()
@@ -227,10 +228,10 @@ def test_a_checkpoint_is_refused_by_the_other_method_and_for_another_model(tiny_
     for config, other, method in ((clone, alone, "ordinary"), (alone, clone, "lrc")):
         for flag in ("load", "pretrained_checkpoint"):
             with pytest.raises(ConfigError, match=f"of a run with --method {method}, and cannot be continued with"):
-                loop.check(saved_in(config, tmp_path / "new", **{flag: other.checkpoint.save}), 1)
+                check(saved_in(config, tmp_path / "new", **{flag: other.checkpoint.save}), 1)
     other_model = ordinary(continued(alone, steps=2), qwen(2))
     with pytest.raises(ConfigError, match="is not the model that .* its config.json differs"):
-        loop.check(other_model, 1)
+        check(other_model, 1)
     with pytest.raises(ConfigError, match="is not the model that .* its config.json differs"):
         open_student(str(tmp_path / "alone"), qwen(2))
     flags = ["--load", str(tmp_path / "alone"), "--output", str(tmp_path / "x")]
@@ -265,6 +266,6 @@ def test_errors_about_the_model_name_the_flag_that_was_given(tiny_llama, tiny_te
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_text("")
     with pytest.raises(ConfigError) as caught:
-        loop.check(ordinary_config(str(model), tiny_text, tmp_path / "run", steps=1), 1)
+        check(ordinary_config(str(model), tiny_text, tmp_path / "run", steps=1), 1)
     assert str(caught.value).startswith(f"--student {model}: config.json has architectures")
     assert "teacher" not in str(caught.value).replace(str(model), "")

@@ -25,6 +25,7 @@ from megatron_lrc.checkpoints.run_directory import (
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import checkpoint_writer
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 from runs import assert_same_parameters, make_config, make_trainer, on_layout, records, saving, train, without_times
 
@@ -235,7 +236,7 @@ def train_with_a_full_disk_from_step_three(config: Config) -> str:
     """On the last rank: no file may grow beyond 4 KB any more. What the run has to say in the end."""
     slow_writers.use(background_writer.ENTRY)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    checked = loop.check(config, 2)
+    checked = check(config, 2)
     trainer = loop.Trainer(checked.config, checked, loop.distributed.start(config))
     look = trainer._look_at
 

@@ -13,8 +13,8 @@ from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import ConfigError, validate
 from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.methods import method_of
-from megatron_lrc.train import loop
 from megatron_lrc.train.dry_run import dry_run
+from megatron_lrc.train.start_checks import check
 from method_runs import CUT, sheared_config
 from runs import (
     assert_close_weights,
@@ -172,7 +172,7 @@ def test_flags_that_contradict_the_method_are_refused(tied_qwen, tiny_text, tmp_
 def test_shapes_that_cannot_be_pruned_to_are_refused(tied_qwen, tiny_text, tmp_path, sizes, layout, message):
     config = on_layout(sheared_config(tied_qwen, tiny_text, tmp_path / "run", **sizes), **layout)
     with pytest.raises(ConfigError) as caught:
-        loop.check(config.resolved(1), 1)
+        check(config.resolved(1), 1)
     assert message in str(caught.value)
 
 
@@ -182,6 +182,6 @@ def test_a_run_cannot_go_on_to_another_shape_and_there_are_no_estimates(tied_qwe
     for changes in ({"pruned_num_query_groups": None}, {"pruned_ffn_hidden_size": 40}):
         again = continued(config, steps=4)
         with pytest.raises(ConfigError, match="has been pruned for another shape than the flags ask for"):
-            loop.check(replace(again, pruning=replace(again.pruning, **changes)).resolved(1), 1)
+            check(replace(again, pruning=replace(again.pruning, **changes)).resolved(1), 1)
     with pytest.raises(ConfigError, match="--dry-run has no estimates for --method sheared yet"):
         dry_run(config.resolved(1), SimpleNamespace(gpu=None, mfu=None), 1)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.train import loop, stopping
+from megatron_lrc.train.start_checks import check
 from ranks import PRELOAD, run_ranks
 from runs import (
     assert_same_parameters,
@@ -44,7 +45,7 @@ def train_and_ask(config: Config, moment: str, at: int, rank: int, ask: Callable
     """Train; on one rank call `ask` at a moment ("step", "validation", "save", "finish") of a step, "finish" when a
     background save is written. Step reached, last line."""
     handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     is_to_ask = dist.get_rank() == rank
 
     def now(kind: str, step: int) -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 from runs import make_config, on_layout, records
 
@@ -32,7 +33,7 @@ class SlowData(Dataset):
 
 def train_with_a_slow_rank(config: Config, kind: str) -> None:
     """Rank SLOW reads its data slowly, computes more than the others, or holds more memory."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     block = None
     if dist.get_rank() == SLOW:
         if kind == "data":

@@ -6,13 +6,14 @@ import torch
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
 from runs import make_config, on_layout
 
 
 def tied_projection_after_training(config: Config, noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, P before training) of the embedding on this rank. noise: relative, on the last stage's gradient of it."""
-    trainer = loop.Trainer(config, loop.check(config, distributed.world_size()), distributed.start(config))
+    trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     (matrix,) = [
         matrix for stage in trainer.run.stages for name, matrix in stage.projections.named_matrices() if name == "embed"
     ]

@@ -8,7 +8,7 @@ import torch
 from megatron_lrc.checkpoints.run_directory import checkpoint_path
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import ConfigError
-from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from runs import assert_same_parameters, continued, make_config, on_layout, records, train, without_times
 
 
@@ -141,18 +141,18 @@ def test_a_run_is_never_written_over_or_continued_with_another_student(tiny_llam
     assert checkpoint_path(str(tmp_path / "run"), 1).is_dir()
 
     with pytest.raises(ConfigError, match="already holds checkpoints"):
-        loop.check(config, 1)
+        check(config, 1)
     inside_a_file = tmp_path / "run" / "metrics.jsonl" / "new"
     with pytest.raises(ConfigError, match="metrics.jsonl is a file"):
-        loop.check(replace(config, checkpoint=replace(config.checkpoint, save=str(inside_a_file))), 1)
+        check(replace(config, checkpoint=replace(config.checkpoint, save=str(inside_a_file))), 1)
     wider = replace(continued(config, steps=2), model=replace(config.model, student_hidden_size=32))
     with pytest.raises(ConfigError, match="hidden size 24.*ask for 32"):
-        loop.check(wider, 1)
+        check(wider, 1)
     other = replace(continued(config, steps=2), model=replace(config.model, teacher=tiny_llama(dtype=torch.float64)))
     with pytest.raises(ConfigError, match="not the teacher"):
-        loop.check(other, 1)
+        check(other, 1)
     with pytest.raises(ConfigError, match="past --train-iters 0"):
-        loop.check(continued(config, steps=0), 1)
+        check(continued(config, steps=0), 1)
 
 
 @pytest.mark.distributed

@@ -24,7 +24,7 @@ from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState
 from megatron_lrc.hf.sampled_hash import sampled_files
 from megatron_lrc.hf.shared_hash import contents_at_start
-from megatron_lrc.train import loop
+from megatron_lrc.train.start_checks import check
 from runs import make_config
 from students import random_student
 from tools_path import convert_to_hf, tool_main
@@ -130,16 +130,16 @@ def to_go_on(run: Path, teacher: Path, text: str) -> Config:
 def test_a_run_does_not_go_on_with_a_changed_teacher(source: Path, tmp_path: Path, tiny_text: str) -> None:
     write_student(tmp_path / "run", source)
     config = to_go_on(tmp_path / "run", source, tiny_text)
-    state = loop.check(config, 1).state
+    state = check(config, 1).state
     assert state.step == 3 and state.teacher_fingerprint == fingerprint(source)
     flip_a_bit(weights(source), *a_matrix_between_the_samples(source))
     with pytest.raises(ConfigError, match=f"--teacher {source} is not the teacher that .*iter_0000003"):
-        loop.check(config, 1)
+        check(config, 1)
 
 
 def test_a_run_goes_on_with_either_form_of_its_teacher(pair: tuple[Path, Path], tmp_path: Path, tiny_text: str) -> None:
     write_student(tmp_path / "run", pair[0])
-    checked = loop.check(to_go_on(tmp_path / "run", pair[1], tiny_text), 1)
+    checked = check(to_go_on(tmp_path / "run", pair[1], tiny_text), 1)
     assert checked.state.teacher_fingerprint == fingerprint(pair[0]) and checked.warnings == []
 
 
@@ -148,11 +148,11 @@ def test_a_new_run_does_not_start_from_a_changed_conversion(converted: Path, tmp
     zero(converted / "release/__0_0.distcp", 400_000, 400_100)
     config = make_config(str(converted), tiny_text, tmp_path / "run", steps=1)
     with pytest.raises(ConfigError, match="are not what the conversion wrote"):
-        loop.check(config, 1)
+        check(config, 1)
     config.model.method, config.model.teacher, config.model.student = "ordinary", None, str(converted)
     config.model.student_hidden_size = None
     with pytest.raises(ConfigError, match=f"--student {converted}: .* are not what the conversion wrote"):
-        loop.check(config, 1)
+        check(config, 1)
 
 
 # ---- an export and a verification ----
@@ -207,7 +207,7 @@ def test_an_older_checkpoint_is_compared_by_samples_with_a_warning(
 ) -> None:
     write_student(tmp_path / "run", pair[0])
     as_before(tmp_path / "run", open_teacher(describe_teacher(pair[0])).sampled_fingerprint())
-    checked = loop.check(to_go_on(tmp_path / "run", pair[form], tiny_text), 1)
+    checked = check(to_go_on(tmp_path / "run", pair[form], tiny_text), 1)
     (warning,) = checked.warnings
     assert "was written by an earlier version, which noted samples of the teacher's files only" in warning
     assert checked.state.teacher_fingerprint == fingerprint(pair[0]) and checked.state.teacher_fingerprint[:5] == PREFIX
@@ -217,7 +217,7 @@ def test_an_older_checkpoint_is_compared_by_samples_with_a_warning(
     assert capsys.readouterr().err.count("noted samples of the teacher's files only") == 1
     as_before(tmp_path / "run", "0" * 64)
     with pytest.raises(ConfigError, match="is not the teacher that"):
-        loop.check(to_go_on(tmp_path / "run", pair[form], tiny_text), 1)
+        check(to_go_on(tmp_path / "run", pair[form], tiny_text), 1)
 
 
 def convert_as_before(source: Path, converted: Path) -> None:
@@ -236,17 +236,17 @@ def test_a_teacher_that_an_earlier_version_converted_still_opens_with_a_warning(
     write_student(tmp_path / "run", source)
     config = to_go_on(tmp_path / "run", converted, tiny_text)
     with pytest.raises(ConfigError, match="is one that an earlier version has converted, convert it again"):
-        loop.check(config, 1)  # the checkpoint knows every byte, the record only samples
+        check(config, 1)  # the checkpoint knows every byte, the record only samples
     as_before(tmp_path / "run", fingerprint(converted))
-    checked = loop.check(config, 1)
+    checked = check(config, 1)
     (warning,) = checked.warnings
     assert "was converted by an earlier version" in warning and "Convert the Hugging Face directory again" in warning
     change_config(converted, rms_norm_eps=1e-6)
     with pytest.raises(ConfigError, match="is not the teacher that"):
-        loop.check(config, 1)
+        check(config, 1)
     flip_a_bit(converted / "release/__0_0.distcp", 100, 101)
     with pytest.raises(ConfigError, match="the files in release/ are not what the conversion wrote"):
-        loop.check(config, 1)
+        check(config, 1)
 
 
 # ---- teachers that nobody trained, or that did not arrive whole ----
@@ -265,7 +265,7 @@ def test_zeros_and_constants_are_named_at_the_start(source: Path, tmp_path: Path
     convert(source, tmp_path / "converted", "--no-verify")
     assert words in capsys.readouterr().err
     for teacher in (source, tmp_path / "converted"):
-        (warning,) = loop.check(make_config(str(teacher), tiny_text, tmp_path / "run", steps=1), 1).warnings
+        (warning,) = check(make_config(str(teacher), tiny_text, tmp_path / "run", steps=1), 1).warnings
         assert words in warning and f"--teacher {teacher}" in warning
 
 

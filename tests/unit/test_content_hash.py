@@ -18,6 +18,7 @@ from megatron_lrc.hf.constant_tensors import find_suspicious
 from megatron_lrc.hf.content_hash import CHUNK_BYTES, FileContents, hash_files, root_of
 from megatron_lrc.hf.hash_cache import CACHE_FILE
 from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
+from megatron_lrc.launch.agreement import RanksMissing
 
 MODULES = ("content_hash", "hash_cache", "shared_hash", "constant_tensors", "sampled_hash")
 
@@ -192,26 +193,22 @@ def test_several_processes_may_write_it_at_once(old_files: list[Path], tmp_path:
 
 def test_a_rank_that_does_not_come_is_named_in_one_sentence(files: list[Path], tmp_path: Path) -> None:
     sharers = Sharers(FileStore(str(tmp_path / "store"), -1), 8, 1, 2, timeout=0.1)
-    with pytest.raises(ConfigError, match="Rank 8 has not told what its part of the teacher's files holds within 0 s"):
+    with pytest.raises(RanksMissing, match="Rank 8 has not told what its part of the model's files holds within 0 s"):
         contents_at_start(tmp_path, files, sharers)
 
 
-def test_what_one_rank_cannot_read_all_ranks_refuse(files: list[Path], tmp_path: Path) -> None:
+def test_a_rank_that_cannot_go_on_tells_those_that_wait_for_its_part(files: list[Path], tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     ranks = [Sharers(FileStore(store, -1), 0, rank, 2, 60.0) for rank in range(2)]
 
-    def fail() -> None:
-        raise ConfigError("model-0.bin cannot be read (Input/output error).")
-
-    def second() -> str:
+    def second() -> None:
         ranks[1].hear("known", 0)
-        with pytest.raises(ConfigError) as raised:
-            ranks[1].tell("chunks", fail)
-        return str(raised.value)
+        ranks[1].tell_failure("model-0.bin cannot be read (Input/output error).")
 
     with ThreadPoolExecutor(2) as threads:
-        first, told = threads.submit(contents_at_start, tmp_path, files, ranks[0]), threads.submit(second)
-    assert str(first.exception()) == told.result() == "model-0.bin cannot be read (Input/output error)."
+        first, _ = threads.submit(contents_at_start, tmp_path, files, ranks[0]), threads.submit(second)
+    assert isinstance(error := first.exception(), ConfigError)
+    assert str(error) == "Rank 1 cannot start: model-0.bin cannot be read (Input/output error)."
 
 
 def test_ranks_of_different_nodes_do_not_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
