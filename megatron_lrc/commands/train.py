@@ -69,15 +69,17 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
     validate(method_of(config), world_size=world_size)
     config = config.resolved(world_size)
 
-    from megatron_lrc.train import loop, start_checks  # imports torch, so it comes after what can fail at once
+    if only_checks:  # imports torch, as the others do, so it comes after what can fail at once
+        from megatron_lrc.train.start_checks import check
 
-    if only_checks:
-        start_checks.check(config, world_size)
+        check(config, world_size)
     elif wanted:
         from megatron_lrc.train.dry_run import dry_run
 
         dry_run(config, wanted, world_size)
     else:
+        from megatron_lrc.train import loop
+
         torchrun.end_with_torchrun()
         loop.train(config)
 

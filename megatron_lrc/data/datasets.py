@@ -198,6 +198,11 @@ class Request:
         path = os.path.join(self.folder, f"{name}.npy")
         try:
             return numpy.load(path, mmap_mode="r")
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{path} is not there, where rank 0 should have written it: ranks that have their data in folders of "
+                "their own need one for the index maps that all see. Give it with --data-cache-path."
+            ) from error
         except (OSError, ValueError, EOFError) as error:
             raise ConfigError(
                 f"{path} is not an index map ({error}). Remove {self.folder}; the next start builds it again."

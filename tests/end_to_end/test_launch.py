@@ -1,7 +1,8 @@
 """Every way to start a run reaches the same entry point, and a user's error costs one sentence.
 
-The launch is under test, not the training: most tests run a copy of the front end in which `train/loop.py` only reports
-how it was started. No GPU, no process group, no network beyond torchrun's own port.
+The launch is under test, not the training: most tests run a copy of the front end in which `train/loop.py` and
+`train/start_checks.py` only report how they were called. No GPU, no process group, no network beyond
+torchrun's own port.
 """
 
 import json
@@ -82,6 +83,7 @@ def probe(tmp_path):
         shutil.copytree(ROOT / f"megatron_lrc/{name}", root / f"megatron_lrc/{name}")
     (root / "megatron_lrc/train/__init__.py").touch()
     (root / "megatron_lrc/train/loop.py").write_text(PROBE)
+    (root / "megatron_lrc/train/start_checks.py").write_text("from megatron_lrc.train.loop import check")
     return root
 
 

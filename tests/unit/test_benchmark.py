@@ -13,6 +13,7 @@ import tiny_data
 from benchmarks import corpus
 from benchmarks import data_benchmark as data
 from benchmarks import head_benchmark as head
+from benchmarks import start_benchmark as start
 from benchmarks.measure import Spread, measure, table
 from megatron_lrc.config import ConfigError
 from tools_path import load_tool
@@ -197,3 +198,17 @@ def test_forms_of_the_head_that_do_not_agree_are_an_error(monkeypatch, capsys):
 def test_a_head_whose_full_logits_do_not_fit_is_refused(capsys):
     assert benchmark([*HEAD, "--tokens", str(10**9)]) == 2
     assert "Use fewer --tokens" in capsys.readouterr().err
+
+
+def test_a_simulated_start_tells_every_rank(capsys):
+    assert benchmark(["start", "--ranks", "9", "--repeats", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^9 ranks  +seconds.*\nall alike .*\none rank differs .*\nevery rank differs ", said), said
+
+
+@pytest.mark.slow
+def test_1024_ranks_compare_themselves_in_less_than_a_second():
+    """The best of some rounds, since other tests run beside it; all ranks share one interpreter here."""
+    with start.Simulation(1024) as simulation:
+        for name in ("all alike", "one rank differs"):
+            assert min(simulation.compare(start.CASES[name])[0] for _ in range(5)) < 1, name
