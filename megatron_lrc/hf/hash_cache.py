@@ -32,13 +32,14 @@ class FileState:
     modified: int
     changed: int
     inode: int
+    device: int  # of this start of the machine, so not remembered
     seen: int
 
     @classmethod
     def of(cls, path: Path) -> "FileState":
         seen, status = time.time_ns(), path.stat()
         real = os.path.realpath(path)
-        return cls(real, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, seen)
+        return cls(real, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev, seen)
 
     @property
     def is_settled(self) -> bool:

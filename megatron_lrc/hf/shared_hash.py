@@ -9,8 +9,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Sharers:
     store: Store | None
     node: int  # the first rank of the node
     rank: int  # among the node's
-    size: int
+    members: tuple[int, ...]  # of the node's ranks, those that share
     timeout: float
 
     @classmethod
@@ -48,8 +48,20 @@ class Sharers:
         """By torchrun's environment. Without LOCAL_WORLD_SIZE nobody knows who is on this node: each reads all."""
         size, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
         if store is None or size == 1:
-            return cls(None, 0, 0, 1, timeout)
-        return cls(store, int(os.environ["RANK"]) - rank, rank, size, timeout)
+            return cls(None, 0, 0, (0,), timeout)
+        return cls(store, int(os.environ["RANK"]) - rank, rank, tuple(range(size)), timeout)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == self.members[0]
+
+    def of_same_files(self, states: Iterable[FileState]) -> "Sharers":
+        """Those for which these are the same files too: another path, or another container, may show others."""
+        if self.store is None:
+            return self
+        own = [[*state.key, state.device] for state in states]
+        self.tell("files", own)
+        return replace(self, members=tuple(rank for rank in self.members if self.hear("files", rank) == own))
 
     def tell(self, what: str, value: Any) -> None:
         """Give the others this value, as JSON."""
@@ -88,7 +100,7 @@ class Sharers:
         if self.store is None:
             return
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would listen
-            for what in ("known", "chunks"):
+            for what in ("files", "known", "chunks"):
                 self.store.set(self._key(what, self.rank), json.dumps({"error": text}))
 
     def _key(self, what: str, rank: int) -> str:
@@ -103,41 +115,42 @@ def contents_at_start(
     ConfigError where a file cannot be read, or another sharer says that it has failed; RanksMissing where one does
     not come. Whoever catches these owes the others `Sharers.tell_failure`.
     """
-    sharers = sharers or Sharers(None, 0, 0, 1, 0.0)
     states = {path: FileState.of(path) for path in paths}
+    sharers = (sharers or Sharers(None, 0, 0, (0,), 0.0)).of_same_files(states.values())
     known = _known(directory, states, sharers)
     sizes = {path: state.size for path, state in states.items() if path not in known}
     found = {**known, **assemble(sizes, _share(sizes, sharers))}
-    if sizes and sharers.rank == 0:
+    if sizes and sharers.is_first:
         write_cache(directory, states, found)
     return {path: found[path] for path in paths}
 
 
 def _known(directory: Path, states: dict[Path, FileState], sharers: Sharers) -> dict[Path, FileContents]:
     """What the cache knows; the first sharer looks, since it may be written while the others would."""
-    known = read_cache(directory, states) if sharers.rank == 0 else {}
-    if sharers.rank == 0:
+    if sharers.is_first:
+        known = read_cache(directory, states)
         files = {path.name: [found.size, [chunk.to_list() for chunk in found.chunks]] for path, found in known.items()}
         sharers.tell("known", files)
         return known
-    files = sharers.hear("known", 0)
+    files = sharers.hear("known", sharers.members[0])
     return {path: contents_of(files[path.name][1], size=files[path.name][0]) for path in states if path.name in files}
 
 
 def _share(sizes: dict[Path, int], sharers: Sharers) -> list[Chunk]:
     """All chunks of these files, each read by one of the sharers."""
-    work = plan(sizes)
-    if sharers.size == 1:
+    work, size = plan(sizes), len(sharers.members)
+    if size == 1:
         return hash_chunks(work)
-    own = work[sharers.rank :: sharers.size]
-    sharers.tell("chunks", [chunk.to_list() for chunk in hash_chunks(own, sharers=sharers.size)])
+    own = work[sharers.members.index(sharers.rank) :: size]
+    sharers.tell("chunks", [chunk.to_list() for chunk in hash_chunks(own, sharers=size)])
     chunks: list[Chunk | None] = [None] * len(work)
-    for rank in range(sharers.size):
-        part = slice(rank, None, sharers.size)
+    for number, rank in enumerate(sharers.members):
+        part = slice(number, None, size)
         told = sharers.hear("chunks", rank, num_bytes=len(own) * CHUNK_BYTES)
         if len(told) != len(work[part]):
             raise ConfigError(
-                "The model's files changed while the ranks of a node were reading them. Start again when they are complete."
+                "The model's files changed while the ranks of a node were reading them. Start again when they are "
+                "complete."
             )
         chunks[part] = [Chunk.of_list(chunk) for chunk in told]
     return [chunk for chunk in chunks if chunk is not None]

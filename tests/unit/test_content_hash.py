@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from torch.distributed import FileStore
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.constant_tensors import find_suspicious
 from megatron_lrc.hf.content_hash import CHUNK_BYTES, FileContents, hash_files, root_of
-from megatron_lrc.hf.hash_cache import CACHE_FILE
+from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState
 from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
 from megatron_lrc.launch.agreement import RanksMissing
 
@@ -67,7 +68,7 @@ def share(files: list[Path], store: Path, ranks: int, timeout: float = 60.0) -> 
     """What each of so many ranks of a node finds."""
 
     def find(rank: int) -> dict[Path, FileContents]:
-        sharers = Sharers(FileStore(str(store), -1), 0, rank, ranks, timeout)
+        sharers = Sharers(FileStore(str(store), -1), 0, rank, tuple(range(ranks)), timeout)
         return contents_at_start(files[0].parent, files, sharers)
 
     with ThreadPoolExecutor(ranks) as threads:
@@ -192,23 +193,37 @@ def test_several_processes_may_write_it_at_once(old_files: list[Path], tmp_path:
 
 
 def test_a_rank_that_does_not_come_is_named_in_one_sentence(files: list[Path], tmp_path: Path) -> None:
-    sharers = Sharers(FileStore(str(tmp_path / "store"), -1), 8, 1, 2, timeout=0.1)
+    sharers = Sharers(FileStore(str(tmp_path / "store"), -1), 8, 1, (0, 1), timeout=0.1)
     with pytest.raises(RanksMissing, match="Rank 8 has not told what its part of the model's files holds within 0 s"):
         contents_at_start(tmp_path, files, sharers)
 
 
 def test_a_rank_that_cannot_go_on_tells_those_that_wait_for_its_part(files: list[Path], tmp_path: Path) -> None:
     store = str(tmp_path / "store")
-    ranks = [Sharers(FileStore(store, -1), 0, rank, 2, 60.0) for rank in range(2)]
+    ranks = [Sharers(FileStore(store, -1), 0, rank, (0, 1), 60.0) for rank in range(2)]
 
     def second() -> None:
-        ranks[1].hear("known", 0)
+        ranks[1].of_same_files(FileState.of(path) for path in files)
         ranks[1].tell_failure("model-0.bin cannot be read (Input/output error).")
 
     with ThreadPoolExecutor(2) as threads:
         first, _ = threads.submit(contents_at_start, tmp_path, files, ranks[0]), threads.submit(second)
     assert isinstance(error := first.exception(), ConfigError)
     assert str(error) == "Rank 1 cannot start: model-0.bin cannot be read (Input/output error)."
+
+
+def test_ranks_of_a_node_that_see_other_files_under_the_same_names_do_not_share(files, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    others = [Path(shutil.copy(path, tmp_path / "other")) for path in files]
+    flip(others[1], 9)
+    seen = [files, others, files]
+
+    def find(rank: int) -> dict[Path, FileContents]:
+        sharers = Sharers(FileStore(str(tmp_path / "store"), -1), 0, rank, (0, 1, 2), 60.0)
+        return contents_at_start(seen[rank][0].parent, seen[rank], sharers)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(find, range(3))) == [hash_files(files), hash_files(others), hash_files(files)]
 
 
 def test_ranks_of_different_nodes_do_not_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -218,10 +233,10 @@ def test_ranks_of_different_nodes_do_not_share(monkeypatch: pytest.MonkeyPatch, 
         for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", 2)):
             monkeypatch.setenv(name, str(value))
         sharers = Sharers.of_environment(store, 1.0)
-        found.append((sharers.node, sharers.rank, sharers.size))
-    assert found == [(0, 0, 2), (0, 1, 2), (2, 0, 2), (2, 1, 2)]
+        found.append((sharers.node, sharers.rank, sharers.members))
+    assert found == [(0, 0, (0, 1)), (0, 1, (0, 1)), (2, 0, (0, 1)), (2, 1, (0, 1))]
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert Sharers.of_environment(store, 1.0).size == 1
+    assert Sharers.of_environment(store, 1.0).members == (0,)
 
 
 # ---- tensors that no trained model has ----
