@@ -143,14 +143,8 @@ def _share(sizes: dict[Path, int], sharers: Sharers) -> list[Chunk]:
         return hash_chunks(work)
     own = work[sharers.members.index(sharers.rank) :: size]
     sharers.tell("chunks", [chunk.to_list() for chunk in hash_chunks(own, sharers=size)])
-    chunks: list[Chunk | None] = [None] * len(work)
+    chunks: dict[int, Chunk] = {}
     for number, rank in enumerate(sharers.members):
-        part = slice(number, None, size)
         told = sharers.hear("chunks", rank, num_bytes=len(own) * CHUNK_BYTES)
-        if len(told) != len(work[part]):
-            raise ConfigError(
-                "The model's files changed while the ranks of a node were reading them. Start again when they are "
-                "complete."
-            )
-        chunks[part] = [Chunk.of_list(chunk) for chunk in told]
-    return [chunk for chunk in chunks if chunk is not None]
+        chunks |= zip(range(number, len(work), size), map(Chunk.of_list, told), strict=True)
+    return [chunks[index] for index in range(len(work))]
