@@ -21,11 +21,12 @@ def read_everything(reader: Reader) -> Contents:
 
 
 @contextmanager
-def said_if_slow(line: str) -> Iterator[None]:
+def said_if_slow(line: str, *, is_on: bool = True) -> Iterator[None]:
     """Print the line to stderr if the block has not ended after some seconds."""
     timer = threading.Timer(_PATIENCE_SECONDS, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
-    timer.start()
+    if is_on:
+        timer.start()
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.datasets import tokenizer_identity
 from megatron_lrc.data.identity import describe_data
 from megatron_lrc.hf.content_hash import root_of
+from megatron_lrc.hf.sampled_hash import is_sampled
 from megatron_lrc.hf.teacher_identity import short
 from megatron_lrc.mcore.kernels import engine_version
 from megatron_lrc.train.start_checks import Checked
@@ -94,8 +95,14 @@ def _describe_checkpoint(path: Path | None) -> str:
 
 
 def _describe_base(checked: Checked) -> str:
-    """By every byte of config.json and the weights, but where the weights come from a checkpoint."""
-    return short(root_of(checked.teacher.config_values, checked.contents))
+    """By every byte of the weights and config.json; by that alone where the weights come from a checkpoint.
+
+    ConfigError where a converted model's files are not what the conversion wrote.
+    """
+    if not checked.contents:
+        return short(checked.teacher.config_fingerprint)
+    found = checked.reader.fingerprint(checked.contents)
+    return short(root_of(checked.teacher.config_values, checked.contents) if is_sampled(found) else found)
 
 
 def _describe_environment() -> dict[str, str]:

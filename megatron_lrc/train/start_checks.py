@@ -89,10 +89,9 @@ def read_base(checked: Checked, sharers: Sharers | None = None) -> Contents:
     Nothing where the checkpoint has all the weights. Ranks of a node share the reading; each of them has to call this.
     """
     has_weights = checked.resume_from or checked.weights_from
-    if has_weights and not method_of(checked.config).has_teacher:
-        return {}
-    with said_if_slow(f"reading every byte of {checked.teacher.given}"):
-        return contents_at_start(checked.teacher.directory, checked.reader.files, sharers)
+    is_needed = method_of(checked.config).has_teacher or not has_weights
+    with said_if_slow(f"reading every byte of {checked.teacher.given}", is_on=os.environ.get("RANK", "0") == "0"):
+        return contents_at_start(checked.teacher.directory, checked.reader.files if is_needed else [], sharers)
 
 
 def with_contents(checked: Checked, contents: Contents) -> Checked:
