@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from benchmarks.measure import Spread, table
 from megatron_lrc.config import ConfigError
@@ -66,7 +67,7 @@ class Simulation:
         self._clients.clear()
         del self._store
 
-    def _connect(self, _: int) -> dist.Store:
+    def _connect(self, _: int) -> Store:
         port = self._store.port
         return dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
 
@@ -76,7 +77,7 @@ class Simulation:
         refused: list[int] = []
         start = threading.Barrier(len(self._clients) + 1)
 
-        def compare(rank: int, client: dist.Store) -> None:
+        def compare(rank: int, client: Store) -> None:
             fields = fields_of(rank)
             agreement = Agreement(
                 store=client,  # type: ignore[arg-type]

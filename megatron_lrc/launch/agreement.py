@@ -99,11 +99,11 @@ class Agreement:
         listening = len(lines) - len(failed)
         if failed:
             self._refuse("verdict", _refusal(describe_failures(failed), listening=listening))
+        kinds = by_value(lines, "digest")
+        if len(kinds) > 1:  # the number of processes, perhaps, so that some are not even to come
+            self._name_differences(list(kinds.values()), fields, lines)
         if missing := [rank for rank in ranks if rank not in lines]:
             self._refuse("verdict", _refusal(self._describe_missing(missing), listening=listening, is_missing=True))
-        kinds = by_value(lines, "digest")
-        if len(kinds) > 1:
-            self._name_differences(list(kinds.values()), fields, lines)
         self._write("verdict", {})
         remarks = by_value(lines, "remark")
         return describe_values(remarks, lines) if len(remarks) > 1 else ""
@@ -123,7 +123,7 @@ class Agreement:
         said = dict(zip(speakers, self._read(self._present(keys)), strict=True))
         told = [(ranks, fields) for ranks in asked if (fields := said[ranks[0]]) is not None]
         silent = [rank for ranks in kinds if not said.get(ranks[0]) for rank in ranks]
-        self._refuse("refusal", _refusal(describe_differences(told, silent, lines), listening=self.world_size))
+        self._refuse("refusal", _refusal(describe_differences(told, silent, lines), listening=len(lines)))
 
     def _refuse(self, key: str, refusal: dict[str, Any]) -> None:
         self._write(key, refusal)

@@ -33,7 +33,7 @@ from megatron_lrc.train.start_checks import Checked
 from megatron_lrc.train.starts import version_of
 
 _PACKAGES = ("torch", "megatron-core", "apex", "numpy", "transformers", "safetensors")
-#: Beside those of Transformer Engine (NVTE_...) but its debug output.
+#: Beside those of Transformer Engine (NVTE_...) but paths and its debug output.
 _VARIABLES = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -106,8 +106,9 @@ def _describe_base(checked: Checked) -> str:
 
 
 def _describe_environment() -> dict[str, str]:
-    engine = [name for name in os.environ if name.startswith("NVTE_") and not name.startswith("NVTE_DEBUG")]
-    return {name: os.environ.get(name, "not set") for name in (*_VARIABLES, *sorted(engine))}
+    engine = [name for name, value in os.environ.items() if name.startswith("NVTE_") and os.sep not in value]
+    compared = [*_VARIABLES, *sorted(name for name in engine if not name.startswith("NVTE_DEBUG"))]
+    return {name: os.environ.get(name, "not set") for name in compared}
 
 
 def _describe_packages() -> dict[str, str]:

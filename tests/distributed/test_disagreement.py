@@ -1,5 +1,6 @@
 """Ranks that were not started alike do not train: each ends with the user's error, which names what differs where."""
 
+import os
 import shutil
 import socket
 import sys
@@ -103,6 +104,19 @@ def test_a_rank_that_cannot_start_ends_the_others_in_its_words(tiny_llama, tiny_
     with World(2, flags, tmp_path / "logs", own_flags={1: ["--data-path", "nowhere"]}) as world:
         assert world.wait(30) == [2, 2], world.said(0)
         assert f"error: rank 1 ({HOST}) cannot start: There is no " in refusal(world, 0)
+
+
+def end_at_once(rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+
+
+@pytest.mark.distributed
+def test_a_rank_that_never_comes_is_named_in_one_line(tiny_llama, tiny_text, tmp_path):
+    flags = training_flags(tiny_llama(), tiny_text, tmp_path / "run", "--distributed-timeout-minutes", "0.04")
+    with World(2, flags, tmp_path / "logs", end_at_once) as world:
+        assert world.wait(30) == [1, 3], world.said(0)
+        assert refusal(world, 0).startswith("error: Rank 1 did not come within 0.04 minutes of rank 0 ")
 
 
 @pytest.mark.distributed

@@ -117,6 +117,12 @@ def test_a_rank_that_does_not_come_is_named_after_the_timeout(store):
     )
 
 
+def test_ranks_that_differ_are_told_so_although_others_do_not_come(store):
+    """As where one was started for more processes than the others."""
+    text = the_refusal(reach(store, [{"WORLD_SIZE": "3"}, {"WORLD_SIZE": "2"}, GONE], seconds=0.5))
+    assert "WORLD_SIZE is 3 on rank 0 (node) but 2 on rank 1 (node)" in text
+
+
 def test_rank_0_may_be_the_one_that_does_not_come(store):
     (result,) = reach(store, [GONE, ALIKE], seconds=0.5)
     assert isinstance(result, RanksMissing) and str(result).startswith("Rank 0 did not come within")

@@ -93,7 +93,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_map_that_would_run_code_or_is_damaged_is_refused(tmp_path):
+def test_a_map_that_would_run_code_or_is_damaged_or_missing_is_refused(tmp_path):
     prefix = numbered(tmp_path / "a", 60)
     config = data_config(data_path=[prefix], split="80,20,0", train_iters=30, eval_iters=2)
     build_datasets(config)
@@ -104,6 +104,9 @@ def test_a_map_that_would_run_code_or_is_damaged_is_refused(tmp_path):
     assert not (tmp_path / "it-ran").exists()
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(ConfigError, match="the next start builds it again"):
+        build_datasets(config)
+    file.unlink()
+    with pytest.raises(ConfigError, match="Give it with --data-cache-path"):
         build_datasets(config)
 
 

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 import megatron_lrc
 from checkpoints import write_run
 from megatron_lrc.config import SETTINGS, Config, flag_of
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.mcore.distributed import meet
-from megatron_lrc.train import rank_identity
+from megatron_lrc.mcore.distributed import Meeting, meet
+from megatron_lrc.train import alike, rank_identity
 from megatron_lrc.train.alike import check_alike
 from megatron_lrc.train.rank_identity import describe_rank, describe_settings
 from megatron_lrc.train.start_checks import check
@@ -157,13 +160,32 @@ def test_a_changed_comment_in_the_code_is_named_by_its_file(tmp_path):
     assert {name for name in after if after[name] != before[name]} == {"megatron_lrc/train/step.py"}
 
 
+def test_the_tokenizer_counts_where_it_says_where_documents_end(config, tokenizer_folder):
+    assert "the tokenizer" not in describe_rank(check(config, 1), 1)
+    config.data.eod_mask_loss, found = True, []
+    for tokenizer in (config.model.teacher, tokenizer_folder):
+        config.data.tokenizer_model = tokenizer
+        found.append(rank_identity._describe_tokenizer(config)["the tokenizer"])
+    assert found[0] != found[1]
+
+
 def test_variables_that_choose_kernels_count_and_those_of_debugging_do_not(config, monkeypatch):
     before = describe_rank(check(config, 1), 1)
     monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "7")
     monkeypatch.setenv("NVTE_DEBUG_LEVEL", "2")
+    monkeypatch.setenv("NVTE_CUDA_INCLUDE_PATH", "/opt/cuda/include")
     monkeypatch.setenv("HOSTNAME", "other")
     assert differences(config, before) == {"NVTE_FLASH_ATTN", "CUDA_DEVICE_MAX_CONNECTIONS"}
+
+
+def test_ranks_with_other_gpus_are_warned_of(config, monkeypatch):
+    monkeypatch.setattr(alike, "describe_device", lambda: threading.current_thread().name)
+    store = HashStore()
+    with ThreadPoolExecutor(2, "gpu") as threads:
+        checked = list(threads.map(lambda rank: check_alike(config, Meeting(store, rank, 2)), range(2)))
+    (warning,) = set(checked[0].warnings) - set(checked[1].warnings)
+    assert warning.startswith("the ranks' devices differ, and all are as slow as the slowest: gpu_")
 
 
 def test_one_process_compares_nothing(config, monkeypatch):
