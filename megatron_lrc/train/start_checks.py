@@ -114,7 +114,7 @@ def check_base(checked: Checked) -> Checked:
             raise ConfigError(refusal)
     warnings = [*checked.warnings, *warn_of_suspicious(reader, contents)]
     if contents:
-        warnings += warn_of_samples(fingerprint, trained_with, checkpoint, reader)
+        warnings += warn_of_samples(reader.fingerprint(contents), trained_with, checkpoint, reader)
     return replace(checked, state=replace(checked.state, teacher_fingerprint=fingerprint), warnings=warnings)
 
 

@@ -143,14 +143,26 @@ def test_a_run_goes_on_with_either_form_of_its_teacher(pair: tuple[Path, Path], 
     assert checked.state.teacher_fingerprint == fingerprint(pair[0]) and checked.warnings == []
 
 
+def as_start_of_ordinary_training(config: Config) -> Config:
+    config.model.method, config.model.student, config.model.teacher = "ordinary", config.model.teacher, None
+    config.model.student_hidden_size = None
+    return config
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["Hugging Face", "converted"])
+def test_ordinary_training_begins_without_a_warning(pair, tmp_path: Path, tiny_text: str, form: int) -> None:
+    config = as_start_of_ordinary_training(make_config(str(pair[form]), tiny_text, tmp_path / "run", steps=1))
+    checked = check(config, 1)
+    assert checked.warnings == [] and checked.reader.fingerprint(checked.contents) == fingerprint(pair[0])
+
+
 def test_a_new_run_does_not_start_from_a_changed_conversion(converted: Path, tmp_path: Path, tiny_text: str) -> None:
     """Whether it is the teacher, or what ordinary training begins with."""
     zero(converted / "release/__0_0.distcp", 400_000, 400_100)
     config = make_config(str(converted), tiny_text, tmp_path / "run", steps=1)
     with pytest.raises(ConfigError, match="are not what the conversion wrote"):
         check(config, 1)
-    config.model.method, config.model.teacher, config.model.student = "ordinary", None, str(converted)
-    config.model.student_hidden_size = None
+    config = as_start_of_ordinary_training(config)
     with pytest.raises(ConfigError, match=f"--student {converted}: .* are not what the conversion wrote"):
         check(config, 1)
 
