@@ -10,9 +10,10 @@ overlaps; no process group is needed. Opening checks that everything is there an
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -23,28 +24,57 @@ from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_in
 from megatron_lrc.checkpoints.layout import Box, box_of, rows_box, stored_shapes
 from megatron_lrc.clone.sites import HeadLayout, Site
 from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.content_hash import PREFIX, hash_files
 from megatron_lrc.hf.families import TeacherDescription, config_digest
-from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.reader import Contents, Reader
+from megatron_lrc.hf.sampled_hash import is_sampled, sampled_files
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 
 RECORD_FILE = "megatron_lrc.json"
-_SAMPLE_BYTES, _NUM_SAMPLES = 65536, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """megatron_lrc.json. fingerprint: the teacher's, with any form of it. files: sizes in bytes, of all in release/."""
+    """megatron_lrc.json.
+
+    fingerprint: the teacher's, with any form of it. files: sizes in bytes, of all in release/. files_sha256: what
+    they hold (`FileContents.sha256`). sampled_fingerprint: `Reader.sampled_fingerprint`. suspicious:
+    `Reader.suspicious`, of the source. samples_sha256: only of earlier versions, which had no files_sha256.
+    """
 
     fingerprint: str
     config_sha256: str
     files: dict[str, int]
-    samples_sha256: str
+    files_sha256: dict[str, str] = field(default_factory=dict)
+    sampled_fingerprint: str = ""
+    suspicious: list[str] = field(default_factory=list)
+    samples_sha256: str = ""
 
     @classmethod
-    def of(cls, folder: Path, *, fingerprint: str, config_values: Mapping) -> "Record":
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        return cls(fingerprint, config_digest(config_values), files, _digest_of_samples(folder, files))
+    def of(
+        cls,
+        folder: Path,
+        *,
+        fingerprint: str,
+        config_values: Mapping,
+        sampled_fingerprint: str = "",
+        suspicious: Sequence[str] = (),
+    ) -> "Record":
+        contents = hash_files(sorted(folder.iterdir()))
+        return cls(
+            fingerprint,
+            config_digest(config_values),
+            {path.name: found.size for path, found in contents.items()},
+            {path.name: found.sha256 for path, found in contents.items()},
+            sampled_fingerprint,
+            list(suspicious),
+        )
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether an earlier version wrote it."""
+        return not self.files_sha256
 
     def write(self, directory: Path) -> None:
         (directory / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -82,13 +112,23 @@ class CheckpointReader(Reader):
                 problems.append(f"{key} has shape {list(stored.size)}, expected {list(expected[key])}")
         self._refuse(problems, remedy="Put back the config.json of the conversion, or convert again.")
 
-    def fingerprint(self) -> str:
+    @property
+    def files(self) -> list[Path]:
+        return [self._folder / name for name in sorted(self._record.files)]
+
+    def fingerprint(self, contents: Contents | None = None) -> str:
         """That of the Hugging Face directory that was converted: both forms are one teacher. Another one if
         its values were rounded, or if config.json is no longer the same."""
-        config = self.description.config_fingerprint
-        if config == self._record.config_sha256:
-            return self._record.fingerprint
-        return hashlib.sha256(f"{self._record.fingerprint} {config}".encode()).hexdigest()
+        if not self._record.is_sampled:
+            self._check_contents(hash_files(self.files) if contents is None else contents)
+        return self._with_config(self._record.fingerprint)
+
+    def sampled_fingerprint(self) -> str:
+        noted = self._record.fingerprint if self._record.is_sampled else self._record.sampled_fingerprint
+        return self._with_config(noted) if noted else ""
+
+    def suspicious(self, contents: Contents) -> list[str]:
+        return self._record.suspicious
 
     def _rows(self, site: Site, start: int, count: int) -> Tensor:
         return self._read(rows_box(self.description.shape, site, start, count))
@@ -122,11 +162,28 @@ class CheckpointReader(Reader):
             else:
                 continue
             raise ConfigError(f"{self.description.given}: {path} {fault}. Copy or convert it again.")
-        if _digest_of_samples(self._folder, self._record.files) != self._record.samples_sha256:
-            raise ConfigError(
-                f"{self.description.given}: the files in {CHECKPOINT_FOLDER}/ are not what the "
-                "conversion wrote. Copy them again, or convert the Hugging Face directory again."
-            )
+        if self._record.is_sampled and sampled_files(self._folder, self._record.files) != self._record.samples_sha256:
+            self._refuse_contents("the files")
+
+    def _check_contents(self, contents: Contents) -> None:
+        """Refuse a checkpoint whose files hold anything but what was written, by every byte."""
+        written = self._record.files_sha256
+        if changed := [path.name for path, found in contents.items() if written.get(path.name) != found.sha256]:
+            self._refuse_contents(", ".join(changed))
+
+    def _refuse_contents(self, which: str) -> NoReturn:
+        raise ConfigError(
+            f"{self.description.given}: {which} in {CHECKPOINT_FOLDER}/ are not what the "
+            "conversion wrote. Copy them again, or convert the Hugging Face directory again."
+        )
+
+    def _with_config(self, fingerprint: str) -> str:
+        """Another one where config.json is not the one that was converted, of the same kind."""
+        config = self.description.config_fingerprint
+        if config == self._record.config_sha256:
+            return fingerprint
+        kind = "" if is_sampled(fingerprint) else PREFIX
+        return kind + hashlib.sha256(f"{fingerprint} {config}".encode()).hexdigest()
 
 
 def open_teacher(description: TeacherDescription) -> Reader:
@@ -144,7 +201,8 @@ def _read_record(description: TeacherDescription) -> Record:
     try:
         record = Record(**json.loads(path.read_text(encoding="utf-8")))
         assert all(Path(name).name == name and isinstance(size, int) for name, size in record.files.items())
-        assert INDEX_FILE in record.files
+        assert INDEX_FILE in record.files and record.files_sha256.keys() in ({}.keys(), record.files.keys())
+        assert all(isinstance(what, str) for what in (record.fingerprint, *record.suspicious))
     except (OSError, ValueError, TypeError, AttributeError, AssertionError):
         raise ConfigError(
             f"{description.given} holds a checkpoint, but {RECORD_FILE}, which tools/convert_from_hf.py "
@@ -152,15 +210,3 @@ def _read_record(description: TeacherDescription) -> Record:
             "Hugging Face directory."
         ) from None
     return record
-
-
-def _digest_of_samples(folder: Path, files: Mapping[str, int]) -> str:
-    """sha256 over parts of each file, evenly spaced: cheap however large they are."""
-    digest = hashlib.sha256()
-    for name, size in sorted(files.items()):
-        digest.update(f"{name} {size}".encode())
-        with open(folder / name, "rb") as file:
-            for sample in range(_NUM_SAMPLES):
-                file.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_NUM_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Hugging Face weights -> the boxes of a megatron-core checkpoint; and the proof that a conversion lost nothing."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from megatron_lrc.clone.sites import HeadLayout, select
 from megatron_lrc.config import CONVERTED, ConfigError
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader, Record
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.narrowing import narrowed
 from megatron_lrc.hf.output_folder import COPIED_FILES, copy_files
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
+from megatron_lrc.hf.teacher_identity import read_everything, warn_of_suspicious
 
 _TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer to the checkpoint in a directory
 
@@ -29,13 +32,17 @@ def stored_dtypes(reader: TeacherReader, dtype: torch.dtype | None = None) -> di
 
 
 def fill_box(box: Box, reader: Reader, dtype: torch.dtype) -> Tensor:
-    """What lies in a box, [*box.local_shape] in `dtype`, from the teacher's own tensors."""
+    """What lies in a box, [*box.local_shape] in `dtype`, from the teacher's own tensors.
+
+    ConfigError where a value would become infinite in `dtype`.
+    """
     filled, heads = torch.empty(box.local_shape, dtype=dtype), HeadLayout.of(reader.description.shape)
     for name in box.names:
         place = filled
         if len(box.names) > 1:
             place = select(SITES[name.removesuffix("_bias")], filled, heads)
-        place.copy_(reader.tensor(name, box.layer, tp_rank=box.part, tp_size=box.parts).view(place.shape))
+        tensor = reader.tensor(name, box.layer, tp_rank=box.part, tp_size=box.parts).view(place.shape)
+        place.copy_(narrowed(tensor, dtype, name if box.layer is None else f"layers.{box.layer}.{name}"))
     return filled
 
 
@@ -44,11 +51,19 @@ def finish(directory: Path, reader: TeacherReader, dtypes: Mapping[str, torch.dt
     description = reader.description
     copy_files(description.directory, directory, [*COPIED_FILES, "config.json"])
     (directory / _TRACKER_FILE).write_text(CHECKPOINT_FOLDER + "\n")
-    fingerprint = reader.fingerprint()
+    contents, suffix = read_everything(reader), ""
     if rounded := {str(dtype) for key, dtype in dtypes.items() if _is_rounded(reader, key, dtype)}:
-        fingerprint += "-" + "-".join(sorted(rounded)).replace("torch.", "")
-    folder = directory / CHECKPOINT_FOLDER
-    Record.of(folder, fingerprint=fingerprint, config_values=description.config_values).write(directory)
+        suffix = "-" + "-".join(sorted(rounded)).replace("torch.", "")
+    for line in warn_of_suspicious(reader, contents):
+        print(f"warning: {line}", file=sys.stderr)
+    record = Record.of(
+        directory / CHECKPOINT_FOLDER,
+        fingerprint=reader.fingerprint(contents) + suffix,
+        config_values=description.config_values,
+        sampled_fingerprint=reader.sampled_fingerprint() + suffix,
+        suspicious=reader.suspicious(contents),
+    )
+    record.write(directory)
 
 
 def compare(directory: Path, reader: TeacherReader) -> tuple[int, int]:

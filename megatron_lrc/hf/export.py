@@ -18,6 +18,7 @@ from megatron_lrc.hf.comparison import find_difference
 from megatron_lrc.hf.exported_tokenizer import find_fault, write_tokenizer
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
+from megatron_lrc.hf.narrowing import is_finite, narrowed
 from megatron_lrc.hf.output_folder import complete_or_absent
 from megatron_lrc.hf.safetensors_writer import write_model
 from megatron_lrc.hf.student_config import Arch, student_config, student_family
@@ -54,9 +55,9 @@ def export_model(
     """Write a model of this shape that has `base`'s config.json in everything else, and its tokenizer.
 
     weight_of: asked once for each weight, in the order of the forward pass; what it gives is written in
-    `dtype`. max_shard_size in bytes. source: another engine, which gets each weight as it is written and with
-    whose logits the result is verified. data_fingerprint: of the tokenizer that made the training data, if that is
-    known. write_extra: what else belongs into the folder.
+    `dtype`, and refused (ConfigError) where that makes a value infinite. max_shard_size in bytes. source: another
+    engine, which gets each weight as it is written and with whose logits the result is verified. data_fingerprint:
+    of the tokenizer that made the training data, if that is known. write_extra: what else belongs into the folder.
     """
     with complete_or_absent(output, source=base.directory, force=force) as partial:
         family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
@@ -69,7 +70,9 @@ def export_model(
 
         def tensor_of(name: str) -> Tensor:
             weight = weights[name]
-            written = weight_of(weight).to(dtype)
+            written = narrowed(weight_of(weight), dtype, name)
+            if verify and not is_finite(written):  # `fixed_tokens` may not come by the row that it is in
+                raise ConfigError(_failed(f"{name} holds values that are not finite, so the run has diverged"))
             if source is not None and verify:
                 source.add(weight.key, written)
             return written

@@ -21,6 +21,7 @@ from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.exported_tokenizer import find_other_ids, label_tokenizer
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.gguf_tokenizer import check_gguf_tokenizer, read_gguf_tokenizer
+from megatron_lrc.hf.narrowing import narrowed
 from megatron_lrc.hf.teacher import TeacherReader
 
 _PACKAGES = ("gguf", "accelerate")
@@ -32,7 +33,10 @@ def write_gguf_as_hf(path: Path, directory: Path, dtype: torch.dtype | None = No
     Gives (tensors, parameters) once each was found equal, bit for bit, to what transformers made of the file.
     """
     source, tokenizer = read_gguf(path)
-    model = saveable(source.to(dtype or torch.float32))
+    dtype = dtype or torch.float32
+    for name, tensor in source.state_dict().items():
+        narrowed(tensor, dtype, name)  # refuses what would become infinite
+    model = saveable(source.to(dtype))
     model.save_pretrained(directory)
     save_gguf_tokenizer(tokenizer, directory, path)
     reader = TeacherReader(describe_teacher(directory, role=CONVERTED))

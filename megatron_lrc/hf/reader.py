@@ -5,6 +5,8 @@ and whole tensors are read; padding, tied heads and the look at the values are h
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +15,12 @@ from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
+from megatron_lrc.hf.constant_tensors import find_suspicious
+from megatron_lrc.hf.content_hash import FileContents
 from megatron_lrc.hf.families import TeacherDescription, Weight
+from megatron_lrc.hf.narrowing import is_finite
+
+Contents = Mapping[Path, FileContents]  # by the file's path
 
 _SHOWN = 4  # problems in one message
 
@@ -26,9 +33,25 @@ class Reader(ABC):
 
     description: TeacherDescription
 
+    @property
     @abstractmethod
-    def fingerprint(self) -> str:
-        """sha256 that tells this teacher from others, wherever it lies."""
+    def files(self) -> list[Path]:
+        """Those that hold the weights."""
+
+    @abstractmethod
+    def fingerprint(self, contents: Contents | None = None) -> str:
+        """Tells this teacher from others, wherever it lies. contents: of `files`; None reads all of them now.
+
+        ConfigError where they are not what was written.
+        """
+
+    def sampled_fingerprint(self) -> str:
+        """What earlier versions noted in checkpoints instead, or "" where that is not known."""
+        return ""
+
+    def suspicious(self, contents: Contents) -> list[str]:
+        """Tensors that no trained model has, each with its file and what it is. contents: of `files`."""
+        return [what for path, found in contents.items() for what in find_suspicious(path, found.pieces)]
 
     @abstractmethod
     def _rows(self, site: Site, start: int, count: int) -> Tensor:
@@ -107,7 +130,7 @@ class Reader(ABC):
             )
 
     def _finite(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
-        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):  # NaN is passed on by both
+        if not is_finite(tensor):
             place = self._place(name if layer is None else f"layers.{layer}.{name}")
             raise ConfigError(
                 f"{self.description.given}: tensor {place} holds values that are not finite (NaN or "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.hf.narrowing import narrowed
 from megatron_lrc.hf.teacher import DTYPES, INDEX_FILE, SINGLE_FILE
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,7 +36,10 @@ def parse_size(text: str) -> int:
 def write_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, tensor_of: Callable[[str], Tensor]
 ) -> None:
-    """One safetensors file holding `tensor_of(name)` in `dtype` for each name of `shapes`, asked for in that order."""
+    """One safetensors file holding `tensor_of(name)` in `dtype` for each name of `shapes`, asked for in that order.
+
+    ConfigError where a value would become infinite in `dtype`.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -49,7 +53,7 @@ def write_tensors(
         for name, shape in shapes.items():
             tensor = tensor_of(name)
             assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} composed, {shape} expected"
-            data = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
+            data = narrowed(tensor.detach().cpu(), dtype, name).contiguous().flatten().view(torch.uint8)
             stream.write(data.numpy().data)
 
 

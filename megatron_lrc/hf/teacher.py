@@ -10,10 +10,8 @@ megatron-core's fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` o
 features, `/tp` split over ranks.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +22,10 @@ from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
+from megatron_lrc.hf.content_hash import hash_files, root_of
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
-from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.reader import Contents, Reader
+from megatron_lrc.hf.sampled_hash import sampled_fingerprint
 
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
@@ -37,7 +37,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
-_SAMPLE_BYTES = 65536  # per sample of the fingerprint
 _ELEMENTS_KEPT = 2**25  # read from the files before they are opened anew
 
 
@@ -88,20 +87,16 @@ class TeacherReader(Reader):
         """The data type in which the files hold the weight of this key (`Weight.key`)."""
         return DTYPES[self._slice(self._weights[key].name).get_dtype()]
 
-    def fingerprint(self) -> str:
-        """sha256 that tells this teacher from others: config.json, every file's size and header, samples of its data.
+    @property
+    def files(self) -> list[Path]:
+        return [self.description.directory / name for name in sorted(self._files)]
 
-        Samples (start, middle, end of each file) because a fine-tuned model has its base model's config and
-        headers. Independent of the directory's path; the same weights in other shards are another
-        fingerprint.
-        """
-        digest = hashlib.sha256(json.dumps(self.description.config_values, sort_keys=True).encode())
-        for name in sorted(self._files):
-            path = self.description.directory / name
-            digest.update(f"{name} {path.stat().st_size}".encode())
-            for part in _samples(path):
-                digest.update(part)
-        return digest.hexdigest()
+    def fingerprint(self, contents: Contents | None = None) -> str:
+        """Of config.json and every byte of the files. The same weights in other shards are another fingerprint."""
+        return root_of(self.description.config_values, hash_files(self.files) if contents is None else contents)
+
+    def sampled_fingerprint(self) -> str:
+        return sampled_fingerprint(self.description.config_values, self.files)
 
     def _rows(self, site: Site, start: int, count: int) -> Tensor:
         view = self._slice(self._weights[site.name].name)
@@ -158,9 +153,16 @@ class TeacherReader(Reader):
 
 def _file_names(directory: Path) -> list[str]:
     """The safetensors files of a model: the single file, or those that the index names."""
-    if (directory / SINGLE_FILE).is_file():
+    is_single, has_index = (directory / SINGLE_FILE).is_file(), (directory / INDEX_FILE).is_file()
+    if is_single and not has_index:
         return [SINGLE_FILE]
     names = sorted(set(_weight_map(directory).values()))
+    if is_single and names != [SINGLE_FILE]:  # transformers would take the one, some servers take the other
+        raise ConfigError(
+            f"{directory} holds {SINGLE_FILE} and a {INDEX_FILE} that names other files ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}): two sets of weights, and programs differ in which one they "
+            "load. Move away what does not belong to the model."
+        )
     for name in names:
         if Path(name).name != name or "\\" in name:  # an index must not reach outside its directory
             raise ConfigError(
@@ -210,15 +212,3 @@ def _locate(directory: Path, files: dict) -> dict[str, str]:
             )
         file_of[name] = file
     return file_of
-
-
-def _samples(path: Path) -> Iterator[bytes]:
-    """The header and three samples of the data of a safetensors file."""
-    with open(path, "rb") as stream:
-        length = stream.read(8)
-        header_end = 8 + int.from_bytes(length, "little")
-        yield length + stream.read(header_end - 8)
-        last = max(header_end, path.stat().st_size - _SAMPLE_BYTES)
-        for start in (header_end, (header_end + last) // 2, last):
-            stream.seek(start)
-            yield stream.read(_SAMPLE_BYTES)

@@ -6,15 +6,25 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megatron_lrc.config import Config
+from megatron_lrc.hf.reader import Contents
+from megatron_lrc.hf.shared_hash import Sharers
 from megatron_lrc.launch.agreement import Agreement
 from megatron_lrc.mcore.distributed import Meeting
 from megatron_lrc.train.rank_identity import describe_device, describe_rank
-from megatron_lrc.train.start_checks import Checked, check
+from megatron_lrc.train.start_checks import Checked, check_base, check_start, read_base, with_contents
 
 
-def check_alike(config: Config, meeting: Meeting, damaged: Mapping[Path, str] = MappingProxyType({})) -> Checked:
-    """`check` on every rank of a run, all of which call this. ConfigError also where it fails on another rank, or the
-    ranks differ in what `describe_rank` says; RanksMissing where one does not come in time."""
+def check_alike(
+    config: Config,
+    meeting: Meeting,
+    damaged: Mapping[Path, str] = MappingProxyType({}),
+    contents: Contents | None = None,
+) -> Checked:
+    """`check` on every rank of a run, all of which call this; those of a node read the teacher's files together.
+
+    contents: those of an earlier call. ConfigError also where it fails on another rank, or the ranks differ in what
+    `describe_rank` says; RanksMissing where one does not come in time.
+    """
     agreement = Agreement(
         store=meeting.store,  # type: ignore[arg-type]  # torch's stubs lack has_extended_api
         rank=meeting.rank,
@@ -22,12 +32,16 @@ def check_alike(config: Config, meeting: Meeting, damaged: Mapping[Path, str] = 
         timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
         name=f"start-{len(damaged)}",
     )
+    sharers = Sharers.of_environment(meeting.store, agreement.timeout.total_seconds())  # type: ignore[arg-type]
     try:
-        checked = check(config, meeting.world_size, damaged)
+        checked = check_start(config, meeting.world_size, damaged)
+        checked = with_contents(checked, read_base(checked, sharers) if contents is None else contents)
         mine = describe_rank(checked, meeting.world_size) if meeting.world_size > 1 else {}
     except Exception as error:
-        agreement.tell_failure(" ".join(str(error).split()) or type(error).__name__)
+        text = " ".join(str(error).split()) or type(error).__name__
+        sharers.tell_failure(text)
+        agreement.tell_failure(text)
         raise
     if devices := agreement.reach(mine, remark=describe_device()):
         checked.warnings.append(f"the ranks' devices differ, and all are as slow as the slowest: {devices}")
-    return checked
+    return check_base(checked)

@@ -15,7 +15,8 @@ from megatron_lrc.checkpoints.run_directory import (
     step_of,
 )
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.reader import Contents, Reader
+from megatron_lrc.hf.teacher_identity import is_same_teacher, why_not_comparable
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.method import describe_tying
 
@@ -53,9 +54,9 @@ def find_checkpoint(config: Config, damaged: Mapping[Path, str]) -> tuple[Path |
     return None, []
 
 
-def find_weights(method: Method, reader: Reader) -> Path | None:
+def find_weights(config: Config) -> Path | None:
     """The checkpoint that --pretrained-checkpoint means; nothing of it but the weights matters."""
-    given = method.config.checkpoint.pretrained_checkpoint
+    given = config.checkpoint.pretrained_checkpoint
     if not given:
         return None
     found = [Path(given)] if (Path(given) / STATE_FILE).is_file() else checkpoints(given)
@@ -63,23 +64,26 @@ def find_weights(method: Method, reader: Reader) -> Path | None:
         raise ConfigError(f"--pretrained-checkpoint {given} holds no complete checkpoint. Give a run directory.")
     if damage := find_missing(found[0]):
         raise ConfigError(f"{found[0]} is damaged ({damage}). Give an older checkpoint of that run.")
-    state = check_fits(found[0], method, reader)
-    if refusal := method.why_no_start(found[0], state.changed_at):
-        raise ConfigError(refusal)
     return found[0]
 
 
-def check_fits(path: Path, method: Method, reader: Reader) -> RunState:
-    """The state of a checkpoint, if it is of this teacher and student. The training data may be another one:
-    the run says so, and keeps its position (`loop.py`)."""
-    state, config_before, saved = read_state(path)
-    config, base = method.config, reader.description.shape
+def check_method(path: Path, method: Method) -> RunState:
+    """The state of a checkpoint, if it is of this method. What it was trained with is not looked at yet."""
+    state, config_before, _ = read_state(path)
     if config_before.model.method != method.name:
         raise ConfigError(
             f"{path} is of a run with --method {config_before.model.method}, and cannot be continued with --method "
             f"{method.name}. Repeat that, or export it with tools/convert_to_hf.py and start from the result."
         )
-    if state.teacher_fingerprint != fingerprint(method, reader):
+    return state
+
+
+def check_fits(path: Path, method: Method, reader: Reader, fingerprint: str) -> RunState:
+    """The state of a checkpoint, if it is of this teacher and student. The training data may be another one:
+    the run says so, and keeps its position (`loop.py`). fingerprint: `fingerprint_of`."""
+    state, config_before, saved = read_state(path)
+    config, base = method.config, reader.description.shape
+    if not is_same_teacher(fingerprint, reader, state.teacher_fingerprint):
         if not method.has_teacher:
             raise ConfigError(
                 f"{config.base_model} is not the model that {path} was trained from: its config.json differs. Give "
@@ -87,7 +91,7 @@ def check_fits(path: Path, method: Method, reader: Reader) -> RunState:
             )
         raise ConfigError(
             f"--teacher {config.model.teacher} is not the teacher that {path} was trained with: its files differ. "
-            "Give that teacher's directory."
+            f"Give that teacher's directory.{why_not_comparable(fingerprint, state.teacher_fingerprint)}"
         )
     before, wanted = method_of(config_before), method.shape_of_phase(base, has_changed=state.changed_at is not None)
     if refusal := method.check_continues(before, base, path=path, changed_at=state.changed_at):
@@ -101,6 +105,10 @@ def check_fits(path: Path, method: Method, reader: Reader) -> RunState:
     return state
 
 
-def fingerprint(method: Method, reader: Reader) -> str:
-    """Of what a checkpoint cannot do without: the teacher, or config.json alone, since the weights are in it."""
-    return reader.fingerprint() if method.has_teacher else reader.description.config_fingerprint
+def fingerprint_of(method: Method, reader: Reader, contents: Contents) -> str:
+    """Of what a checkpoint cannot do without: the teacher, or config.json alone, since the weights are in it.
+
+    ConfigError where the files are not what was written.
+    """
+    found = reader.fingerprint(contents)
+    return found if method.has_teacher else reader.description.config_fingerprint

@@ -60,7 +60,7 @@ def _fall_back_past_damage(config: Config, checked: Checked, meeting: Meeting) -
     damaged: dict[Path, str] = {}
     while checked.resume_from and (damage := damage_on_any_rank(checked.resume_from)):
         damaged[checked.resume_from] = damage
-        checked = check_alike(config, meeting, damaged)
+        checked = check_alike(config, meeting, damaged, checked.contents)
     if checked.weights_from and (damage := damage_on_any_rank(checked.weights_from)):
         raise ConfigError(f"{checked.weights_from} is damaged ({damage}). Give an older checkpoint of that run.")
     return checked
@@ -105,6 +105,7 @@ class Trainer:
         saved_step = self.state.step if is_same_run else None
         self.saving = Saving(config, groups, self.run, self.state, saved_step, self._say)
         self._started_from = resume_from or checked.weights_from
+        self._read_weights = checked.reader.fingerprint(checked.contents) if checked.contents else None
         self.stragglers = Stragglers(groups, stages, is_on=config.logging.log_straggler)
         self._announce(checked)
         if self.train_data:
@@ -283,6 +284,7 @@ class Trainer:
             self._throughput(),
             resume_at=self.state.step,
             checkpoint=self._started_from,
+            weights=self._read_weights,
             world_size=distributed.world_size(),
         )
         if self.config.checkpoint.save:

@@ -57,11 +57,18 @@ def last_validation(run: Path, step: int) -> dict[str, float]:
 class RunLog:
     """Writes the records of one run; drops what an earlier process logged past `resume_at`, where this one goes on.
 
-    checkpoint: what the run was loaded from, for starts.jsonl.
+    checkpoint: what the run was loaded from; weights: fingerprint of those it read; both for starts.jsonl.
     """
 
     def __init__(
-        self, config: Config, throughput: Throughput, *, resume_at: int, checkpoint: Path | None, world_size: int
+        self,
+        config: Config,
+        throughput: Throughput,
+        *,
+        resume_at: int,
+        checkpoint: Path | None,
+        weights: str | None,
+        world_size: int,
     ):
         self._progress = Progress(config.training.train_iters)
         self.throughput = throughput
@@ -73,7 +80,15 @@ class RunLog:
             drop_records_after(self._run / "metrics.jsonl", resume_at)
             # A run without a step validates when it starts, and so once more when it starts again.
             drop_records_after(self._run / "validation.jsonl", resume_at or -1)
-            note_start(self._run, config, step=resume_at, checkpoint=checkpoint, world_size=world_size, lost=lost)
+            note_start(
+                self._run,
+                config,
+                step=resume_at,
+                checkpoint=checkpoint,
+                weights=weights,
+                world_size=world_size,
+                lost=lost,
+            )
         self._boards = open_boards(config, self._run, resume_at=resume_at)
 
     def step(self, record: dict[str, Any]) -> None:

@@ -25,6 +25,9 @@ from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.datasets import tokenizer_identity
 from megatron_lrc.data.identity import describe_data
+from megatron_lrc.hf.content_hash import root_of
+from megatron_lrc.hf.sampled_hash import is_sampled
+from megatron_lrc.hf.teacher_identity import short
 from megatron_lrc.mcore.kernels import engine_version
 from megatron_lrc.train.start_checks import Checked
 from megatron_lrc.train.starts import version_of
@@ -51,7 +54,7 @@ def describe_rank(checked: Checked, world_size: int) -> dict[str, str]:
         **_describe_environment(),
         **_describe_packages(),
         "the device": "a GPU" if torch.cuda.is_available() else "the CPU",
-        f"what lies at --{config.base_role.noun}": checked.reader.fingerprint()[:_SHOWN],
+        f"what lies at --{config.base_role.noun}": _describe_base(checked),
         **describe_data(config),
         **_describe_tokenizer(config),
         **describe_checkpoints(checked),
@@ -89,6 +92,17 @@ def _describe_checkpoint(path: Path | None) -> str:
     for name in (STATE_FILE, INDEX_FILE, COMMON_FILE):
         digest.update((path / name).read_bytes() if (path / name).is_file() else b"")
     return f"{path.name} {digest.hexdigest()[:_SHOWN]}"
+
+
+def _describe_base(checked: Checked) -> str:
+    """By every byte of the weights and config.json; by that alone where the weights come from a checkpoint.
+
+    ConfigError where a converted model's files are not what the conversion wrote.
+    """
+    if not checked.contents:
+        return short(checked.teacher.config_fingerprint)
+    found = checked.reader.fingerprint(checked.contents)
+    return short(root_of(checked.teacher.config_values, checked.contents) if is_sampled(found) else found)
 
 
 def _describe_environment() -> dict[str, str]:

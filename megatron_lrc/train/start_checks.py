@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,12 +12,20 @@ from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
-from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.reader import Contents, Reader
+from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
+from megatron_lrc.hf.teacher_identity import said_if_slow, warn_of_samples, warn_of_suspicious
 from megatron_lrc.mcore.gpt_models import check_pipeline_layout
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.boards import check_boards
-from megatron_lrc.train.checkpoint_checks import check_fits, find_checkpoint, find_weights, fingerprint
+from megatron_lrc.train.checkpoint_checks import (
+    check_fits,
+    check_method,
+    find_checkpoint,
+    find_weights,
+    fingerprint_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +39,23 @@ class Checked:
     weights_from: Path | None  # of a run that starts: another one's checkpoint
     state: RunState  # of the checkpoint that is continued, or of a run that starts
     warnings: list[str]
+    contents: Contents = field(default_factory=dict)  # of the files of `reader`, once they have been read (`read_base`)
 
 
-def check(config: Config, world_size: int, damaged: Mapping[Path, str] = MappingProxyType({})) -> Checked:
-    """Everything that can be refused before a process group or a model exists; alike on every rank.
+def check(
+    config: Config,
+    world_size: int,
+    damaged: Mapping[Path, str] = MappingProxyType({}),
+    contents: Contents | None = None,
+) -> Checked:
+    """`check_start`, then `check_base` with these contents, or with what this process alone reads."""
+    checked = check_start(config, world_size, damaged)
+    return check_base(with_contents(checked, read_base(checked) if contents is None else contents))
+
+
+def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = MappingProxyType({})) -> Checked:
+    """Everything that can be refused before a process group or a model exists, and without reading the teacher's
+    files; alike on every rank. `check_base` is next.
 
     damaged: checkpoints whose contents have been looked at, and what is wrong with them; they are passed over.
     """
@@ -48,12 +69,11 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
         _check_writable(Path(config.checkpoint.save))
     resume_from, passed_over = find_checkpoint(config, damaged)
     warnings += passed_over
-    if resume_from:
-        state = check_fits(resume_from, method, reader)
-    else:
-        state = RunState(teacher_fingerprint=fingerprint(method, reader))
+    state = check_method(resume_from, method) if resume_from else RunState()
     state = replace(state, tokenizer_fingerprint=tokenizer_fingerprint)
-    weights_from = None if resume_from else find_weights(method, reader)
+    weights_from = None if resume_from else find_weights(config)
+    if weights_from:
+        check_method(weights_from, method)
     config = resolve_train_iters(config, step=state.step, consumed_samples=state.consumed_samples)
     if config.training.train_epochs:  # only now are its steps known
         raise_all(list(check_schedule(config)))
@@ -62,6 +82,41 @@ def check(config: Config, world_size: int, damaged: Mapping[Path, str] = Mapping
             f"{resume_from} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
         )
     return Checked(config, teacher, reader, resume_from, weights_from, state, warnings)
+
+
+def read_base(checked: Checked, sharers: Sharers | None = None) -> Contents:
+    """What the files of the teacher hold, or of the model that a run without one begins with: every byte counts.
+
+    Nothing where the checkpoint has all the weights. Ranks of a node share the reading; each of them has to call this.
+    """
+    has_weights = checked.resume_from or checked.weights_from
+    is_needed = method_of(checked.config).has_teacher or not has_weights
+    with said_if_slow(f"reading every byte of {checked.teacher.given}", is_on=os.environ.get("RANK", "0") == "0"):
+        return contents_at_start(checked.teacher.directory, checked.reader.files if is_needed else [], sharers)
+
+
+def with_contents(checked: Checked, contents: Contents) -> Checked:
+    """contents: what `read_base` gave."""
+    return replace(checked, contents=contents)
+
+
+def check_base(checked: Checked) -> Checked:
+    """With the fingerprint in its state and more warnings, if what was read and the checkpoint belong together.
+
+    ConfigError, alike on every rank that read the same.
+    """
+    method, reader, contents = method_of(checked.config), checked.reader, checked.contents
+    fingerprint = fingerprint_of(method, reader, contents)
+    resume_from, weights_from, trained_with = checked.resume_from, checked.weights_from, None
+    if checkpoint := resume_from or weights_from:
+        found = check_fits(checkpoint, method, reader, fingerprint)
+        trained_with = found.teacher_fingerprint
+        if weights_from and (refusal := method.why_no_start(weights_from, found.changed_at)):
+            raise ConfigError(refusal)
+    warnings = [*checked.warnings, *warn_of_suspicious(reader, contents)]
+    if contents:
+        warnings += warn_of_samples(reader.fingerprint(contents), trained_with, checkpoint, reader)
+    return replace(checked, state=replace(checked.state, teacher_fingerprint=fingerprint), warnings=warnings)
 
 
 def _open_base(method: Method) -> tuple[TeacherDescription, Reader]:

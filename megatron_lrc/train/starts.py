@@ -4,6 +4,8 @@
     step             where it goes on: 0, or its checkpoint's step
     train_iters      how far it is to go
     checkpoint       what it was loaded from; null for a new run
+    weights          fingerprint of the teacher, or of the model that a new run of ordinary training begins with; null
+                     where the checkpoint has all the weights, and for a model that begins at random
     lost_steps       steps of an earlier process that were logged past that point, and are done again
     lost_seconds     how long those steps had taken
     world_size, hosts, host (of rank 0), layout (tp, pp, cp, dp), versions (megatron_lrc, torch, megatron_core, python)
@@ -45,7 +47,14 @@ def lost_work(records: Iterable[dict[str, Any]], resume_at: int) -> tuple[int, f
 
 
 def note_start(
-    run: Path, config: Config, *, step: int, checkpoint: Path | None, world_size: int, lost: tuple[int, float]
+    run: Path,
+    config: Config,
+    *,
+    step: int,
+    checkpoint: Path | None,
+    weights: str | None,
+    world_size: int,
+    lost: tuple[int, float],
 ) -> None:
     """Append this start's line."""
     parallel = config.parallel
@@ -54,6 +63,7 @@ def note_start(
         "step": step,
         "train_iters": config.training.train_iters,
         "checkpoint": str(checkpoint) if checkpoint else None,
+        "weights": weights,
         "lost_steps": lost[0],
         "lost_seconds": lost[1],
         "world_size": world_size,

@@ -1,5 +1,6 @@
 """Opens what a path holds as a model whose logits can be had: the kinds that `tools/verify_model.py` compares."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_lrc.hf.comparison import Difference, compare_logits, find_differen
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
 from megatron_lrc.hf.student_weights import StudentWeights
+from megatron_lrc.hf.teacher_identity import read_everything, warn_of_samples
 from megatron_lrc.verify.weight_streams import WeightOf, open_student, stream_logits, stream_weights
 
 #: (tokens [b, s], dtype of the arithmetic, dtype that weights are rounded to first or None) -> logits [b, s, v]
@@ -60,6 +62,9 @@ def open_model(path: Path, teacher: str | None = None) -> OpenModel:
 def _open_converted(path: Path) -> OpenModel:
     description = describe_teacher(path)
     reader = open_teacher(description)
+    fingerprint = reader.fingerprint(read_everything(reader))  # refuses what is not what the conversion wrote
+    for line in warn_of_samples(fingerprint, None, None, reader):
+        print(f"warning: {line}", file=sys.stderr)
     kind = f"{description.family.name}, converted for megatron-core"
     logits = _streamed(lambda: reader.weight, description.shape, description)
     return OpenModel(path, kind, description.shape, reader.norm("final").dtype, logits)

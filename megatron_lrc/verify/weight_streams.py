@@ -4,6 +4,7 @@ A stream gives (our name, tensor) for each weight: whole, in Hugging Face's orde
 its source has.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -14,6 +15,13 @@ from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher, expected_weights
+from megatron_lrc.hf.teacher_identity import (
+    is_same_teacher,
+    read_everything,
+    short,
+    warn_of_samples,
+    why_not_comparable,
+)
 from megatron_lrc.methods import method_of
 
 WeightOf = Callable[[Weight], Tensor]
@@ -66,11 +74,14 @@ def open_student(load: str, teacher: str | None = None) -> tuple[SavedStudent, T
             )
         return student, description
     description = describe_teacher(base)
-    fingerprint = open_teacher(description).fingerprint()
-    if fingerprint != trained_with:
+    reader = open_teacher(description)
+    fingerprint = reader.fingerprint(read_everything(reader))
+    if not is_same_teacher(fingerprint, reader, trained_with):
         raise ConfigError(
-            f"--teacher {description.directory} (fingerprint {fingerprint[:16]}) is not the teacher that "
-            f"{student.path} was trained with (fingerprint {trained_with[:16]}). Give the directory of that teacher "
-            "with --teacher."
+            f"--teacher {description.directory} (fingerprint {short(fingerprint)}) is not the teacher that "
+            f"{student.path} was trained with (fingerprint {short(trained_with)}). Give the directory of that teacher "
+            f"with --teacher.{why_not_comparable(fingerprint, trained_with)}"
         )
+    for line in warn_of_samples(fingerprint, trained_with, student.path, reader):
+        print(f"warning: {line}", file=sys.stderr)
     return student, description

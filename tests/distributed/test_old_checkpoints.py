@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_lrc.commands.main import main
+from megatron_lrc.hf.content_hash import PREFIX
 from ranks import run_ranks
 from stored_tensors import digest, read_objects, read_tensors, without_padding
 from tools_path import convert_to_hf
@@ -51,3 +52,4 @@ def test_a_run_that_goes_on_from_an_old_checkpoint_holds_what_it_held_then(tmp_p
     assert read_objects(saved)["num_updates"] == expected["num_updates"]
     state = json.loads((saved / "run.json").read_text())["state"]
     assert {key: state[key] for key in expected["counts"]} == expected["counts"]
+    assert state["teacher_fingerprint"].startswith(PREFIX) == (run != "ordinary")  # over every byte from now on

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lrc.config import Config
+from megatron_lrc.hf.checkpoint_reader import open_teacher
+from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.report.run_page import write_report
 from megatron_lrc.train import loop
 from megatron_lrc.train.boards import WANDB_ID_FILE
@@ -46,6 +48,8 @@ def test_a_start_says_what_it_goes_on_from_and_what_was_lost(five_step_config):
     logged = train_with_a_crash(five_step_config) / "metrics.jsonl"
     first, second = (json.loads(line) for line in logged.with_name("starts.jsonl").read_text().splitlines())
     assert (first["step"], first["checkpoint"], first["lost_steps"], first["lost_seconds"]) == (0, None, 0, 0)
+    teacher = open_teacher(describe_teacher(str(five_step_config.model.teacher)))
+    assert first["weights"] == second["weights"] == teacher.fingerprint()
     assert (second["step"], second["lost_steps"], second["train_iters"]) == (3, 2, 7)
     assert Path(second["checkpoint"]).name == "iter_0000003"
     seconds_per_step = [record["step_seconds"] for record in records(logged.parent)]

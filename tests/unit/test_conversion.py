@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from convert_tool import convert, refused_conversion
-from damage import change_config
+from damage import change_config, change_weights
 from hf_teachers import WRITERS, write_llama, write_qwen2
 from megatron_lrc.checkpoints.layout import all_boxes
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
@@ -226,7 +226,8 @@ def test_files_of_another_conversion_are_refused(damaged: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert "are not what the conversion wrote" in refusal(damaged)
+    with pytest.raises(ConfigError, match="__0_0.distcp in release/ are not what the conversion wrote"):
+        open_teacher(describe_teacher(damaged)).fingerprint()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"fingerprint": 1, "config_sha256": "", "files": {"../x": 1}}'])
@@ -267,3 +268,11 @@ def test_the_index_runs_no_code(damaged: Path, tmp_path: Path, monkeypatch: pyte
     Record.of(path.parent, fingerprint=record["fingerprint"], config_values=values).write(damaged)
     assert "is not the index of a checkpoint" in refusal(damaged)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-verify",)])
+def test_values_that_float16_cannot_hold_are_not_converted(tmp_path: Path, capsys, flags: tuple[str, ...]) -> None:
+    write_llama(tmp_path / "source")
+    change_weights(tmp_path / "source", lambda tensors: tensors["model.norm.weight"][:1].fill_(70000.0))
+    message = refused_conversion(capsys, tmp_path / "source", tmp_path / "output", "--dtype", "float16", *flags)
+    assert "final has values of up to 70000, and --dtype float16 holds 65504 at most" in message

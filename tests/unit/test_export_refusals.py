@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from hf_teachers import write_llama
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from megatron_lrc.hf.export import export_model
+from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher
+from megatron_lrc.hf.forward import fixed_tokens
+from megatron_lrc.hf.teacher import TeacherReader
 from students import State, export_student, random_student
 
 
@@ -32,7 +36,8 @@ def refuse(tmp_path: Path, teacher: TeacherDescription, state: State, **changes:
 def test_diverged_student_is_not_kept(tmp_path: Path, teacher: TeacherDescription) -> None:
     state = random_student(teacher, 28, has_lm_head=True)
     state[0]["layers.1.down"][3, 3] = float("nan")
-    assert "logits are not finite" in refuse(tmp_path, teacher, state)
+    message = refuse(tmp_path, teacher, state)
+    assert "model.layers.1.mlp.down_proj.weight holds values that are not finite, so the run has diverged" in message
     export_student(
         teacher=teacher,
         projections=state[0],
@@ -42,6 +47,44 @@ def test_diverged_student_is_not_kept(tmp_path: Path, teacher: TeacherDescriptio
         verify=False,
     )
     assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_a_value_that_only_one_token_uses_is_looked_at_too(tmp_path: Path, teacher: TeacherDescription) -> None:
+    """The self-check computes with a few tokens, and this one is not among them."""
+    reader, vocab_size = TeacherReader(teacher), teacher.shape.vocab_size
+    unused = min(set(range(vocab_size)) - set(fixed_tokens(vocab_size).flatten().tolist()))
+
+    def weight_of(weight: Weight) -> Tensor:
+        tensor = reader.weight(weight)
+        if weight.key == "embed":
+            tensor[unused, 7] = float("inf")
+        return tensor
+
+    with pytest.raises(ConfigError, match=r"model.embed_tokens.weight holds values that are not finite"):
+        export_model(
+            base=teacher, shape=teacher.shape, weight_of=weight_of, dtype=torch.float32, output=tmp_path / "new"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_values_that_float16_cannot_hold_are_refused_whether_or_not_it_is_verified(
+    tmp_path: Path, teacher: TeacherDescription, verify: bool
+) -> None:
+    projections, norms = random_student(teacher, 28, has_lm_head=True)
+    norms["final"][5] = -70000.0
+    message = refuse(tmp_path, teacher, (projections, norms), dtype=torch.float16, verify=verify)
+    assert "model.norm.weight has values of up to 70000, and --dtype float16 holds 65504 at most" in message
+    norms["final"][5] = -65510.0  # which rounds to the largest one
+    export_student(
+        teacher=teacher,
+        projections=projections,
+        norms=norms,
+        student_hidden_size=28,
+        output=tmp_path / "student",
+        dtype=torch.float16,
+        verify=False,
+    )
 
 
 def test_a_student_whose_activations_overflow_float16_is_not_kept_as_one(

@@ -189,3 +189,13 @@ def test_gguf_of_a_sentencepiece_model_gives_the_ids_of_that_model(tmp_path: Pat
     texts = [*PLAIN_TEXTS, " the cat", "    def f"]
     assert found.encode_batch(texts) == [pieces.encode(text) for text in texts]
     assert (found.bos, found.eod) == (pieces.bos_id(), pieces.eos_id())
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, capsys) -> None:
+    model = write_llama(tmp_path / "source", rope=DEFAULT_ROPE)
+    with torch.no_grad():
+        model.model.norm.weight[3] = 70000.0
+    write_gguf(tmp_path / "model.gguf", model, tmp_path / "source")
+    flags = ("--format", "hf", "--dtype", "float16")
+    message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output", *flags)
+    assert "model.norm.weight has values of up to 70000, and --dtype float16 holds 65504 at most" in message

@@ -12,7 +12,7 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
 from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.checksums import write_checksums
-from megatron_lrc.data.datasets import Request, build_datasets
+from megatron_lrc.data.datasets import Request, build_datasets, resolve_train_iters
 from tiny_data import numbered, write_dataset
 from tools_path import tool_main
 

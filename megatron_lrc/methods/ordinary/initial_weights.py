@@ -7,6 +7,7 @@ starts the same.
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import ModelShape
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS
 from megatron_lrc.hf.families import TeacherDescription, frozen_shape, site_shape
-from megatron_lrc.hf.reader import Reader
+from megatron_lrc.hf.reader import Contents, Reader
 
 
 class InitialWeights(Reader):
@@ -27,7 +28,11 @@ class InitialWeights(Reader):
         self.description = replace(base, shape=shape)
         self._std, self._seed = std, seed
 
-    def fingerprint(self) -> str:
+    @property
+    def files(self) -> list[Path]:
+        return []
+
+    def fingerprint(self, contents: Contents | None = None) -> str:
         return self.description.config_fingerprint
 
     def _rows(self, site: Site, start: int, count: int) -> Tensor:
