@@ -28,7 +28,6 @@ from hf_teachers import WRITERS, write_llama, write_llama_with_biases, write_mis
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf import export
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.hf.output_folder import copy_files
 from megatron_lrc.mcore.layer_by_layer import LayerByLayer
 from megatron_lrc.verify.open_models import check_conversion
 from students import random_student
@@ -65,6 +64,17 @@ def last_line(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ sound exports
+
+
+def damage_what_is_written(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
+    """Have exports damaged between the last weight and their verification."""
+    write_model = export.write_model
+
+    def write_and_damage(directory: Path, *arguments, **named) -> None:
+        write_model(directory, *arguments, **named)
+        damage(directory)
+
+    monkeypatch.setattr(export, "write_model", write_and_damage)
 
 
 @families
@@ -112,7 +122,7 @@ def test_a_model_that_amplifies_rounding_is_still_told_from_a_wrong_one(
         projections[name] *= 3 if name.endswith((".q", ".k")) else 1
     run = write_run(tmp_path / "run", teacher, projections, norms)
     if damage:
-        monkeypatch.setattr(export, "copy_files", lambda source, target: damage(target))
+        damage_what_is_written(monkeypatch, damage)
     assert convert(tmp_path) == (2 if damage else 0)
     printed = capsys.readouterr().out
     assert ("That is rounding" in printed) == (not damage)
@@ -208,12 +218,8 @@ def test_an_export_that_is_written_wrong_fails_and_leaves_nothing(
     code: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def copy_and_damage(source: Path, target: Path) -> None:
-        copy_files(source, target)
-        damage(target)
-
     write_student(tmp_path, write, is_tied=is_tied)
-    monkeypatch.setattr(export, "copy_files", copy_and_damage)
+    damage_what_is_written(monkeypatch, damage)
     assert convert(tmp_path) == 2
     error = last_line(capsys.readouterr().err)
     assert error.startswith("convert_to_hf.py: The exported student fails its self-check: ")
