@@ -6,7 +6,7 @@ for which the others wait. Where all are alike, that is all. Only where digests 
 what it is. The keys:
 
     rank/R     rank R's line; {failed, host} of one that cannot start
-    verdict    {} for all alike, {speak: [R, ...]} for ranks that are to send their fields, or a refusal
+    verdict    {digest} that all have, {speak: [R, ...]} for ranks that are to send their fields, or a refusal
     fields/R   name -> value
     refusal    {refusal, is_missing, listening} after those: what is wrong, in words, and how many ranks read this
     heard      how many have; with the last one all end together, or torchrun would end some before they have spoken
@@ -19,7 +19,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.launch.differences import (
@@ -104,13 +104,13 @@ class Agreement:
             self._name_differences(list(kinds.values()), fields, lines)
         if missing := [rank for rank in ranks if rank not in lines]:
             self._refuse("verdict", _refusal(self._describe_missing(missing), listening=listening, is_missing=True))
-        self._write("verdict", {})
+        self._write("verdict", {"digest": _digest_of(fields)})
         remarks = by_value(lines, "remark")
         return describe_values(remarks, lines) if len(remarks) > 1 else ""
 
     def _name_differences(
         self, kinds: list[list[int]], own: Mapping[str, str], lines: Mapping[int, Mapping[str, Any]]
-    ) -> None:
+    ) -> NoReturn:
         """Have one rank of each kind say what it is, of the largest and the first few others; and refuse."""
         asked = sorted(kinds, key=lambda ranks: (-len(ranks), ranks[0]))[:KINDS]
         speakers = [ranks[0] for ranks in asked]
@@ -125,7 +125,7 @@ class Agreement:
         silent = [rank for ranks in kinds if not said.get(ranks[0]) for rank in ranks]
         self._refuse("refusal", _refusal(describe_differences(told, silent, lines), listening=len(lines)))
 
-    def _refuse(self, key: str, refusal: dict[str, Any]) -> None:
+    def _refuse(self, key: str, refusal: dict[str, Any]) -> NoReturn:
         self._write(key, refusal)
         self._end(refusal)
 
@@ -147,6 +147,11 @@ class Agreement:
             verdict = self._hear("refusal")
         if "refusal" in verdict:
             self._end(verdict)
+        if verdict["digest"] != _digest_of(fields):
+            raise ConfigError(
+                f"Rank {self.rank} of {self.world_size} processes is none of those that rank 0 counts. Start every "
+                "rank with the same number of processes."
+            )
         return ""
 
     def _hear(self, key: str) -> dict[str, Any]:
@@ -170,7 +175,7 @@ class Agreement:
 
     # ------------------------------------------------------------------------------------------------ all
 
-    def _end(self, refusal: Mapping[str, Any]) -> None:
+    def _end(self, refusal: Mapping[str, Any]) -> NoReturn:
         """Raise a refusal when all who listen have heard it, or should have."""
         with contextlib.suppress(RuntimeError):
             if self.store.add(self._key("heard"), 1) >= refusal["listening"]:

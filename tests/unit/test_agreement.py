@@ -123,6 +123,15 @@ def test_ranks_that_differ_are_told_so_although_others_do_not_come(store):
     assert "WORLD_SIZE is 3 on rank 0 (node) but 2 on rank 1 (node)" in text
 
 
+def test_a_rank_that_rank_0_does_not_count_ends(store):
+    """It was started for more processes."""
+    with ThreadPoolExecutor(1) as threads:
+        third = threads.submit(agreement_of(store, 2, 3).reach, {"WORLD_SIZE": "3"})
+        assert reach(store, [{"WORLD_SIZE": "2"}] * 2) == ["", ""]
+        with pytest.raises(ConfigError, match="Rank 2 of 3 processes is none of those that rank 0 counts"):
+            third.result(30)
+
+
 def test_rank_0_may_be_the_one_that_does_not_come(store):
     (result,) = reach(store, [GONE, ALIKE], seconds=0.5)
     assert isinstance(result, RanksMissing) and str(result).startswith("Rank 0 did not come within")
