@@ -8,6 +8,7 @@ share, and nodes do not, since each may have a copy of its own, and each copy ha
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,12 @@ class Sharers:
             message = self._wait(self._key(what, rank), limit)
         except RuntimeError as error:
             raise RanksMissing("The store at which the ranks meet is gone. The log of rank 0 says why.") from error
+        if message is None and what == "files":  # the first that each rank of the node tells
+            raise RanksMissing(
+                f"Rank {self.node + rank} did not come within {limit:.3g} s of rank {self.node + self.rank} "
+                "(--distributed-timeout-minutes). Its log says why; where ranks only take long to start, give a longer "
+                "time."
+            )
         if message is None:
             raise RanksMissing(
                 f"Rank {self.node + rank} has not told what its part of the model's files holds within {limit:.0f} s: "
@@ -82,7 +89,7 @@ class Sharers:
                 "a longer --distributed-timeout-minutes, or copy the files to a faster disk."
             )
         if "error" in message:
-            raise ConfigError(f"Rank {self.node + rank} cannot start: {message['error']}")
+            raise ConfigError(f"rank {self.node + rank} ({socket.gethostname()}) cannot start: {message['error']}")
         return message["value"]
 
     def _wait(self, key: str, limit: float) -> dict[str, Any] | None:

@@ -116,7 +116,7 @@ def test_a_rank_that_never_comes_is_named_in_one_line(tiny_llama, tiny_text, tmp
     flags = training_flags(tiny_llama(), tiny_text, tmp_path / "run", "--distributed-timeout-minutes", "0.04")
     with World(2, flags, tmp_path / "logs", end_at_once) as world:
         assert world.wait(30) == [1, 3], world.said(0)
-        assert refusal(world, 0).startswith("error: Rank 1 did not come within 0.04 minutes of rank 0 ")
+        assert refusal(world, 0).startswith("error: Rank 1 did not come within 2.4 s of rank 0 ")
 
 
 @pytest.mark.distributed

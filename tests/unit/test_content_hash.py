@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -194,7 +195,7 @@ def test_several_processes_may_write_it_at_once(old_files: list[Path], tmp_path:
 
 def test_a_rank_that_does_not_come_is_named_in_one_sentence(files: list[Path], tmp_path: Path) -> None:
     sharers = Sharers(FileStore(str(tmp_path / "store"), -1), 8, 1, (0, 1), timeout=0.1)
-    with pytest.raises(RanksMissing, match="Rank 8 has not told what its part of the model's files holds within 0 s"):
+    with pytest.raises(RanksMissing, match="Rank 8 did not come within 0.1 s of rank 9"):
         contents_at_start(tmp_path, files, sharers)
 
 
@@ -209,7 +210,9 @@ def test_a_rank_that_cannot_go_on_tells_those_that_wait_for_its_part(files: list
     with ThreadPoolExecutor(2) as threads:
         first, _ = threads.submit(contents_at_start, tmp_path, files, ranks[0]), threads.submit(second)
     assert isinstance(error := first.exception(), ConfigError)
-    assert str(error) == "Rank 1 cannot start: model-0.bin cannot be read (Input/output error)."
+    assert (
+        str(error) == f"rank 1 ({socket.gethostname()}) cannot start: model-0.bin cannot be read (Input/output error)."
+    )
 
 
 def test_ranks_of_a_node_that_see_other_files_under_the_same_names_do_not_share(files, tmp_path: Path) -> None:
