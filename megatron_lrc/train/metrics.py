@@ -80,7 +80,8 @@ class RunLog:
         """Write a training record. It has `step_seconds`; what follows from them is added."""
         record = {**record, **self.throughput.record(record["step_seconds"]), "time": now()}
         self._write("metrics.jsonl", "train", record)
-        print(self._progress.line(record), flush=True)
+        for line in self._progress.lines(record):
+            print(line, flush=True)
 
     def validation(self, record: dict[str, Any]) -> None:
         self._write("validation.jsonl", "valid", record)

@@ -16,7 +16,7 @@ from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import check_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.process_memory import GIB, memory_bytes
-from megatron_lrc.train.progress import Progress, duration
+from megatron_lrc.train.progress import Progress, duration, steady_text
 from megatron_lrc.train.starts import lost_work
 from megatron_lrc.train.stragglers import OwnTime, find_slowest
 from megatron_lrc.train.throughput import Throughput
@@ -123,13 +123,18 @@ def test_peak_memory_stays_when_memory_is_given_back():
 # ---- the console's line ----
 
 
-def test_the_progress_line_of_a_large_run_fits_140_columns():
-    line = Progress(23456).line(step_record())
-    assert len(line) <= 140
+def test_the_progress_line_of_a_large_run_is_short_and_has_the_teacher_beside_the_student():
+    line = Progress(23456).line(step_record(teacher_lm_loss=2.412345))
     assert line == (
-        "step 12345/23456 53% 19.9B tok | loss 3.457 lm 2.654 kl 0.312 clone 0.785 | grad 0.412 lr 9.9e-5 | "
-        "123K tok/s MFU 41% 123 GiB | ETA 9h15m"
+        "step 12345/23456 | loss 3.457 lm 2.654 (teacher 2.412) kl 0.312 clone 0.785 | grad 0.412 | "
+        "123K tok/s | ETA 9h15m"
     )
+    assert len(line) <= 115
+
+
+@pytest.mark.parametrize("without", [{}, {"teacher_lm_loss": None}])  # no teacher; its logits not computed
+def test_without_a_teachers_loss_the_line_names_none(without):
+    assert "| loss 3.457 lm 2.654 kl 0.312 clone 0.785 |" in Progress(23456).line(step_record(**without))
 
 
 def test_losses_of_any_size_stay_short():
@@ -137,10 +142,18 @@ def test_losses_of_any_size_stay_short():
     assert "| loss 1,235 lm 12.35 kl 0.0123 clone nan |" in Progress(23456).line(record)
 
 
-def test_without_mfu_the_line_has_tflops():
+def test_what_hardly_changes_is_said_once_when_the_run_is_warm():
+    progress = Progress(300)
+    said = [list(progress.lines(step_record(step=step))) for step in (100, 200, 300)]
+    assert [len(lines) for lines in said] == [1, 2, 1]
+    assert said[1][1] == "at 123K tok/s: MFU 41%, 412 TFLOP/s per device; peak memory 123 GiB"
+    assert len(list(Progress(100).lines(step_record(step=100)))) == 2  # there is no second record
+
+
+def test_without_mfu_there_are_tflops_alone():
     record = step_record()
     del record["mfu"]
-    assert "412 TFLOP/s" in Progress(23456).line(record)
+    assert "tok/s: 412 TFLOP/s per device" in steady_text(record)
 
 
 def test_the_time_left_counts_what_lies_between_steps(monkeypatch):
