@@ -4,6 +4,7 @@ A line has what changes from record to record. What hardly does (the share of th
 metrics.jsonl has everything in full precision.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -66,6 +67,22 @@ def agreement_text(record: dict[str, Any]) -> str:
     if "teacher_kl" not in record:
         return ""
     return f" | of the teacher: KL {_loss(record['teacher_kl'])} top-1 {record['top1_agreement']:.1%}"
+
+
+def gap_text(first: float, last: float, teacher: float) -> str:
+    """How much of the gap between the first validation's LM loss and the teacher's is closed; "" for want of a figure.
+
+    Words where a share says nothing: the teacher has no lead to close, or the last loss is not between the two.
+    """
+    if not all(map(math.isfinite, (first, last, teacher))):
+        return ""
+    if last <= teacher:
+        return f"not above the teacher's {_loss(teacher)}"
+    if first <= teacher:
+        return f"above the teacher's {_loss(teacher)}, and at first it was not"
+    if last > first:
+        return f"above the {_loss(first)} it began with; the teacher's is {_loss(teacher)}"
+    return f"{(first - last) / (first - teacher):.0%} of the way to the teacher's {_loss(teacher)}"
 
 
 def _loss(value: float) -> str:

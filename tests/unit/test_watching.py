@@ -12,11 +12,12 @@ import torch
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.estimate.devices import known_peak_tflops
 from megatron_lrc.estimate.flops import step_flops
+from megatron_lrc.estimate.spans import span
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import check_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.process_memory import GIB, memory_bytes
-from megatron_lrc.train.progress import Progress, duration, steady_text
+from megatron_lrc.train.progress import Progress, duration, gap_text, steady_text
 from megatron_lrc.train.starts import lost_work
 from megatron_lrc.train.stragglers import OwnTime, find_slowest
 from megatron_lrc.train.throughput import Throughput
@@ -167,6 +168,30 @@ def test_the_time_left_counts_what_lies_between_steps(monkeypatch):
 
 def test_durations_read_as_minutes_hours_or_days():
     assert [duration(seconds) for seconds in (9.4, 605, 10_920, 442_800)] == ["0m09s", "10m05s", "3h02m", "5d03h"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [
+        (4.5, 3.5, "50% of the way to the teacher's 2.500"),
+        (4.5, 4.5, "0% of the way to the teacher's 2.500"),
+        (4.5, 2.4, "not above the teacher's 2.500"),
+        (2.6, 1.2, "not above the teacher's 2.500"),  # 1348% and the like
+        (2.4, 2.3, "not above the teacher's 2.500"),
+        (2.4, 2.7, "above the teacher's 2.500, and at first it was not"),
+        (4.5, 4.7, "above the 4.500 it began with; the teacher's is 2.500"),
+        (4.5, math.nan, ""),
+        (math.inf, 3.5, ""),
+    ],
+)
+def test_the_way_to_the_teacher_is_a_share_only_between_start_and_teacher(first, last, words):
+    assert gap_text(first, last, 2.5) == words
+
+
+def test_spans_to_come_read_in_the_unit_of_their_size():
+    spans = (20, 59 * 60, 3600, 7.26 * 3600, 47 * 3600, 49 * 3600, 400 * 86400)
+    said = ["under a minute", "59 minutes", "1.0 hours", "7.3 hours", "47.0 hours", "2.0 days", "400.0 days"]
+    assert list(map(span, spans)) == said
 
 
 # ---- the slowest rank ----
