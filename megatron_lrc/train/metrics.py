@@ -5,7 +5,7 @@
                             step_seconds, tokens_per_second, tflops, mfu, memory_gib, straggler
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
                             teacher_kl, top1_agreement, and effective_rank with --log-effective-rank
-    RUN/tensorboard/        the same numbers (`boards.py`)
+    RUN/tensorboard/        the same numbers, lists over layers as one (`boards.py`)
     RUN/starts.jsonl        a line per start of the run (`starts.py`)
 
 Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
@@ -74,6 +74,7 @@ class RunLog:
             # A run without a step validates when it starts, and so once more when it starts again.
             drop_records_after(self._run / "validation.jsonl", resume_at or -1)
             note_start(self._run, config, step=resume_at, checkpoint=checkpoint, world_size=world_size, lost=lost)
+        self._with_layers = config.logging.log_layers_to_tensorboard
         self._boards = open_boards(config, self._run, resume_at=resume_at)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -96,7 +97,7 @@ class RunLog:
             with open(self._run / name, "a") as file:
                 file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
         for board in self._boards:
-            board.add(scalars(tag, record), record["step"])
+            board.add(scalars(tag, record, with_layers=self._with_layers), record["step"])
 
 
 def _without_nan(value: Any) -> Any:

@@ -8,14 +8,16 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import CLONE_TERMS, Config, ConfigError, ModelShape
 from megatron_lrc.estimate.devices import known_peak_tflops
 from megatron_lrc.estimate.flops import step_flops
 from megatron_lrc.estimate.spans import span
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import check_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
+from megatron_lrc.train.metrics import RunLog
 from megatron_lrc.train.process_memory import GIB, memory_bytes
 from megatron_lrc.train.progress import Progress, duration, gap_text, steady_text
 from megatron_lrc.train.starts import lost_work
@@ -263,6 +265,25 @@ def test_boards_get_every_number_and_no_text():
         "train_straggler/percent_over": 12.0,
     }
     assert not any(math.isnan(value) for value in scalars("train", record).values())
+
+
+@pytest.mark.parametrize("with_layers", [False, True])
+def test_layers_are_on_the_boards_only_if_asked_for_and_in_the_records_always(with_layers, tmp_path):
+    """Through the event file, as TensorBoard reads it: a model of 30 layers."""
+    config = Config()
+    config.checkpoint.save, config.logging.log_layers_to_tensorboard = str(tmp_path), with_layers
+    config.training.global_batch_size, config.training.train_iters = 8, 20000
+    throughput = Throughput(config, SHAPE, SHAPE, world_size=1, peak=None)
+    log = RunLog(config, throughput, resume_at=0, checkpoint=None, world_size=1)
+    clone = {term: [0.5] * 30 for term in CLONE_TERMS}
+    log.step(step_record(clone_by_layer=clone))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = events.Tags()["scalars"]
+    assert len([name for name in names if name.startswith("train_layers/")]) == (210 if with_layers else 0)
+    assert [name for name in names if name.startswith("train_clone/")] == [f"train_clone/{term}" for term in CLONE_TERMS]
+    assert events.Scalars("train_clone/q")[0].value == 15.0
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["clone_by_layer"] == clone
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
