@@ -7,8 +7,9 @@ writes data/all.bin and .idx, and .json (a manifest) if every input has one. Doc
 
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.commands.flags import new_parser
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import say
 from megatron_lrc.data.merging import merge_datasets
 from megatron_lrc.data.writing import explain_os_error
 

@@ -11,8 +11,9 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import flag_adder, new_parser, positive, say
+from megatron_lrc.commands.flags import flag_adder, new_parser, positive
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import say
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
 from megatron_lrc.data.writing import explain_os_error

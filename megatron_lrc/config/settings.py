@@ -437,8 +437,8 @@ class LoggingConfig:
     )
     log_layers_to_tensorboard: bool = setting(
         False,
-        "Show clone losses and effective ranks layer by layer on TensorBoard and Weights & Biases too, where else there "
-        "is one number for all layers. metrics.jsonl has each layer's in any case.",
+        "Show clone losses and effective ranks layer by layer on TensorBoard and Weights & Biases too, where else "
+        "there is one number for all layers. metrics.jsonl has each layer's in any case.",
         per_rank="value",
     )
     log_straggler: bool = setting(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.console import say
 
 #: Parts of a record that are lists over layers: their name on the boards, and what makes one number of a list.
 LAYERED = {"clone_by_layer": ("clone", sum), "effective_rank": ("effective_rank", statistics.fmean)}
@@ -123,10 +124,9 @@ class WeightsAndBiases:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        print(
+        say(
             f"warning: Weights & Biases is off from here on ({' '.join(str(error).split())}); the run goes on, and "
-            "metrics.jsonl has every record. Run wandb login before the next start, or set WANDB_MODE=offline.",
-            flush=True,
+            "metrics.jsonl has every record. Run wandb login before the next start, or set WANDB_MODE=offline."
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes
+from megatron_lrc.console import say
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
@@ -58,11 +59,11 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
         time,
         (f"warning: {warning}" for warning in warnings),
     ):
-        print(line)
+        say(line)
     if peaks:
         refuse_too_much_memory(peaks, gpu)
     refuse_too_little_disk(config, shape, student)
-    print("dry run: every check passed, nothing was started")
+    say("dry run: every check passed, nothing was started")
 
 
 def gpu_here() -> Gpu:

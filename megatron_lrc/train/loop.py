@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
+from megatron_lrc.console import say
 from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.mcore import distributed
@@ -319,7 +320,7 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:
-            print(line, flush=True)
+            say(line)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import Config
+from megatron_lrc.console import say
 from megatron_lrc.train.boards import open_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.progress import Progress, agreement_text, losses_text
@@ -82,11 +83,11 @@ class RunLog:
         record = {**record, **self.throughput.record(record["step_seconds"]), "time": now()}
         self._write("metrics.jsonl", "train", record)
         for line in self._progress.lines(record):
-            print(line, flush=True)
+            say(line)
 
     def validation(self, record: dict[str, Any]) -> None:
         self._write("validation.jsonl", "valid", record)
-        print(f"validation at step {record['step']} | {losses_text(record)}{agreement_text(record)}", flush=True)
+        say(f"validation at step {record['step']} | {losses_text(record)}{agreement_text(record)}")
 
     def close(self) -> None:
         for board in self._boards:

@@ -281,7 +281,9 @@ def test_layers_are_on_the_boards_only_if_asked_for_and_in_the_records_always(wi
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = events.Tags()["scalars"]
     assert len([name for name in names if name.startswith("train_layers/")]) == (210 if with_layers else 0)
-    assert [name for name in names if name.startswith("train_clone/")] == [f"train_clone/{term}" for term in CLONE_TERMS]
+    assert [name for name in names if name.startswith("train_clone/")] == [
+        f"train_clone/{term}" for term in CLONE_TERMS
+    ]
     assert events.Scalars("train_clone/q")[0].value == 15.0
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["clone_by_layer"] == clone
 
