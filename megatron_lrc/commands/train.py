@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lrc.commands.next_command import after_training, say_next
 from megatron_lrc.config import (
     TRAINING,
     Config,
@@ -81,7 +82,9 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
         from megatron_lrc.train import loop
 
         torchrun.end_with_torchrun()
-        loop.train(config)
+        finished = loop.train(config)
+        if finished and os.environ.get("RANK", "0") == "0":
+            say_next(program, after_training(*finished))
 
 
 def checkpoint_to_restart_from(config: Config) -> str | None:
