@@ -42,22 +42,22 @@ def say_next(program: str, commands: Sequence[Command]) -> None:
 
 def _spell(program: str, name: str) -> list[str]:
     """The words that call a command, by the interpreter that runs this one."""
-    folder = Path(sys.executable).parent
     if program.startswith("megatron-lrc "):
-        return [_on_path("megatron-lrc", folder), name]
+        return ["megatron-lrc" if shutil.which("megatron-lrc") else sys.argv[0], name]
     if program.startswith("python -m "):
-        return [_on_path("python", folder), "-m", "megatron_lrc", name]
+        return [_interpreter("python", "python3"), "-m", "megatron_lrc", name]
     file = os.path.normpath(Path(sys.argv[0]).parent.parent / FILES[name])
     if not file.endswith(".sh"):
-        return [_on_path("python", folder), file]
-    python = _on_path("python3", folder)
-    return [*(["env", f"PYTHON={python}"] if "/" in python else []), "bash", file]
+        return [_interpreter("python", "python3"), file]
+    python = _interpreter("python3")  # which the script takes by itself
+    return [*([] if python == "python3" else ["env", f"PYTHON={python}"]), "bash", file]
 
 
-def _on_path(name: str, folder: Path) -> str:
-    """A program's bare name, if PATH leads to the one in this folder."""
-    found = shutil.which(name)
-    return name if found and Path(found).parent == folder else str(folder / name)
+def _interpreter(*names: str) -> str:
+    """The first of these names that PATH finds in the folder of this interpreter; else its path."""
+    folder = os.path.dirname(sys.executable)
+    found = (name for name in names if os.path.dirname(shutil.which(name) or "") == folder)
+    return next(found, sys.executable)
 
 
 # ------------------------------------------------------------------------------------------------ what follows

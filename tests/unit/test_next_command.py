@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path, monkeypatch) -> Path:
     """Where we are: a teacher, under a name that needs quotes, and text."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["megatron-lrc"])
     write_llama(tmp_path / "my teacher")
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "a small language model " * 20}) + "\n")
     return tmp_path
@@ -101,21 +102,38 @@ def test_only_an_evaluated_run_has_a_report(tmp_path):
     assert next_command.after_evaluation(tmp_path) == [("report", [tmp_path])]
 
 
-def test_the_next_command_is_called_as_this_one_was(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("program", "is_on_path", "expected"),
+    [
+        ("python -m megatron_lrc train", True, "python -m megatron_lrc report 'my run'"),
+        ("python -m megatron_lrc train", False, "PYTHON -m megatron_lrc report 'my run'"),
+        ("some_tool.py", True, "python '/a checkout/tools/report.py' 'my run'"),
+        ("some_tool.py", False, "PYTHON '/a checkout/tools/report.py' 'my run'"),
+        ("megatron-lrc train", False, "'/a checkout/tools/some_tool.py' report 'my run'"),  # what was called
+    ],
+)
+def test_the_next_command_is_called_as_this_one_was(program, is_on_path, expected, tmp_path, monkeypatch, capsys):
+    for name in ("python", "python3"):
+        (tmp_path / name).touch(mode=0o700)
     monkeypatch.setattr(sys, "argv", ["/a checkout/tools/some_tool.py"])
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    for program, expected in (
-        ("megatron-lrc train", "megatron-lrc report 'my run'"),
-        ("python -m megatron_lrc train", "python -m megatron_lrc report 'my run'"),
-        ("some_tool.py", "python '/a checkout/tools/report.py' 'my run'"),
-    ):
-        next_command.say_next(program, [("report", ["my run"])])
-        said = capsys.readouterr().out
-        assert said.replace(f"{Path(sys.executable).parent}/", "") == f"next: {expected}\n"
-    monkeypatch.setenv("PATH", "/nowhere")
-    next_command.say_next("some_tool.py", [("train", ["--lr", "1"])])
-    python = Path(sys.executable).parent / "python3"
-    assert capsys.readouterr().out == f"next: env PYTHON={python} bash '/a checkout/examples/pretrain_lrc.sh' --lr 1\n"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3.12"))
+    monkeypatch.setenv("PATH", str(tmp_path) if is_on_path else "/nowhere")
+    next_command.say_next(program, [("report", ["my run"])])
+    assert capsys.readouterr().out == f"next: {expected.replace('PYTHON', sys.executable)}\n"
+
+
+@pytest.mark.parametrize("is_on_path", [True, False])
+def test_a_checkouts_training_is_its_script_with_this_interpreter(is_on_path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "python3").touch(mode=0o700)
+    monkeypatch.setattr(sys, "argv", ["tools/preprocess_data.py"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3.12"))
+    monkeypatch.setenv("PATH", str(tmp_path) if is_on_path else "/nowhere")
+    next_command.say_next("preprocess_data.py", [("train", ["--lr", 1])])
+    python = "" if is_on_path else f"env PYTHON={sys.executable} "
+    assert capsys.readouterr().out == f"next: {python}bash examples/pretrain_lrc.sh --lr 1\n"
+
+
+def test_where_nothing_follows_nothing_is_said(capsys):
     next_command.say_next("some_tool.py", [])
     assert capsys.readouterr().out == ""
 
