@@ -1,9 +1,5 @@
-# make test    the CPU suite                  make demo    a real teacher cloned, end to end
-# make check   lint, types, unit tests        make clean   removes the environment and caches, keeps demo/ and runs/
-# make test-slow   what make test leaves out: four ranks, long forms
-# make layout-report   writes docs/layouts.md: gradient errors against the reference, layout by layout
-#
-# Everything runs in .venv, made with $(PYTHON), and installed again only when setup.py or the pinned versions change.
+# `make` alone lists what it can do. Everything runs in .venv, made with $(PYTHON), and installed again only when setup.py
+# or the pinned versions change.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,28 +9,34 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: test test-slow check demo clean layout-report
+.DEFAULT_GOAL := help
+.PHONY: help test test-slow check demo clean layout-report
 .DELETE_ON_ERROR:
+
+# A target is listed with what stands after its `##`.
+help: ## this list
+	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # One thread per process unless told otherwise: the tests start several processes.
 test test-slow: export OMP_NUM_THREADS ?= 1
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test ## the CPU suite, about 10 minutes on two cores
 	$(PYTEST) -ra --durations=10 -m "not slow"
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test ## what `make test` leaves out: four ranks, long forms
 	$(PYTEST) -ra --durations=10 -m slow
 
-check: $(VENV)/.installed-check
+check: $(VENV)/.installed-check ## lint, types, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(PYTEST) -q tests/unit
 
 layout-report: export OMP_NUM_THREADS ?= 1
-layout-report: $(VENV)/.installed-test
+layout-report: $(VENV)/.installed-test ## writes docs/layouts.md: gradient errors against the reference, by layout
 	$(BIN)/python tests/layout_report.py
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-demo ## clones a real teacher, end to end: about 10 minutes, plus downloads
 	PYTHON=$(abspath $(BIN)/python) bash examples/demo/run.sh
 
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
@@ -59,6 +61,6 @@ $(BIN)/python:
 	  || { echo "error: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-clean:
+clean: ## removes the environment and caches, keeps demo/ and runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16,<0.20",  # tested: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (Python 3.12)
+        "megatron-core>=0.16,<0.20",  # tested: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (Python 3.12, 3.13)
         "transformers>=5.0",
         "sentencepiece",
         "safetensors",
@@ -74,6 +74,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -1,4 +1,4 @@
-"""Teachers of the published runs, real in form and full in size, but of no weight: their safetensors file is sparse.
+"""Teachers of the published runs and the demo's, full in size but of no weight: their safetensors file is sparse.
 
 config.json and the file's header are what the real ones say; the values, all zero, take no disk space.
 """
@@ -30,6 +30,8 @@ def _config(name: str) -> PretrainedConfig:
         return Qwen2Config(**_sizes(2048, 36, 16, 2, 11008, 151936, 32768, is_tied=True), rms_norm_eps=1e-6)
     if name == "Qwen2.5-7B-Instruct":
         return Qwen2Config(**_sizes(3584, 28, 28, 4, 18944, 152064, 32768, is_tied=False), rms_norm_eps=1e-6)
+    if name == "SmolLM2-135M-Instruct":
+        return LlamaConfig(**_sizes(576, 30, 9, 3, 1536, 49152, 8192, is_tied=True), rms_norm_eps=1e-5)
     assert name == "Llama-2-7b-chat"
     return LlamaConfig(**_sizes(4096, 32, 32, 32, 11008, 32000, 4096, is_tied=False), rms_norm_eps=1e-5)
 

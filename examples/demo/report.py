@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_lrc.report.chart_files import write_charts
 from megatron_lrc.report.charts import Chart, Series
+from megatron_lrc.train.progress import gap_text
 
 TERMS = {  # of the loss, as metrics.jsonl names them: title, unit
     "lm_loss": ("LM loss", "nats per token"),
@@ -188,8 +189,8 @@ def training_sentence(results: dict[str, Result], training: list[dict]) -> str:
         results[name].lm_loss for name in ("teacher", "untrained student", "trained student")
     )
     effect = f"Held-out LM loss {untrained:.3f} -> {trained:.3f}"
-    if teacher < trained < untrained:
-        effect += f", {(untrained - trained) / (untrained - teacher):.0%} of the way to the teacher's {teacher:.3f}"
+    if gap := gap_text(untrained, trained, teacher):
+        effect += f", {gap}"
     return f"{last['tokens']:,} tokens in {last['step']} steps, {mean_rate(training):.0f} tokens/s. {effect}."
 
 

@@ -9,8 +9,8 @@ GPU nor the teacher.
 
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import say
 from megatron_lrc.config import ConfigError, parse_config
+from megatron_lrc.console import say
 
 INTERRUPTED = "interrupted; no maps were left behind"
 PURPOSE = "Build the index maps of a run's data before it starts. Takes the run's flags."

@@ -13,19 +13,19 @@ run failed.
 import argparse
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_lrc.commands.flags import flag_adder, new_parser, say
+from megatron_lrc.commands.flags import flag_adder, new_parser
 from megatron_lrc.comparison.compare import Options, compare
 from megatron_lrc.comparison.contestants import CONTESTANTS, GROUPS
 from megatron_lrc.comparison.material import TeacherSettings
 from megatron_lrc.comparison.result_tables import main_table, markdown
 from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import complain, say
 
 INTERRUPTED = "interrupted; the same command goes on from here"
 
@@ -134,5 +134,5 @@ def run(argv: Sequence[str], program: str) -> int:
     found = compare(options_of(flags), say)
     print(f"\n{markdown(main_table(found))}\nwrote {flags.output}/table.md, results.json, report.html")
     for outcome in found.failed:
-        print(f"FAILED {outcome.run.name}: {outcome.failure}", file=sys.stderr)
+        complain(f"FAILED {outcome.run.name}: {outcome.failure}")
     return 1 if found.failed else 0

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lrc.commands.flags import DTYPES, new_parser
+from megatron_lrc.commands.next_command import after_conversion, say_next
 from megatron_lrc.config import CONVERTED, ConfigError
 
 INTERRUPTED = "interrupted; nothing was written"
@@ -61,6 +62,7 @@ def run(argv: Sequence[str], program: str) -> int:
         else:
             counts = write_checkpoint(source, partial, dtype, verify=not flags.no_verify)
     print(f"{flags.output}: {counts[0]} tensors, {counts[1]:,} parameters, read back equal")
+    say_next(program, after_conversion(flags.output))
     return 0
 
 

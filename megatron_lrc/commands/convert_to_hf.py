@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lrc.commands.flags import DTYPES, new_parser
+from megatron_lrc.commands.next_command import after_export, say_next
 from megatron_lrc.config import ConfigError
 
 INTERRUPTED = "interrupted; nothing was written"
@@ -72,4 +73,5 @@ def run(argv: Sequence[str], program: str) -> int:
     )
     step, hidden = student.state.step, student.shape.hidden_size
     print(f"{flags.output}: {architecture} of hidden size {hidden}, step {step}")
+    say_next(program, after_export(student.config, teacher.directory, flags.output))
     return 0

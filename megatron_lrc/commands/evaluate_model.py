@@ -11,7 +11,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.commands.flags import DTYPES, flag_adder, new_parser, say
+from megatron_lrc.commands.flags import DTYPES, flag_adder, new_parser
+from megatron_lrc.commands.next_command import after_evaluation, say_next
+from megatron_lrc.console import say
 from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 
 
@@ -61,4 +63,5 @@ def run(argv: Sequence[str], program: str) -> int:
     from megatron_lrc.evaluation.evaluate import EvaluationOptions, evaluate
 
     evaluate(EvaluationOptions(**vars(flags)), report=say)
+    say_next(program, after_evaluation(flags.model))
     return 0

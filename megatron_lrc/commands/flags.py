@@ -37,8 +37,3 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
-
-
-def say(line: str) -> None:
-    """A line of progress, at once even where stdout is a file."""
-    print(line, flush=True)

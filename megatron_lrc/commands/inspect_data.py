@@ -7,11 +7,11 @@ exit code 2.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.commands.flags import new_parser
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import complain, say
 from megatron_lrc.data.inspection import draw_histogram, inspect_dataset
 from megatron_lrc.png_charts import check_matplotlib
 
@@ -47,7 +47,7 @@ def run(argv: Sequence[str], program: str) -> int:
         try:
             lengths_of[prefix] = inspect_dataset(prefix, **flags, report=say)
         except ConfigError as error:
-            print(f"{program}: {error}", file=sys.stderr)
+            complain(f"{program}: {error}")
             exit_code = 2
     if histogram and lengths_of:
         draw_histogram(histogram, lengths_of)

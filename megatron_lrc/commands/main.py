@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import complain
 
 #: Group -> name of the command -> (module of this package, summary).
 COMMANDS = {
@@ -72,10 +73,10 @@ def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:
         for line in str(error).splitlines():
-            print(f"{program}: {line}", file=sys.stderr)
+            complain(f"{program}: {line}")
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: {getattr(module, 'INTERRUPTED', 'interrupted')}", file=sys.stderr)
+        complain(f"{program}: {getattr(module, 'INTERRUPTED', 'interrupted')}")
         return 130
 
 

@@ -12,7 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.commands.flags import DTYPES, flag_adder, new_parser, say
+from megatron_lrc.commands.flags import DTYPES, flag_adder, new_parser
+from megatron_lrc.console import say
 
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:

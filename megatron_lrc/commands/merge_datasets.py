@@ -7,8 +7,10 @@ writes data/all.bin and .idx, and .json (a manifest) if every input has one. Doc
 
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import new_parser, say
+from megatron_lrc.commands.flags import new_parser
+from megatron_lrc.commands.next_command import after_indexing, say_next
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import say
 from megatron_lrc.data.merging import merge_datasets
 from megatron_lrc.data.writing import explain_os_error
 
@@ -25,4 +27,5 @@ def run(argv: Sequence[str], program: str) -> int:
         merge_datasets(flags.input, flags.output_prefix, report=say)
     except OSError as error:
         raise ConfigError(explain_os_error(error, flags.output_prefix)) from error
+    say_next(program, after_indexing([flags.output_prefix]))
     return 0

@@ -11,8 +11,10 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_lrc.commands.flags import flag_adder, new_parser, positive, say
+from megatron_lrc.commands.flags import flag_adder, new_parser, positive
+from megatron_lrc.commands.next_command import after_indexing, say_next
 from megatron_lrc.config import ConfigError
+from megatron_lrc.console import say
 from megatron_lrc.data.chat_template import DEFAULT_DATE
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
@@ -104,4 +106,5 @@ def run(argv: Sequence[str], program: str) -> int:
         index_documents(options, report=say)
     except OSError as error:
         raise ConfigError(explain_os_error(error, options.output_prefix)) from error
+    say_next(program, after_indexing([f"{options.output_prefix}_{key}_document" for key in options.json_keys]))
     return 0

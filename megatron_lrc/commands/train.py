@@ -12,11 +12,11 @@ error or a run that stopped itself would only come again: they end as before, wi
 """
 
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lrc.commands.next_command import after_training, say_next
 from megatron_lrc.config import (
     TRAINING,
     Config,
@@ -26,6 +26,7 @@ from megatron_lrc.config import (
     take_dry_run,
     validate,
 )
+from megatron_lrc.console import complain
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.agreement import RanksMissing
 from megatron_lrc.methods import method_of
@@ -81,7 +82,9 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
         from megatron_lrc.train import loop
 
         torchrun.end_with_torchrun()
-        loop.train(config)
+        finished = loop.train(config)
+        if finished and os.environ.get("RANK", "0") == "0":
+            say_next(program, after_training(*finished))
 
 
 def checkpoint_to_restart_from(config: Config) -> str | None:
@@ -100,7 +103,7 @@ def report_failure(message: str, *, final_exit_code: int | None = None) -> None:
     torchrun.report_failure(message, message, final_exit_code=final_exit_code)
     if os.environ.get("RANK", "0") == "0" or not torchrun.is_used():
         for line in message.splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            complain(f"error: {line}")
     peers.explain(message, is_waiting=False)
 
 

@@ -435,6 +435,12 @@ class LoggingConfig:
     log_effective_rank: bool = setting(
         False, "With each validation, measure the effective rank of both models' hidden states, layer by layer."
     )
+    log_layers_to_tensorboard: bool = setting(
+        False,
+        "Show clone losses and effective ranks layer by layer on TensorBoard and Weights & Biases too, where else "
+        "there is one number for all layers. metrics.jsonl has each layer's in any case.",
+        per_rank="value",
+    )
     log_straggler: bool = setting(
         False, "With each record name the slowest rank, by the time that each works without waiting for others."
     )

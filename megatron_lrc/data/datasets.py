@@ -288,5 +288,5 @@ def _require_compiled_helpers() -> None:
         raise ConfigError(
             f"megatron-core {megatron.core.__version__} has no compiled dataset helpers for this Python "
             f"{sys.version_info.major}.{sys.version_info.minor} ({error}). Install its wheel for this Python "
-            "(pip install --force-reinstall --no-deps megatron-core), or use Python 3.10, 3.11 or 3.12."
+            "(pip install --force-reinstall --no-deps megatron-core), or use Python 3.10 to 3.13."
         ) from error

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_lrc.console import complain
 from megatron_lrc.launch import torchrun
 from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Connection, Verdict, keep_alive
 
@@ -59,7 +60,7 @@ class Peers:
         """This rank's last words, to stderr and to torchrun."""
         if self._said.acquire(blocking=False):  # once, by whichever thread comes first
             text = f"{verdict.text}; with it ends rank {self.rank} ({socket.gethostname()})"
-            print(f"error: {text}", file=sys.stderr, flush=True)
+            complain(f"error: {text}")
             torchrun.report_failure(text, text)
 
     def stop(self) -> None:

@@ -12,6 +12,9 @@ warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|r
 # torch's advice to megatron-core, which each rank would repeat whenever a run goes on.
 warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", category=FutureWarning)
 
+# Of models that we do not build.
+warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
+
 if not torch.cuda.is_available():
     # Wherever Transformer Engine can be imported megatron-core takes its optimizer and its norms of gradients, which
     # need CUDA. Unless it is loaded already, megatron-core is not to find it.

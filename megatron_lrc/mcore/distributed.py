@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_lrc.config import Config
+from megatron_lrc.console import say
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.peer_hub import Hub
 from megatron_lrc.mcore import cpu
@@ -132,7 +133,7 @@ def watch_peers(groups: Groups) -> None:
     try:
         peers.join(dist.get_rank(), address)
     except OSError as error:  # a firewall, perhaps: the run can do without
-        print(f"warning: rank {dist.get_rank()} will not hear of other ranks' failures: {error}", file=sys.stderr)
+        say(f"warning: rank {dist.get_rank()} will not hear of other ranks' failures: {error}", sys.stderr)
 
 
 def stop() -> None:

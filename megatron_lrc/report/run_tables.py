@@ -12,7 +12,7 @@ from megatron_lrc.methods import method_of
 from megatron_lrc.report.chart_axes import number
 from megatron_lrc.report.curves import get
 from megatron_lrc.report.run_files import RunFiles, parse_time
-from megatron_lrc.train.progress import count, duration
+from megatron_lrc.train.progress import count, duration, gap_text
 
 LOSS_ROWS = {
     "lm_loss": "LM loss",
@@ -96,12 +96,11 @@ def _effective(run: RunFiles) -> str:
 
 
 def _gap(run: RunFiles) -> str:
-    """The share of the way from the first validation to the teacher."""
+    """How far the last validation has come from the first one to the teacher."""
     if not run.validations:
         return ""
     first, last = (get(record, "lm_loss") for record in (run.validations[0], run.validations[-1]))
-    teacher = get(run.validations[-1], "teacher_lm_loss")
-    return f"{(first - last) / (first - teacher):.0%} of the way to the teacher" if first > teacher else ""
+    return gap_text(first, last, get(run.validations[-1], "teacher_lm_loss"))
 
 
 def _perplexity(loss: float) -> str:

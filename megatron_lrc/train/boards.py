@@ -1,21 +1,24 @@
 """Where records are shown besides metrics.jsonl: TensorBoard, always; Weights & Biases, if --wandb-project is given.
 
-Both get the same names: train/... and valid/...; what has parts as train_grad_norm/GROUP, train_clone_TERM/layer_00,
-valid_effective_rank_MODEL/layer_00, ...
+Both get the same names: train/... and valid/...; what has parts as train_grad_norm/GROUP, train_clone/TERM, ... What is
+a list over layers is shown as one number, and with --log-layers-to-tensorboard layer by layer too: these are most of
+all numbers (clone losses of seven matrices in each layer), so they have a group of their own, train_layers/clone_q_00.
 
 The W&B run goes on after a resume: its id is kept in RUN/wandb_run_id. Its x axis is `step`, and steps that were lost
 and done again are there twice. A W&B that fails costs a warning, not the run: every record is in metrics.jsonl.
 """
 
+import statistics
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.console import say
 
-#: Parts of a record that are lists over layers, and their name on the boards.
-LAYERED = {"clone_by_layer": "clone", "effective_rank": "effective_rank"}
+#: Parts of a record that are lists over layers: their name on the boards, and what makes one number of a list.
+LAYERED = {"clone_by_layer": ("clone", sum), "effective_rank": ("effective_rank", statistics.fmean)}
 WANDB_ID_FILE = "wandb_run_id"
 
 
@@ -33,20 +36,32 @@ def check_boards(config: Config) -> None:
         )
 
 
-def scalars(tag: str, record: dict[str, Any]) -> dict[str, float]:
+def scalars(tag: str, record: dict[str, Any], *, with_layers: bool = False) -> dict[str, float]:
     """A board's name -> value of every number in a record but its step; what is off (None) is left out."""
     found: dict[str, Any] = {}
     for key, value in record.items():
         if key in LAYERED:
-            for part, layers in value.items():
-                prefix = f"{tag}_{LAYERED[key]}_{part}"
-                found |= {f"{prefix}/layer_{layer:02d}": item for layer, item in enumerate(layers)}
+            found |= _of_layers(tag, key, value, with_layers=with_layers)
         elif isinstance(value, dict):
             name = key.removesuffix("_by_group")
             found |= {f"{tag}_{name}/{part}": item for part, item in value.items()}
         elif key != "step":
             found[f"{tag}/{key}"] = value
     return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _of_layers(
+    tag: str, key: str, parts: dict[str, list[float | None]], *, with_layers: bool
+) -> dict[str, float | None]:
+    """parts: name -> a value for each layer, None where it is off."""
+    name, summarize = LAYERED[key]
+    found: dict[str, float | None] = {}
+    for part, layers in parts.items():
+        if values := [value for value in layers if value is not None]:
+            found[f"{tag}_{name}/{part}"] = summarize(values)
+        if with_layers:
+            found |= {f"{tag}_layers/{name}_{part}_{layer:02d}": value for layer, value in enumerate(layers)}
+    return found
 
 
 def open_boards(config: Config, run: Path | None, *, resume_at: int) -> "list[TensorBoard | WeightsAndBiases]":
@@ -109,10 +124,9 @@ class WeightsAndBiases:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        print(
+        say(
             f"warning: Weights & Biases is off from here on ({' '.join(str(error).split())}); the run goes on, and "
-            "metrics.jsonl has every record. Run wandb login before the next start, or set WANDB_MODE=offline.",
-            flush=True,
+            "metrics.jsonl has every record. Run wandb login before the next start, or set WANDB_MODE=offline."
         )
 
 

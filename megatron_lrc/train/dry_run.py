@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes
+from megatron_lrc.console import say
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
-from megatron_lrc.estimate.speed import DEFAULT_MFU, SECONDS_PER_DAY, step_time
+from megatron_lrc.estimate.spans import span
+from megatron_lrc.estimate.speed import DEFAULT_MFU, step_time
 from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.method import describe_tying
@@ -57,11 +59,11 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
         time,
         (f"warning: {warning}" for warning in warnings),
     ):
-        print(line)
+        say(line)
     if peaks:
         refuse_too_much_memory(peaks, gpu)
     refuse_too_little_disk(config, shape, student)
-    print("dry run: every check passed, nothing was started")
+    say("dry run: every check passed, nothing was started")
 
 
 def gpu_here() -> Gpu:
@@ -140,9 +142,8 @@ def describe_time(
     """done: steps that a run to be continued has behind it."""
     time = step_time(config, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
     left = config.training.train_iters - done
-    days = time.total * left / SECONDS_PER_DAY
     yield (
-        f"time: {days:.1f} days for {left} steps, {time.tokens_per_second:.0f} tokens/s, if "
+        f"time: {span(time.total * left)} for {left} steps, {time.tokens_per_second:.0f} tokens/s, if "
         f"{gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
         f"{time.bubble_fraction:.0%}, communication {time.communication / time.total:.0%}"
     )

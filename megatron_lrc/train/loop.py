@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
+from megatron_lrc.console import say
 from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.mcore import distributed
@@ -40,8 +42,11 @@ from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 
-def train(config: Config) -> None:
-    """Run the whole training on this process, one of the world that torchrun's environment describes."""
+def train(config: Config) -> tuple[Config, RunState] | None:
+    """Run the whole training on this process, one of the world that torchrun's environment describes.
+
+    Gives what has been trained, and where it stands; None if the run was stopped before its end.
+    """
     choose_determinism(config)
     check_machine(config)
     meeting = distributed.meet(config)
@@ -50,9 +55,12 @@ def train(config: Config) -> None:
     distributed.watch_peers(groups)
     checked = _fall_back_past_damage(config, checked, meeting)
     start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
-    Trainer(checked.config, checked, groups).train()
+    trainer = Trainer(checked.config, checked, groups)
+    trainer.train()
     stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
+    is_finished = trainer.state.step == checked.config.training.train_iters
+    return (checked.config, trainer.state) if is_finished else None
 
 
 def _fall_back_past_damage(config: Config, checked: Checked, meeting: Meeting) -> Checked:
@@ -321,7 +329,7 @@ class Trainer:
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:
-            print(line, flush=True)
+            say(line)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

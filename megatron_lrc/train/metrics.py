@@ -5,7 +5,7 @@
                             step_seconds, tokens_per_second, tflops, mfu, memory_gib, straggler
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
                             teacher_kl, top1_agreement, and effective_rank with --log-effective-rank
-    RUN/tensorboard/        the same numbers (`boards.py`)
+    RUN/tensorboard/        the same numbers, lists over layers as one (`boards.py`)
     RUN/starts.jsonl        a line per start of the run (`starts.py`)
 
 Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import Config
+from megatron_lrc.console import say
 from megatron_lrc.train.boards import open_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.progress import Progress, agreement_text, losses_text
@@ -89,17 +90,19 @@ class RunLog:
                 world_size=world_size,
                 lost=lost,
             )
+        self._with_layers = config.logging.log_layers_to_tensorboard
         self._boards = open_boards(config, self._run, resume_at=resume_at)
 
     def step(self, record: dict[str, Any]) -> None:
         """Write a training record. It has `step_seconds`; what follows from them is added."""
         record = {**record, **self.throughput.record(record["step_seconds"]), "time": now()}
         self._write("metrics.jsonl", "train", record)
-        print(self._progress.line(record), flush=True)
+        for line in self._progress.lines(record):
+            say(line)
 
     def validation(self, record: dict[str, Any]) -> None:
         self._write("validation.jsonl", "valid", record)
-        print(f"validation at step {record['step']} | {losses_text(record)}{agreement_text(record)}", flush=True)
+        say(f"validation at step {record['step']} | {losses_text(record)}{agreement_text(record)}")
 
     def close(self) -> None:
         for board in self._boards:
@@ -110,7 +113,7 @@ class RunLog:
             with open(self._run / name, "a") as file:
                 file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
         for board in self._boards:
-            board.add(scalars(tag, record), record["step"])
+            board.add(scalars(tag, record, with_layers=self._with_layers), record["step"])
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,6 +1,12 @@
-"""The console's line for a training record, about 140 columns at most. Full precision is in metrics.jsonl."""
+"""The console's lines for a run's records, about 110 columns at most.
 
+A line has what changes from record to record. What hardly does (the share of the peak, memory) is said once, and
+metrics.jsonl has everything in full precision.
+"""
+
+import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 LOSS_TERMS = ("loss", "lm_loss", "kl_loss", "clone_loss")
@@ -12,19 +18,21 @@ class Progress:
     def __init__(self, train_iters: int):
         self._train_iters = train_iters
         self._first: tuple[int, float] | None = None  # step and clock of this process's first line
+        self._num_lines = 0
+
+    def lines(self, record: dict[str, Any]) -> Iterator[str]:
+        """The record's line; with the second one, when all is warm, or the last, also what will hardly change."""
+        self._num_lines += 1
+        yield self.line(record)
+        is_last = record["step"] == self._train_iters
+        if self._num_lines == 2 or (self._num_lines == 1 and is_last):
+            yield steady_text(record)
 
     def line(self, record: dict[str, Any]) -> str:
         step, steps = record["step"], self._train_iters
-        speed = f"{count(record['tokens_per_second'])} tok/s "
-        if "mfu" in record:
-            speed += f"MFU {100 * record['mfu']['total']:.0f}%"
-        else:
-            speed += f"{record['tflops']['total']:.3g} TFLOP/s"
-        lr = f"{record['lr']:.1e}".replace("e-0", "e-")
         return (
-            f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:.0f}% {count(record['tokens'])} tok | "
-            f"{losses_text(record)} | grad {record['grad_norm']:.3g} lr {lr} | {speed} "
-            f"{record['memory_gib']['peak']:.3g} GiB | ETA {duration(self._seconds_left(record))}"
+            f"step {step:>{len(str(steps))}}/{steps} | {losses_text(record)} | grad {record['grad_norm']:.3g} | "
+            f"{count(record['tokens_per_second'])} tok/s | ETA {duration(self._seconds_left(record))}"
         )
 
     def _seconds_left(self, record: dict[str, Any]) -> float:
@@ -38,8 +46,20 @@ class Progress:
 
 
 def losses_text(record: dict[str, Any]) -> str:
-    """`loss` and its terms, each in about five characters."""
-    return " ".join(f"{name.removesuffix('_loss')} {_loss(record[name])}" for name in LOSS_TERMS if name in record)
+    """`loss` and its terms, each in about five characters; beside the LM loss the teacher's on the same tokens."""
+    terms = {name.removesuffix("_loss"): _loss(record[name]) for name in LOSS_TERMS if name in record}
+    if record.get("teacher_lm_loss") is not None:
+        terms["lm"] += f" (teacher {_loss(record['teacher_lm_loss'])})"
+    return " ".join(f"{name} {text}" for name, text in terms.items())
+
+
+def steady_text(record: dict[str, Any]) -> str:
+    """What hardly changes during a run: the device's use, memory."""
+    share = f"MFU {record['mfu']['total']:.0%}, " if "mfu" in record else ""
+    return (
+        f"at {count(record['tokens_per_second'])} tok/s: {share}{record['tflops']['total']:.3g} TFLOP/s per device; "
+        f"peak memory {record['memory_gib']['peak']:.3g} GiB"
+    )
 
 
 def agreement_text(record: dict[str, Any]) -> str:
@@ -47,6 +67,22 @@ def agreement_text(record: dict[str, Any]) -> str:
     if "teacher_kl" not in record:
         return ""
     return f" | of the teacher: KL {_loss(record['teacher_kl'])} top-1 {record['top1_agreement']:.1%}"
+
+
+def gap_text(first: float, last: float, teacher: float) -> str:
+    """How much of the gap between the first validation's LM loss and the teacher's is closed; "" for want of a figure.
+
+    Words where a share says nothing: the teacher has no lead to close, or the last loss is not between the two.
+    """
+    if not all(map(math.isfinite, (first, last, teacher))):
+        return ""
+    if last <= teacher:
+        return f"not above the teacher's {_loss(teacher)}"
+    if first <= teacher:
+        return f"above the teacher's {_loss(teacher)}, and at first it was not"
+    if last > first:
+        return f"above the {_loss(first)} it began with; the teacher's is {_loss(teacher)}"
+    return f"{(first - last) / (first - teacher):.0%} of the way to the teacher's {_loss(teacher)}"
 
 
 def _loss(value: float) -> str:

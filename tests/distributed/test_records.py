@@ -106,10 +106,15 @@ def test_tensorboard_has_a_name_for_every_part_that_is_on():
         "grad_norm_by_group": {"q": 3.0, "lm_head": None},
         "effective_rank": {"student": [4.0, 5.0]},
     }
-    assert scalars("train", record) == {
+    shown = {
         "train/loss": 1.0,
-        "train_clone_q/layer_00": 2.0,
+        "train_clone/q": 2.0,
         "train_grad_norm/q": 3.0,
-        "train_effective_rank_student/layer_00": 4.0,
-        "train_effective_rank_student/layer_01": 5.0,
+        "train_effective_rank/student": 4.5,
+    }
+    assert scalars("train", record) == shown
+    assert scalars("train", record, with_layers=True) == shown | {
+        "train_layers/clone_q_00": 2.0,
+        "train_layers/effective_rank_student_00": 4.0,
+        "train_layers/effective_rank_student_01": 5.0,
     }

@@ -77,7 +77,7 @@ def probe(tmp_path):
     (root / "examples").mkdir(parents=True)
     (root / "megatron_lrc/train").mkdir(parents=True)
     shutil.copy(ROOT / SCRIPT, root / SCRIPT)
-    for name in ("__init__", "__main__"):
+    for name in ("__init__", "__main__", "console"):
         shutil.copy(ROOT / f"megatron_lrc/{name}.py", root / f"megatron_lrc/{name}.py")
     for name in ("commands", "config", "launch"):
         shutil.copytree(ROOT / f"megatron_lrc/{name}", root / f"megatron_lrc/{name}")

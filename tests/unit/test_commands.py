@@ -92,6 +92,14 @@ def test_every_command_answers_help_without_torch():
     assert done.stdout == f"[] {len(commands.MODULES)}\n", done.stderr
 
 
+def test_make_alone_lists_every_target_in_a_line():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, env=here())
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    phony = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
+    assert sorted(listed) == sorted(phony.split()[1:]), done.stdout + done.stderr
+    assert all(len(line.split()) > 1 and len(line) <= 110 for line in done.stdout.splitlines())
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_commands_and_runs_without_the_checkout(tmp_path):
     """Built from a copy, since setuptools leaves its own files beside the sources."""

@@ -64,6 +64,12 @@ def number_after(pattern: str, text: str) -> float:
     return float(match[1])
 
 
+def hours(text: str) -> float:
+    """Of the line `time: 7.3 hours for ...`."""
+    unit = {"minutes": 1 / 60, "hours": 1, "days": 24}[text.partition("\ntime: ")[2].split()[1]]
+    return number_after("\ntime:", text) * unit
+
+
 @pytest.mark.parametrize("name", TEACHER_SHAPES)
 def test_the_shapes_known_by_name_are_those_of_the_teachers(teachers, name):
     assert describe_teacher(teachers / name).shape == TEACHER_SHAPES[name]
@@ -86,7 +92,7 @@ def test_every_published_run_is_accepted_for_eight_gpus(dry_run, tmp_path, prese
     for flops, expected in zip(per_token, (2 * float(BILLIONS[teacher]), 2 * student, 4 * student), strict=True):
         assert flops == pytest.approx(expected * 1e9, rel=0.35)
     assert 20 < number_after("\n  total", out.partition("memory per GPU")[2]) < 79
-    assert "(assumed; --mfu)" in out and 0.1 < number_after("time:", out) < 10
+    assert "(assumed; --mfu)" in out and 2 < hours(out) < 240
     assert not (tmp_path / "run").exists()
 
 
@@ -106,8 +112,13 @@ def test_memory_and_time_follow_the_layout_and_the_gpu(dry_run):
     assert total("--tensor-model-parallel-size", "4", "--sequence-parallel") < 0.5 * alone
     assert total("--pipeline-model-parallel-size", "4") < 0.6 * alone
     assert total("--no-use-distributed-optimizer") > alone + 10
-    days = [number_after("time:", dry_run("lrc-4b", "--dry-run", "8", "--mfu", mfu)[1]) for mfu in ("0.2", "0.4")]
-    assert days[0] == pytest.approx(2 * days[1], rel=0.1)
+    time = [hours(dry_run("lrc-4b", "--dry-run", "8", "--mfu", mfu)[1]) for mfu in ("0.2", "0.4")]
+    assert time[0] == pytest.approx(2 * time[1], rel=0.1)
+
+
+def test_the_time_of_a_short_run_is_not_0_days(dry_run):
+    _, out, _ = dry_run("lrc-1.5b", "--keep-last", "1", "--dry-run", "8", "--train-iters", "3000")
+    assert re.search(r"^time: \d+ minutes for 3000 steps, ", out, re.MULTILINE), out
 
 
 def test_what_cannot_run_is_refused_in_one_sentence_each(dry_run):

@@ -50,6 +50,15 @@ def names() -> Names:
     return Names()
 
 
+def test_the_versions_of_python_are_those_of_the_metadata():
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", (ROOT / "setup.py").read_text())]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    for file in ("README.md", "docs/support.md", "megatron_lrc/data/datasets.py"):
+        assert f"Python 3.{minors[0]} to 3.{minors[-1]}" in (ROOT / file).read_text(), file
+    tested = (ROOT / "docs/tested.md").read_text()
+    assert all(f"3.{minor}" in tested for minor in minors)
+
+
 # --- what exists -----------------------------------------------------------------------------------------------------
 
 

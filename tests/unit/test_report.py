@@ -133,7 +133,9 @@ def test_the_page_says_how_far_the_run_is_and_what_was_lost(run):
     text = Page(page_of(run)).text
     assert "step 140 of 200 (70.0%)" in text and "under way" in text and "finished" not in text
     assert "2m00s of training left" in text  # 60 steps of 2 s
-    assert "17 steps lost" in text and "50% of the way to the teacher" in text  # 4.5 -> 3.5, the teacher's is 2.5
+    assert (
+        "17 steps lost" in text and "50% of the way to the teacher's 2.500" in text
+    )  # 4.5 -> 3.5, the teacher's is 2.5
     first_row = ["1", "2025-02-01 00:00:00", "0", "97", "-", "0"]  # it had come to step 97 when it died
     cells = re.findall(r"<td>(.*?)</td>", page_of(run).split("<h2>Starts</h2>")[1])
     assert cells[:6] == first_row and cells[10:16] == [

@@ -8,15 +8,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import CLONE_TERMS, Config, ConfigError, ModelShape
 from megatron_lrc.estimate.devices import known_peak_tflops
 from megatron_lrc.estimate.flops import step_flops
+from megatron_lrc.estimate.spans import span
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import check_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
+from megatron_lrc.train.metrics import RunLog
 from megatron_lrc.train.process_memory import GIB, memory_bytes
-from megatron_lrc.train.progress import Progress, duration
+from megatron_lrc.train.progress import Progress, duration, gap_text, steady_text
 from megatron_lrc.train.starts import lost_work
 from megatron_lrc.train.stragglers import OwnTime, find_slowest
 from megatron_lrc.train.throughput import Throughput
@@ -123,13 +126,18 @@ def test_peak_memory_stays_when_memory_is_given_back():
 # ---- the console's line ----
 
 
-def test_the_progress_line_of_a_large_run_fits_140_columns():
-    line = Progress(23456).line(step_record())
-    assert len(line) <= 140
+def test_the_progress_line_of_a_large_run_is_short_and_has_the_teacher_beside_the_student():
+    line = Progress(23456).line(step_record(teacher_lm_loss=2.412345))
     assert line == (
-        "step 12345/23456 53% 19.9B tok | loss 3.457 lm 2.654 kl 0.312 clone 0.785 | grad 0.412 lr 9.9e-5 | "
-        "123K tok/s MFU 41% 123 GiB | ETA 9h15m"
+        "step 12345/23456 | loss 3.457 lm 2.654 (teacher 2.412) kl 0.312 clone 0.785 | grad 0.412 | "
+        "123K tok/s | ETA 9h15m"
     )
+    assert len(line) <= 115
+
+
+@pytest.mark.parametrize("without", [{}, {"teacher_lm_loss": None}])  # no teacher; its logits not computed
+def test_without_a_teachers_loss_the_line_names_none(without):
+    assert "| loss 3.457 lm 2.654 kl 0.312 clone 0.785 |" in Progress(23456).line(step_record(**without))
 
 
 def test_losses_of_any_size_stay_short():
@@ -137,10 +145,18 @@ def test_losses_of_any_size_stay_short():
     assert "| loss 1,235 lm 12.35 kl 0.0123 clone nan |" in Progress(23456).line(record)
 
 
-def test_without_mfu_the_line_has_tflops():
+def test_what_hardly_changes_is_said_once_when_the_run_is_warm():
+    progress = Progress(300)
+    said = [list(progress.lines(step_record(step=step))) for step in (100, 200, 300)]
+    assert [len(lines) for lines in said] == [1, 2, 1]
+    assert said[1][1] == "at 123K tok/s: MFU 41%, 412 TFLOP/s per device; peak memory 123 GiB"
+    assert len(list(Progress(100).lines(step_record(step=100)))) == 2  # there is no second record
+
+
+def test_without_mfu_there_are_tflops_alone():
     record = step_record()
     del record["mfu"]
-    assert "412 TFLOP/s" in Progress(23456).line(record)
+    assert "tok/s: 412 TFLOP/s per device" in steady_text(record)
 
 
 def test_the_time_left_counts_what_lies_between_steps(monkeypatch):
@@ -154,6 +170,30 @@ def test_the_time_left_counts_what_lies_between_steps(monkeypatch):
 
 def test_durations_read_as_minutes_hours_or_days():
     assert [duration(seconds) for seconds in (9.4, 605, 10_920, 442_800)] == ["0m09s", "10m05s", "3h02m", "5d03h"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [
+        (4.5, 3.5, "50% of the way to the teacher's 2.500"),
+        (4.5, 4.5, "0% of the way to the teacher's 2.500"),
+        (4.5, 2.4, "not above the teacher's 2.500"),
+        (2.6, 1.2, "not above the teacher's 2.500"),  # 1348% and the like
+        (2.4, 2.3, "not above the teacher's 2.500"),
+        (2.4, 2.7, "above the teacher's 2.500, and at first it was not"),
+        (4.5, 4.7, "above the 4.500 it began with; the teacher's is 2.500"),
+        (4.5, math.nan, ""),
+        (math.inf, 3.5, ""),
+    ],
+)
+def test_the_way_to_the_teacher_is_a_share_only_between_start_and_teacher(first, last, words):
+    assert gap_text(first, last, 2.5) == words
+
+
+def test_spans_to_come_read_in_the_unit_of_their_size():
+    spans = (20, 59 * 60, 3600, 7.26 * 3600, 47 * 3600, 49 * 3600, 400 * 86400)
+    said = ["under a minute", "59 minutes", "1.0 hours", "7.3 hours", "47.0 hours", "2.0 days", "400.0 days"]
+    assert list(map(span, spans)) == said
 
 
 # ---- the slowest rank ----
@@ -225,6 +265,27 @@ def test_boards_get_every_number_and_no_text():
         "train_straggler/percent_over": 12.0,
     }
     assert not any(math.isnan(value) for value in scalars("train", record).values())
+
+
+@pytest.mark.parametrize("with_layers", [False, True])
+def test_layers_are_on_the_boards_only_if_asked_for_and_in_the_records_always(with_layers, tmp_path):
+    """Through the event file, as TensorBoard reads it: a model of 30 layers."""
+    config = Config()
+    config.checkpoint.save, config.logging.log_layers_to_tensorboard = str(tmp_path), with_layers
+    config.training.global_batch_size, config.training.train_iters = 8, 20000
+    throughput = Throughput(config, SHAPE, SHAPE, world_size=1, peak=None)
+    log = RunLog(config, throughput, resume_at=0, checkpoint=None, world_size=1)
+    clone = {term: [0.5] * 30 for term in CLONE_TERMS}
+    log.step(step_record(clone_by_layer=clone))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = events.Tags()["scalars"]
+    assert len([name for name in names if name.startswith("train_layers/")]) == (210 if with_layers else 0)
+    assert [name for name in names if name.startswith("train_clone/")] == [
+        f"train_clone/{term}" for term in CLONE_TERMS
+    ]
+    assert events.Scalars("train_clone/q")[0].value == 15.0
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["clone_by_layer"] == clone
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

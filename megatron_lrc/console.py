@@ -1,0 +1,31 @@
+"""Lines for the terminal: warnings in yellow, errors in red, where there is a terminal that has colours.
+
+Nothing else is coloured. Log files, pipes and what torchrun writes into files stay plain, since they are no terminal;
+so does everything with NO_COLOR (no-color.org) or TERM=dumb.
+"""
+
+import os
+import sys
+from typing import TextIO
+
+WARNING, ERROR = "warning: ", "error: "
+_YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """A line, at once even where stdout is a file. What it begins with says whether it is a warning or an error."""
+    colour = _YELLOW if line.startswith(WARNING) else _RED if line.startswith(ERROR) else ""
+    _write(line, colour, file or sys.stdout)
+
+
+def complain(line: str) -> None:
+    """An error to stderr, whatever it begins with."""
+    _write(line, _RED, sys.stderr)
+
+
+def _write(line: str, colour: str, file: TextIO) -> None:
+    print(f"{colour}{line}{_PLAIN}" if colour and _has_colours(file) else line, file=file, flush=True)
+
+
+def _has_colours(file: TextIO) -> bool:
+    return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
