@@ -195,6 +195,42 @@ def test_what_is_no_text_is_a_bad_line(chat_of, message, reason):
     assert reason in str(caught.value)
 
 
+def turns(*pairs: tuple[Any, Any], **more: Any) -> list[dict[str, Any]]:
+    return [{"from": speaker, "value": value, **more} for speaker, value in pairs]
+
+
+def test_sharegpt_turns_are_the_messages_of_their_roles(chat_of):
+    """OpenHermes-2.5's rows, whose other fields (null where a table has them) are no text."""
+    chat = turns(("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", None), weight=None)
+    template = STRINGS.replace("{% endfor %}", "{{ m.weight is defined }}{% endfor %}")
+    expected = "<system>sFalse<user>aFalse<assistant>bFalse<user>cFalse<assistant>False"
+    assert as_text([*chat[:-1], {**chat[-1], "weight": 0}], "conversations", chat_of(template)) == expected
+
+
+def test_a_table_of_both_forms_has_the_columns_of_the_other_null(chat_of):
+    other = {"role": None, "content": None}
+    chat = chat_of(STRINGS)
+    assert as_text(turns(("human", "a"), **other), "messages", chat) == "<user>a"
+    assert as_text([{**messages("a")[0], "from": None, "value": None}], "messages", chat) == "<user>a"
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ({"from": "narrator", "value": "x"}, "message 2 of 'c' is from 'narrator'; who speaks is expected to be one of"),
+        ({"from": 1, "value": "x"}, "message 2 of 'c' is from a int"),
+        ({"from": "gpt", "text": "x"}, "message 2 of 'c' has no value, only from, text"),
+        ({"from": "gpt", "value": 5}, "message 2 of 'c' has a int as its content"),
+        ({"role": "user", "content": "x"}, "the messages of 'c' are of two forms"),
+        ({"value": "x"}, "the value of 'c' is a list, but not of messages"),
+    ],
+)
+def test_what_is_no_sharegpt_turn_is_a_bad_line(chat_of, message, reason):
+    with pytest.raises(ConfigError) as caught:
+        as_text([*turns(("human", "a")), message], "c", chat_of(STRINGS))
+    assert reason in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------- which template and day
 
 
