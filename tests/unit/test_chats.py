@@ -12,7 +12,7 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import indexing
 from megatron_lrc.data.chat_template import ChatTemplate
-from megatron_lrc.data.encoding import as_text
+from megatron_lrc.data.records import as_text
 from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.hf.output_folder import copy_files
 from preprocess_tool import check_refused, preprocess
@@ -217,7 +217,10 @@ def test_a_table_of_both_forms_has_the_columns_of_the_other_null(chat_of):
 @pytest.mark.parametrize(
     "message, reason",
     [
-        ({"from": "narrator", "value": "x"}, "message 2 of 'c' is from 'narrator'; who speaks is expected to be one of"),
+        (
+            {"from": "narrator", "value": "x"},
+            "message 2 of 'c' is from 'narrator'; who speaks is expected to be one of",
+        ),
         ({"from": 1, "value": "x"}, "message 2 of 'c' is from a int"),
         ({"from": "gpt", "text": "x"}, "message 2 of 'c' has no value, only from, text"),
         ({"from": "gpt", "value": 5}, "message 2 of 'c' has a int as its content"),
