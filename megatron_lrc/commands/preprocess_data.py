@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from megatron_lrc.commands.flags import flag_adder, new_parser, positive, say
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import DEFAULT_DATE
+from megatron_lrc.data.filters import parse_filter
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
+from megatron_lrc.data.token_counts import parse_token_count
 from megatron_lrc.data.writing import explain_os_error
 
 INTERRUPTED = "interrupted; the same command goes on from here"
@@ -61,14 +63,37 @@ def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
     add("--chat-template-name", "of a tokenizer's several chat templates, the one for chats", metavar="NAME")
     dates = "the date that chat templates take for today's, so that every day gives the same data"
     add("--chat-date", f"{dates} (default: {DEFAULT_DATE})", metavar="YYYY-MM-DD")
+    add_selection_flags(parser)
     add("--workers", "processes that encode", type=positive, default=1)
     bad = "a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it"
     add("--on-bad-line", bad, choices=("fail", "skip"), default="fail")
     add("--log-interval", "documents between progress lines", type=positive, default=10000)
     values = vars(parser.parse_args(argv))
+    values["filters"] = tuple(map(parse_filter, values["filters"]))
+    if values["max_tokens"] is not None:
+        values["max_tokens"] = parse_token_count(values["max_tokens"])
     names = [name for name in values if name.startswith("tiktoken_")]
     tiktoken = TiktokenOptions(**{name.removeprefix("tiktoken_"): values.pop(name) for name in names})
     return IndexingOptions(**values, tiktoken=tiktoken)
+
+
+def add_selection_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which rows", "A null meets no filter. The manifest says what was left out.")
+    add = group.add_argument
+    add(
+        "--filter",
+        dest="filters",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="take rows that meet 'COLUMN OP VALUE' only, such as 'int_score >= 4', 'language in [en, de]' "
+        "(>= > <= < == != in); may be given several times, and all have to be met",
+    )
+    shares = "of the rows that meet the filters take about this share, chosen by a hash of what they hold"
+    add("--sample-fraction", type=float, default=1.0, metavar="X", help=f"{shares} (default: all)")
+    add("--sample-seed", type=int, default=0, metavar="N", help="another seed takes other rows (default: 0)")
+    most = "stop after the document by which the dataset has this many tokens, EOS and BOS included: 18B, 450M, 1.5e9"
+    add("--max-tokens", metavar="N", help=most)
 
 
 def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:

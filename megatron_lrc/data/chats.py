@@ -10,7 +10,6 @@ from typing import Any, Literal
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import Content
 
-
 #: The role that stands for a speaker in ShareGPT's form. Whoever prepares such data also writes the roles themselves.
 _ROLES = {
     "human": "user",

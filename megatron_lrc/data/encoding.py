@@ -10,6 +10,7 @@ way at a time: the output is the same bytes for any number of workers, and memor
 """
 
 import codecs
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -254,3 +255,17 @@ def encode_chunks(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def take_tokens(
+    encoded_chunks: Generator[EncodedChunk, None, None], key: str, num_tokens: int
+) -> Generator[EncodedChunk, None, None]:
+    """The chunks up to the document by which `key` has this many tokens; none for 0. Closes what gives them."""
+    with contextlib.closing(encoded_chunks):
+        while num_tokens > 0:
+            encoded = next(encoded_chunks, None)
+            if encoded is None:
+                return
+            encoded = encoded.up_to(key, num_tokens)
+            num_tokens -= len(encoded.tokens[key])
+            yield encoded

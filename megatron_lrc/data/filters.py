@@ -53,8 +53,8 @@ class Filter:
             return False
         if kind_of_scalar(value) != self.kind:
             raise ConfigError(
-                f"the value of {self.column!r} is a {type(value).__name__}, which --filter '{self.text}' cannot compare "
-                f"with a {self.kind}"
+                f"the value of {self.column!r} is a {type(value).__name__}, which --filter '{self.text}' cannot "
+                f"compare with a {self.kind}"
             )
         if self.operator == "in":
             return value in self.values

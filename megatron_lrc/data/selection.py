@@ -37,6 +37,10 @@ class Selection:
     sample_fraction: float = 1.0
     sample_seed: int = 0
 
+    @property
+    def is_partial(self) -> bool:
+        return bool(self.filters) or self.sample_fraction < 1.0
+
     def passes_filters(self, record: Mapping[str, Any]) -> bool:
         """ConfigError as of `Filter.holds`."""
         return all(condition.holds(record) for condition in self.filters)

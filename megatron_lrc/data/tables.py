@@ -91,8 +91,8 @@ def _check_filter(path: str, condition: Filter, schema: Any) -> None:
     stored = str(getattr(arrow_type, "value_type", arrow_type) if hasattr(arrow_type, "index_type") else arrow_type)
     if stored not in {*_COMPARABLE[condition.kind], "null"}:
         raise ConfigError(
-            f"{path}: the column {condition.column!r} is of type {arrow_type}, which --filter '{condition.text}' cannot "
-            f"compare with a {condition.kind}. Strings need quotes where they look like numbers; cast other types."
+            f"{path}: the column {condition.column!r} is of type {arrow_type}, which --filter '{condition.text}' "
+            f"cannot compare with a {condition.kind}. Quote a string that looks like a number; cast other types."
         )
 
 
@@ -126,8 +126,8 @@ def _filtered_lines(batch: Any, filters: Sequence[Filter]) -> list[bytes]:
     columns = batch.select(list(dict.fromkeys(condition.column for condition in filters)))
     try:
         left_out = [_line_if_left_out(row, filters) for row in columns.to_pylist()]
-    except UnicodeDecodeError:  # in some row: the workers find which
-        return _lines_of(batch)
+    except UnicodeDecodeError:  # in some row: one by one
+        left_out = [_line_of_one_if_left_out(columns.slice(number, 1), filters) for number in range(batch.num_rows)]
     kept = iter(_lines_of(batch.filter(pyarrow.array([line is None for line in left_out]))))
     return [next(kept) if line is None else line for line in left_out]
 
@@ -135,6 +135,13 @@ def _filtered_lines(batch: Any, filters: Sequence[Filter]) -> list[bytes]:
 def _line_if_left_out(row: dict[str, Any], filters: Sequence[Filter]) -> bytes | None:
     values = _decoded(row)
     return None if all(condition.holds(values) for condition in filters) else _as_line(values)
+
+
+def _line_of_one_if_left_out(batch_of_one: Any, filters: Sequence[Filter]) -> bytes | None:
+    try:
+        return _line_if_left_out(batch_of_one.to_pylist()[0], filters)
+    except UnicodeDecodeError as error:
+        return error.object
 
 
 def _lines_of(batch: Any) -> list[bytes]:

@@ -10,7 +10,7 @@ import pytest
 
 import tiny_data
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data import indexing
+from megatron_lrc.data import preparation
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.records import as_text
 from megatron_lrc.data.tokenizers import load_tokenizer
@@ -305,9 +305,9 @@ def test_date_and_name_are_in_the_manifest_and_another_date_is_other_data(tmp_pa
         recorded = json.loads((tmp_path / "o_messages_document.json").read_text())["options"]
         assert (recorded["chat_date"], recorded["chat_template_name"]) == (date, name)
         values = dict(zip(("chat_date", "chat_template_name"), (more[1::2]), strict=False))
-        options = indexing.IndexingOptions(input=[], output_prefix="", tokenizer_model=folder, **values)
-        tokenizer = indexing.with_chat_flags(load_tokenizer(folder), options)
-        identities.append(json.dumps(indexing.identity_of(options, [], tokenizer)))
+        options = preparation.IndexingOptions(input=[], output_prefix="", tokenizer_model=folder, **values)
+        tokenizer = preparation.with_chat_flags(load_tokenizer(folder), options)
+        identities.append(json.dumps(preparation.identity_of(options, [], tokenizer)))
     assert len(set(identities)) == 3
 
 
