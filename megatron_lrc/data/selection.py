@@ -43,7 +43,7 @@ class Selection:
 
     def passes_filters(self, record: Mapping[str, Any]) -> bool:
         """ConfigError as of `Filter.holds`."""
-        return all(condition.holds(record) for condition in self.filters)
+        return not self.filters or all(condition.holds(record) for condition in self.filters)
 
     def is_sampled(self, values: list[Any]) -> bool:
         """values: what the row holds under each key."""
