@@ -11,6 +11,8 @@ import pytest
 import tiny_data
 from megatron_lrc.data import encoding, indexing, restart
 from megatron_lrc.data.filters import parse_filter
+from megatron_lrc.data.indexed_files import read_index
+from megatron_lrc.data.inspection import describe
 from megatron_lrc.data.preparation import IndexingOptions
 from megatron_lrc.data.selection import Selection
 from megatron_lrc.data.tokenizers import load_tokenizer
@@ -177,6 +179,19 @@ def test_the_cap_is_exact_to_the_document_that_reaches_it(tokenizer_folder, tmp_
     assert (manifest["tokens"], manifest["options"]["max_tokens"], manifest["rows"]["kept"]) == (third, third, 40)
     last_taken = ROWS.index(next(row for row in ROWS if row["text"] == WANTED[39]))
     assert sum(manifest["rows"].values()) == last_taken + 1  # what follows in the chunk was not read
+
+
+def test_inspection_shows_what_was_left_out(tokenizer_folder, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl")
+    flags = ("--input", tmp_path / "rows.jsonl", "--tokenizer-model", tokenizer_folder, *FILTERS)
+    assert preprocess(*flags, "--sample-fraction", 0.5, "--max-tokens", "1K", "--output-prefix", tmp_path / "o") == 0
+    rows = manifest_of(tmp_path / "o")["rows"]
+    shown = describe(read_index(str(tmp_path / "o_text_document")))
+    assert shown[-2:] == [
+        f"rows         {rows['kept']} kept, {rows['filtered']} left out by int_score >= 4, language in [en, fr], "
+        f"{rows['not_sampled']} by sampling",
+        "capped       at the document by which there were 1,000 tokens",
+    ]
 
 
 def test_a_bad_line_after_the_cap_is_not_met(tokenizer_folder, tmp_path):
