@@ -4,7 +4,7 @@
         --tokenizer-model TEACHER
 
 writes data/corpus_text_document.bin, .idx and .json (a manifest). Training reads it with
---data-path data/corpus_text_document.
+--data-path data/corpus_text_document. With --sources a mixture is made of several.
 """
 
 import argparse
@@ -16,23 +16,34 @@ from megatron_lrc.commands.next_command import after_indexing, say_next
 from megatron_lrc.config import ConfigError
 from megatron_lrc.console import say
 from megatron_lrc.data.chat_template import DEFAULT_DATE
-from megatron_lrc.data.indexing import IndexingOptions, index_documents
+from megatron_lrc.data.filters import parse_filter
+from megatron_lrc.data.indexing import index_documents
+from megatron_lrc.data.mixtures import index_sources
+from megatron_lrc.data.preparation import IndexingOptions
 from megatron_lrc.data.tiktoken_files import TiktokenOptions
+from megatron_lrc.data.token_counts import parse_token_count
 from megatron_lrc.data.writing import explain_os_error
 
 INTERRUPTED = "interrupted; the same command goes on from here"
 
 
-def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
+def read_flags(argv: Sequence[str], program: str) -> tuple[IndexingOptions, str | None]:
+    """The options, and the file of --sources."""
     parser = new_parser(program, __doc__)
     add = flag_adder(parser)
-    add(
+    add_inputs = flag_adder(parser.add_mutually_exclusive_group(required=True))
+    add_inputs(
         "--input",
         "files, folders or quoted patterns: .jsonl (one object per line), .txt (one document per file), both also "
         "as .gz, .bz2, .xz or .zst; .parquet (one document per row)",
         nargs="+",
-        required=True,
         metavar="PATH",
+    )
+    add_inputs(
+        "--sources",
+        "a YAML list of sources, each with a name, an input, and if wanted json_keys, filter, sample_fraction and "
+        "max_tokens (its budget); writes PREFIX_NAME_KEY_document for each, and prints the --data-path that mixes them",
+        metavar="FILE",
     )
     parser.add_argument(
         "--json-keys",
@@ -63,14 +74,42 @@ def read_flags(argv: Sequence[str], program: str) -> IndexingOptions:
     add("--chat-template-name", "of a tokenizer's several chat templates, the one for chats", metavar="NAME")
     dates = "the date that chat templates take for today's, so that every day gives the same data"
     add("--chat-date", f"{dates} (default: {DEFAULT_DATE})", metavar="YYYY-MM-DD")
+    add_selection_flags(parser)
     add("--workers", "processes that encode", type=positive, default=1)
     bad = "a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it"
     add("--on-bad-line", bad, choices=("fail", "skip"), default="fail")
     add("--log-interval", "documents between progress lines", type=positive, default=10000)
     values = vars(parser.parse_args(argv))
+    values["filters"] = tuple(map(parse_filter, values["filters"]))
+    if values["max_tokens"] is not None:
+        values["max_tokens"] = parse_token_count(values["max_tokens"])
     names = [name for name in values if name.startswith("tiktoken_")]
     tiktoken = TiktokenOptions(**{name.removeprefix("tiktoken_"): values.pop(name) for name in names})
-    return IndexingOptions(**values, tiktoken=tiktoken)
+    sources = values.pop("sources")
+    values["input"] = values["input"] or []
+    options = IndexingOptions(**values, tiktoken=tiktoken)
+    if sources and (options.selection.is_partial or options.max_tokens is not None):
+        raise ConfigError("--filter, --sample-fraction and --max-tokens differ by source: write them into --sources.")
+    return options, sources
+
+
+def add_selection_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which rows", "A null meets no filter. The manifest says what was left out.")
+    add = group.add_argument
+    add(
+        "--filter",
+        dest="filters",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="take rows that meet 'COLUMN OP VALUE' only, such as 'int_score >= 4', 'language in [en, de]' "
+        "(>= > <= < == != in); may be given several times, and all have to be met",
+    )
+    shares = "of the rows that meet the filters take about this share, chosen by a hash of what they hold"
+    add("--sample-fraction", type=float, default=1.0, metavar="X", help=f"{shares} (default: all)")
+    add("--sample-seed", type=int, default=0, metavar="N", help="another seed takes other rows (default: 0)")
+    most = "stop after the document by which the dataset has this many tokens, EOS and BOS included: 18B, 450M, 1.5e9"
+    add("--max-tokens", metavar="N", help=most)
 
 
 def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,11 +138,14 @@ def add_tiktoken_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(argv: Sequence[str], program: str) -> int:
-    options = read_flags(argv, program)
+    options, sources = read_flags(argv, program)
     # One thread per process, so that --workers says how many cores are used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        index_documents(options, report=say)
+        if sources:
+            index_sources(sources, options, report=say)
+        else:
+            index_documents(options, report=say)
     except OSError as error:
         raise ConfigError(explain_os_error(error, options.output_prefix)) from error
     say_next(program, after_indexing([f"{options.output_prefix}_{key}_document" for key in options.json_keys]))

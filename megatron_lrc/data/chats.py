@@ -1,25 +1,59 @@
 """Chats as data files hold them: lists of messages, checked before a template sees them.
 
-A template prints what it is given, also a number, or None: whatever is not text is refused here, or is no text.
+Two forms are read: {"role": "user", "content": ...} as chat templates take it, and {"from": "human", "value": ...} as
+ShareGPT and OpenHermes-2.5 have it. A template prints what it is given, also a number, or None: whatever is not text
+is refused here, or is no text.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import Content
 
+#: The role that stands for a speaker in ShareGPT's form. Whoever prepares such data also writes the roles themselves.
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+}
+
 
 def read_chat(messages: list[Any], key: str) -> list[dict[str, Any]]:
-    """Messages that have a role (a string), a content (`Content`) and whatever else was not null.
+    """Messages that have a role (a string), a content (`Content`) and, in the first form, whatever else was not null.
 
     The message of a ConfigError completes "FILE:LINE: ".
     """
-    if not all(isinstance(message, dict) and "role" in message for message in messages):
+    forms = {_form_of(message) for message in messages}
+    if None in forms:
         raise ConfigError(
-            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}} (for a list '
-            "of token ids add --token-ids)"
+            f'the value of {key!r} is a list, but not of messages such as {{"role": ..., "content": ...}} or '
+            '{"from": ..., "value": ...} (for a list of token ids add --token-ids)'
         )
-    return [_read_message(message, f"message {number} of {key!r}") for number, message in enumerate(messages, start=1)]
+    if len(forms) > 1:
+        raise ConfigError(f"the messages of {key!r} are of two forms: some have a role, others a from. One is expected")
+    read = _read_turn if forms == {"from"} else _read_message
+    return [read(message, f"message {number} of {key!r}") for number, message in enumerate(messages, start=1)]
+
+
+def _form_of(message: Any) -> Literal["role", "from"] | None:
+    """By the key that says who speaks. A table of both forms has both columns, one of them null."""
+    if not isinstance(message, dict):
+        return None
+    if message.get("from") is not None and message.get("role") is None:
+        return "from"
+    return "role" if "role" in message else None
+
+
+def _read_turn(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """A message of the second form as one of the first. Its other fields, such as OpenHermes' weight, are left out."""
+    speaker = message["from"]
+    if not isinstance(speaker, str):
+        raise ConfigError(f"{name} is from a {type(speaker).__name__}, which is no name of a speaker")
+    if speaker not in _ROLES:
+        raise ConfigError(f"{name} is from {speaker!r}; who speaks is expected to be one of {', '.join(_ROLES)}")
+    if "value" not in message:
+        raise ConfigError(f"{name} has no value, only {', '.join(sorted(message))}")
+    return {"role": _ROLES[speaker], "content": _read_content({"content": message["value"]}, name)}
 
 
 def _read_message(message: dict[str, Any], name: str) -> dict[str, Any]:

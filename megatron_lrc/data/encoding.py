@@ -10,14 +10,13 @@ way at a time: the output is the same bytes for any number of workers, and memor
 """
 
 import codecs
-import json
+import contextlib
 import multiprocessing
 import os
-import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -28,15 +27,15 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
-from megatron_lrc.data.chats import read_chat
 from megatron_lrc.data.encoders import Encode
+from megatron_lrc.data.filters import Filter
 from megatron_lrc.data.input_files import Source, is_divisible, kind_of
+from megatron_lrc.data.records import as_text, check_ids, parse_record, values_of
 from megatron_lrc.data.restart import Position
+from megatron_lrc.data.selection import ROW_COUNTS, Outcome, Selection
 
 CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory
 CHUNKS_AHEAD_PER_WORKER = 4
-_ONE_PER_LINE = "; an object on each line is expected, not one JSON document over the whole file"
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud83d; no UTF-8 can
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +69,40 @@ class EncodedChunk:
     tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
     lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
     bad_lines: list[tuple[int, str]]  # (line of the chunk, from 0; what is wrong with it)
-    num_lines: int
+    outcomes: bytes  # an `Outcome` for each line; each that was kept gave a document
 
     def end(self, start: Position) -> Position:
         """Where the next chunk begins, if this one begins at `start`."""
         if self.chunk.is_last:
             return Position(source=start.source + 1)
         num_bytes = start.num_bytes + self.chunk.num_bytes
-        return replace(start, lines=start.lines + self.num_lines, num_bytes=num_bytes)
+        return replace(start, lines=start.lines + len(self.outcomes), num_bytes=num_bytes)
 
     def name_bad_lines(self, start: Position) -> list[str]:
         """ "FILE:LINE: what is wrong" of each bad line, or "FILE row ROW: ...", if this chunk begins at `start`."""
         place = f"{self.chunk.source}{' row ' if kind_of(self.chunk.source) == '.parquet' else ':'}"
         return [f"{place}{start.lines + line + 1}: {what}" for line, what in self.bad_lines]
+
+    def count_rows(self, before: dict[str, int]) -> dict[str, int]:
+        """How many rows became what (`ROW_COUNTS`), those that were counted before included."""
+        return {name: before.get(name, 0) + self.outcomes.count(outcome) for outcome, name in ROW_COUNTS.items()}
+
+    def up_to(self, key: str, num_tokens: int) -> "EncodedChunk":
+        """The lines up to the document by which `key` has `num_tokens`; all of them if it has fewer."""
+        ends = numpy.cumsum(self.lengths[key])
+        num_documents = int(numpy.searchsorted(ends, num_tokens)) + 1
+        if num_documents > len(ends):  # none of them reaches it
+            return self
+        kept = numpy.flatnonzero(numpy.frombuffer(self.outcomes, numpy.uint8) == Outcome.KEPT)
+        num_lines = int(kept[num_documents - 1]) + 1
+        lengths = {name: lengths[:num_documents] for name, lengths in self.lengths.items()}
+        return replace(
+            self,
+            tokens={name: self.tokens[name][: sum(lengths[name])] for name in lengths},
+            lengths=lengths,
+            bad_lines=[(line, what) for line, what in self.bad_lines if line < num_lines],
+            outcomes=self.outcomes[:num_lines],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,32 +116,46 @@ class ChunkEncoder:
     after: list[int] = field(default_factory=list)
     chat: ChatTemplate | None = None
     has_token_ids: bool = False  # the keys hold token ids, not text
+    selection: Selection = field(default_factory=Selection)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        lines = chunk.read()
         documents: dict[str, list[str | list[int]]] = {key: [] for key in self.keys}
         bad_lines = []
-        for number, line in enumerate(lines):
-            line = line.removeprefix(codecs.BOM_UTF8)  # of a file, or of one that was appended to it
-            if not line.strip():
-                continue
+        outcomes = bytearray()
+        for number, line in enumerate(chunk.read()):
             try:
-                for key, document in zip(self.keys, self._parse(line), strict=True):
-                    documents[key].append(document)
+                outcome, values = self.read(line)
             except ConfigError as error:
                 bad_lines.append((number, str(error)))
+                outcome, values = Outcome.BAD, []
+            outcomes.append(outcome)
+            for key, value in zip(self.keys, values, strict=False):  # none but of a line that is kept
+                documents[key].append(value)
         tokens, lengths = {}, {}
         for key in self.keys:
             encoded = self._encode(documents[key])
             lengths[key] = [len(ids) for ids in encoded]
             tokens[key] = numpy.fromiter(chain.from_iterable(encoded), dtype=numpy.int32, count=sum(lengths[key]))
-        return EncodedChunk(replace(chunk, lines=None), tokens, lengths, bad_lines, num_lines=len(lines))
+        return EncodedChunk(replace(chunk, lines=None), tokens, lengths, bad_lines, bytes(outcomes))
 
-    def _parse(self, line: bytes) -> list[str | list[int]]:
-        values = parse_line(line, self.keys)
-        if self.has_token_ids:
-            return [check_ids(value, key, self.vocab_size) for key, value in zip(self.keys, values, strict=True)]
-        return [as_text(value, key, self.chat) for key, value in zip(self.keys, values, strict=True)]
+    def read(self, line: bytes) -> tuple[Outcome, list[str | list[int]]]:
+        """What becomes of a line, and its documents if it is kept: a text or ids for each key. ConfigError: it is bad.
+
+        Whatever a line is left out for is found before its texts are looked at.
+        """
+        line = line.removeprefix(codecs.BOM_UTF8)  # of a file, or of one that was appended to it
+        if not line.strip():
+            return Outcome.BLANK, []
+        record = parse_record(line)
+        if not self.selection.passes_filters(record):
+            return Outcome.FILTERED, []
+        values = values_of(record, self.keys)
+        if not self.selection.is_sampled(values):
+            return Outcome.NOT_SAMPLED, []
+        return Outcome.KEPT, [self._as_document(value, key) for key, value in zip(self.keys, values, strict=True)]
+
+    def _as_document(self, value: Any, key: str) -> str | list[int]:
+        return check_ids(value, key, self.vocab_size) if self.has_token_ids else as_text(value, key, self.chat)
 
     def _encode(self, documents: list[str | list[int]]) -> list[list[int]]:
         texts = iter(self.encode_batch([document for document in documents if isinstance(document, str)]))
@@ -131,70 +165,19 @@ class ChunkEncoder:
         return encoded
 
 
-def parse_line(line: bytes, keys: list[str]) -> list[Any]:
-    """The values under `keys` of one JSON line. The message of the ConfigError completes "FILE:LINE: "."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        raise ConfigError(f"{_encoding_marked(line)}not UTF-8 ({where})") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not valid JSON ({error}){_ONE_PER_LINE if line.strip() in (b'[', b'{') else ''}") from error
-    if not isinstance(record, dict):
-        hint = _ONE_PER_LINE if isinstance(record, list) else ""
-        raise ConfigError(f"a JSON {type(record).__name__}, not an object{hint}")
-    for key in keys:
-        if key not in record:
-            raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
-    return [record[key] for key in keys]
-
-
-def _encoding_marked(line: bytes) -> str:
-    """ "UTF-16, " where a file begins with that encoding's byte order mark."""
-    if line.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first: the former begins as UTF-16's does
-        return "UTF-32, "
-    return "UTF-16, " if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
-
-
-def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
-    """A list of token ids. ConfigError as of `parse_line`."""
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ConfigError(f"the value of {key!r} is not a list of token ids, which --token-ids expects")
-    if value and not (min(value) >= 0 and max(value) < vocab_size):
-        wrong = next(item for item in value if not 0 <= item < vocab_size)
-        raise ConfigError(f"the value of {key!r} holds {wrong}, but the tokenizer's ids are 0 to {vocab_size - 1}")
-    return value
-
-
-def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
-    """Text as it is, or rendered from a chat. ConfigError as of `parse_line`."""
-    if isinstance(value, list):
-        value = render_messages(value, key, chat)
-    if not isinstance(value, str):
-        raise ConfigError(f"the value of {key!r} is a {type(value).__name__}, not text")
-    if not value.isascii() and _SURROGATE.search(value):
-        raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
-    return value
-
-
-def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
-    checked = read_chat(messages, key)
-    if chat is None:
-        raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
-    return chat(checked)
-
-
-def read_chunks(paths: list[str], keys: list[str], start: Position | None = None) -> Iterator[Chunk]:
+def read_chunks(
+    paths: list[str], keys: list[str], start: Position | None = None, filters: Sequence[Filter] = ()
+) -> Iterator[Chunk]:
     """All lines of all files from `start` on, in order. A chunk never spans two files.
 
-    keys: see `input_files.Source`.
+    keys, filters: see `input_files.Source`.
     """
     start = start or Position()
     for path in paths[start.source :]:
         if is_divisible(path):
             yield from _divide(path, start.num_bytes)
         else:
-            yield from _unpack(Source(path, keys, skip_lines=start.lines))
+            yield from _unpack(Source(path, keys, skip_lines=start.lines, filters=filters))
         start = Position()
 
 
@@ -272,3 +255,17 @@ def encode_chunks(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def take_tokens(
+    encoded_chunks: Generator[EncodedChunk, None, None], key: str, num_tokens: int
+) -> Generator[EncodedChunk, None, None]:
+    """The chunks up to the document by which `key` has this many tokens; none for 0. Closes what gives them."""
+    with contextlib.closing(encoded_chunks):
+        while num_tokens > 0:
+            encoded = next(encoded_chunks, None)
+            if encoded is None:
+                return
+            encoded = encoded.up_to(key, num_tokens)
+            num_tokens -= len(encoded.tokens[key])
+            yield encoded

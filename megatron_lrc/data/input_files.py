@@ -14,10 +14,11 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.filters import Filter
 from megatron_lrc.data.packings import PACKINGS, damage_named, unpacked
 from megatron_lrc.data.tables import row_lines
 
@@ -132,11 +133,12 @@ class Source:
     """The documents of one file that is not divisible, as JSON lines; iterate once.
 
     skip_lines: lines that are passed over. keys: which columns of a table are wanted; the first is a text's.
+    filters: whose columns of a table are wanted too; a row that does not meet them has no others.
     ConfigError for what cannot be unpacked or read as a table. Lines are not parsed here.
     """
 
-    def __init__(self, path: str, keys: list[str], skip_lines: int = 0):
-        self.path, self._keys, self._skip_lines = path, keys, skip_lines
+    def __init__(self, path: str, keys: list[str], skip_lines: int = 0, filters: Sequence[Filter] = ()):
+        self.path, self._keys, self._skip_lines, self._filters = path, keys, skip_lines, filters
         self.size = os.path.getsize(path)
         self._position: Callable[[], int] = lambda: 0
 
@@ -163,7 +165,7 @@ class Source:
             self._position = lambda: self.size  # the file is about to be closed
 
     def _table_lines(self) -> Iterator[bytes]:
-        for share, lines in row_lines(self.path, self._keys):
+        for share, lines in row_lines(self.path, self._keys, self._filters):
             self._position = partial(int, self.size * share)
             yield from lines
 

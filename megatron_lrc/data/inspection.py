@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy
 
@@ -71,7 +72,21 @@ def describe(index: Index) -> list[str]:
         f"tokens       {index.num_tokens:,} ({index.dtype.name})",
         *(f"{suffix}         {size:,} bytes" for suffix, size in sizes.items()),
         f"tokenizer    {tokenizer}",
+        *describe_selection(index.manifest or {}),
     ]
+
+
+def describe_selection(manifest: Mapping[str, Any]) -> list[str]:
+    """Which rows of its sources the dataset is made of, where the manifest says that they are not all."""
+    options, rows = manifest.get("options") or {}, manifest.get("rows") or {}
+    lines = []
+    if rows.get("filtered") or rows.get("not_sampled"):
+        filters = ", ".join(options.get("filters") or ["filters"])
+        left_out = f"{rows['filtered']:,} left out by {filters}, {rows['not_sampled']:,} by sampling"
+        lines.append(f"rows         {rows['kept']:,} kept, {left_out}")
+    if options.get("max_tokens"):
+        lines.append(f"capped       at the document by which there were {options['max_tokens']:,} tokens")
+    return lines
 
 
 def describe_lengths(lengths: numpy.ndarray) -> list[str]:

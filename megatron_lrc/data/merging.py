@@ -14,6 +14,7 @@ from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import Index, read_index
 from megatron_lrc.data.loaded_tokenizer import are_alike, describe_unlike
+from megatron_lrc.data.selection import ROW_COUNTS
 from megatron_lrc.data.writing import IndexPart, make_folder_of, write_index, write_manifest
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
@@ -88,6 +89,9 @@ def merged_manifest(indexes: list[Index]) -> dict[str, Any] | None:
         **{count: sum(manifest[count] for manifest in manifests) for count in ("documents", "tokens")},
         "dtype": indexes[0].dtype.name,
         **{count: sum(manifest.get(count, 0) for manifest in manifests) for count in ("empty_documents", "bad_lines")},
+        "rows": {
+            name: sum(manifest.get("rows", {}).get(name, 0) for manifest in manifests) for name in ROW_COUNTS.values()
+        },
         "sources": [source for manifest in manifests for source in manifest.get("sources", [])],
         "options": options[0] if all(option == options[0] for option in options) else None,
         "merged": [

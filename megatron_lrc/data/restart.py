@@ -28,10 +28,14 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """All that is done. counts: key -> what its `DatasetWriter` counts. text_bytes, disk_bytes: read so far."""
+    """All that is done. counts: key -> what its `DatasetWriter` counts. text_bytes, disk_bytes: read so far.
+
+    rows: how many became what (`selection.ROW_COUNTS`).
+    """
 
     position: Position = field(default_factory=Position)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     bad_lines: int = 0
     first_bad_line: str = ""
     text_bytes: int = 0

@@ -3,49 +3,62 @@
 What a value is follows from its column's type, never from how Python prints it. Text is a string, or bytes (BINARY,
 as Spark and Impala may write text) that have to be UTF-8. Types that hold no text are refused before any row is
 read, also within messages.
+
+Of the other columns only those are read that filters ask for. A row that does not meet the filters still gives a line,
+so that lines have the numbers of rows, but one with those columns alone: the workers, who count it, see the same as of
+JSON lines, and its text is never made into one.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.filters import Filter
 from megatron_lrc.data.packings import import_for
 
 # Types by the name that pyarrow prints: not every supported version of it has a predicate for each.
 _TEXT = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view", "extension<arrow.json>"}
 _INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-_OTHER_JSON = {"bool", "null", "halffloat", "float", "double"}
+_FLOATS = {"halffloat", "float", "double"}
+_OTHER_JSON = {"bool", "null", *_FLOATS}
+#: What of them a filter's value of each kind (`Filter.kind`) compares with.
+_COMPARABLE = {"string": _TEXT, "number": _INTEGERS | _FLOATS, "bool": {"bool"}}
 
 
-def check_table(path: str, keys: list[str]) -> None:
-    """ConfigError if a column is missing or holds neither text, nor token ids, nor chats. Reads no row."""
-    with _opened(path, keys):
+def check_table(path: str, keys: list[str], filters: Sequence[Filter] = ()) -> None:
+    """ConfigError if a column is missing, holds neither text, nor token ids, nor chats, or nothing that its filter
+    compares. Reads no row."""
+    with _opened(path, keys, filters):
         pass
 
 
-def row_lines(path: str, keys: list[str]) -> Iterator[tuple[float, list[bytes]]]:
-    """The rows' values under `keys` as JSON lines, some at a time, each time with the share of the file read so far.
+def row_lines(path: str, keys: list[str], filters: Sequence[Filter] = ()) -> Iterator[tuple[float, list[bytes]]]:
+    """The rows' values under `keys` and the filters' columns as JSON lines, a line per row; of rows that do not meet
+    the filters these columns alone. Some at a time, each time with the share of the file read so far.
 
     A row with bytes that are not UTF-8 gives those bytes, for whoever parses lines to find. ConfigError as of
     `check_table`, or if the file cannot be read.
     """
-    with _opened(path, keys) as table:
+    columns = list(dict.fromkeys([*keys, *(condition.column for condition in filters)]))
+    with _opened(path, keys, filters) as table:
         rows_read, num_rows = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=256, columns=keys):
+        for batch in table.iter_batches(batch_size=256, columns=columns):
             rows_read += batch.num_rows
-            yield rows_read / num_rows, _lines_of(batch)
+            yield rows_read / num_rows, _filtered_lines(batch, filters) if filters else _lines_of(batch)
 
 
 @contextlib.contextmanager
-def _opened(path: str, keys: list[str]) -> Iterator[Any]:
+def _opened(path: str, keys: list[str], filters: Sequence[Filter]) -> Iterator[Any]:
     """A pyarrow.parquet.ParquetFile whose columns have been checked."""
     parquet = import_for(path, "pyarrow.parquet")
     arrow_error: Any = import_for(path, "pyarrow").ArrowException
     try:
         with parquet.ParquetFile(path) as table:
             _check_columns(path, keys, table.schema_arrow)
+            for condition in filters:
+                _check_filter(path, condition, table.schema_arrow)
             yield table
     except (arrow_error, OSError) as error:
         reason = " ".join(str(error).split())
@@ -66,6 +79,21 @@ def _check_columns(path: str, keys: list[str], schema: Any) -> None:
                 "binary that holds UTF-8, or lists of token ids or messages. Cast it or drop it, or name another "
                 "column with --json-keys."
             )
+
+
+def _check_filter(path: str, condition: Filter, schema: Any) -> None:
+    if condition.column not in schema.names:
+        raise ConfigError(
+            f"{path} has no column {condition.column!r}, which --filter '{condition.text}' asks for; its columns are "
+            f"{', '.join(schema.names)}."
+        )
+    arrow_type = schema.field(condition.column).type
+    stored = str(getattr(arrow_type, "value_type", arrow_type) if hasattr(arrow_type, "index_type") else arrow_type)
+    if stored not in {*_COMPARABLE[condition.kind], "null"}:
+        raise ConfigError(
+            f"{path}: the column {condition.column!r} is of type {arrow_type}, which --filter '{condition.text}' "
+            f"cannot compare with a {condition.kind}. Quote a string that looks like a number; cast other types."
+        )
 
 
 def _unreadable(name: str, arrow_type: Any) -> Iterator[tuple[str, Any]]:
@@ -90,6 +118,30 @@ def _unreadable_in_message(name: str, arrow_type: Any) -> Iterator[tuple[str, An
             yield from _unreadable_in_message(f"{name}.{field.name}", field.type)
     elif str(arrow_type) not in _TEXT | _INTEGERS | _OTHER_JSON:
         yield name, arrow_type
+
+
+def _filtered_lines(batch: Any, filters: Sequence[Filter]) -> list[bytes]:
+    import pyarrow
+
+    columns = batch.select(list(dict.fromkeys(condition.column for condition in filters)))
+    try:
+        left_out = [_line_if_left_out(row, filters) for row in columns.to_pylist()]
+    except UnicodeDecodeError:  # in some row: one by one
+        left_out = [_line_of_one_if_left_out(columns.slice(number, 1), filters) for number in range(batch.num_rows)]
+    kept = iter(_lines_of(batch.filter(pyarrow.array([line is None for line in left_out]))))
+    return [next(kept) if line is None else line for line in left_out]
+
+
+def _line_if_left_out(row: dict[str, Any], filters: Sequence[Filter]) -> bytes | None:
+    values = _decoded(row)
+    return None if all(condition.holds(values) for condition in filters) else _as_line(values)
+
+
+def _line_of_one_if_left_out(batch_of_one: Any, filters: Sequence[Filter]) -> bytes | None:
+    try:
+        return _line_if_left_out(batch_of_one.to_pylist()[0], filters)
+    except UnicodeDecodeError as error:
+        return error.object
 
 
 def _lines_of(batch: Any) -> list[bytes]:

@@ -163,6 +163,11 @@ def write_manifest(path: str, manifest: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def is_complete(prefix: str) -> bool:
+    """Whether the index stands, which is written last: under its final name, or to be given it."""
+    return os.path.exists(f"{prefix}.idx") or os.path.exists(f"{prefix}.idx.partial")
+
+
 def publish(prefix: str) -> None:
     """Gives a complete dataset its final names. May be done again after a crash in the middle of it.
 

@@ -10,9 +10,9 @@ import pytest
 
 import tiny_data
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data import indexing
+from megatron_lrc.data import preparation
 from megatron_lrc.data.chat_template import ChatTemplate
-from megatron_lrc.data.encoding import as_text
+from megatron_lrc.data.records import as_text
 from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.hf.output_folder import copy_files
 from preprocess_tool import check_refused, preprocess
@@ -195,6 +195,45 @@ def test_what_is_no_text_is_a_bad_line(chat_of, message, reason):
     assert reason in str(caught.value)
 
 
+def turns(*pairs: tuple[Any, Any], **more: Any) -> list[dict[str, Any]]:
+    return [{"from": speaker, "value": value, **more} for speaker, value in pairs]
+
+
+def test_sharegpt_turns_are_the_messages_of_their_roles(chat_of):
+    """OpenHermes-2.5's rows, whose other fields (null where a table has them) are no text."""
+    chat = turns(("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", None), weight=None)
+    template = STRINGS.replace("{% endfor %}", "{{ m.weight is defined }}{% endfor %}")
+    expected = "<system>sFalse<user>aFalse<assistant>bFalse<user>cFalse<assistant>False"
+    assert as_text([*chat[:-1], {**chat[-1], "weight": 0}], "conversations", chat_of(template)) == expected
+
+
+def test_a_table_of_both_forms_has_the_columns_of_the_other_null(chat_of):
+    other = {"role": None, "content": None}
+    chat = chat_of(STRINGS)
+    assert as_text(turns(("human", "a"), **other), "messages", chat) == "<user>a"
+    assert as_text([{**messages("a")[0], "from": None, "value": None}], "messages", chat) == "<user>a"
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        (
+            {"from": "narrator", "value": "x"},
+            "message 2 of 'c' is from 'narrator'; who speaks is expected to be one of",
+        ),
+        ({"from": 1, "value": "x"}, "message 2 of 'c' is from a int"),
+        ({"from": "gpt", "text": "x"}, "message 2 of 'c' has no value, only from, text"),
+        ({"from": "gpt", "value": 5}, "message 2 of 'c' has a int as its content"),
+        ({"role": "user", "content": "x"}, "the messages of 'c' are of two forms"),
+        ({"value": "x"}, "the value of 'c' is a list, but not of messages"),
+    ],
+)
+def test_what_is_no_sharegpt_turn_is_a_bad_line(chat_of, message, reason):
+    with pytest.raises(ConfigError) as caught:
+        as_text([*turns(("human", "a")), message], "c", chat_of(STRINGS))
+    assert reason in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------- which template and day
 
 
@@ -266,9 +305,9 @@ def test_date_and_name_are_in_the_manifest_and_another_date_is_other_data(tmp_pa
         recorded = json.loads((tmp_path / "o_messages_document.json").read_text())["options"]
         assert (recorded["chat_date"], recorded["chat_template_name"]) == (date, name)
         values = dict(zip(("chat_date", "chat_template_name"), (more[1::2]), strict=False))
-        options = indexing.IndexingOptions(input=[], output_prefix="", tokenizer_model=folder, **values)
-        tokenizer = indexing.with_chat_flags(load_tokenizer(folder), options)
-        identities.append(json.dumps(indexing.identity_of(options, [], tokenizer)))
+        options = preparation.IndexingOptions(input=[], output_prefix="", tokenizer_model=folder, **values)
+        tokenizer = preparation.with_chat_flags(load_tokenizer(folder), options)
+        identities.append(json.dumps(preparation.identity_of(options, [], tokenizer)))
     assert len(set(identities)) == 3
 
 

@@ -129,7 +129,7 @@ def texts_of(page: str) -> Iterator[str]:
     code = re.compile(r"^(?: {4}|\t).*$", re.MULTILINE)
     for line in code.findall(page):
         yield from (f"{word} " for word in re.findall(r"(?<!\S)--[a-z][\w-]+", line))
-        yield from re.findall(r"(?<!\S)(?:tools|examples|tests)/[\w./]+", line)
+        yield from re.findall(r"(?<!\S)(?:tools|examples|tests)/[\w./-]+", line)
         yield from re.findall(r"^ +make [\w-]+", line)
     yield from backticked(code.sub("", page))
 

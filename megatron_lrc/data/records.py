@@ -1,0 +1,73 @@
+"""What one line holds: a JSON object, and under its keys texts, chats or token ids.
+
+The message of every ConfigError here completes "FILE:LINE: ".
+"""
+
+import codecs
+import json
+import re
+from typing import Any
+
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data.chat_template import ChatTemplate
+from megatron_lrc.data.chats import read_chat
+
+_ONE_PER_LINE = "; an object on each line is expected, not one JSON document over the whole file"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud83d; no UTF-8 can
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        raise ConfigError(f"{_encoding_marked(line)}not UTF-8 ({where})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not valid JSON ({error}){_ONE_PER_LINE if line.strip() in (b'[', b'{') else ''}") from error
+    if not isinstance(record, dict):
+        hint = _ONE_PER_LINE if isinstance(record, list) else ""
+        raise ConfigError(f"a JSON {type(record).__name__}, not an object{hint}")
+    return record
+
+
+def values_of(record: dict[str, Any], keys: list[str]) -> list[Any]:
+    """What a row holds under each key."""
+    for key in keys:
+        if key not in record:
+            raise ConfigError(f"no key {key!r} (the line has {sorted(record)[:8]}; see --json-keys)")
+    return [record[key] for key in keys]
+
+
+def _encoding_marked(line: bytes) -> str:
+    """ "UTF-16, " where a file begins with that encoding's byte order mark."""
+    if line.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first: the former begins as UTF-16's does
+        return "UTF-32, "
+    return "UTF-16, " if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+
+
+def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
+    """A list of token ids."""
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ConfigError(f"the value of {key!r} is not a list of token ids, which --token-ids expects")
+    if value and not (min(value) >= 0 and max(value) < vocab_size):
+        wrong = next(item for item in value if not 0 <= item < vocab_size)
+        raise ConfigError(f"the value of {key!r} holds {wrong}, but the tokenizer's ids are 0 to {vocab_size - 1}")
+    return value
+
+
+def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
+    """Text as it is, or rendered from a chat."""
+    if isinstance(value, list):
+        value = render_messages(value, key, chat)
+    if not isinstance(value, str):
+        raise ConfigError(f"the value of {key!r} is a {type(value).__name__}, not text")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
+    return value
+
+
+def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
+    checked = read_chat(messages, key)
+    if chat is None:
+        raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
+    return chat(checked)
