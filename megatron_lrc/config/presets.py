@@ -23,13 +23,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init_method_std": 0.02,
     },
     "lrc-1.5b": _PUBLISHED
-    | {"student_hidden_size": 1536, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_iters": 203451},
+    | {"student_hidden_size": 1536, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_tokens": 10 * 10**9},
     "lrc-1.7b": _PUBLISHED
-    | {"student_hidden_size": 1200, "alpha": 0.5, "lr": 6.7e-5, "global_batch_size": 16, "train_iters": 610352},
+    | {"student_hidden_size": 1200, "alpha": 0.5, "lr": 6.7e-5, "global_batch_size": 16, "train_tokens": 20 * 10**9},
     "lrc-4b": _PUBLISHED
-    | {"student_hidden_size": 2048, "alpha": 0.5, "lr": 1e-4, "global_batch_size": 16, "train_iters": 549317},
+    | {"student_hidden_size": 2048, "alpha": 0.5, "lr": 1e-4, "global_batch_size": 16, "train_tokens": 18 * 10**9},
     "lrc-2.7b": _PUBLISHED
-    | {"student_hidden_size": 1640, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_iters": 203451},
+    | {"student_hidden_size": 1640, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_tokens": 10 * 10**9},
 }
 #: What --teacher is to be with them, and the tokens they train on.
 PUBLISHED_RUNS = {

@@ -45,7 +45,7 @@ def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskN
 
 
 def _num_kept(config: Config) -> int:
-    checkpoint, last = config.checkpoint, config.training.train_iters
+    checkpoint, last = config.checkpoint, config.train_iters
     interval = checkpoint.save_interval or max(last, 1)
     steps = [*range(interval, last, interval), last]
     if checkpoint.keep_last is None and checkpoint.save_retain_interval is None:

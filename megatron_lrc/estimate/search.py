@@ -44,7 +44,7 @@ class Plan:
     @property
     def days(self) -> float:
         """For all of --train-iters."""
-        return self.time.total * self.config.training.train_iters / SECONDS_PER_DAY
+        return self.time.total * self.config.train_iters / SECONDS_PER_DAY
 
     @property
     def recompute(self) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes
+from megatron_lrc.checkpoints.run_directory import RunState
+from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes, describe_training
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
@@ -50,7 +51,7 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     for line in itertools.chain(
         describe_changes(config),
         describe_models(method, shape, student),
-        describe_layout(config, world_size),
+        describe_layout(config, world_size, checked.state),
         describe_flops(config, shape, student),
         memory,
         describe_disk(config, shape, student),
@@ -87,12 +88,9 @@ def describe_models(method: Method, teacher: ModelShape, student: ModelShape) ->
         yield from method.describe_trained(count)
 
 
-def describe_layout(config: Config, world_size: int) -> Iterator[str]:
-    training = config.training
-    assert training.global_batch_size is not None
+def describe_layout(config: Config, world_size: int, state: RunState) -> Iterator[str]:
     yield f"layout: {config.describe_layout(world_size, f'{world_size} GPUs')}"
-    tokens, steps = training.global_batch_size * training.seq_length, training.train_iters
-    yield f"training: {steps} steps of {tokens} tokens, {steps * tokens / 1e9:.3f}B in all"
+    yield f"training: {describe_training(config.training, step=state.step, consumed_tokens=state.tokens)}"
 
 
 def describe_flops(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
@@ -139,11 +137,11 @@ def describe_time(
 ) -> Iterator[str]:
     """done: steps that a run to be continued has behind it."""
     time = step_time(config, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
-    left = config.training.train_iters - done
-    days = time.total * left / SECONDS_PER_DAY
+    left = config.train_iters - done
+    seconds = time.total * left
     yield (
-        f"time: {days:.1f} days for {left} steps, {time.tokens_per_second:.0f} tokens/s, if "
-        f"{gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
+        f"time: {seconds / SECONDS_PER_DAY:.1f} days ({seconds / 3600:.1f} hours) for {left:,} steps, "
+        f"{time.tokens_per_second:.0f} tokens/s, if {gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
         f"{time.bubble_fraction:.0%}, communication {time.communication / time.total:.0%}"
     )
 

@@ -116,7 +116,7 @@ class Trainer:
         with collect_only_new_objects(is_on=self.config.checkpoint.async_save), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
-            if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
+            if self.state.step < self.config.train_iters and not self.stopping.is_asked:
                 self._train_steps(log)
             self.run.optimizer.await_parameters()
             self.saving.save_last()
@@ -132,13 +132,13 @@ class Trainer:
         batches = self.stragglers.watch(self._batches(self.train_data, state.consumed_samples))
         stopwatch = Stopwatch()
         interval = Interval(self.run.stages[0].sums.clone.shape, self.groups.device)
-        while state.step < config.training.train_iters:
+        while state.step < config.train_iters:
             if self._is_to_change():
                 self._change()
                 if log:
                     log.throughput = self._throughput()
             lr = self.run.optimizer.lr
-            is_last = state.step + 1 == config.training.train_iters
+            is_last = state.step + 1 == config.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
             with self.stragglers.step():
                 report = train_step(

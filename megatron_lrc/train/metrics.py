@@ -63,7 +63,7 @@ class RunLog:
     def __init__(
         self, config: Config, throughput: Throughput, *, resume_at: int, checkpoint: Path | None, world_size: int
     ):
-        self._progress = Progress(config.training.train_iters)
+        self._progress = Progress(config.train_iters)
         self.throughput = throughput
         save = config.checkpoint.save
         self._run = Path(save) if save else None

@@ -198,8 +198,8 @@ def test_help_and_version_exit_with_zero(capsys):
 
 @pytest.mark.parametrize("name", PUBLISHED_RUNS)
 def test_a_published_run_says_everything_but_where_teacher_and_data_are(name):
-    config = parse_config(["--preset", name])
-    tokens = config.training.train_iters * config.global_batch_size(8) * config.training.seq_length
+    config = parse_config(["--preset", name]).resolved(8)
+    tokens = config.train_iters * config.global_batch_size(8) * config.training.seq_length
     assert round(tokens / 1e9) == int(PUBLISHED_RUNS[name][1].removesuffix("B"))
     assert config.global_batch_size(8) % 8 == 0  # eight data-parallel replicas, as published
     assert config.model.student_hidden_size and config.loss.kl_temperature == 40

@@ -66,7 +66,7 @@ def test_good_data_passes(prepared, tokenizer_folder):
 
 
 def test_training_without_data_is_refused():
-    assert "--train-iters above 0 needs training data" in refusal(data_config())
+    assert "--train-iters 6 needs training data" in refusal(data_config())
     assert "--init pca (for its calibration) needs" in refusal(data_config(train_iters=0, init="pca"))
     assert "--init ridge (for its calibration) needs" in refusal(data_config(train_iters=0, init="ridge"))
     check_data(data_config(train_iters=0), VOCABULARY)

@@ -71,9 +71,9 @@ class Sheared(WithoutTeacher):
             )
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
-        cut, steps = self.change_step, self.config.training.train_iters
-        if 0 < steps <= cut:
-            yield f"--prune-after {cut} is not before --train-iters {steps}: this run ends before its model is cut."
+        steps = self.config.training.train_iters  # not known yet with --train-epochs
+        if steps and steps <= (cut := self.change_step):
+            yield f"--prune-after {cut} is not before the last of {steps} steps: this run ends before its model is cut."
 
     def why_no_dry_run(self) -> str | None:
         return (
@@ -124,7 +124,7 @@ class Sheared(WithoutTeacher):
         if changed_at is not None:
             return None
         after = self.config.pruning.prune_after
-        is_known = after >= 1 or self.config.training.train_iters > 0
+        is_known = after >= 1 or self.config.training.train_iters
         when = f"step {self.change_step}" if is_known else "that part of its steps"
         return (
             f"{path} is of step {step} of a run with --method sheared, which cuts its model in the step after {when} "
