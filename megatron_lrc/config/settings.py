@@ -54,6 +54,12 @@ class ModelConfig:
     student_hidden_size: int | None = setting(
         None, "Hidden size d_S of the student, in features; below the teacher's d_T.", at_least=1, required=True
     )
+    student_norm_epsilon: float | None = setting(
+        None,
+        "Epsilon of the student's RMSNorms, in training and in the exported config.json. Default: the teacher's. The "
+        "released code trains every student with 1e-5.",
+        above=0,
+    )
     untie_embeddings_and_output_weights: bool | None = setting(
         None,
         "Give the student's LM head a projection of its own. Default: untied if the teacher is untied or with any "

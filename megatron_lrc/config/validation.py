@@ -8,7 +8,7 @@ comes to the same answer. What the data holds (files, tokenizer, vocabulary) is 
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,13 +31,16 @@ def raise_all(errors: list[str]) -> None:
         raise ConfigError("\n".join(errors))
 
 
-def validate(method: Rules, *, world_size: int = 1) -> None:
-    """Everything that can be seen without the teacher. world_size: processes of the whole run, all nodes together."""
+def validate(method: Rules, *, world_size: int = 1, presets: Sequence[str] = ()) -> None:
+    """Everything that can be seen without the teacher. world_size: processes of the whole run, all nodes together.
+
+    presets: the names given with --preset, of which messages speak.
+    """
     config = method.config
     errors = list(check_ranges(config))
     if not errors:  # the rest divides by these numbers
         errors += check_layout(config, world_size)
-        errors += check_batches(config, world_size)
+        errors += check_batches(config, world_size, presets)
     errors += method.check()
     errors += check_budget(config.training)
     errors += check_losses(method)

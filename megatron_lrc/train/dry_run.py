@@ -7,14 +7,22 @@ GPUs' peak is an assumption and printed as one.
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from megatron_lrc.checkpoints.run_directory import RunState
-from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes, describe_training
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    DryRun,
+    ModelShape,
+    describe_changes,
+    describe_departures,
+    describe_training,
+)
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
@@ -26,10 +34,10 @@ from megatron_lrc.methods.method import describe_tying
 from megatron_lrc.train.start_checks import check
 
 
-def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
+def dry_run(config: Config, wanted: DryRun, world_size: int, presets: Sequence[str] = ()) -> None:
     """Check and print. ConfigError as a run would raise it, or if memory or disk cannot hold the run.
 
-    config: resolved for world_size GPUs.
+    config: resolved for world_size GPUs. presets: the names given with --preset.
     """
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process answers
         return
@@ -41,7 +49,8 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     method = method_of(config)
     student = method.student_shape(shape)
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
-    warnings, peaks, memory, time = checked.warnings, [], iter(()), iter(())
+    warnings = [*checked.warnings, *describe_departures(config, presets)]
+    peaks, memory, time = [], iter(()), iter(())
     if method.is_estimated:
         peaks = peak_memory(config, shape, student, world_size=world_size)
         memory, mfu = describe_memory(peaks, gpu), wanted.mfu or DEFAULT_MFU
@@ -141,8 +150,9 @@ def describe_time(
     seconds = time.total * left
     yield (
         f"time: {seconds / SECONDS_PER_DAY:.1f} days ({seconds / 3600:.1f} hours) for {left:,} steps, "
-        f"{time.tokens_per_second:.0f} tokens/s, if {gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
-        f"{time.bubble_fraction:.0%}, communication {time.communication / time.total:.0%}"
+        f"{time.tokens_per_second:.0f} tokens/s, if {gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) "
+        f"and links run as assumed; bubble {time.bubble_fraction:.0%}, "
+        f"communication {time.communication / time.total:.0%}"
     )
 
 

@@ -1,5 +1,6 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,18 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    RunStopped,
+    describe_changes,
+    describe_departures,
+    describe_training,
+    save_yaml,
+)
 from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.datasets import build_datasets
+from megatron_lrc.estimate.speed import DEFAULT_MFU
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups, Meeting
@@ -40,8 +50,11 @@ from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 
-def train(config: Config) -> None:
-    """Run the whole training on this process, one of the world that torchrun's environment describes."""
+def train(config: Config, presets: Sequence[str] = ()) -> None:
+    """Run the whole training on this process, one of the world that torchrun's environment describes.
+
+    presets: the names given with --preset, of which warnings speak.
+    """
     choose_determinism(config)
     check_machine(config)
     meeting = distributed.meet(config)
@@ -49,6 +62,7 @@ def train(config: Config) -> None:
     groups = distributed.start(config, meeting)
     distributed.watch_peers(groups)
     checked = _fall_back_past_damage(config, checked, meeting)
+    checked.warnings.extend(describe_departures(checked.config, presets))
     start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
     Trainer(checked.config, checked, groups).train()
     stop_userbuffers(config)
@@ -301,6 +315,7 @@ class Trainer:
         shapes, trained = self.run.stages[0].shapes, self._count_trained()
         self._say(self.method.headline(shapes.teacher, shapes.student, trained, has_changed=self._has_changed))
         self._say(self.config.describe_layout(distributed.world_size(), self.groups.device.type))
+        self._say(self._describe_training())
         if kernels := describe_kernels(self.config, parameter_dtype(self.config), self.method.noun):
             self._say(kernels)
         for warning in checked.warnings:
@@ -316,6 +331,16 @@ class Trainer:
                     "weights, --split, --seq-length, --seed); the position is kept: the next sample is number "
                     f"{self.state.consumed_samples} of the data given now"
                 )
+
+    def _describe_training(self) -> str:
+        """The budget; hours where the device's peak is known, which is on no CPU."""
+        state, steps = self.state, self.config.train_iters
+        line = f"training: {describe_training(self.config.training, step=state.step, consumed_tokens=state.tokens)}"
+        seconds = self._throughput().seconds_per_step(DEFAULT_MFU)
+        if seconds is None:
+            return line
+        hours = seconds * (steps - state.step) / 3600
+        return f"{line}; about {hours:.1f} hours at {DEFAULT_MFU:.0%} of the peak (assumed)"
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:

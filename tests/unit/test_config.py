@@ -68,7 +68,11 @@ def test_the_fixture_is_valid(valid_config):
         ({"spike_factor": 1.0}, 1, "--spike-factor is 1.0; it must be above 1"),
         ({"pipeline_model_parallel_size": 2}, 3, "3 processes cannot hold whole copies"),
         ({"pipeline_model_parallel_size": 2}, 1, "Start a multiple of 2 processes"),
-        ({"global_batch_size": 10, "micro_batch_size": 2}, 4, "Use a multiple of 8: 16"),
+        (
+            {"global_batch_size": 10, "micro_batch_size": 2},
+            4,
+            "replicas. Use --global-batch-size 8 (1.64M tokens) or 16 (3.28M tokens), instead of 2.05M tokens.",
+        ),
         ({"decoder_last_pipeline_num_layers": 3}, 1, "--decoder-last-pipeline-num-layers needs several"),
         ({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.1}, 1, "--lr-warmup-iters and --lr-warmup-fraction are both"),
         ({"lr_warmup_iters": 100}, 1, "--lr-warmup-iters 100 leaves nothing of the 100 decay steps"),

@@ -32,6 +32,11 @@ class Sheared(WithoutTeacher):
                 "--untie-embeddings-and-output-weights cannot go with --method sheared: the pruned model is tied if "
                 "--teacher is. Leave it out."
             )
+        if model.student_norm_epsilon is not None:
+            yield (
+                f"--student-norm-epsilon {model.student_norm_epsilon:g} cannot go with --method sheared, which prunes "
+                "--teacher as it is, with its epsilon. Leave it out."
+            )
         yield from self.check_no_teacher("has no teacher beside it")
         if after >= 1 and after != int(after):
             yield f"--prune-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
