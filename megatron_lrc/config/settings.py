@@ -392,6 +392,11 @@ class DataConfig:
         None, "Tokenizer directory. Default: --teacher, or --student.", metavar="DIR", per_rank="path"
     )
     eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
+    mask_last_label: bool = setting(
+        False,
+        "Leave each sample's last label out of every loss: the first token after the sample, which is of another chunk "
+        "where the data are chunks of --seq-length tokens (--token-ids).",
+    )
     reset_attention_mask: bool = setting(
         False, "Let a token attend to its own document only, which ends with the end-of-document token."
     )

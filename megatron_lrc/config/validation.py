@@ -149,6 +149,8 @@ def check_data(config: Config) -> Iterator[str]:
     has_data = bool(data.data_path or data.train_data_path)
     is_trained = any(value > 0 for value in budget.values())
     split = parse_split(data.split)
+    if data.mask_last_label and config.training.seq_length == 1:
+        yield "--mask-last-label with --seq-length 1 leaves no label. Leave one of them out."
     if data.data_path and (data.train_data_path or data.valid_data_path):
         yield (
             "--data-path goes with --split and cannot be combined with --train-data-path or --valid-data-path. "

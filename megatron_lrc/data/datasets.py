@@ -191,7 +191,15 @@ class Request:
             order, datasets = self.orders[name], []
             for index, source in enumerate(order.sources):
                 maps = {kind: self.load(f"{name}-{index}-{kind}") for kind in ("documents", "samples", "shuffle")}
-                datasets.append(RepeatedDataset(source.file.prefix, source.documents, maps, gpt_config))
+                datasets.append(
+                    RepeatedDataset(
+                        source.file.prefix,
+                        source.documents,
+                        maps,
+                        gpt_config,
+                        masks_last_label=config.data.mask_last_label,
+                    )
+                )
             is_blend = len(datasets) > 1
             blending = (self.load(f"{name}-datasets"), self.load(f"{name}-numbers")) if is_blend else None
             return OrderedDataset(order, self.reaches[name], datasets, blending)

@@ -144,9 +144,7 @@ class Method(ABC):
         model = self.config.model
         assert model.student_hidden_size is not None, "student_shape() needs a validated config"
         epsilon = base.norm_epsilon if model.student_norm_epsilon is None else model.student_norm_epsilon
-        return replace(
-            base, hidden_size=model.student_hidden_size, is_tied=self._is_tied(base), norm_epsilon=epsilon
-        )
+        return replace(base, hidden_size=model.student_hidden_size, is_tied=self._is_tied(base), norm_epsilon=epsilon)
 
     def shape_of_phase(self, base: ModelShape, *, has_changed: bool) -> ModelShape:
         """The shape that the student has before, or after, `change`."""

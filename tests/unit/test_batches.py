@@ -190,6 +190,18 @@ def test_split_with_an_empty_part(tmp_path):
     assert build_datasets(data_config(train_iters=0)) == (None, None)
 
 
+def test_the_last_label_of_every_sample_can_be_masked(prepared):
+    flags = {"data_path": [prepared], "split": "1,1"}
+    masked = build_datasets(data_config(**flags, mask_last_label=True))
+    for dataset, plain in zip(masked, build_datasets(data_config(**flags)), strict=True):
+        for index in (0, 1, 0):  # megatron-core keeps the first mask for later
+            expected = plain[index]["loss_mask"].clone()
+            assert expected.sum() == 16
+            expected[-1] = 0
+            assert torch.equal(dataset[index]["loss_mask"], expected)
+            assert all(torch.equal(dataset[index][name], plain[index][name]) for name in ("tokens", "labels"))
+
+
 def test_eod_mask_loss_masks_predictions_from_eod(prepared, tokenizer_folder):
     config = data_config(data_path=[prepared], split="1,1", teacher=tokenizer_folder, eod_mask_loss=True)
     check_data(config, VOCABULARY)

@@ -90,6 +90,7 @@ def test_the_fixture_is_valid(valid_config):
         ({"load": "/no/such"}, 1, "--load /no/such is not a directory"),
         ({"tokenizer_model": "/no/such"}, 1, "--tokenizer-model /no/such does not exist"),
         ({"save_interval": 5}, 1, "--save-interval 5 without --save"),
+        ({"mask_last_label": True, "seq_length": 1}, 1, "--mask-last-label with --seq-length 1 leaves no label"),
         ({"train_iters": 0}, 1, "--train-iters 0 without --save does nothing"),
         (
             {"init": "pca", "untie_embeddings_and_output_weights": False},
