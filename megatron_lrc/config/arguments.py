@@ -65,7 +65,8 @@ def build_parser(usage: str, purpose: str) -> Parser:
         nargs="+",
         metavar="NAME",
         help="One or several, a later one over an earlier one. paper: the losses as published, which is the default; "
-        f"reference: as in the released code ({describe_preset('reference')}); the published runs: "
+        f"reference: as in the released code ({describe_preset('reference')}); the published runs, each everything of "
+        "reference and its sizes, rate, alpha and tokens: "
         + "; ".join(f"{name}: {' for '.join(run)} tokens" for name, run in PUBLISHED_RUNS.items())
         + f" ({describe_preset('lrc-1.5b')} and so on).",
     )
@@ -79,7 +80,9 @@ def build_parser(usage: str, purpose: str) -> Parser:
 
 
 def describe_preset(name: str) -> str:
-    return ", ".join(f"{flag_of(setting)} {value}" for setting, value in PRESETS[name].items())
+    config = Config()
+    apply(config, PRESETS[name])
+    return ", ".join(describe_changes(config))
 
 
 def add_flag(group: Any, setting: Setting) -> None:
