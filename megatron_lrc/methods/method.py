@@ -183,6 +183,11 @@ class Method(ABC):
     # --- what changes during a run --------------------------------------------------------------------------------
 
     @property
+    def changes(self) -> bool:
+        """Whether `change_step` is some step; known also while the run's steps are not."""
+        return False
+
+    @property
     def change_step(self) -> int | None:
         """After which step something else is trained; None: never."""
         return None

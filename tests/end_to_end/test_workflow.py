@@ -26,6 +26,7 @@ def test_text_to_exported_student_through_the_command_line(tmp_path):
     script = ["bash", str(ROOT / "examples/pretrain_lrc.sh"), *flags.split()]
     first = run(*script, "--train-iters", "2", GPUS_PER_NODE="2")
     assert "step 2/2" in first and "saved" in first
+    assert "\ntraining: 256 tokens in 2 steps of 128 tokens\n" in first  # on CPU no hours
     second = run(*script, "--train-iters", "4", "--load", str(runs), GPUS_PER_NODE="2")
     assert "at step 2" in second and "step 3/4" in second and "step 2/4" not in second
     steps = [json.loads(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]

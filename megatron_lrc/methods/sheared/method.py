@@ -105,6 +105,10 @@ class Sheared(WithoutTeacher):
         return self.student_shape(base) if has_changed else base
 
     @property
+    def changes(self) -> bool:
+        return True
+
+    @property
     def change_step(self) -> int:
         return self.config.step_of(self.config.pruning.prune_after)
 
