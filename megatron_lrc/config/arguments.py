@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 #: A program with the settings as its flags: its usage, and what it is for.
 TRAINING = (
-    "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
+    "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N --train-tokens N [FLAGS]",
     "Pretrain a Low-Rank Clone of a teacher model; with --method ordinary train a model by itself. With "
     "--dry-run [GPUS] nothing is started: everything is checked, and parameters, FLOPs, memory per GPU, disk space and "
     "days are estimated (--gpu NAME: of that kind, --mfu X: at that share of its peak).",
@@ -68,7 +68,7 @@ def build_parser(usage: str, purpose: str) -> Parser:
         f"reference: as in the released code ({describe_preset('reference')}); the published runs, each everything of "
         "reference and its sizes, rate, alpha and tokens: "
         + "; ".join(f"{name}: {' for '.join(run)} tokens" for name, run in PUBLISHED_RUNS.items())
-        + f" ({describe_preset('lrc-1.5b')} and so on).",
+        + f" ({describe_preset('lrc-1.5b', without=PRESETS['reference'])} and so on).",
     )
     for section in fields(Config):
         summary = (section.default_factory.__doc__ or "").partition("\n")[0]  # type: ignore[union-attr]
@@ -79,10 +79,11 @@ def build_parser(usage: str, purpose: str) -> Parser:
     return parser
 
 
-def describe_preset(name: str) -> str:
-    config = Config()
-    apply(config, PRESETS[name])
-    return ", ".join(describe_changes(config))
+def describe_preset(name: str, without: Collection[str] = ()) -> str:
+    """Its settings as flags, but for those of these names."""
+    values = {setting: value for setting, value in PRESETS[name].items() if setting not in without}
+    texts = {s: exact_count(value) if SETTINGS[s].takes_suffix else value for s, value in values.items()}
+    return ", ".join(f"{flag_of(setting)} {text}" for setting, text in texts.items())
 
 
 def add_flag(group: Any, setting: Setting) -> None:

@@ -95,6 +95,7 @@ class Plan:
             "step_seconds": {**asdict(self.time), "total": self.time.total},
             "bubble_fraction": self.time.bubble_fraction,
             "tokens_per_second": self.time.tokens_per_second,
+            "tokens": None if training.train_iters is None else training.train_iters * self.time.tokens,
             "steps": training.train_iters,
             "hours": self.hours,
             "days": None if self.hours is None else self.hours / 24,

@@ -161,6 +161,8 @@ def test_the_tool_reads_a_config_file_alone_and_writes_json(capsys, tmp_path):
     assert plan_main(["--gpus", "4", "--gpu", "H200-141GB", *flags, "--json", "--top", "2"]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["tokens_per_second"] >= 0.95 * second["tokens_per_second"]
+    assert (first["steps"], first["tokens"]) == (1000, 1000 * first["step_seconds"]["tokens"])
+    assert first["hours"] == pytest.approx(1000 * first["step_seconds"]["total"] / 3600)
     parts = first["memory_bytes"]
     assert parts.pop("total") == pytest.approx(sum(parts.values())) and parts["teacher"] > 5 * GIB
 
