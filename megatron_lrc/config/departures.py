@@ -23,16 +23,27 @@ def describe_departures(config: Config, presets: Sequence[str]) -> Iterator[str]
     name, values = published
     training = config.training
     assert training.global_batch_size is not None, "the configuration has been resolved"
-    tokens = short_count(config.train_iters * training.global_batch_size * training.seq_length)
-    published_tokens = short_count(values["train_tokens"])
-    if training.train_tokens != values["train_tokens"] and tokens != published_tokens:
+    tokens, published_tokens = short_count(_tokens_of(config)), short_count(values["train_tokens"])
+    if tokens != published_tokens:
         budget = budgets_of(replace(training, train_iters=None) if is_counted(training) else training)
-        yield f"{describe_budgets(budget)} is {tokens} tokens; --preset {name} trains {published_tokens}"
+        much = "" if training.train_tokens else f" is {tokens} tokens"
+        yield f"{describe_budgets(budget)}{much}; --preset {name} trains {published_tokens}"
     if training.global_batch_size != values["global_batch_size"]:
         yield (
             f"--global-batch-size {training.global_batch_size} where {name} has {values['global_batch_size']}"
             f"{_steps_instead(config, values['global_batch_size'])}{_rate_of(config, presets)}"
         )
+
+
+def _tokens_of(config: Config) -> int:
+    """The whole budget; of steps and epochs as if no other batch had come before."""
+    training = config.training
+    if training.train_tokens is not None:
+        return training.train_tokens
+    if training.train_samples is not None:
+        return training.train_samples * training.seq_length
+    assert training.global_batch_size is not None, "the configuration has been resolved"
+    return config.train_iters * training.global_batch_size * training.seq_length
 
 
 def propose_batches(config: Config, batch_size: int, step: int, presets: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from megatron_lrc.config import (
     Config,
     convert,
     describe_changes,
+    describe_departures,
     describe_training,
     load_yaml,
     parse_config,
@@ -160,3 +161,24 @@ def test_a_saved_file_has_one_budget_and_older_ones_read_as_before(tmp_path, wri
 def test_steps_are_not_known_before_the_budget_is_counted():
     with pytest.raises(AssertionError, match="counted in steps"):
         _ = parse_config(["--train-tokens", "10B"]).train_iters
+
+
+def test_flags_that_change_a_presets_budget_or_batch_are_named():
+    def departures(*flags: str, preset: str = "lrc-1.5b") -> list[str]:
+        return list(describe_departures(parse_config(["--preset", preset, *flags]).resolved(8), [preset]))
+
+    assert departures() == departures("--train-tokens", "10B") == departures("--train-iters", "203451") == []
+    assert departures("--train-iters", "100", preset="reference") == []
+    for budget, words in (
+        (("--train-iters", "1000"), "--train-iters 1000 is 49.2M tokens"),
+        (("--train-samples", "1M"), "--train-samples 1M is 2.05B tokens"),
+        (("--train-tokens", "2B"), "--train-tokens 2B"),
+    ):
+        assert departures(*budget) == [f"{words}; --preset lrc-1.5b trains 10B"]
+    (batch,) = departures("--global-batch-size", "48")
+    assert batch == (
+        "--global-batch-size 48 where lrc-1.5b has 24: 101,726 steps instead of 203,451; the --lr 0.0001 of lrc-1.5b "
+        "was published for a batch of 24"
+    )
+    (own_rate,) = departures("--global-batch-size", "48", "--lr", "2e-4")
+    assert own_rate == batch.partition(";")[0]
