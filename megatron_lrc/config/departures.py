@@ -46,7 +46,7 @@ def _tokens_of(config: Config) -> int:
     return config.train_iters * training.global_batch_size * training.seq_length
 
 
-def propose_batches(config: Config, batch_size: int, step: int, presets: Sequence[str]) -> str:
+def propose_batches(config: Config, batch_size: int, step: int, presets: Sequence[str] = ()) -> str:
     """The multiples of `step` around a batch size that does not fit, as flags, and what they do to the run."""
     below, above = batch_size // step * step, -(-batch_size // step) * step
     sizes = [size for size in (below, above) if size]

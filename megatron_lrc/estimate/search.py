@@ -15,6 +15,7 @@ from megatron_lrc.config import (
     check_batches,
     check_layout,
     divisors,
+    propose_batches,
     validate_against_teacher,
 )
 from megatron_lrc.estimate.devices import GIB, Gpu
@@ -127,7 +128,7 @@ def find_plans(
     if not plans:
         raise ConfigError(
             f"No layout of {world_size} GPUs goes with --global-batch-size {config.training.global_batch_size} and "
-            f"--seq-length {config.training.seq_length}. Use a batch that more of the data-parallel sizes divide."
+            f"--seq-length {config.training.seq_length}. {_fitting_batches(config, world_size)}."
         )
     fitting = [plan for plan in plans if plan.memory.total <= gpu.memory]
     if not fitting:
@@ -159,6 +160,14 @@ def larger_batch(best: Plan, teacher: ModelShape, student: ModelShape, *, gpu: G
     if fastest < WORTHWHILE * best.time.tokens_per_second:
         return None
     return next(plan for plan in found if plan.time.tokens_per_second >= ENOUGH * fastest)
+
+
+def _fitting_batches(config: Config, world_size: int) -> str:
+    """What to do: the nearest batches that every data-parallel size divides."""
+    batch_size = config.training.global_batch_size
+    if batch_size is None:
+        return "Use a --seq-length that the GPUs can share"
+    return propose_batches(config, batch_size, world_size)
 
 
 def _rank(plan: Plan) -> tuple:

@@ -184,4 +184,6 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(capsys, tmp_path):
         error = capsys.readouterr().err
         assert code == 2 and error.startswith(expected) and error.count("\n") == 1, (flags, error)
     assert plan_main(["--gpus", "13", "--preset", "lrc-4b"]) == 2
-    assert capsys.readouterr().err.startswith("plan.py: No layout of 13 GPUs goes with --global-batch-size 16")
+    error = capsys.readouterr().err
+    assert error.startswith("plan.py: No layout of 13 GPUs goes with --global-batch-size 16")
+    assert "Use --global-batch-size 13 (676,082 steps) or 26 (338,041 steps), instead of 549,317 steps." in error
