@@ -15,9 +15,18 @@ from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.methods import method_of
 
 
-def write_run(run: Path, teacher: TeacherDescription, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Path:
-    """RUN/iter_0000003 of a student with these projections [D, d] and gains [d]; the checkpoint's path."""
+def write_run(
+    run: Path,
+    teacher: TeacherDescription,
+    projections: dict[str, Tensor],
+    norms: dict[str, Tensor],
+    *,
+    epsilon: float | None = None,
+) -> Path:
+    """RUN/iter_0000003 of a student with these projections [D, d] and gains [d]; the checkpoint's path. epsilon: of its
+    norms, if not the teacher's."""
     config = Config()
+    config.model.student_norm_epsilon = epsilon
     config.model.teacher, config.model.student_hidden_size = str(teacher.directory), len(norms["final"])
     config.model.untie_embeddings_and_output_weights = "lm_head" in projections
     state = RunState(step=3, tokens=4096, teacher_fingerprint=TeacherReader(teacher).fingerprint())

@@ -61,7 +61,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained on. terms: as --clone-terms; off: the (layer, site) pairs that they leave out."""
+    """What is trained on. terms: as --clone-terms; off: the (layer, site) pairs that they leave out. student_epsilon:
+    of the student's norms, if not the teacher's."""
 
     released: bool = False
     detach: bool = False
@@ -72,6 +73,7 @@ class Variant:
     off: tuple[tuple[int, str], ...] = ()
     reset_attention: bool = False
     reset_positions: bool = False
+    student_epsilon: float | None = None
 
 
 SIZES, PLAIN = Sizes(), Variant()
@@ -83,6 +85,7 @@ def gradient_config(
     config = Config()
     config.model.teacher, config.model.student_hidden_size = teacher, sizes.student
     config.model.untie_embeddings_and_output_weights = untie
+    config.model.student_norm_epsilon = variant.student_epsilon
     config.projection.init_method_std = 0.2
     config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
     config.loss.kl_weight, config.loss.kl_temperature = variant.kl_weight, TEMPERATURE
@@ -163,7 +166,8 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
 @functools.cache
 def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, sizes: Sizes = SIZES):
     """Reference losses and gradients for the projections `names`, initialised as the package does."""
-    reference = Reference(AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64), sizes.student)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    reference = Reference(model, sizes.student, variant.student_epsilon)
     teacher_size = reference.teacher.config.hidden_size
     projections = {}
     for name in names:

@@ -70,11 +70,12 @@ def causal_mask(tokens: Tensor, documents: Tensor | None) -> Tensor:
 class Reference:
     """A teacher, and the student that projections and gains make of it."""
 
-    def __init__(self, teacher: PreTrainedModel, student_size: int):
+    def __init__(self, teacher: PreTrainedModel, student_size: int, student_epsilon: float | None = None):
         self.teacher = in_fp64(teacher).requires_grad_(False)
         config = copy.deepcopy(teacher.config)
         config.hidden_size = student_size
         config.head_dim = teacher.model.layers[0].self_attn.head_dim
+        config.rms_norm_eps = config.rms_norm_eps if student_epsilon is None else student_epsilon
         self.student = in_fp64(type(teacher)(config))
         self.num_layers = config.num_hidden_layers
         self.outputs: dict[str, Tensor] = {}

@@ -31,19 +31,19 @@ def rms_norm(stream: Tensor, epsilon: float) -> Tensor:
 class ReadingMoments:
     """Sums over the tokens that this rank saw of n_T n_S^T [D, d] and, below it, n_S n_S^T [d, d]: fp64 [D + d, d].
 
-    basis: Q [D, d], fp64. teacher_gain: [D], and epsilon, of the norm.
+    basis: Q [D, d], fp64. teacher_gain: [D], of the norm. epsilons: the teacher's and the student's.
     """
 
-    def __init__(self, basis: Tensor, teacher_gain: Tensor, epsilon: float):
-        self._basis, self._gain, self._epsilon = basis, teacher_gain, epsilon
+    def __init__(self, basis: Tensor, teacher_gain: Tensor, epsilons: tuple[float, float]):
+        self._basis, self._gain, self._epsilons = basis, teacher_gain, epsilons
         self.total = basis.new_zeros(sum(basis.shape), basis.shape[1], dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, stream: Tensor) -> None:
         """stream: what the teacher's norm is given, [..., D]. Products in fp32 or better, sums of them in fp64."""
         tokens = stream.flatten(0, -2).to(torch.promote_types(stream.dtype, torch.float32))  # [n, D]
-        teacher = rms_norm(tokens, self._epsilon) * self._gain.to(tokens.dtype)
-        student = rms_norm(tokens @ self._basis.to(tokens.dtype), self._epsilon)  # [n, d]
+        teacher = rms_norm(tokens, self._epsilons[0]) * self._gain.to(tokens.dtype)
+        student = rms_norm(tokens @ self._basis.to(tokens.dtype), self._epsilons[1])  # [n, d]
         self.total += torch.cat([teacher, student], dim=-1).t() @ student
 
     @torch.no_grad()

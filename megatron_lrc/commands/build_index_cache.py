@@ -22,7 +22,7 @@ def run(argv: Sequence[str], program: str) -> int:
 
     from megatron_lrc.data.index_cache import build_index_cache  # imports torch, so --help comes first
 
-    step, consumed_samples = 0, 0
+    place = {}
     if config.checkpoint.load:
         from megatron_lrc.checkpoints.run_directory import AUTO, checkpoints_to_load, read_state
 
@@ -33,6 +33,6 @@ def run(argv: Sequence[str], program: str) -> int:
             )
         if found:
             state = read_state(found[0])[0]
-            step, consumed_samples = state.step, state.consumed_samples
-    build_index_cache(config, step=step, consumed_samples=consumed_samples, report=say)
+            place = {"step": state.step, "consumed_samples": state.consumed_samples, "consumed_tokens": state.tokens}
+    build_index_cache(config, **place, report=say)
     return 0

@@ -1,7 +1,7 @@
 """Which layouts of a run fit on some GPUs, and how fast each may be.
 
-    megatron-lrc plan --gpus 64 --preset lrc-4b --global-batch-size 64
-    megatron-lrc plan --gpus 8 --gpu A100-40GB --teacher DIR --student-hidden-size 1536 --train-iters 100000
+    megatron-lrc plan --gpus 64 --preset lrc-4b --global-batch-size 256
+    megatron-lrc plan --gpus 8 --gpu A100-40GB --teacher DIR --student-hidden-size 1536 --train-tokens 10B
 
 Other flags are those of `megatron-lrc train`; of the teacher only config.json is read, and for a preset of a
 published run no teacher is needed. For --method lrc and logits. Layouts are searched over TP, PP, CP,
@@ -64,8 +64,10 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
 
 def run(argv: Sequence[str], program: str) -> int:
     options, flags = read_flags(argv, program)
+    from megatron_lrc.config import presets_of
     from megatron_lrc.estimate.devices import GIB, gpu_named
-    from megatron_lrc.estimate.search import find_plans
+    from megatron_lrc.estimate.plan_lines import compare_with_next, describe_batch, describe_budget, table
+    from megatron_lrc.estimate.search import find_plans, larger_batch
 
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu {options.mfu} is not a share of the GPUs' peak above 0 and at most 1.")
@@ -76,18 +78,15 @@ def run(argv: Sequence[str], program: str) -> int:
     if options.json:
         print(json.dumps([plan.numbers() for plan in shown], indent=1))
         return 0
-    print(f"{len(plans)} layouts fit on {options.gpus} x {gpu.name} ({gpu.memory / GIB:.1f} GiB each); the fastest:")
-    print("TP PP CP  DP  micro-batches  recompute      dist.opt.  GiB/GPU  bubble  comm.   tokens/s    days")
-    for plan in shown:
-        numbers, time = plan.numbers(), plan.time
-        print(
-            f"{numbers['tensor_model_parallel_size']:>2} {numbers['pipeline_model_parallel_size']:>2} "
-            f"{numbers['context_parallel_size']:>2} {numbers['data_parallel_size']:>3}  "
-            f"{numbers['num_microbatches']:>6} of {numbers['micro_batch_size']:<3}  {plan.recompute:<14} "
-            f"{'yes' if numbers['use_distributed_optimizer'] else 'no':<9} {plan.memory.total / GIB:>8.1f} "
-            f"{time.bubble_fraction:>7.0%} {time.communication / time.total:>6.0%} "
-            f"{time.tokens_per_second:>10.0f} {plan.days:>7.1f}"
-        )
-    print(f"assumed: {options.mfu:.0%} of the peak; links at 70% of theirs, not overlapped. Flags of the first:")
-    print(f"  {shown[0].flags()}")
+    larger = larger_batch(plans[0], teacher, student, gpu=gpu, mfu=options.mfu)
+    for line in (
+        f"{len(plans)} layouts fit on {options.gpus} x {gpu.name} ({gpu.memory / GIB:.1f} GiB each); the fastest:",
+        *table(shown),
+        f"assumed: {options.mfu:.0%} of the peak; links at 70% of theirs, not overlapped. Flags of the first:",
+        f"  {shown[0].flags()}",
+        *describe_budget(plans[0], presets_of(flags)),
+        *compare_with_next(plans),
+        *describe_batch(plans[0], larger),
+    ):
+        print(line)
     return 0

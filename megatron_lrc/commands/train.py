@@ -23,6 +23,7 @@ from megatron_lrc.config import (
     ConfigError,
     RunStopped,
     parse_config,
+    presets_of,
     take_dry_run,
     validate,
 )
@@ -67,7 +68,8 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
     config = parse_config(flags, (usage.replace("python -m megatron_lrc train", program), purpose))
     if torchrun.restarts():
         config.checkpoint.load = checkpoint_to_restart_from(config)
-    validate(method_of(config), world_size=world_size)
+    presets = presets_of(flags)
+    validate(method_of(config), world_size=world_size, presets=presets)
     config = config.resolved(world_size)
 
     if only_checks:  # imports torch, as the others do, so it comes after what can fail at once
@@ -77,12 +79,12 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
     elif wanted:
         from megatron_lrc.train.dry_run import dry_run
 
-        dry_run(config, wanted, world_size)
+        dry_run(config, wanted, world_size, presets)
     else:
         from megatron_lrc.train import loop
 
         torchrun.end_with_torchrun()
-        finished = loop.train(config)
+        finished = loop.train(config, presets)
         if finished and os.environ.get("RANK", "0") == "0":
             say_next(program, after_training(*finished))
 

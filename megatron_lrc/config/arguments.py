@@ -10,8 +10,8 @@ because its own type errors stop at the first and print the whole usage. Ranges 
 import argparse
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,9 @@ import yaml
 
 from megatron_lrc import __version__
 
+from .budget import BUDGETS, budgets_in, is_counted, refuse_several
 from .config import Config, ConfigError, flag_of
+from .counts import exact_count
 from .presets import PRESETS, PUBLISHED_RUNS
 from .schema import SECTIONS, SETTINGS, Setting, convert, parse_number, suggest
 
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 #: A program with the settings as its flags: its usage, and what it is for.
 TRAINING = (
-    "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N [FLAGS]",
+    "python -m megatron_lrc train [--config FILE] --teacher DIR --student-hidden-size N --train-tokens N [FLAGS]",
     "Pretrain a Low-Rank Clone of a teacher model; with --method ordinary train a model by itself. With "
     "--dry-run [GPUS] nothing is started: everything is checked, and parameters, FLOPs, memory per GPU, disk space and "
     "days are estimated (--gpu NAME: of that kind, --mfu X: at that share of its peak).",
@@ -63,9 +65,10 @@ def build_parser(usage: str, purpose: str) -> Parser:
         nargs="+",
         metavar="NAME",
         help="One or several, a later one over an earlier one. paper: the losses as published, which is the default; "
-        f"reference: as in the released code ({describe_preset('reference')}); the published runs: "
+        f"reference: as in the released code ({describe_preset('reference')}); the published runs, each everything of "
+        "reference and its sizes, rate, alpha and tokens: "
         + "; ".join(f"{name}: {' for '.join(run)} tokens" for name, run in PUBLISHED_RUNS.items())
-        + f" ({describe_preset('lrc-1.5b')} and so on).",
+        + f" ({describe_preset('lrc-1.5b', without=PRESETS['reference'])} and so on).",
     )
     for section in fields(Config):
         summary = (section.default_factory.__doc__ or "").partition("\n")[0]  # type: ignore[union-attr]
@@ -76,8 +79,11 @@ def build_parser(usage: str, purpose: str) -> Parser:
     return parser
 
 
-def describe_preset(name: str) -> str:
-    return ", ".join(f"{flag_of(setting)} {value}" for setting, value in PRESETS[name].items())
+def describe_preset(name: str, without: Collection[str] = ()) -> str:
+    """Its settings as flags, but for those of these names."""
+    values = {setting: value for setting, value in PRESETS[name].items() if setting not in without}
+    texts = {s: exact_count(value) if SETTINGS[s].takes_suffix else value for s, value in values.items()}
+    return ", ".join(f"{flag_of(setting)} {text}" for setting, text in texts.items())
 
 
 def add_flag(group: Any, setting: Setting) -> None:
@@ -231,7 +237,7 @@ def parse_config(argv: Sequence[str], program: tuple[str, str] = TRAINING) -> Co
     errors: list[str] = []
     flags, config_file = read_flags(argv, program, errors)
     values = {} if config_file is None else read_yaml(config_file, errors)
-    return build_config(values | flags, errors)
+    return build_config([(f"--config {config_file}: ", values), ("", flags)], errors)
 
 
 def presets_of(argv: Sequence[str]) -> list[str]:
@@ -245,23 +251,34 @@ def presets_of(argv: Sequence[str]) -> list[str]:
 def load_yaml(path: str | Path) -> Config:
     """The Config in a file, as --config alone would read it."""
     errors: list[str] = []
-    return build_config(read_yaml(path, errors), errors)
+    return build_config([(f"{path}: ", read_yaml(path, errors))], errors)
 
 
-def build_config(values: dict[str, Any], errors: list[str]) -> Config:
-    """The Config of these values, with those of their `preset`s underneath."""
-    presets = values.pop("preset", [])
+def build_config(sources: Sequence[tuple[str, dict[str, Any]]], errors: list[str]) -> Config:
+    """The Config of these (where errors find it, values), a later one over an earlier one, above their presets."""
+    presets: list[str] = []
+    for _, values in sources:
+        presets = values.pop("preset", presets)
     unknown = [name for name in presets if name not in PRESETS]
     errors += [f"--preset {name} is unknown; expected are any of {', '.join(PRESETS)}" for name in unknown]
+    for where, values in sources:
+        errors += refuse_several(budgets_in(values), where)
     if errors:
         raise ConfigError("\n".join(errors))
     config = Config()
-    underneath: dict[str, Any] = {}
-    for preset in presets:
-        underneath |= PRESETS[preset]
-    for name, value in (underneath | values).items():
-        setattr(getattr(config, SETTINGS[name].section), name, value)
+    for values in (*(PRESETS[preset] for preset in presets), *(values for _, values in sources)):
+        apply(config, values)
     return config
+
+
+def apply(config: Config, values: Mapping[str, Any]) -> None:
+    """Set these settings. If a budget is among them it takes the place of whichever there was."""
+    budget = budgets_in(values)
+    if budget:
+        config.training = replace(config.training, **{name: SETTINGS[name].default for name in BUDGETS})
+    others = {name: value for name, value in values.items() if name not in BUDGETS}
+    for name, value in (others | budget).items():
+        setattr(getattr(config, SETTINGS[name].section), name, value)
 
 
 def save_yaml(config: Config, path: str | Path) -> None:
@@ -284,6 +301,8 @@ def describe_changes(config: Config, sections: Collection[str] | None = None) ->
             continue
         if setting.kind is bool:
             lines.append(flag_of(setting.name) if value else flag_of(f"no_{setting.name}"))
-        else:
+        elif setting.takes_suffix:
+            lines.append(f"{flag_of(setting.name)} {exact_count(value)}")
+        elif setting.name != "train_iters" or not is_counted(config.training):
             lines.append(f"{flag_of(setting.name)} {' '.join(value) if isinstance(value, list) else value}")
     return lines

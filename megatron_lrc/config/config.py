@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .budget import count_steps, is_counted
 from .model_role import STUDENT, TEACHER, ModelRole
 from .settings import (
     CLONE_TERMS,
@@ -97,9 +98,16 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property
+    def train_iters(self) -> int:
+        """Steps of the whole run, whatever its budget: --train-tokens and --train-samples are counted by `resolved`,
+        --train-epochs with the data at hand (`data.datasets.resolve_train_iters`)."""
+        assert self.training.train_iters is not None, "the budget has been counted in steps"
+        return self.training.train_iters
+
+    @property
     def decay_iters(self) -> int:
         """Steps over which the learning rate decays, warmup included."""
-        return self.training.train_iters if self.optimizer.lr_decay_iters is None else self.optimizer.lr_decay_iters
+        return self.train_iters if self.optimizer.lr_decay_iters is None else self.optimizer.lr_decay_iters
 
     @property
     def warmup_iters(self) -> int:
@@ -115,8 +123,8 @@ class Config:
         return self.parallel.num_virtual_stages_per_pipeline_rank or 1
 
     def step_of(self, after: float) -> int:
-        """A number of steps, or below 1 a fraction of all of --train-iters, in steps."""
-        return int(after) if after >= 1 else int(after * self.training.train_iters + 0.5)
+        """A number of steps, or below 1 a fraction of all, in steps."""
+        return int(after) if after >= 1 else int(after * self.train_iters + 0.5)
 
     @property
     def base_model(self) -> str | None:
@@ -155,9 +163,12 @@ class Config:
         return self.training.micro_batch_size * self.data_parallel_size(world_size)
 
     def resolved(self, world_size: int) -> "Config":
-        """A copy that leaves nothing to the number of processes: what is trained with, printed and saved."""
+        """A copy that leaves nothing to the number of processes: what is trained with, printed and saved. A budget in
+        tokens or sequences has become steps, for a run that starts."""
         config = deepcopy(self)
         config.training.global_batch_size = self.global_batch_size(world_size)
+        if (steps := count_steps(config.training)) is not None:
+            config.training.train_iters = steps
         return config
 
     def describe_layout(self, world_size: int, devices: str) -> str:
@@ -178,11 +189,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values (section -> field -> value), for YAML and JSON.
 
-        Steps counted from --train-epochs are left out: read back, they are counted again, for the batch size of then.
+        Steps counted from another budget are left out: read back, they are counted again, for the batch size of then.
         """
         values = asdict(self)
-        if self.training.train_epochs:
-            values["training"]["train_iters"] = 0
+        if is_counted(self.training):
+            values["training"]["train_iters"] = None
         return values
 
     @classmethod

@@ -4,9 +4,10 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .config import Config, ModelShape, flag_of
+from .departures import propose_batches
 
 
 def check_layout(config: Config, world_size: int) -> Iterator[str]:
@@ -77,7 +78,8 @@ PIPELINE_ONLY = (
 )
 
 
-def check_batches(config: Config, world_size: int) -> Iterator[str]:
+def check_batches(config: Config, world_size: int, presets: Sequence[str] = ()) -> Iterator[str]:
+    """presets: names given with --preset, for the remark on their learning rate."""
     micro_batch, data_parallel = config.training.micro_batch_size, config.data_parallel_size(world_size)
     global_batch = config.global_batch_size(world_size)
     if data_parallel == 0:  # check_layout has reported too few processes
@@ -86,7 +88,7 @@ def check_batches(config: Config, world_size: int) -> Iterator[str]:
     if global_batch % at_once:
         yield (
             f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro_batch} times "
-            f"{data_parallel} data-parallel replicas. Use a multiple of {at_once}: {round_up(global_batch, at_once)}."
+            f"{data_parallel} data-parallel replicas. {propose_batches(config, global_batch, at_once, presets)}."
         )
         return
     pp, micro_batches = config.parallel.pipeline_model_parallel_size, global_batch // at_once
@@ -94,7 +96,7 @@ def check_batches(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"--num-virtual-stages-per-pipeline-rank {config.num_chunks} needs micro-batches in multiples of "
             f"--pipeline-model-parallel-size {pp}; these sizes make {micro_batches}. "
-            f"Use --global-batch-size {round_up(global_batch, at_once * pp)}."
+            f"{propose_batches(config, global_batch, at_once * pp, presets)}."
         )
 
 

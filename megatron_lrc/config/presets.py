@@ -1,12 +1,18 @@
 """Settings under one name, for --preset: what paper and released code do differently, and the published runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
-#: --preset: what paper (arXiv 2505.12781) and released code do differently (where both agree the defaults do too), and
-#: the published runs: 8 GPUs, sequences of 2048, tau 40. Their KL is the released code's. lrc-2.7b: hidden size about
-#: this, batch, learning rate and alpha unpublished.
-_PUBLISHED = {
+#: What the released code does otherwise than the defaults; where both agree neither says anything.
+_REFERENCE = {
     "kl_reduction": "sequence-sum",
+    "clone_attention_output": "teacher",
+    "init": "random",
+    "init_method_std": 0.02,
+    "student_norm_epsilon": 1e-5,
+}
+#: What the published runs have in common: the released code, with which they were presumably made, on 8 GPUs.
+_PUBLISHED = _REFERENCE | {
     "kl_temperature": 40.0,
     "seq_length": 2048,
     "bf16": True,
@@ -14,22 +20,18 @@ _PUBLISHED = {
     "save_interval": 2000,
     "eval_interval": 1000,
 }
+#: Of lrc-2.7b the hidden size is about this; batch, learning rate and alpha are unpublished.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"kl_reduction": "mean", "clone_attention_output": "student"},
-    "reference": {
-        "kl_reduction": "sequence-sum",
-        "clone_attention_output": "teacher",
-        "init": "random",
-        "init_method_std": 0.02,
-    },
+    "reference": _REFERENCE,
     "lrc-1.5b": _PUBLISHED
-    | {"student_hidden_size": 1536, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_iters": 203451},
+    | {"student_hidden_size": 1536, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_tokens": 10 * 10**9},
     "lrc-1.7b": _PUBLISHED
-    | {"student_hidden_size": 1200, "alpha": 0.5, "lr": 6.7e-5, "global_batch_size": 16, "train_iters": 610352},
+    | {"student_hidden_size": 1200, "alpha": 0.5, "lr": 6.7e-5, "global_batch_size": 16, "train_tokens": 20 * 10**9},
     "lrc-4b": _PUBLISHED
-    | {"student_hidden_size": 2048, "alpha": 0.5, "lr": 1e-4, "global_batch_size": 16, "train_iters": 549317},
+    | {"student_hidden_size": 2048, "alpha": 0.5, "lr": 1e-4, "global_batch_size": 16, "train_tokens": 18 * 10**9},
     "lrc-2.7b": _PUBLISHED
-    | {"student_hidden_size": 1640, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_iters": 203451},
+    | {"student_hidden_size": 1640, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_tokens": 10 * 10**9},
 }
 #: What --teacher is to be with them, and the tokens they train on.
 PUBLISHED_RUNS = {
@@ -38,3 +40,9 @@ PUBLISHED_RUNS = {
     "lrc-4b": ("Qwen2.5-7B-Instruct", "18B"),
     "lrc-2.7b": ("Llama-2-7b-chat", "10B"),
 }
+
+
+def published_among(presets: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """The last published run among these names, and its settings; None without one."""
+    names = [name for name in presets if name in PUBLISHED_RUNS]
+    return (names[-1], PRESETS[names[-1]]) if names else None

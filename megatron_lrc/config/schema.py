@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 from .config import Config
+from .counts import parse_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,7 @@ class Setting:
     help: str
     metavar: str
     is_required: bool
+    takes_suffix: bool  # 10B for ten billion
     per_rank: Literal["path", "value"] | None  # what each rank may have its own (`settings.setting`)
 
     @property
@@ -33,6 +35,8 @@ class Setting:
         """What a value has to be, for messages."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self.takes_suffix:
+            return "a whole number such as 1000000, 500M, 10B or 1.5e9"
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         return names.get(self.kind, "a list of texts")
 
@@ -53,6 +57,7 @@ def iterate_settings() -> Iterator[Setting]:
                 help=field.metadata["help"],
                 metavar=field.metadata.get("metavar") or {int: "N", float: "X"}.get(options[0], "TEXT"),
                 is_required=field.metadata.get("required", False),
+                takes_suffix=field.metadata.get("takes_suffix", False),
                 per_rank=field.metadata.get("per_rank"),
             )
 
@@ -76,7 +81,7 @@ def convert(setting: Setting, value: Any) -> Any:
         if isinstance(value, setting.kind):
             return value
     elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        number = parse_number(value, setting.kind)
+        number = parse_count(value) if setting.takes_suffix else parse_number(value, setting.kind)
         if number is not None:
             return number
     raise ValueError(f"{value!r} is not {setting.expectation}")

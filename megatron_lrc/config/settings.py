@@ -16,8 +16,8 @@ TINYBERT_TERMS = ("embedding", "hidden", "attention")
 
 def setting(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range
-    of a number (`at_least`, `above`, `below`). `per_rank` marks what ranks may have each its own: "path", where what
-    lies there counts instead, or "value", which no other rank notices."""
+    of a number (`at_least`, `above`, `below`). `takes_suffix`: may be written as 10B. `per_rank` marks what ranks may
+    have each its own: "path", where what lies there counts instead, or "value", which no other rank notices."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **extra})
     return field(default=default, metadata={"help": text, **extra})
@@ -54,6 +54,12 @@ class ModelConfig:
     student_hidden_size: int | None = setting(
         None, "Hidden size d_S of the student, in features; below the teacher's d_T.", at_least=1, required=True
     )
+    student_norm_epsilon: float | None = setting(
+        None,
+        "Epsilon of the student's RMSNorms, in training and in the exported config.json. Default: the teacher's. The "
+        "released code trains every student with 1e-5.",
+        above=0,
+    )
     untie_embeddings_and_output_weights: bool | None = setting(
         None,
         "Give the student's LM head a projection of its own. Default: untied if the teacher is untied or with any "
@@ -82,7 +88,7 @@ class ProjectionConfig:
     )
     open_after: float | None = setting(
         None,
-        "After so many steps (below 1: that fraction of --train-iters), drop the projections of --open-matrices: the "
+        "After so many steps (below 1: that fraction of all), drop the projections of --open-matrices: the "
         "student's own matrices, which they have made, are trained from there on, on the same losses. Default: never.",
         above=0,
     )
@@ -114,9 +120,7 @@ class PruningConfig:
     pruned_ffn_hidden_size: int | None = setting(
         None, "FFN neurons that are kept in each layer. Default: the teacher's.", at_least=1
     )
-    prune_after: float = setting(
-        0.3, "Cut the model after so many steps (below 1: that fraction of --train-iters).", above=0
-    )
+    prune_after: float = setting(0.3, "Cut the model after so many steps (below 1: that fraction of all).", above=0)
     mask_lr: float = setting(
         1.0, "Learning rate of the masks and of their Lagrange multipliers, which have an Adam of their own.", above=0
     )
@@ -290,7 +294,7 @@ class OptimizerConfig:
     lr: float = setting(1e-4, "Peak learning rate.", at_least=0)
     min_lr: float = setting(0.0, "Learning rate at the end of the decay.", at_least=0)
     lr_decay_style: Literal["linear", "cosine", "constant"] = setting("linear", "Shape of the decay after the warmup.")
-    lr_decay_iters: int | None = setting(None, "Steps over which the rate decays. Default: --train-iters.", at_least=1)
+    lr_decay_iters: int | None = setting(None, "Steps over which the rate decays. Default: all.", at_least=1)
     lr_warmup_fraction: float | None = setting(
         None, "Warmup, as a fraction of the decay steps. Default 0.005 without --lr-warmup-iters.", at_least=0, below=1
     )
@@ -313,11 +317,23 @@ class TrainingConfig:
         None, "Sequences per optimizer step. Default: --micro-batch-size times DP.", at_least=1
     )
     seq_length: int = setting(2048, "Tokens per sequence.", at_least=1)
-    train_iters: int = setting(
-        0, "Optimizer steps of the whole run; 0 with --save writes the untrained student.", at_least=0
+    train_tokens: int | None = setting(
+        None,
+        "The run's budget in tokens, such as 500M, 10B or 1.5e9 (K, M, B, T: thousand to trillion): as few steps as "
+        "reach it. A run has one budget, this one or one of the next three; one given by a flag replaces that of a "
+        "file, which replaces that of a preset.",
+        at_least=1,
+        metavar="TOKENS",
+        takes_suffix=True,
+    )
+    train_samples: int | None = setting(
+        None, "The budget in sequences: as few steps as reach it.", at_least=1, takes_suffix=True
+    )
+    train_iters: int | None = setting(
+        None, "The budget in optimizer steps; 0 with --save writes the untrained student.", at_least=0
     )
     train_epochs: int = setting(
-        0, "Instead of --train-iters: whole passes over all the training data, which has no weights then.", at_least=0
+        0, "The budget in whole passes over all the training data, which has no weights then; 0: none.", at_least=0
     )
     bf16: bool = setting(False, "Parameters and activations in bfloat16; gradients and optimizer state stay fp32.")
     fp16: bool = setting(
@@ -336,7 +352,7 @@ class TrainingConfig:
         at_least=1,
     )
     exit_interval: int | None = setting(
-        None, "Save and stop after a step that this divides. Default: run to --train-iters.", at_least=1
+        None, "Save and stop after a step that this divides. Default: run to the end of the budget.", at_least=1
     )
     exit_duration_in_mins: float | None = setting(
         None,
@@ -376,6 +392,11 @@ class DataConfig:
         None, "Tokenizer directory. Default: --teacher, or --student.", metavar="DIR", per_rank="path"
     )
     eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
+    mask_last_label: bool = setting(
+        False,
+        "Leave each sample's last label out of every loss: the first token after the sample, which is of another chunk "
+        "where the data are chunks of --seq-length tokens (--token-ids).",
+    )
     reset_attention_mask: bool = setting(
         False, "Let a token attend to its own document only, which ends with the end-of-document token."
     )

@@ -8,10 +8,11 @@ comes to the same answer. What the data holds (files, tokenizer, vocabulary) is 
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from .budget import budgets_of, check_budget, describe_budgets
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
 from .layout_checks import (
     check_batches,
@@ -30,14 +31,18 @@ def raise_all(errors: list[str]) -> None:
         raise ConfigError("\n".join(errors))
 
 
-def validate(method: Rules, *, world_size: int = 1) -> None:
-    """Everything that can be seen without the teacher. world_size: processes of the whole run, all nodes together."""
+def validate(method: Rules, *, world_size: int = 1, presets: Sequence[str] = ()) -> None:
+    """Everything that can be seen without the teacher. world_size: processes of the whole run, all nodes together.
+
+    presets: the names given with --preset, of which messages speak.
+    """
     config = method.config
     errors = list(check_ranges(config))
     if not errors:  # the rest divides by these numbers
         errors += check_layout(config, world_size)
-        errors += check_batches(config, world_size)
+        errors += check_batches(config, world_size, presets)
     errors += method.check()
+    errors += check_budget(config.training)
     errors += check_losses(method)
     errors += check_precision(config)
     errors += check_schedule(config)
@@ -126,8 +131,8 @@ def check_losses(method: Rules) -> Iterator[str]:
 
 
 def check_schedule(config: Config) -> Iterator[str]:
-    """With --train-epochs what depends on the number of steps is seen only once they have been counted."""
-    optimizer, train_iters = config.optimizer, config.training.train_iters
+    """What depends on the number of steps is seen only once another budget has been counted in them."""
+    optimizer, train_iters = config.optimizer, config.training.train_iters or 0
     if optimizer.lr_warmup_iters is not None and optimizer.lr_warmup_fraction is not None:
         yield "--lr-warmup-iters and --lr-warmup-fraction are both given. Keep one."
     elif optimizer.lr_warmup_iters and train_iters > 0 and optimizer.lr_warmup_iters >= config.decay_iters:
@@ -140,12 +145,12 @@ def check_schedule(config: Config) -> Iterator[str]:
 
 
 def check_data(config: Config) -> Iterator[str]:
-    data, train_iters, train_epochs = config.data, config.training.train_iters, config.training.train_epochs
+    data, budget = config.data, budgets_of(config.training)
     has_data = bool(data.data_path or data.train_data_path)
-    is_trained = train_iters > 0 or train_epochs > 0
+    is_trained = any(value > 0 for value in budget.values())
     split = parse_split(data.split)
-    if train_iters > 0 and train_epochs > 0:
-        yield f"--train-iters {train_iters} and --train-epochs {train_epochs} are both given. Keep one, the other is 0."
+    if data.mask_last_label and config.training.seq_length == 1:
+        yield "--mask-last-label with --seq-length 1 leaves no label. Leave one of them out."
     if data.data_path and (data.train_data_path or data.valid_data_path):
         yield (
             "--data-path goes with --split and cannot be combined with --train-data-path or --valid-data-path. "
@@ -156,8 +161,7 @@ def check_data(config: Config) -> Iterator[str]:
     if split is None:
         yield f"--split {data.split} is not up to three parts (train, validation, test) such as 969,30,1."
     if is_trained and not has_data:
-        given = f"--train-iters {train_iters}" if train_iters > 0 else f"--train-epochs {train_epochs}"
-        yield f"{given} needs training data. Give --data-path or --train-data-path."
+        yield f"{describe_budgets(budget)} needs training data. Give --data-path or --train-data-path."
     elif config.projection.is_calibrated and not has_data and config.checkpoint.load is None:
         yield (
             f"--init {config.projection.init} runs the teacher over training tokens. Give --data-path or "
@@ -191,7 +195,7 @@ def check_checkpoint(config: Config) -> Iterator[str]:
             f"--pretrained-checkpoint {checkpoint.pretrained_checkpoint} is not a directory. Give the run directory, "
             "or the checkpoint, whose weights to start from."
         )
-    if checkpoint.save is None and config.training.train_iters == config.training.train_epochs == 0:
+    if checkpoint.save is None and budgets_of(config.training) == {"train_iters": 0}:
         yield "--train-iters 0 without --save does nothing. Give --train-iters N, or --save RUN to write the start."
 
 

@@ -9,7 +9,7 @@ import logging
 
 import numpy
 
-from megatron_lrc.config import Config, ConfigError, flag_of
+from megatron_lrc.config import Config, ConfigError, budgets_of, describe_budgets, flag_of
 from megatron_lrc.data.blends import dataset_prefixes, plan_data
 from megatron_lrc.data.directory_tokenizer import has_tokenizer
 from megatron_lrc.data.indexed_files import IndexedFile, read_index, read_indexed_file
@@ -41,9 +41,7 @@ def check_sizes(config: Config) -> list[IndexedFile]:
     plan, training = plan_data(config), config.training
     if plan.train is None:
         is_calibrated = config.projection.is_calibrated and config.checkpoint.load is None
-        purposes = {
-            "--train-iters above 0": training.train_iters > 0,
-            "--train-epochs above 0": training.train_epochs > 0,
+        purposes = {f"{describe_budgets({name: value})}": value > 0 for name, value in budgets_of(training).items()} | {
             f"--init {config.projection.init} (for its calibration)": is_calibrated,
         }
         for purpose, is_asked in purposes.items():

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, count_steps
 from megatron_lrc.data.blends import Blend, DataPlan, plan_data
 from megatron_lrc.data.checksums import check_checksums, write_checksums
 from megatron_lrc.data.data_checks import flags_that_need_eod
@@ -49,15 +49,20 @@ def build_datasets(
     return request.open(config, plan)
 
 
-def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int = 0) -> Config:
-    """A copy in which --train-iters is what --train-epochs N comes to; the same Config without --train-epochs.
+def resolve_train_iters(
+    config: Config, *, step: int = 0, consumed_samples: int = 0, consumed_tokens: int = 0
+) -> Config:
+    """A copy in which another budget than --train-iters is counted in steps; else the same Config.
 
-    An epoch is one pass over every training dataset (`sample_order.py`): each token is an input once, and a
-    label once. Left out are the tokens after a dataset's last whole sample (at most seq_length, other ones in
-    each pass), and at the end of the run the samples that fill no global batch. `step` and
-    `consumed_samples`: where a resumed run stands, which takes the samples that are left, whatever its batch
-    size was.
+    `step`, `consumed_samples`, `consumed_tokens`: where a resumed run stands, which takes what is left of its budget,
+    whatever its batch size was. --train-tokens and --train-samples: `config.budget.count_steps`. --train-epochs: an
+    epoch is one pass over every training dataset (`sample_order.py`): each token is an input once, and a label once.
+    Left out are the tokens after a dataset's last whole sample (at most seq_length, other ones in each pass), and at
+    the end of the run the samples that fill no global batch.
     """
+    place = {"step": step, "consumed_samples": consumed_samples, "consumed_tokens": consumed_tokens}
+    if (steps := count_steps(config.training, **place)) is not None:
+        return replace(config, training=replace(config.training, train_iters=steps))
     num_epochs, batch_size = config.training.train_epochs, config.training.global_batch_size
     plan = plan_data(config)
     if not num_epochs or plan.train is None:
@@ -67,7 +72,7 @@ def resolve_train_iters(config: Config, *, step: int = 0, consumed_samples: int 
     if plan.train.weights:
         raise ConfigError(
             f"--train-epochs {num_epochs} passes over every dataset equally often, which the weights of "
-            f"{plan.train.flag} contradict. Leave the weights out, or give --train-iters instead."
+            f"{plan.train.flag} contradict. Leave the weights out, or give --train-tokens instead."
         )
     num_samples = num_epochs * order.samples_per_pass
     if num_samples < consumed_samples:
@@ -105,10 +110,10 @@ class Request:
     @classmethod
     def of(cls, config: Config, plan: DataPlan, *, step: int = 0, consumed_samples: int = 0) -> "Request":
         assert plan.train is not None
-        training, batch_size = config.training, config.training.global_batch_size
+        batch_size = config.training.global_batch_size
         assert batch_size is not None, "the configuration has been resolved before datasets are built"
         orders = {"train": _order_of(plan.train, plan.train_part, config)}
-        ahead = max(training.train_iters - step, 0) * batch_size
+        ahead = max(config.train_iters - step, 0) * batch_size
         sizes = {"train": max(consumed_samples + ahead, max(num_calibration_batches(config), 1) * batch_size)}
         if plan.valid:
             orders["valid"] = _order_of(plan.valid, plan.valid_part, config)
@@ -192,7 +197,15 @@ class Request:
             order, datasets = self.orders[name], []
             for index, source in enumerate(order.sources):
                 maps = {kind: self.load(f"{name}-{index}-{kind}") for kind in ("documents", "samples", "shuffle")}
-                datasets.append(RepeatedDataset(source.file.prefix, source.documents, maps, gpt_config))
+                datasets.append(
+                    RepeatedDataset(
+                        source.file.prefix,
+                        source.documents,
+                        maps,
+                        gpt_config,
+                        masks_last_label=config.data.mask_last_label,
+                    )
+                )
             is_blend = len(datasets) > 1
             blending = (self.load(f"{name}-datasets"), self.load(f"{name}-numbers")) if is_blend else None
             return OrderedDataset(order, self.reaches[name], datasets, blending)

@@ -9,33 +9,39 @@ from collections.abc import Callable
 
 import numpy
 
-from megatron_lrc.config import Config, ConfigError, check_ranges, raise_all
+from megatron_lrc.config import Config, ConfigError, check_budget, check_ranges, raise_all
 from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.data_checks import check_sizes
 from megatron_lrc.data.datasets import Request, resolve_train_iters
 
 
 def build_index_cache(
-    config: Config, *, step: int = 0, consumed_samples: int = 0, report: Callable[[str], None]
+    config: Config,
+    *,
+    step: int = 0,
+    consumed_samples: int = 0,
+    consumed_tokens: int = 0,
+    report: Callable[[str], None],
 ) -> Request:
-    """Fill the cache for a run that has read `consumed_samples` in `step` steps. ConfigError for what it refuses."""
+    """Fill the cache for a run that has read so many samples and tokens in `step` steps. ConfigError for what it
+    refuses."""
     raise_all(list(check_ranges(config)))
     if config.training.global_batch_size is None:
         raise ConfigError(
             "--global-batch-size is missing: its default depends on the number of processes of the run, "
             "which is not known here. Give the run's."
         )
-    if config.training.train_iters and config.training.train_epochs:
-        raise ConfigError("--train-iters and --train-epochs are both given. Keep one, the other is 0.")
     check_sizes(config)
     plan = plan_data(config)
     if plan.train is None:
         raise ConfigError("There is no data to build maps for. Give --data-path or --train-data-path, as to the run.")
-    config = resolve_train_iters(config, step=step, consumed_samples=consumed_samples)
-    request = Request.of(config, plan, step=step, consumed_samples=consumed_samples)
+    raise_all(list(check_budget(config.training)))
+    place = {"step": step, "consumed_samples": consumed_samples}
+    config = resolve_train_iters(config, **place, consumed_tokens=consumed_tokens)
+    request = Request.of(config, plan, **place)
     start = time.monotonic()
     was_there = request.fill_cache()
-    report(f"{config.training.train_iters} steps of {config.training.global_batch_size} samples")
+    report(f"{config.train_iters} steps of {config.training.global_batch_size} samples")
     for name in request.orders:
         _describe(request, name, report)
     how = "were there already" if was_there else f"built in {time.monotonic() - start:.1f} s"

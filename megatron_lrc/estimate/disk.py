@@ -37,7 +37,7 @@ def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskN
     """A checkpoint holds what is trained and the optimizer's state, whatever the layout; nothing of W_T, and of W_S
     only where that is what is trained. With --open-after it is of the student's end that this speaks."""
     method = method_of(config)
-    own = method.own_matrices(has_changed=method.change_step is not None)
+    own = method.own_matrices(has_changed=method.changes)
     trained = trained_elements(teacher, student, own) + method.num_beside(teacher, student)
     e = bytes_per_element(config)
     state = (2 if e == FP32 else 3) * FP32
@@ -45,7 +45,7 @@ def disk_need(config: Config, teacher: ModelShape, student: ModelShape) -> DiskN
 
 
 def _num_kept(config: Config) -> int:
-    checkpoint, last = config.checkpoint, config.training.train_iters
+    checkpoint, last = config.checkpoint, config.train_iters
     interval = checkpoint.save_interval or max(last, 1)
     steps = [*range(interval, last, interval), last]
     if checkpoint.keep_last is None and checkpoint.save_retain_interval is None:

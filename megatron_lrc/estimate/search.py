@@ -4,7 +4,7 @@ Which layouts are allowed is asked of `layout_checks.py` and `validation.py`, so
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,14 +15,21 @@ from megatron_lrc.config import (
     check_batches,
     check_layout,
     divisors,
+    propose_batches,
     validate_against_teacher,
 )
 from megatron_lrc.estimate.devices import GIB, Gpu
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
-from megatron_lrc.estimate.speed import SECONDS_PER_DAY, StepTime, step_time
+from megatron_lrc.estimate.speed import StepTime, step_time
 from megatron_lrc.methods import method_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+#: Share of a step that a pipeline may wait before a larger batch is looked at.
+LARGE_BUBBLE = 0.05
+#: How many times larger a batch is tried.
+LARGER = (2, 4, 8, 16)
+#: Share by which it has to be faster to be worth a word, and of the fastest one's speed that is fast enough.
+WORTHWHILE, ENOUGH = 1.05, 0.95
 #: How often a model is split, in which way.
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 RECOMPUTATION = (
@@ -42,9 +49,18 @@ class Plan:
     time: StepTime
 
     @property
-    def days(self) -> float:
-        """For all of --train-iters."""
-        return self.time.total * self.config.training.train_iters / SECONDS_PER_DAY
+    def hours(self) -> float | None:
+        """For the whole budget; None where steps are not known: without a budget, or in epochs of unread data."""
+        steps = self.config.training.train_iters
+        return None if steps is None else self.time.total * steps / 3600
+
+    @property
+    def bubble_of_batch(self) -> bool:
+        """Whether the pipeline waits for want of micro-batches."""
+        stages = self.config.parallel.pipeline_model_parallel_size
+        return stages > 1 and (
+            self.time.bubble_fraction > LARGE_BUBBLE or self.config.num_microbatches(self.world_size) < stages
+        )
 
     @property
     def recompute(self) -> str:
@@ -80,20 +96,31 @@ class Plan:
             "step_seconds": {**asdict(self.time), "total": self.time.total},
             "bubble_fraction": self.time.bubble_fraction,
             "tokens_per_second": self.time.tokens_per_second,
-            "days": self.days,
+            "tokens": None if training.train_iters is None else training.train_iters * self.time.tokens,
+            "steps": training.train_iters,
+            "hours": self.hours,
+            "days": None if self.hours is None else self.hours / 24,
             "flags": self.flags(),
         }
 
 
 def find_plans(
-    config: Config, teacher: ModelShape, student: ModelShape, *, world_size: int, gpu: Gpu, mfu: float
+    config: Config,
+    teacher: ModelShape,
+    student: ModelShape,
+    *,
+    world_size: int,
+    gpu: Gpu,
+    mfu: float,
+    micro_batches: Sequence[int] = MICRO_BATCHES,
 ) -> list[Plan]:
     """Every allowed layout whose estimated peak the GPU holds, the fastest first. ConfigError if there is none.
 
-    config: what is searched (`candidates`) is overwritten in it; the rest of it holds for every layout.
+    micro_batches: the sizes to try. config: what is searched (`candidates`) is overwritten in it; the rest of it holds
+    for every layout.
     """
     plans = []
-    for candidate in candidates(config, teacher, world_size):
+    for candidate in candidates(config, teacher, world_size, micro_batches):
         resolved = candidate.resolved(world_size)
         peaks = peak_memory(resolved, teacher, student, world_size=world_size)
         time = step_time(resolved, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
@@ -101,7 +128,7 @@ def find_plans(
     if not plans:
         raise ConfigError(
             f"No layout of {world_size} GPUs goes with --global-batch-size {config.training.global_batch_size} and "
-            f"--seq-length {config.training.seq_length}. Use a batch that more of the data-parallel sizes divide."
+            f"--seq-length {config.training.seq_length}. {_fitting_batches(config, world_size)}."
         )
     fitting = [plan for plan in plans if plan.memory.total <= gpu.memory]
     if not fitting:
@@ -113,6 +140,36 @@ def find_plans(
     return sorted(fitting, key=_rank)
 
 
+def larger_batch(best: Plan, teacher: ModelShape, student: ModelShape, *, gpu: Gpu, mfu: float) -> Plan | None:
+    """The fastest layout with a larger batch, where the batch is what limits `best`: the smallest of 2 to 16 times
+    that comes near the fastest of them. None where the batch does not limit, or more of it gains nothing."""
+    batch_size = best.config.training.global_batch_size
+    if batch_size is None or not best.bubble_of_batch:
+        return None
+    found = []
+    for times in LARGER:
+        config = replace(best.config, training=replace(best.config.training, global_batch_size=batch_size * times))
+        wanted = {
+            "world_size": best.world_size,
+            "gpu": gpu,
+            "mfu": mfu,
+            "micro_batches": (1,),
+        }  # the estimate's fastest
+        found.append(find_plans(config, teacher, student, **wanted)[0])
+    fastest = max(plan.time.tokens_per_second for plan in found)
+    if fastest < WORTHWHILE * best.time.tokens_per_second:
+        return None
+    return next(plan for plan in found if plan.time.tokens_per_second >= ENOUGH * fastest)
+
+
+def _fitting_batches(config: Config, world_size: int) -> str:
+    """What to do: the nearest batches that every data-parallel size divides."""
+    batch_size = config.training.global_batch_size
+    if batch_size is None:
+        return "Use a --seq-length that the GPUs can share"
+    return propose_batches(config, batch_size, world_size)
+
+
 def _rank(plan: Plan) -> tuple:
     """By speed; what the estimate cannot tell apart (two digits) by how few things are split, then by memory."""
     parallel, speed = plan.config.parallel, float(f"{plan.time.tokens_per_second:.2g}")
@@ -120,12 +177,14 @@ def _rank(plan: Plan) -> tuple:
     return -speed, tp * pp * cp, (cp, pp, tp), plan.memory.total
 
 
-def candidates(config: Config, teacher: ModelShape, world_size: int) -> Iterator[Config]:
+def candidates(
+    config: Config, teacher: ModelShape, world_size: int, micro_batches: Sequence[int] = MICRO_BATCHES
+) -> Iterator[Config]:
     """Every allowed layout: TP within a node, PP, CP, micro-batch size, recomputation, distributed optimizer."""
     tensor = [size for size in divisors(world_size) if size <= 8]
     pipeline = [size for size in divisors(world_size) if size <= teacher.num_layers]
     context = [size for size in divisors(world_size) if size <= 8]
-    for tp, pp, cp, micro_batch in itertools.product(tensor, pipeline, context, MICRO_BATCHES):
+    for tp, pp, cp, micro_batch in itertools.product(tensor, pipeline, context, micro_batches):
         sizes = dict(zip(SIZES, (tp, pp, cp), strict=True))
         parallel = replace(config.parallel, **sizes, sequence_parallel=tp > 1)
         parallel = replace(parallel, recompute_method="uniform", recompute_num_layers=1)

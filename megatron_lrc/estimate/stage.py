@@ -79,7 +79,7 @@ class Stage:
     def own(self) -> frozenset[str]:
         """The student's own matrices; of a run with --open-after those at its end."""
         method = method_of(self.config)
-        return method.own_matrices(has_changed=method.change_step is not None)
+        return method.own_matrices(has_changed=method.changes)
 
     @property
     def own_elements(self) -> int:

@@ -140,9 +140,11 @@ class Method(ABC):
         return False
 
     def student_shape(self, base: ModelShape) -> ModelShape:
-        """The student's shape at the end: the base model's but for the hidden size, and maybe the tying."""
-        assert self.config.model.student_hidden_size is not None, "student_shape() needs a validated config"
-        return replace(base, hidden_size=self.config.model.student_hidden_size, is_tied=self._is_tied(base))
+        """The student's shape at the end: the base model's but for the hidden size, and maybe tying and epsilon."""
+        model = self.config.model
+        assert model.student_hidden_size is not None, "student_shape() needs a validated config"
+        epsilon = base.norm_epsilon if model.student_norm_epsilon is None else model.student_norm_epsilon
+        return replace(base, hidden_size=model.student_hidden_size, is_tied=self._is_tied(base), norm_epsilon=epsilon)
 
     def shape_of_phase(self, base: ModelShape, *, has_changed: bool) -> ModelShape:
         """The shape that the student has before, or after, `change`."""
@@ -179,6 +181,11 @@ class Method(ABC):
         }
 
     # --- what changes during a run --------------------------------------------------------------------------------
+
+    @property
+    def changes(self) -> bool:
+        """Whether `change_step` is some step; known also while the run's steps are not."""
+        return False
 
     @property
     def change_step(self) -> int | None:

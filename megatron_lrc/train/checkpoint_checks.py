@@ -98,8 +98,9 @@ def check_fits(path: Path, method: Method, reader: Reader, fingerprint: str) -> 
         raise ConfigError(refusal)
     if saved != wanted:
         raise ConfigError(
-            f"{path} holds a student of hidden size {saved.hidden_size}, {describe_tying(saved)}; the flags ask for "
-            f"{wanted.hidden_size}, {describe_tying(wanted)}. Repeat --student-hidden-size, --init and "
+            f"{path} holds a student of hidden size {saved.hidden_size}, {describe_tying(saved)}, norm epsilon "
+            f"{saved.norm_epsilon:g}; the flags ask for {wanted.hidden_size}, {describe_tying(wanted)}, "
+            f"{wanted.norm_epsilon:g}. Repeat --student-hidden-size, --student-norm-epsilon, --init and "
             f"--untie-embeddings-and-output-weights as they were, or give --config {path.parent / CONFIG_FILE}."
         )
     return state

@@ -7,13 +7,22 @@ GPUs' peak is an assumption and printed as one.
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from megatron_lrc.config import Config, ConfigError, DryRun, ModelShape, describe_changes
+from megatron_lrc.checkpoints.run_directory import RunState
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    DryRun,
+    ModelShape,
+    describe_changes,
+    describe_departures,
+    describe_training,
+)
 from megatron_lrc.console import say
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
@@ -27,10 +36,10 @@ from megatron_lrc.methods.method import describe_tying
 from megatron_lrc.train.start_checks import check
 
 
-def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
+def dry_run(config: Config, wanted: DryRun, world_size: int, presets: Sequence[str] = ()) -> None:
     """Check and print. ConfigError as a run would raise it, or if memory or disk cannot hold the run.
 
-    config: resolved for world_size GPUs.
+    config: resolved for world_size GPUs. presets: the names given with --preset.
     """
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process answers
         return
@@ -42,7 +51,8 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     method = method_of(config)
     student = method.student_shape(shape)
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
-    warnings, peaks, memory, time = checked.warnings, [], iter(()), iter(())
+    warnings = [*checked.warnings, *describe_departures(config, presets)]
+    peaks, memory, time = [], iter(()), iter(())
     if method.is_estimated:
         peaks = peak_memory(config, shape, student, world_size=world_size)
         memory, mfu = describe_memory(peaks, gpu), wanted.mfu or DEFAULT_MFU
@@ -52,7 +62,7 @@ def dry_run(config: Config, wanted: DryRun, world_size: int) -> None:
     for line in itertools.chain(
         describe_changes(config),
         describe_models(method, shape, student),
-        describe_layout(config, world_size),
+        describe_layout(config, world_size, checked.state),
         describe_flops(config, shape, student),
         memory,
         describe_disk(config, shape, student),
@@ -89,12 +99,9 @@ def describe_models(method: Method, teacher: ModelShape, student: ModelShape) ->
         yield from method.describe_trained(count)
 
 
-def describe_layout(config: Config, world_size: int) -> Iterator[str]:
-    training = config.training
-    assert training.global_batch_size is not None
+def describe_layout(config: Config, world_size: int, state: RunState) -> Iterator[str]:
     yield f"layout: {config.describe_layout(world_size, f'{world_size} GPUs')}"
-    tokens, steps = training.global_batch_size * training.seq_length, training.train_iters
-    yield f"training: {steps} steps of {tokens} tokens, {steps * tokens / 1e9:.3f}B in all"
+    yield f"training: {describe_training(config.training, step=state.step, consumed_tokens=state.tokens)}"
 
 
 def describe_flops(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:
@@ -141,9 +148,9 @@ def describe_time(
 ) -> Iterator[str]:
     """done: steps that a run to be continued has behind it."""
     time = step_time(config, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
-    left = config.training.train_iters - done
+    left = config.train_iters - done
     yield (
-        f"time: {span(time.total * left)} for {left} steps, {time.tokens_per_second:.0f} tokens/s, if "
+        f"time: {span(time.total * left)} for {left:,} steps, {time.tokens_per_second:.0f} tokens/s, if "
         f"{gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
         f"{time.bubble_fraction:.0%}, communication {time.communication / time.total:.0%}"
     )

@@ -1,5 +1,6 @@
 """A training run from a Config: check, build, steps with validation, logging and checkpoints between them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,19 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_lrc.checkpoints.run_directory import RunState
-from megatron_lrc.config import Config, ConfigError, RunStopped, describe_changes, save_yaml
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    RunStopped,
+    describe_changes,
+    describe_departures,
+    describe_training,
+    save_yaml,
+)
 from megatron_lrc.console import say
 from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.datasets import build_datasets
+from megatron_lrc.estimate.speed import DEFAULT_MFU
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
 from megatron_lrc.mcore.distributed import Groups, Meeting
@@ -42,10 +52,11 @@ from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 
-def train(config: Config) -> tuple[Config, RunState] | None:
+def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState] | None:
     """Run the whole training on this process, one of the world that torchrun's environment describes.
 
-    Gives what has been trained, and where it stands; None if the run was stopped before its end.
+    presets: the names given with --preset, of which warnings speak. Gives what has been trained, and where it stands;
+    None if the run was stopped before its end.
     """
     choose_determinism(config)
     check_machine(config)
@@ -54,12 +65,13 @@ def train(config: Config) -> tuple[Config, RunState] | None:
     groups = distributed.start(config, meeting)
     distributed.watch_peers(groups)
     checked = _fall_back_past_damage(config, checked, meeting)
+    checked.warnings.extend(describe_departures(checked.config, presets))
     start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
     trainer = Trainer(checked.config, checked, groups)
     trainer.train()
     stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
-    is_finished = trainer.state.step == checked.config.training.train_iters
+    is_finished = trainer.state.step == checked.config.train_iters
     return (checked.config, trainer.state) if is_finished else None
 
 
@@ -125,7 +137,7 @@ class Trainer:
         with collect_only_new_objects(is_on=self.config.checkpoint.async_save), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
-            if self.state.step < self.config.training.train_iters and not self.stopping.is_asked:
+            if self.state.step < self.config.train_iters and not self.stopping.is_asked:
                 self._train_steps(log)
             self.run.optimizer.await_parameters()
             self.saving.save_last()
@@ -141,13 +153,13 @@ class Trainer:
         batches = self.stragglers.watch(self._batches(self.train_data, state.consumed_samples))
         stopwatch = Stopwatch()
         interval = Interval(self.run.stages[0].sums.clone.shape, self.groups.device)
-        while state.step < config.training.train_iters:
+        while state.step < config.train_iters:
             if self._is_to_change():
                 self._change()
                 if log:
                     log.throughput = self._throughput()
             lr = self.run.optimizer.lr
-            is_last = state.step + 1 == config.training.train_iters
+            is_last = state.step + 1 == config.train_iters
             is_logged = is_last or _is_due(state.step + 1, config.logging.log_interval)
             with self.stragglers.step():
                 report = train_step(
@@ -311,6 +323,7 @@ class Trainer:
         shapes, trained = self.run.stages[0].shapes, self._count_trained()
         self._say(self.method.headline(shapes.teacher, shapes.student, trained, has_changed=self._has_changed))
         self._say(self.config.describe_layout(distributed.world_size(), self.groups.device.type))
+        self._say(self._describe_training())
         if kernels := describe_kernels(self.config, parameter_dtype(self.config), self.method.noun):
             self._say(kernels)
         for warning in checked.warnings:
@@ -326,6 +339,16 @@ class Trainer:
                     "weights, --split, --seq-length, --seed); the position is kept: the next sample is number "
                     f"{self.state.consumed_samples} of the data given now"
                 )
+
+    def _describe_training(self) -> str:
+        """The budget; hours where the device's peak is known, which is on no CPU."""
+        state, steps = self.state, self.config.train_iters
+        line = f"training: {describe_training(self.config.training, step=state.step, consumed_tokens=state.tokens)}"
+        seconds = self._throughput().seconds_per_step(DEFAULT_MFU)
+        if seconds is None:
+            return line
+        hours = seconds * (steps - state.step) / 3600
+        return f"{line}; about {hours:.1f} hours at {DEFAULT_MFU:.0%} of the peak (assumed)"
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:

@@ -71,7 +71,7 @@ class RunLog:
         weights: str | None,
         world_size: int,
     ):
-        self._progress = Progress(config.training.train_iters)
+        self._progress = Progress(config.train_iters)
         self.throughput = throughput
         save = config.checkpoint.save
         self._run = Path(save) if save else None

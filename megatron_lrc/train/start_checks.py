@@ -6,8 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_lrc.checkpoints.run_directory import RunState
-from megatron_lrc.config import Config, ConfigError, check_schedule, raise_all, validate_against_teacher
+from megatron_lrc.checkpoints.run_directory import RunState, read_state
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    budgets_of,
+    check_schedule,
+    describe_budgets,
+    is_counted,
+    raise_all,
+    validate_against_teacher,
+)
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
@@ -32,7 +41,7 @@ from megatron_lrc.train.checkpoint_checks import (
 class Checked:
     """What the checks have opened. teacher: without one the model that the student is, or has the config.json of."""
 
-    config: Config  # with the --train-iters that --train-epochs comes to
+    config: Config  # its budget counted in steps
     teacher: TeacherDescription
     reader: Reader
     resume_from: Path | None
@@ -74,13 +83,13 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     weights_from = None if resume_from else find_weights(config)
     if weights_from:
         check_method(weights_from, method)
-    config = resolve_train_iters(config, step=state.step, consumed_samples=state.consumed_samples)
-    if config.training.train_epochs:  # only now are its steps known
+    config = resolve_train_iters(
+        config, step=state.step, consumed_samples=state.consumed_samples, consumed_tokens=state.tokens
+    )
+    if is_counted(config.training):  # only now are its steps known
         raise_all(list(check_schedule(config)))
-    if state.step > config.training.train_iters:
-        raise ConfigError(
-            f"{resume_from} is past --train-iters {config.training.train_iters}. Use a larger one to train further."
-        )
+    if resume_from:
+        _check_not_past(config, resume_from, state)
     return Checked(config, teacher, reader, resume_from, weights_from, state, warnings)
 
 
@@ -117,6 +126,24 @@ def check_base(checked: Checked) -> Checked:
     if contents:
         warnings += warn_of_samples(reader.fingerprint(contents), trained_with, checkpoint, reader)
     return replace(checked, state=replace(checked.state, teacher_fingerprint=fingerprint), warnings=warnings)
+
+
+def _check_not_past(config: Config, checkpoint: Path, state: RunState) -> None:
+    """Refuse a budget that was used up before the checkpoint's last step: another one is meant. That step may have
+    gone past it, being whole."""
+    training, before = config.training, read_state(checkpoint)[1].training
+    budget = budgets_of(training) if not is_counted(training) else budgets_of(replace(training, train_iters=None))
+    last = before.global_batch_size or 0
+    begun = {
+        "train_iters": state.step,
+        "train_samples": state.consumed_samples - last + 1,
+        "train_tokens": state.tokens - last * before.seq_length + 1,
+    }
+    for name, value in budget.items():
+        if begun.get(name, 0) > value:
+            raise ConfigError(
+                f"{checkpoint} is past {describe_budgets({name: value})}. Use a larger one to train further."
+            )
 
 
 def _open_base(method: Method) -> tuple[TeacherDescription, Reader]:

@@ -61,7 +61,7 @@ def note_start(
     line = {
         "time": now(),
         "step": step,
-        "train_iters": config.training.train_iters,
+        "train_iters": config.train_iters,
         "checkpoint": str(checkpoint) if checkpoint else None,
         "weights": weights,
         "lost_steps": lost[0],

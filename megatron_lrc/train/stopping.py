@@ -75,7 +75,7 @@ class Stopping:
         stop_file = self._stop_file()
         if stop_file and self._groups.is_main_rank and self._heard[REASONS.index(f"the file {STOP_FILE}")]:
             stop_file.unlink(missing_ok=True)
-        step, steps, save = self._state.step, self._config.training.train_iters, self._config.checkpoint.save
+        step, steps, save = self._state.step, self._config.train_iters, self._config.checkpoint.save
         if not self.is_asked or step == steps:
             return None
         reason = next((name for name, heard in zip(REASONS, self._heard, strict=True) if heard), "--exit-interval")

@@ -56,3 +56,7 @@ class Throughput:
         if self._peak:
             fields["mfu"] = {name: value / self._peak for name, value in tflops.items()}
         return fields
+
+    def seconds_per_step(self, mfu: float) -> float | None:
+        """If the devices compute at this share of their peak, and wait for nothing; None where it is not known."""
+        return sum(self._tflops.values()) / (self._peak * mfu) if self._peak else None

@@ -140,6 +140,23 @@ def test_epochs_go_on_exactly_and_the_schedule_knows_their_steps(base, whole, tm
 
 
 @pytest.mark.distributed
+def test_a_run_that_goes_on_with_a_doubled_batch_ends_at_its_budget(base, whole, stopped, tmp_path):
+    """Of 46 samples' tokens 16 are read: two steps of 16 are the fewest that reach the rest."""
+    budget = {"train_iters": None, "train_tokens": 46 * 16}
+    doubled = resumed(base, str(tmp_path / "run"), load=stopped, **budget, global_batch_size=16)
+    assert samples_of(doubled) == whole[16:48]
+    assert records(tmp_path / "run")[-1]["tokens"] == 48 * 16
+    finished = resumed(doubled, str(tmp_path / "run"), load=str(tmp_path / "run"), global_batch_size=8)
+    assert check(finished.resolved(1), 1).config.train_iters == 4  # nothing is left, although it went past its budget
+    for less, refusal in (
+        ({"train_tokens": 32 * 16 - 1}, "iter_0000004 is past --train-tokens 511. Use a larger one"),
+        ({"train_tokens": None, "train_samples": 32}, "iter_0000004 is past --train-samples 32. Use a larger one"),
+    ):
+        with pytest.raises(ConfigError, match=refusal):
+            check(changed(finished, str(tmp_path / "run"), **less).resolved(1), 1)
+
+
+@pytest.mark.distributed
 def test_other_data_is_read_from_the_same_position_with_a_warning(base, whole, stopped, tmp_path):
     other = resumed(base, str(tmp_path / "other"), load=stopped, train_iters=6, seed=5)
     samples, warnings = run(other)

@@ -36,7 +36,7 @@ LAYOUTS = [
 
 
 VARIANTS = [
-    Variant(released=True),
+    Variant(released=True, student_epsilon=0.3),
     Variant(detach=True),
     Variant(lm_weight=0.4, kl_weight=0.0),
     Variant(lm_weight=0.0, alpha=1.5),
@@ -69,11 +69,15 @@ def test_four_tensor_parallel_ranks_equal_the_reference(tiny_llama):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("write", [write_qwen2, write_qwen3])
+@pytest.mark.parametrize(
+    ("write", "variant"),
+    [(write_qwen2, Variant()), (write_qwen3, Variant(student_epsilon=0.02))],
+    ids=["qwen2", "qwen3"],
+)
 @pytest.mark.parametrize("layout", [Layout(micro=12), Layout(tp=2), Layout(pp=2, chunks=2, recompute="full")], ids=str)
-def test_other_families_equal_the_reference(tmp_path, layout, write):
+def test_other_families_equal_the_reference(tmp_path, layout, write, variant):
     write(tmp_path, num_layers=4, dtype=torch.float64)
-    assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, Variant(), tied=False)
+    assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, variant, tied=False)
 
 
 @pytest.mark.distributed

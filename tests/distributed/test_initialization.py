@@ -147,6 +147,7 @@ def inputs_of_norms(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor
 def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path):
     """Against torch's solver, on rows for the tokens and rows for the ridge."""
     config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "ridge")
+    config.model.student_norm_epsilon = own_epsilon = 0.05
     train(config)
     found = projections_of(tmp_path / "run")
     basis = found["embed"].double()
@@ -155,7 +156,7 @@ def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_
     width = basis.shape[1]
     for norm, sites in {"layers.1.input": "qkv", "layers.2.post": ["gate", "up"], "final": ["lm_head"]}.items():
         teacher_reads = torch.nn.functional.rms_norm(streams[norm], (WIDTH,), gains[norm], epsilon)
-        student_reads = torch.nn.functional.rms_norm(streams[norm] @ basis, (width,), eps=epsilon)
+        student_reads = torch.nn.functional.rms_norm(streams[norm] @ basis, (width,), eps=own_epsilon)
         prior = (WIDTH / width) ** 0.5 * gains[norm][:, None] * basis
         weight = (RIDGE * student_reads.square().sum(0).mean()).sqrt()
         inputs = torch.cat([student_reads, weight * torch.eye(width)])

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from disturbed_training import train_spoiled
 from megatron_lrc.config import Config
+from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import scalars
 from megatron_lrc.train.step import Interval, LossTotals, StepReport
@@ -118,3 +120,21 @@ def test_tensorboard_has_a_name_for_every_part_that_is_on():
         "train_layers/effective_rank_student_00": 4.0,
         "train_layers/effective_rank_student_01": 5.0,
     }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_samples_loss_is_its_mean_over_all_labels_or_over_all_but_the_last(seven_step_config, tiny_llama, is_masked):
+    """The teacher's own loss on one sample, against transformers."""
+    config = seven_step_config
+    config.training.train_iters, config.training.micro_batch_size, config.training.global_batch_size = 0, 1, 1
+    config.logging.eval_iters, config.data.mask_last_label = 1, is_masked
+    train(config)
+    (record,) = records(config.checkpoint.save, "validation.jsonl")
+    _, valid = build_datasets(config)
+    sample = valid[0]
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(tiny_llama(num_layers=4))(sample["tokens"][None]).logits[0]
+    count = len(sample["labels"]) - is_masked
+    expected = torch.nn.functional.cross_entropy(logits[:count], sample["labels"][:count]).item()
+    assert record["teacher_lm_loss"] == pytest.approx(expected, rel=1e-5)

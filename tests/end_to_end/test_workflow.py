@@ -27,6 +27,7 @@ def test_text_to_exported_student_through_the_command_line(tmp_path, capsys):
     script = ["bash", str(ROOT / "examples/pretrain_lrc.sh"), *flags.split()]
     first = run(*script, "--train-iters", "2", GPUS_PER_NODE="2")
     assert "step 2/2" in first and "saved" in first
+    assert "\ntraining: 256 tokens in 2 steps of 128 tokens\n" in first  # on CPU no hours
     second = run(*script, "--train-iters", "4", "--load", str(runs), GPUS_PER_NODE="2")
     assert "at step 2" in second and "step 3/4" in second and "step 2/4" not in second
     steps = [json.loads(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]
@@ -55,7 +56,9 @@ def test_text_to_exported_student_through_the_command_line(tmp_path, capsys):
     # and back again: the student is the teacher of the next clone
     chain = f"--teacher {tmp_path}/student --student-hidden-size 12 --save {tmp_path}/next --train-iters 2"
     chain += f" --data-path {tmp_path}/corpus_text_document --split 90,10,0 --eval-iters 1 --seq-length 32"
-    assert "step 2/2" in run(sys.executable, "-m", "megatron_lrc", "train", *chain.split(), "--global-batch-size", "4")
+    chain += " --global-batch-size 4 --peak-tflops 0.001"
+    third = run(sys.executable, "-m", "megatron_lrc", "train", *chain.split())
+    assert "step 2/2" in third and "about 0.0 hours at 35% of the peak (assumed)" in third
     convert = [sys.executable, str(ROOT / "tools/convert_to_hf.py"), "--load", str(tmp_path / "next")]
     run(*convert, "--output", str(tmp_path / "grandchild"))
     grandchild = AutoModelForCausalLM.from_pretrained(tmp_path / "grandchild")

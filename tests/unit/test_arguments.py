@@ -198,12 +198,22 @@ def test_help_and_version_exit_with_zero(capsys):
 
 @pytest.mark.parametrize("name", PUBLISHED_RUNS)
 def test_a_published_run_says_everything_but_where_teacher_and_data_are(name):
-    config = parse_config(["--preset", name])
-    tokens = config.training.train_iters * config.global_batch_size(8) * config.training.seq_length
+    config = parse_config(["--preset", name]).resolved(8)
+    tokens = config.train_iters * config.global_batch_size(8) * config.training.seq_length
     assert round(tokens / 1e9) == int(PUBLISHED_RUNS[name][1].removesuffix("B"))
     assert config.global_batch_size(8) % 8 == 0  # eight data-parallel replicas, as published
     assert config.model.student_hidden_size and config.loss.kl_temperature == 40
     assert config.total_kl_weight == pytest.approx(1.28)  # the released code's, as this package weighs the KL
+
+
+@pytest.mark.parametrize("name", PUBLISHED_RUNS)
+def test_a_published_run_is_that_of_the_released_code(name):
+    published = parse_config(["--preset", name])
+    assert parse_config(["--preset", name, "reference"]) == published
+    assert (published.loss.clone_attention_output, published.loss.kl_reduction) == ("teacher", "sequence-sum")
+    assert (published.model.student_norm_epsilon, published.projection.init_method_std) == (1e-5, 0.02)
+    paper = parse_config(["--preset", name, "paper"]).loss
+    assert (paper.clone_attention_output, paper.kl_reduction) == ("student", "mean")
 
 
 def test_presets_combine_and_a_later_one_wins(write):

@@ -68,7 +68,7 @@ def test_good_data_passes(prepared, tokenizer_folder):
 
 
 def test_training_without_data_is_refused():
-    assert "--train-iters above 0 needs training data" in refusal(data_config())
+    assert "--train-iters 6 needs training data" in refusal(data_config())
     assert "--init pca (for its calibration) needs" in refusal(data_config(train_iters=0, init="pca"))
     assert "--init ridge (for its calibration) needs" in refusal(data_config(train_iters=0, init="ridge"))
     check_data(data_config(train_iters=0), VOCABULARY)
@@ -211,6 +211,18 @@ def test_split_with_an_empty_part(tmp_path):
     assert build_datasets(data_config(data_path=[prefix], split="80,20,0", eval_iters=0))[1] is None
     assert build_datasets(data_config(data_path=[prefix]))[1] is not None  # 969,30,1: no document left for testing
     assert build_datasets(data_config(train_iters=0)) == (None, None)
+
+
+def test_the_last_label_of_every_sample_can_be_masked(prepared):
+    flags = {"data_path": [prepared], "split": "1,1"}
+    masked = build_datasets(data_config(**flags, mask_last_label=True))
+    for dataset, plain in zip(masked, build_datasets(data_config(**flags)), strict=True):
+        for index in (0, 1, 0):  # megatron-core keeps the first mask for later
+            expected = plain[index]["loss_mask"].clone()
+            assert expected.sum() == 16
+            expected[-1] = 0
+            assert torch.equal(dataset[index]["loss_mask"], expected)
+            assert all(torch.equal(dataset[index][name], plain[index][name]) for name in ("tokens", "labels"))
 
 
 def test_eod_mask_loss_masks_predictions_from_eod(prepared, tokenizer_folder):

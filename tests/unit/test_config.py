@@ -68,7 +68,11 @@ def test_the_fixture_is_valid(valid_config):
         ({"spike_factor": 1.0}, 1, "--spike-factor is 1.0; it must be above 1"),
         ({"pipeline_model_parallel_size": 2}, 3, "3 processes cannot hold whole copies"),
         ({"pipeline_model_parallel_size": 2}, 1, "Start a multiple of 2 processes"),
-        ({"global_batch_size": 10, "micro_batch_size": 2}, 4, "Use a multiple of 8: 16"),
+        (
+            {"global_batch_size": 10, "micro_batch_size": 2},
+            4,
+            "replicas. Use --global-batch-size 8 (1.64M tokens) or 16 (3.28M tokens), instead of 2.05M tokens.",
+        ),
         ({"decoder_last_pipeline_num_layers": 3}, 1, "--decoder-last-pipeline-num-layers needs several"),
         ({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.1}, 1, "--lr-warmup-iters and --lr-warmup-fraction are both"),
         ({"lr_warmup_iters": 100}, 1, "--lr-warmup-iters 100 leaves nothing of the 100 decay steps"),
@@ -86,6 +90,7 @@ def test_the_fixture_is_valid(valid_config):
         ({"load": "/no/such"}, 1, "--load /no/such is not a directory"),
         ({"tokenizer_model": "/no/such"}, 1, "--tokenizer-model /no/such does not exist"),
         ({"save_interval": 5}, 1, "--save-interval 5 without --save"),
+        ({"mask_last_label": True, "seq_length": 1}, 1, "--mask-last-label with --seq-length 1 leaves no label"),
         ({"train_iters": 0}, 1, "--train-iters 0 without --save does nothing"),
         (
             {"init": "pca", "untie_embeddings_and_output_weights": False},
@@ -323,7 +328,8 @@ def test_the_released_codes_kl_is_the_sum_over_a_sequence(valid_config):
 def test_interleaving_wants_equal_chunks_and_whole_rounds_of_micro_batches(valid_config):
     change(valid_config, pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2, global_batch_size=3)
     (error,) = errors_of(validate, method_of(valid_config), world_size=2)
-    assert "multiples of --pipeline-model-parallel-size 2" in error and "Use --global-batch-size 4" in error
+    assert "multiples of --pipeline-model-parallel-size 2" in error
+    assert "Use --global-batch-size 2 (410K tokens) or 4 (819K tokens), instead of 614K tokens." in error
     (error,) = errors_of(validate_against_teacher, method_of(valid_config), SMOLLM2)
     assert "30 layers cannot be divided alike over the 4 stages" in error
     validate_against_teacher(method_of(valid_config), replace(SMOLLM2, num_layers=8))

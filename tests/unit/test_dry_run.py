@@ -84,16 +84,46 @@ def test_every_published_run_is_accepted_for_eight_gpus(dry_run, tmp_path, prese
     student = number_after("student:", out)
     assert student == pytest.approx(float(preset.removeprefix("lrc-").removesuffix("b")), rel=0.12)
     assert "TP 1 x PP 1 x DP 8 on 8 GPUs" in out
-    assert round(number_after(r"tokens,", out)) == float(tokens.removesuffix("B"))
+    assert number_after("\ntraining:", out) == float(tokens.removesuffix("B"))
     per_token = [
         number_after(f"\n  {part}", out) for part in ("teacher forward", "student forward", "student backward")
     ]
-    # 2 FLOPs for each parameter of a pass, but for attention (up) and embeddings (down).
-    for flops, expected in zip(per_token, (2 * float(BILLIONS[teacher]), 2 * student, 4 * student), strict=True):
+    # 2 FLOPs for each parameter of a pass, but for attention (up) and embeddings (down); and the student's attention
+    # goes through the teacher's o, which is frozen.
+    shape = TEACHER_SHAPES[teacher]
+    through = 2e-9 * shape.num_layers * shape.num_attention_heads * shape.head_dim * shape.hidden_size
+    passes = (2 * float(BILLIONS[teacher]), 2 * student + through, 4 * student + through)
+    for flops, expected in zip(per_token, passes, strict=True):
         assert flops == pytest.approx(expected * 1e9, rel=0.35)
     assert 20 < number_after("\n  total", out.partition("memory per GPU")[2]) < 79
     assert "(assumed; --mfu)" in out and 2 < hours(out) < 240
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_flags_make_of_a_preset(dry_run):
+    _, out, _ = dry_run("lrc-4b", "--global-batch-size", "256", "--keep-last", "1", "--dry-run", "64")
+    lines = out.splitlines()
+    assert "training: 18B tokens in 34,333 steps of 524,288 tokens" in lines
+    assert (
+        "warning: --global-batch-size 256 where lrc-4b has 16: 34,333 steps instead of 549,317; the --lr 0.0001 of "
+        "lrc-4b was published for a batch of 16"
+    ) in lines
+    days, hours = number_after("time:", out), number_after("days \\(", out)
+    assert days == pytest.approx(hours / 24, abs=0.06) and "for 34,333 steps" in out
+    _, out, _ = dry_run("lrc-1.5b", "--train-iters", "1000", "--keep-last", "1", "--dry-run", "8")
+    assert "warning: --train-iters 1000 is 49.2M tokens; --preset lrc-1.5b trains 10B" in out.splitlines()
+    assert "warning" not in dry_run("lrc-1.5b", "--keep-last", "1", "--dry-run", "8")[1]
+
+
+def test_a_batch_that_does_not_fit_is_answered_with_those_that_do(dry_run):
+    _, _, (error,) = dry_run("lrc-4b", "--dry-run", "64")
+    assert error == (
+        "error: --global-batch-size 16 is not divisible by --micro-batch-size 1 times 64 data-parallel replicas. Use "
+        "--global-batch-size 64 (137,330 steps), instead of 549,317 steps; the --lr 0.0001 of lrc-4b was published for "
+        "a batch of 16."
+    )
+    _, _, (error,) = dry_run("lrc-4b", "--train-iters", "1000", "--lr", "1e-3", "--dry-run", "5")
+    assert error.endswith("Use --global-batch-size 15 (30.7M tokens) or 20 (41M tokens), instead of 32.8M tokens.")
 
 
 def test_a_dry_run_is_for_the_processes_that_would_run_now_unless_told_otherwise(dry_run, monkeypatch):

@@ -117,7 +117,7 @@ def test_epochs_that_cannot_be_exact_are_refused_in_one_sentence(tmp_path):
     message = refusal(["1", first, "2", second], 2)
     assert "which the weights of --train-data-path contradict" in message
     assert "one step takes --global-batch-size 50" in refusal([first], 1, global_batch_size=50)
-    with pytest.raises(ConfigError, match="--train-epochs above 0 needs training data"):
+    with pytest.raises(ConfigError, match="--train-epochs 1 needs training data"):
         check_data(data_config(train_iters=0, train_epochs=1), 100)
 
 
@@ -133,7 +133,8 @@ def test_validation_of_flags_knows_epochs(tmp_path):
             validate(method_of(replace(good, training=replace(good.training, **training))))
         return str(caught.value)
 
-    assert errors(train_iters=5) == "--train-iters 5 and --train-epochs 2 are both given. Keep one, the other is 0."
+    both = "--train-iters 5 and --train-epochs 2 are given together. A run has one budget: keep one."
+    assert errors(train_iters=5) == both
     assert errors(train_epochs=-1) == "--train-epochs is -1; it must be at least 0."
     assert "--train-iters 0 without --save" in errors(train_epochs=0)
     good.data.data_path = []
@@ -145,6 +146,6 @@ def test_a_saved_configuration_counts_the_steps_again(tmp_path):
     assert config.training.train_iters == 12
     save_yaml(config, tmp_path / "config.yaml")
     read = load_yaml(tmp_path / "config.yaml")
-    assert (read.training.train_epochs, read.training.train_iters) == (2, 0)
+    assert (read.training.train_epochs, read.training.train_iters) == (2, None)
     read.training.global_batch_size = 16
     assert resolve_train_iters(read).training.train_iters == 6

@@ -156,7 +156,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     (line,) = errors(capsys, ["--global-batch-size", "8"])
     assert "There is no data to build maps for" in line
     (line,) = errors(capsys, [*flags(prefix), "--train-epochs", "1"])
-    assert "are both given" in line
+    assert "are given together" in line
     (line,) = errors(capsys, [*flags(prefix), "--load", str(tmp_path)])
     assert "holds no complete checkpoint" in line
     (line,) = errors(capsys, ["--glob-batch", "8"])

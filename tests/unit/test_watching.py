@@ -85,7 +85,16 @@ def test_parts_of_the_throughput_add_up_and_are_those_of_the_step_per_device():
 def test_without_a_known_peak_there_is_no_mfu():
     config = Config()
     config.training.global_batch_size = 8
-    assert "mfu" not in Throughput(config, SHAPE, SHAPE, world_size=1, peak=None).record(1.0)
+    unknown = Throughput(config, SHAPE, SHAPE, world_size=1, peak=None)
+    assert "mfu" not in unknown.record(1.0) and unknown.seconds_per_step(0.5) is None
+
+
+def test_a_step_takes_what_its_flops_take_at_a_share_of_the_peak():
+    config = Config()
+    config.training.global_batch_size = 8
+    throughput = Throughput(config, SHAPE, SHAPE, world_size=4, peak=100.0)
+    seconds = throughput.seconds_per_step(0.35)
+    assert seconds is not None and throughput.record(seconds)["mfu"]["total"] == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(

@@ -62,12 +62,13 @@ def residual_basis(config: Config, stages: list[PairedModel], batches: Batches) 
 
 def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, batches: Batches) -> None:
     """Fit each P behind a norm to what the teacher reads there. basis: Q [D, d], fp64, the same on every rank."""
-    epsilon = stages[0].shapes.teacher.norm_epsilon
+    shapes = stages[0].shapes
+    epsilons = (shapes.teacher.norm_epsilon, shapes.student.norm_epsilon)
     readers, moments = [], []
     for stage in stages:
         gains = norm_gains(stage.teacher)
         for (norm, gain), reader in zip(gains.items(), residual_readers(stage.teacher), strict=True):
-            moment = ReadingMoments(basis, gain, epsilon)
+            moment = ReadingMoments(basis, gain, epsilons)
             readers.append((reader, moment.add))
             moments.append((stage.projections, norm, moment))
     run_teacher(config, stages, batches, readers)

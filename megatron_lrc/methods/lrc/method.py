@@ -91,6 +91,10 @@ class LowRankClone(Method):
     # --- the opening ----------------------------------------------------------------------------------------------
 
     @property
+    def changes(self) -> bool:
+        return self.config.projection.open_after is not None
+
+    @property
     def change_step(self) -> int | None:
         after = self.config.projection.open_after
         return None if after is None else self.config.step_of(after)
@@ -140,7 +144,7 @@ class LowRankClone(Method):
 
     def describe_trained(self, count: Callable[[bool], int]) -> Iterator[str]:
         yield f"trained: {count(False) / 1e6:.1f}M parameters in projections and norm gains"
-        if self.change_step is not None:
+        if self.changes:
             yield (
                 f"trained from step {self.change_step} on: {count(True) / 1e6:.1f}M parameters, of which memory and "
                 "disk space below are"

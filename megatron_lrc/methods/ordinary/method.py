@@ -40,7 +40,7 @@ class OrdinaryTraining(WithoutTeacher):
         """A model to start from, or the shape of a new one; and nothing that needs a teacher."""
         model = self.config.model
         if model.student is not None:
-            shape = ("teacher", "student_hidden_size", "untie_embeddings_and_output_weights")
+            shape = ("teacher", "student_hidden_size", "student_norm_epsilon", "untie_embeddings_and_output_weights")
             given = [flag_of(name) for name in shape if getattr(model, name) is not None]
             if given:
                 yield (

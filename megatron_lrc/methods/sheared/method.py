@@ -32,6 +32,11 @@ class Sheared(WithoutTeacher):
                 "--untie-embeddings-and-output-weights cannot go with --method sheared: the pruned model is tied if "
                 "--teacher is. Leave it out."
             )
+        if model.student_norm_epsilon is not None:
+            yield (
+                f"--student-norm-epsilon {model.student_norm_epsilon:g} cannot go with --method sheared, which prunes "
+                "--teacher as it is, with its epsilon. Leave it out."
+            )
         yield from self.check_no_teacher("has no teacher beside it")
         if after >= 1 and after != int(after):
             yield f"--prune-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
@@ -71,9 +76,9 @@ class Sheared(WithoutTeacher):
             )
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
-        cut, steps = self.change_step, self.config.training.train_iters
-        if 0 < steps <= cut:
-            yield f"--prune-after {cut} is not before --train-iters {steps}: this run ends before its model is cut."
+        steps = self.config.training.train_iters  # not known yet with --train-epochs
+        if steps and steps <= (cut := self.change_step):
+            yield f"--prune-after {cut} is not before the last of {steps} steps: this run ends before its model is cut."
 
     def why_no_dry_run(self) -> str | None:
         return (
@@ -100,6 +105,10 @@ class Sheared(WithoutTeacher):
         return self.student_shape(base) if has_changed else base
 
     @property
+    def changes(self) -> bool:
+        return True
+
+    @property
     def change_step(self) -> int:
         return self.config.step_of(self.config.pruning.prune_after)
 
@@ -124,7 +133,7 @@ class Sheared(WithoutTeacher):
         if changed_at is not None:
             return None
         after = self.config.pruning.prune_after
-        is_known = after >= 1 or self.config.training.train_iters > 0
+        is_known = after >= 1 or self.config.training.train_iters
         when = f"step {self.change_step}" if is_known else "that part of its steps"
         return (
             f"{path} is of step {step} of a run with --method sheared, which cuts its model in the step after {when} "
