@@ -8,7 +8,7 @@ compared with that file on known texts.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,15 @@ from megatron_lrc.data.encoders import BackendEncode
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
 
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+_VOCABULARY_FILE = "vocab.json"
+_OBJECTS = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", _VOCABULARY_FILE)  # JSON files of one object
+_IN_ALL_PLACES = 8  # added tokens that are tried in every place of a text
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def has_tokenizer(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory holds the files of a tokenizer."""
-    return any(os.path.isfile(os.path.join(directory, name)) for name in (TOKENIZER_FILE, MODEL_FILE, "vocab.json"))
+    return any(os.path.isfile(os.path.join(directory, name)) for name in (TOKENIZER_FILE, MODEL_FILE, _VOCABULARY_FILE))
 
 
 def open_tokenizer(directory: str | os.PathLike[str]) -> Any:
@@ -36,9 +39,11 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Any:
             f"There is no tokenizer directory {path!r}. A local directory with tokenizer.json or tokenizer.model is "
             "needed (nothing is downloaded): give --tokenizer-model such a directory."
         )
+    objects = {name: _read_object(path, name) for name in _OBJECTS}
     if os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
-        return _of_tokenizer_json(path)
+        return _of_tokenizer_json(path, objects)
     tokenizer = auto_tokenizer(path)
+    _check_vocabulary(tokenizer, objects[_VOCABULARY_FILE], os.path.join(path, _VOCABULARY_FILE))
     if os.path.isfile(os.path.join(path, MODEL_FILE)) and getattr(tokenizer, "backend_tokenizer", None) is not None:
         _follow_model_file(tokenizer, path)
     return tokenizer
@@ -66,7 +71,8 @@ def spell_as_sentencepiece(backend: Any, *, adds_prefix: bool = True) -> None:
 def rules_of(backend: Any) -> dict[str, Any]:
     """How a `tokenizers.Tokenizer` makes ids of a text, as JSON values: all but a BPE's vocabulary.
 
-    Without what is null or false: a later version of the library writes fields that an earlier one did not know.
+    Of the model and the added tokens without what is null or false: a later version of the library writes fields that
+    an earlier one did not know. (In a normalizer the two can differ: BERT's strip_accents.)
     """
     description = json.loads(backend.to_str())
     model = description["model"]
@@ -74,8 +80,8 @@ def rules_of(backend: Any) -> dict[str, Any]:
         del model["vocab"]
     model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
     added = [{key: value for key, value in token.items() if key != "special"} for token in description["added_tokens"]]
-    rules = {name: description[name] for name in ("normalizer", "pre_tokenizer", "decoder", "model")}
-    return _without_defaults({**rules, "added_tokens": added})
+    rules = {name: description[name] for name in ("normalizer", "pre_tokenizer", "decoder")}
+    return {**rules, **_without_defaults({"model": model, "added_tokens": added})}
 
 
 def _without_defaults(value: Any) -> Any:
@@ -84,7 +90,7 @@ def _without_defaults(value: Any) -> Any:
     return [_without_defaults(item) for item in value] if isinstance(value, list) else value
 
 
-def _of_tokenizer_json(path: str) -> Any:
+def _of_tokenizer_json(path: str, objects: Mapping[str, dict[str, Any]]) -> Any:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,18 +103,56 @@ def _of_tokenizer_json(path: str) -> Any:
             f"{file} is no tokenizer that tokenizers {tokenizers.__version__} reads ({reason}). Download or copy it "
             "again, or install a version of tokenizers that knows it."
         ) from error
+    if getattr(own.model, "dropout", None):
+        raise ConfigError(
+            f"{file} leaves out merges by chance (dropout {own.model.dropout:g}), so that a text gets other ids each "
+            "time. Set its dropout to null."
+        )
     tokenizer = _load(PreTrainedTokenizerFast, path)
-    _name_missing_roles(tokenizer, path)
-    tokens = [getattr(tokenizer, role) for role in ROLES]
-    spelled = with_special_tokens(sorted({token for token in tokens if token and own.token_to_id(token) is not None}))
+    _name_missing_roles(tokenizer, path, said=objects[CONFIG_FILE].keys() | objects["special_tokens_map.json"].keys())
+    _check_no_new_tokens(tokenizer, own, file, objects)
     own.no_truncation()
-    _check_follows(tokenizer, BackendEncode(own), file, [*PLAIN_TEXTS, *spelled])
+    own.no_padding()
+    _check_follows(tokenizer, BackendEncode(own), file, [*PLAIN_TEXTS, *texts_with_added_tokens(own)])
     return tokenizer
 
 
-def _name_missing_roles(tokenizer: Any, path: str) -> None:
+def texts_with_added_tokens(backend: Any) -> list[str]:
+    """Texts that spell out every token that a `tokenizers.Tokenizer` looks for before all rules."""
+    added = [token.content for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    return [*with_special_tokens(added[:_IN_ALL_PLACES]), *(f"word {token} 12{token}word" for token in added)]
+
+
+def _check_no_new_tokens(tokenizer: Any, own: Any, file: str, objects: Mapping[str, dict[str, Any]]) -> None:
+    """Tokens beside those of tokenizer.json have the id that the directory says, not one that transformers makes up."""
+    known = own.get_vocab()
+    said = {
+        str(entry.get("content")): int(key)
+        for key, entry in objects[CONFIG_FILE].get("added_tokens_decoder", {}).items()
+    } | objects["added_tokens.json"]
+    for token, token_id in tokenizer.get_vocab().items():
+        if token not in known and said.get(token) != token_id and token != tokenizer.pad_token:
+            raise ConfigError(
+                f"{CONFIG_FILE} beside {file} names the token {token!r}, which {TOKENIZER_FILE} does not have, so that "
+                f"transformers would make up an id for it ({token_id}). Name a token of {TOKENIZER_FILE}, or give its "
+                "id in added_tokens_decoder."
+            )
+
+
+def _check_vocabulary(tokenizer: Any, vocabulary: Mapping[str, int], file: str) -> None:
+    """A directory with vocab.json, and no tokenizer.json, is loaded with that vocabulary, whatever its label."""
+    loaded = tokenizer.get_vocab()
+    other = next((token for token, token_id in vocabulary.items() if loaded.get(token) != token_id), None)
+    if other is not None:
+        raise ConfigError(
+            f"transformers loads the tokenizer beside {file} as {type(tokenizer).__name__}, which has the id "
+            f"{loaded.get(other)} for {other!r} instead of {vocabulary[other]}. Correct tokenizer_class in "
+            f"{CONFIG_FILE}, or give a directory with {TOKENIZER_FILE}."
+        )
+
+
+def _name_missing_roles(tokenizer: Any, path: str, *, said: Collection[str]) -> None:
     """Where the directory's files say nothing of bos and eos, those of the class that transformers would choose."""
-    said = _read_json(path, CONFIG_FILE).keys() | _read_json(path, "special_tokens_map.json").keys()
     missing = [role for role in ("bos_token", "eos_token") if getattr(tokenizer, role) is None and role not in said]
     if not missing:
         return
@@ -146,7 +190,8 @@ def _check_follows(tokenizer: Any, encode: Any, file: str, texts: Iterable[str])
 
         raise ConfigError(
             f"transformers {transformers.__version__} does not follow {file}: {difference}. {CONFIG_FILE} beside it "
-            "may contradict it (added_tokens_decoder): correct that, or give a directory with tokenizer.json alone."
+            "may contradict it (added_tokens_decoder, split_special_tokens, add_prefix_space): correct that, or give a "
+            "directory with tokenizer.json alone."
         )
 
 
@@ -161,10 +206,16 @@ def _load(tokenizer_class: Any, path: str) -> Any:
         ) from error
 
 
-def _read_json(path: str, name: str) -> dict[str, Any]:
+def _read_object(path: str, name: str) -> dict[str, Any]:
+    """What a JSON file of one object holds; nothing where there is no such file."""
+    file_name = os.path.join(path, name)
     try:
-        with open(os.path.join(path, name), encoding="utf-8") as file:
+        with open(file_name, encoding="utf-8") as file:
             values = json.load(file)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
-    return values if isinstance(values, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file_name} is not valid JSON ({error}). Download or copy it again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file_name} holds no JSON object. Download or copy it again.")
+    return values

@@ -59,10 +59,11 @@ def are_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     Of one kind they must have the same rules. Of two kinds, whose rules cannot be compared, they must give the known
     texts the same ids. A manifest of a version that did not record the rules is like none.
     """
-    if first["fingerprint"] == second["fingerprint"]:
-        return True
+    probes = [tokenizer.get("probes") for tokenizer in (first, second)]
+    if all(probes) and probes[0] != probes[1]:
+        return False
     is_other_kind = first.get("kind") != second.get("kind")
-    return is_other_kind and bool(first.get("probes")) and first.get("probes") == second.get("probes")
+    return first["fingerprint"] == second["fingerprint"] or (all(probes) and is_other_kind)
 
 
 def describe_unlike(made_with: Mapping[str, Any]) -> str:

@@ -22,9 +22,10 @@ from megatron_lrc.data.directory_tokenizer import (
     auto_tokenizer,
     has_tokenizer,
     open_tokenizer,
+    texts_with_added_tokens,
 )
 from megatron_lrc.data.encoders import BackendEncode
-from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
+from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference
 from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.hf.output_folder import copy_files
 
@@ -83,8 +84,7 @@ def find_other_ids(directory: Path) -> str | None:
     loaded, own = auto_tokenizer(str(directory)), tokenizers.Tokenizer.from_file(str(file))
     own.no_truncation()
     own.no_padding()
-    special = {token for role in ROLES if (token := getattr(loaded, role)) and own.token_to_id(token) is not None}
-    texts = [*PLAIN_TEXTS, *with_special_tokens(sorted(special))]
+    texts = [*PLAIN_TEXTS, *texts_with_added_tokens(own)]
     how = f"transformers {transformers.__version__} loads its tokenizer as {type(loaded).__name__}, which "
     encode = BackendEncode(own)
     if found := find_difference(encode, lambda texts: loaded(texts, add_special_tokens=False)["input_ids"], texts):
@@ -108,17 +108,22 @@ def _for_any_version(config: Mapping[str, Any], tokenizer: Any, chosen: Any) -> 
     written = {
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": chosen.padding_side,
-        "clean_up_tokenization_spaces": bool(chosen.clean_up_tokenization_spaces),
         **roles,
         **config,
         "tokenizer_class": GENERIC_CLASS,
+        "clean_up_tokenization_spaces": False,  # which only some versions obey, and tokenizer.json does not know
     }
     # A list by this name is transformers 5's; 4 wants a mapping there, and knows lists by the other name.
     extra = written.get("extra_special_tokens")
     if isinstance(extra, list):
         del written["extra_special_tokens"]
         written["additional_special_tokens"] = extra
-    written.pop("auto_map", None)  # names code that is not copied
+    # Code that is not copied; ways around tokenizer.json; and what 4 would set in it, so it is told the file's own.
+    for name in ("auto_map", "from_slow", "use_fast", "add_prefix_space"):
+        written.pop(name, None)
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre_tokenizer:
+        written["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     return written
 
 

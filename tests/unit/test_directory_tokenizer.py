@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.directory_tokenizer import open_tokenizer
+from megatron_lrc.data.loaded_tokenizer import are_alike
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
 from megatron_lrc.data.tokenizers import load_tokenizer
 from tokenizer_files import (
@@ -118,3 +119,91 @@ def test_a_difference_says_how_many_texts_and_which(tmp_path: Path) -> None:
     assert found is not None and (found.text, found.num_different, found.num_texts) == ("In 2023,", 1, 2)
     assert str(found).startswith("1 of 2 test texts get other ids, the first being 'In 2023,': [")
     assert find_difference(encoders[0], encoders[0], TEXTS) is None
+
+
+def with_config(tmp_path: Path, **config) -> Path:
+    return write_directory(tmp_path / "d", byte_level(), label="PreTrainedTokenizerFast", model_type="llama", **config)
+
+
+def added(content: str, **flags) -> dict:
+    return {"content": content, "normalized": False, "single_word": False, "special": True, **flags}
+
+
+def test_padding_and_truncation_of_the_file_are_for_model_calls(tmp_path: Path) -> None:
+    padded = Tokenizer.from_str(byte_level().to_str())
+    padded.enable_padding(length=40)
+    padded.enable_truncation(3)
+    directory = write_directory(tmp_path / "d", padded, label="PreTrainedTokenizerFast", model_type="llama")
+    assert load_tokenizer(str(directory)).encode_batch(["The quick brown fox"]) == [
+        byte_level().encode("The quick brown fox").ids
+    ]
+
+
+def test_null_and_false_of_a_normalizer_are_told_apart(tmp_path: Path) -> None:
+    rules = {"type": "BertNormalizer", "clean_text": False, "handle_chinese_chars": False, "lowercase": True}
+    source = with_config(tmp_path)
+    found = [
+        load_tokenizer(str(copy_with(source, tmp_path / str(strip), normalizer={**rules, "strip_accents": strip})))
+        for strip in (None, False)
+    ]
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_equal_fingerprints_do_not_outweigh_other_ids(tmp_path: Path) -> None:
+    made = load_tokenizer(str(with_config(tmp_path))).as_manifest()
+    assert are_alike(made, made) and not are_alike(made, {**made, "probes": "0" * 64})
+    assert are_alike(made, {"fingerprint": made["fingerprint"]})
+
+
+def test_every_added_token_is_compared_and_not_only_those_with_a_role(tmp_path: Path) -> None:
+    own = Tokenizer.from_str(byte_level().to_str())
+    own.add_special_tokens(["<|x|>"])
+    decoder = {str(own.token_to_id("<|x|>")): added("<|x|>", lstrip=True, rstrip=True)}
+    directory = write_directory(
+        tmp_path / "d", own, label="PreTrainedTokenizerFast", model_type="llama", added_tokens_decoder=decoder
+    )
+    with pytest.raises(ConfigError, match="does not follow .*tokenizer.json: .*added_tokens_decoder"):
+        load_tokenizer(str(directory))
+
+
+@pytest.mark.parametrize("config", [{"eos_token": "<|new|>"}, {"additional_special_tokens": ["<|new|>"]}])
+def test_tokens_for_which_transformers_makes_up_an_id_are_refused(tmp_path: Path, config: dict) -> None:
+    with pytest.raises(ConfigError, match="names the token '<|new|>'.*make up an id for it"):
+        load_tokenizer(str(with_config(tmp_path, **config)))
+
+
+def test_tokens_whose_id_the_directory_gives_are_taken(tmp_path: Path) -> None:
+    size = byte_level().get_vocab_size()
+    declared = {str(size): added("<|new|>", lstrip=False, rstrip=False)}
+    tokenizer = load_tokenizer(str(with_config(tmp_path, added_tokens_decoder=declared)))
+    assert tokenizer.encode_batch(["<|new|>"]) == [[size]]
+
+
+def test_merges_left_out_by_chance_are_refused(tmp_path: Path) -> None:
+    source = with_config(tmp_path)
+    model = json.loads((source / "tokenizer.json").read_text())["model"]
+    directory = copy_with(source, tmp_path / "chance", model={**model, "dropout": 0.0002})
+    with pytest.raises(ConfigError, match="leaves out merges by chance"):
+        load_tokenizer(str(directory))
+
+
+def test_a_vocabulary_file_is_loaded_or_refused_by_its_label(tmp_path: Path) -> None:
+    """Without tokenizer.json, transformers 5 makes an empty tokenizer of vocab.json under Llama's label."""
+    tmp_path.joinpath("d").mkdir()
+    byte_level().model.save(str(tmp_path / "d"))
+    (tmp_path / "d" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    labels = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "d" / "tokenizer_config.json").write_text(json.dumps({**labels, "tokenizer_class": "GPT2Tokenizer"}))
+    assert load_tokenizer(str(tmp_path / "d")).vocab_size == byte_level().get_vocab_size()
+    (tmp_path / "d" / "tokenizer_config.json").write_text(json.dumps({**labels, "tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(ConfigError, match="vocab.json as LlamaTokenizer, which has the id"):
+        load_tokenizer(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", ["[1]", "{", "[" * 100000], ids=["a list", "broken", "deep"])
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, name: str, content: str) -> None:
+    directory = with_config(tmp_path)
+    (directory / name).write_text(content)
+    with pytest.raises(ConfigError, match=name):
+        load_tokenizer(str(directory))

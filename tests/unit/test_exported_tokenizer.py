@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from megatron_lrc.data.split_patterns import QWEN2
@@ -80,14 +80,18 @@ def test_a_tokenizer_that_did_not_make_the_data_is_refused(tmp_path: Path) -> No
 
 
 def test_what_another_class_would_assume_is_written_down(tmp_path: Path) -> None:
-    extra = {"extra_special_tokens": ["<s>"], "auto_map": {"AutoTokenizer": ["code.Class", None]}}
+    extra = {"extra_special_tokens": ["<s>"], "auto_map": {"AutoTokenizer": ["code.Class", None]}, "from_slow": True}
+    extra |= {"use_fast": False, "clean_up_tokenization_spaces": True, "add_prefix_space": True}
     source = write_directory(tmp_path / "t", llama2_style(), label="LlamaTokenizer", model_type="llama", **extra)
     config = json.loads((export(source, tmp_path / "s", "llama") / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]  # 4's generic class adds token_type_ids
     assert config["padding_side"] == AutoTokenizer.from_pretrained(source).padding_side
     assert config["additional_special_tokens"] == ["<s>"] and "extra_special_tokens" not in config
-    assert "auto_map" not in config and config["bos_token"] == "<s>"
+    assert (
+        not {"auto_map", "from_slow", "use_fast", "add_prefix_space"} & config.keys() and config["bos_token"] == "<s>"
+    )
+    assert config["clean_up_tokenization_spaces"] is False
 
 
 READ_BY_TRANSFORMERS_4 = """
@@ -114,7 +118,10 @@ def test_transformers_4_gives_the_same_ids(tmp_path: Path) -> None:
     if (found := subprocess.run(install, capture_output=True, text=True)).returncode:
         pytest.skip(f"transformers 4 cannot be installed here: {found.stderr[-200:]}")
     targets, expected = [], []
-    for make, label in ((llama2_style, "LlamaTokenizer"), (byte_level, "TokenizersBackend"), (byte_level, "Qwen2")):
+    spaced = Tokenizer.from_str(byte_level().to_str())
+    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    labelled = [(llama2_style, "LlamaTokenizer"), (byte_level, "TokenizersBackend"), (lambda: spaced, "GPT2Tokenizer")]
+    for make, label in labelled:
         source = write_directory(tmp_path / f"teacher{len(targets)}", make(), label=label, model_type="llama")
         targets.append(export(source, tmp_path / f"student{len(targets)}", "llama"))
         expected.append(load_tokenizer(str(source)).encode_batch(TEXTS))
