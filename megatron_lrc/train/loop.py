@@ -21,6 +21,7 @@ from megatron_lrc.config import (
 from megatron_lrc.console import say
 from megatron_lrc.data.batches import BatchIterator
 from megatron_lrc.data.datasets import build_datasets
+from megatron_lrc.estimate.spans import span
 from megatron_lrc.estimate.speed import DEFAULT_MFU
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank, load_checkpoint, load_weights
@@ -347,8 +348,7 @@ class Trainer:
         seconds = self._throughput().seconds_per_step(DEFAULT_MFU)
         if seconds is None:
             return line
-        hours = seconds * (steps - state.step) / 3600
-        return f"{line}; about {hours:.1f} hours at {DEFAULT_MFU:.0%} of the peak (assumed)"
+        return f"{line}; {span(seconds * (steps - state.step))} at {DEFAULT_MFU:.0%} of the peak (assumed)"
 
     def _say(self, line: str) -> None:
         if self.groups.is_main_rank:

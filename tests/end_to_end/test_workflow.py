@@ -28,6 +28,7 @@ def test_text_to_exported_student_through_the_command_line(tmp_path, capsys):
     first = run(*script, "--train-iters", "2", GPUS_PER_NODE="2")
     assert "step 2/2" in first and "saved" in first
     assert "\ntraining: 256 tokens in 2 steps of 128 tokens\n" in first  # on CPU no hours
+    assert first.count("next: ") == 1 and f"--load {runs}" in first.splitlines()[-1]  # of one rank
     second = run(*script, "--train-iters", "4", "--load", str(runs), GPUS_PER_NODE="2")
     assert "at step 2" in second and "step 3/4" in second and "step 2/4" not in second
     steps = [json.loads(line)["step"] for line in (runs / "metrics.jsonl").read_text().splitlines()]
@@ -57,9 +58,9 @@ def test_text_to_exported_student_through_the_command_line(tmp_path, capsys):
     chain = f"--teacher {tmp_path}/student --student-hidden-size 12 --save {tmp_path}/next --train-iters 2"
     chain += f" --data-path {tmp_path}/corpus_text_document --split 90,10,0 --eval-iters 1 --seq-length 32"
     chain += " --global-batch-size 4 --peak-tflops 0.001"
-    third = run(sys.executable, "-m", "megatron_lrc", "train", *chain.split())
-    assert "step 2/2" in third and "about 0.0 hours at 35% of the peak (assumed)" in third
-    convert = [sys.executable, str(ROOT / "tools/convert_to_hf.py"), "--load", str(tmp_path / "next")]
-    run(*convert, "--output", str(tmp_path / "grandchild"))
-    grandchild = AutoModelForCausalLM.from_pretrained(tmp_path / "grandchild")
+    trained = run(sys.executable, "-m", "megatron_lrc", "train", *chain.split())
+    assert "step 2/2" in trained and "; under a minute at 35% of the peak (assumed)" in trained
+    run("bash", "-c", trained.rpartition("next: ")[2])  # as a user pastes it
+    assert (tmp_path / "next/report.html").is_file()
+    grandchild = AutoModelForCausalLM.from_pretrained(tmp_path / "next-hf")
     assert (grandchild.config.hidden_size, grandchild.config.head_dim) == (12, 16)
