@@ -76,7 +76,7 @@ def read_flags(argv: Sequence[str], program: str) -> tuple[IndexingOptions, str 
     add("--chat-date", f"{dates} (default: {DEFAULT_DATE})", metavar="YYYY-MM-DD")
     add_selection_flags(parser)
     add("--workers", "processes that encode", type=positive, default=1)
-    bad = "a line that is not UTF-8, not JSON or lacks a key: stop, or leave it out and count it"
+    bad = "a line that is not UTF-8, not JSON, lacks a key or cannot be filtered: stop, or leave it out and count it"
     add("--on-bad-line", bad, choices=("fail", "skip"), default="fail")
     add("--log-interval", "documents between progress lines", type=positive, default=10000)
     values = vars(parser.parse_args(argv))
