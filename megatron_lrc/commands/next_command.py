@@ -70,9 +70,8 @@ def after_indexing(prefixes: Sequence[str]) -> list[Command]:
     width, longest = sizes.get("hidden_size"), sizes.get("max_position_embeddings")
     flags = ["--teacher", teacher if width else "TEACHER", "--student-hidden-size", width // 2 if width else "N"]
     flags += ["--seq-length", longest] if longest and longest < Config().training.seq_length else []
-    data = [word for prefix in prefixes for word in ("1", prefix)] if len(prefixes) > 1 else prefixes
     run = Path("runs") / Path(prefixes[0]).name.removesuffix("_document")
-    return [("train", [*flags, "--data-path", *data, "--train-epochs", 1, "--save", run])]
+    return [("train", [*flags, "--data-path", *prefixes, "--train-epochs", 1, "--save", run])]
 
 
 def after_conversion(directory: Path) -> list[Command]:

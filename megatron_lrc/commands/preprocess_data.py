@@ -143,10 +143,11 @@ def run(argv: Sequence[str], program: str) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if sources:
-            index_sources(sources, options, report=say)
+            prefixes = index_sources(sources, options, report=say)
         else:
             index_documents(options, report=say)
+            prefixes = [f"{options.output_prefix}_{key}_document" for key in options.json_keys]
     except OSError as error:
         raise ConfigError(explain_os_error(error, options.output_prefix)) from error
-    say_next(program, after_indexing([f"{options.output_prefix}_{key}_document" for key in options.json_keys]))
+    say_next(program, after_indexing(prefixes))
     return 0

@@ -44,11 +44,11 @@ from megatron_lrc.data.tokenizers import load_tokenizer
 _KEYS = ("name", "input", "json_keys", "filter", "sample_fraction", "max_tokens")
 
 
-def index_sources(path: str, common: IndexingOptions, *, report: Callable[[str], None]) -> None:
+def index_sources(path: str, common: IndexingOptions, *, report: Callable[[str], None]) -> list[str]:
     """Writes the datasets of every source of the YAML file, and reports the --data-path that mixes them.
 
     common: what holds for all sources; its json_keys for those that name none. ConfigError before anything is read for
-    a source that cannot be; a source with fewer tokens than its budget is only reported.
+    a source that cannot be; a source with fewer tokens than its budget is only reported. Gives their prefixes.
     """
     preparations = prepare_sources(path, common, report)
     journals = [preparation.journal() for preparation in preparations]
@@ -60,6 +60,7 @@ def index_sources(path: str, common: IndexingOptions, *, report: Callable[[str],
     report(f"train on them with: {data_path(tokens)}")
     for journal in journals:
         journal.remove()
+    return list(tokens)
 
 
 def data_path(tokens: dict[str, int]) -> str:

@@ -93,6 +93,10 @@ class Method(ABC):
     def __init__(self, config: Config):
         self.config = config
 
+    def reads_base(self, *, has_weights: bool) -> bool:
+        """Whether the weights at --teacher or --student matter to a start. has_weights: a checkpoint has them."""
+        return self.has_teacher or not has_weights
+
     @property
     def name(self) -> str:
         return self.config.model.method

@@ -98,8 +98,8 @@ def read_base(checked: Checked, sharers: Sharers | None = None) -> Contents:
 
     Nothing where the checkpoint has all the weights. Ranks of a node share the reading; each of them has to call this.
     """
-    has_weights = checked.resume_from or checked.weights_from
-    is_needed = method_of(checked.config).has_teacher or not has_weights
+    has_weights = bool(checked.resume_from or checked.weights_from)
+    is_needed = method_of(checked.config).reads_base(has_weights=has_weights)
     with said_if_slow(f"reading every byte of {checked.teacher.given}", is_on=os.environ.get("RANK", "0") == "0"):
         return contents_at_start(checked.teacher.directory, checked.reader.files if is_needed else [], sharers)
 

@@ -108,11 +108,13 @@ def test_a_dry_run_says_what_flags_make_of_a_preset(dry_run):
         "warning: --global-batch-size 256 where lrc-4b has 16: 34,333 steps instead of 549,317; the --lr 0.0001 of "
         "lrc-4b was published for a batch of 16"
     ) in lines
-    days, hours = number_after("time:", out), number_after("days \\(", out)
-    assert days == pytest.approx(hours / 24, abs=0.06) and "for 34,333 steps" in out
+    assert re.search(r"^time: [0-9.]+ (hours|days) for 34,333 steps, ", out, re.MULTILINE), out
     _, out, _ = dry_run("lrc-1.5b", "--train-iters", "1000", "--keep-last", "1", "--dry-run", "8")
     assert "warning: --train-iters 1000 is 49.2M tokens; --preset lrc-1.5b trains 10B" in out.splitlines()
-    assert "warning" not in dry_run("lrc-1.5b", "--keep-last", "1", "--dry-run", "8")[1]
+    warned = [
+        line for line in dry_run("lrc-1.5b", "--keep-last", "1", "--dry-run", "8")[1].splitlines() if "warning" in line
+    ]
+    assert [line for line in warned if "all zero" not in line] == []  # these teachers are files of zeros
 
 
 def test_a_batch_that_does_not_fit_is_answered_with_those_that_do(dry_run):
@@ -148,7 +150,7 @@ def test_memory_and_time_follow_the_layout_and_the_gpu(dry_run):
 
 def test_the_time_of_a_short_run_is_not_0_days(dry_run):
     _, out, _ = dry_run("lrc-1.5b", "--keep-last", "1", "--dry-run", "8", "--train-iters", "3000")
-    assert re.search(r"^time: \d+ minutes for 3000 steps, ", out, re.MULTILINE), out
+    assert re.search(r"^time: \d+ minutes for 3,000 steps, ", out, re.MULTILINE), out
 
 
 def test_what_cannot_run_is_refused_in_one_sentence_each(dry_run):

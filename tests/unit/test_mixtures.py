@@ -69,7 +69,8 @@ def test_each_source_is_a_dataset_whose_manifest_says_how_it_was_chosen(mixture,
     printed = capsys.readouterr().out
     assert f"'notes' has {notes['tokens']:,} tokens, fewer than its budget of 1,000,000" in printed
     assert "'edu' has" not in printed
-    flag, *values = printed.split("train on them with: ")[1].split()
+    flag, *values = printed.split("train on them with: ")[1].splitlines()[0].split()
+    assert f"--data-path {' '.join(str(tmp_path / 'out' / name) for name in names)}" in printed.split("next: ")[1]
     blend = plan_data(parse_config([flag, *values])).train
     assert blend is not None and blend.weights is not None
     assert blend.prefixes == [str(tmp_path / "out" / name) for name in names]

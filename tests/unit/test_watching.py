@@ -283,7 +283,7 @@ def test_layers_are_on_the_boards_only_if_asked_for_and_in_the_records_always(wi
     config.checkpoint.save, config.logging.log_layers_to_tensorboard = str(tmp_path), with_layers
     config.training.global_batch_size, config.training.train_iters = 8, 20000
     throughput = Throughput(config, SHAPE, SHAPE, world_size=1, peak=None)
-    log = RunLog(config, throughput, resume_at=0, checkpoint=None, world_size=1)
+    log = RunLog(config, throughput, resume_at=0, checkpoint=None, weights=None, world_size=1)
     clone = {term: [0.5] * 30 for term in CLONE_TERMS}
     log.step(step_record(clone_by_layer=clone))
     log.close()
