@@ -10,11 +10,13 @@ import json
 import os
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoders import BackendEncode
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
+from megatron_lrc.json_files import read_json
 
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -153,7 +155,7 @@ def _check_follows(tokenizer: Any, encode: Any, file: str, texts: Iterable[str])
 def _load(tokenizer_class: Any, path: str) -> Any:
     try:
         return tokenizer_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"transformers finds no tokenizer that it can load in {path!r} ({reason}). Give --tokenizer-model a "
@@ -163,8 +165,7 @@ def _load(tokenizer_class: Any, path: str) -> Any:
 
 def _read_json(path: str, name: str) -> dict[str, Any]:
     try:
-        with open(os.path.join(path, name), encoding="utf-8") as file:
-            values = json.load(file)
+        values = read_json(Path(path, name))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
