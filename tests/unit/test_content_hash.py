@@ -282,6 +282,9 @@ def test_constant_tensors_are_named_and_ordinary_ones_and_zeros_that_mean_someth
     tensors = {
         "good.weight": torch.randn(20, 3),
         "zero.weight": torch.zeros(4, 4),
+        "mixed_zero.weight": torch.randn(4, 600, dtype=torch.bfloat16) * 0,
+        "late.weight": torch.cat([torch.zeros(4000), torch.full((1,), 1e-45)]),
+        "minus_zero_norm.weight": -torch.zeros(6, dtype=torch.float64),
         "seven.weight": torch.full((2, 5), 7.0, dtype=torch.bfloat16),
         "norm.weight": torch.ones(6),
         "no_norm.weight": torch.zeros(6),
@@ -290,6 +293,8 @@ def test_constant_tensors_are_named_and_ordinary_ones_and_zeros_that_mean_someth
     }
     save_file(tensors, tmp_path / "model.safetensors")
     assert sorted(suspicious(tmp_path / "model.safetensors")) == [
+        "minus_zero_norm.weight in model.safetensors is all zero",
+        "mixed_zero.weight in model.safetensors is all zero",
         "no_norm.weight in model.safetensors is all zero",
         "seven.weight in model.safetensors is constant",
         "zero.weight in model.safetensors is all zero",
