@@ -10,11 +10,13 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoders import BackendEncode
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
+from megatron_lrc.json_files import read_json
 
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _VOCABULARY_FILE = "vocab.json"
@@ -198,7 +200,7 @@ def _check_follows(tokenizer: Any, encode: Any, file: str, texts: Iterable[str])
 def _load(tokenizer_class: Any, path: str) -> Any:
     try:
         return tokenizer_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"transformers finds no tokenizer that it can load in {path!r} ({reason}). Give --tokenizer-model a "
@@ -210,11 +212,10 @@ def _read_object(path: str, name: str) -> dict[str, Any]:
     """What a JSON file of one object holds; nothing where there is no such file."""
     file_name = os.path.join(path, name)
     try:
-        with open(file_name, encoding="utf-8") as file:
-            values = json.load(file)
+        values = read_json(Path(file_name))
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file_name} is not valid JSON ({error}). Download or copy it again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file_name} holds no JSON object. Download or copy it again.")

@@ -30,6 +30,7 @@ from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.sampled_hash import is_sampled, sampled_files
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
+from megatron_lrc.json_files import read_json
 
 RECORD_FILE = "megatron_lrc.json"
 
@@ -199,7 +200,7 @@ def is_converted(description: TeacherDescription) -> bool:
 def _read_record(description: TeacherDescription) -> Record:
     path = description.directory / RECORD_FILE
     try:
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        record = Record(**read_json(path))
         assert all(Path(name).name == name and isinstance(size, int) for name, size in record.files.items())
         assert INDEX_FILE in record.files and record.files_sha256.keys() in ({}.keys(), record.files.keys())
         assert all(isinstance(what, str) for what in (record.fingerprint, *record.suspicious))

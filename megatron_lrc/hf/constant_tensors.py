@@ -11,6 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
+
+_FEW = 1024  # elements, of which a tensor that is not zero has one that is not
+
 
 class Piece(NamedTuple):
     """The part of a tensor that lies in one chunk, if it is constant. value: of one element, its bytes in hex."""
@@ -40,10 +44,25 @@ def constant_pieces(path: Path, data: memoryview, start: int) -> dict[str, Piece
         first, last = max(span.start, start), min(span.end, start + len(data))
         if first < last and (first - span.start) % span.itemsize == 0:
             piece = data[first - start : last - start]
-            # Compared with itself one element further on. That ends at the first difference, so it costs nothing.
-            if len(piece) >= span.itemsize and piece[span.itemsize :] == piece[: -span.itemsize]:
-                found[span.name] = Piece(piece[: span.itemsize].hex(), len(piece))
+            if (value := _only_value(piece, span.itemsize)) is not None:
+                found[span.name] = Piece(value, len(piece))
     return found
+
+
+def _only_value(piece: memoryview, itemsize: int) -> str | None:
+    """`Piece.value` if all elements have the same one. Both looks end early where they differ, so they cost little."""
+    if _is_zero(piece, itemsize):
+        return bytes(itemsize).hex()
+    is_constant = len(piece) >= itemsize and piece[itemsize:] == piece[:-itemsize]  # with itself, one element later
+    return piece[:itemsize].hex() if is_constant else None
+
+
+def _is_zero(piece: memoryview, itemsize: int) -> bool:
+    """Whether all elements are 0.0 or -0.0: the first bit of a number is its sign."""
+    if len(piece) % itemsize:
+        return False
+    numbers = numpy.frombuffer(piece, f"<u{itemsize}")
+    return not (numbers[:_FEW] << 1).any() and not (numbers << 1).any()
 
 
 def find_suspicious(path: Path, chunks: Sequence[tuple[int, Mapping[str, Piece]]]) -> Iterator[str]:

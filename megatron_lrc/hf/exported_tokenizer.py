@@ -28,6 +28,7 @@ from megatron_lrc.data.encoders import BackendEncode
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference
 from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.hf.output_folder import copy_files
+from megatron_lrc.json_files import read_json
 
 #: The one class that takes tokenizer.json as it is in transformers 4 and 5.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
@@ -52,7 +53,7 @@ def label_tokenizer(tokenizer: Any, source: Path | None, target: Path) -> None:
     if not (target / TOKENIZER_FILE).is_file():
         backend.save(str(target / TOKENIZER_FILE))
     config_file = target / CONFIG_FILE
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     config = _for_any_version(config, tokenizer, _chosen(source) or tokenizer)
     config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -98,7 +99,7 @@ def find_other_ids(directory: Path) -> str | None:
 
 def _remedy(directory: Path) -> str:
     """For a Qwen2 model type, for which transformers 5 takes its own class whatever the files say."""
-    model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = read_json(directory / "config.json").get("model_type")
     return ". --arch llama computes the same, and is loaded with its own tokenizer" if model_type == "qwen2" else ""
 
 

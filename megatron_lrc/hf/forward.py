@@ -5,7 +5,6 @@ nobody reads. Hooks then widen each layer's weights from the files just before i
 masks, norms and the order of everything are transformers' own: what is computed is what a user of the directory gets.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FAMILIES
-from megatron_lrc.hf.teacher import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES
+from megatron_lrc.hf.teacher import WEIGHT_FILES, files_of_tensors
+from megatron_lrc.json_files import read_json
 
 #: Rows of an LM head that are widened at once, and the batch that models are compared on.
 HEAD_ROWS, SEQUENCES, SEQUENCE_LENGTH = 8192, 2, 64
@@ -108,7 +108,7 @@ def _check_format(directory: Path) -> None:
     if not any((directory / name).is_file() for name in WEIGHT_FILES):
         raise ConfigError(f"{directory} holds no safetensors. Only models in that format can be compared.")
     try:
-        architectures = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures")
+        architectures = read_json(directory / "config.json").get("architectures")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{directory / 'config.json'} cannot be read ({error}). Download or copy it again."
@@ -161,12 +161,8 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _file_of(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, as transformers finds it."""
-    if (directory / SINGLE_FILE).is_file():
-        with safe_open(directory / SINGLE_FILE, framework="pt", device="cpu") as file:
-            return dict.fromkeys(file.keys(), directory / SINGLE_FILE)
-    weight_map = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    return {name: directory / file for name, file in weight_map.items()}
+    """Tensor name -> the safetensors file that holds it."""
+    return {name: directory / file for name, file in files_of_tensors(directory).items()}
 
 
 def _file_names_of_parameters(model: nn.Module, file_of: dict[str, Path]) -> dict[nn.Parameter, str]:

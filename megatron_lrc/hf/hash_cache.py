@@ -2,9 +2,11 @@
 
 The entry of a file counts as long as real path, size, inode and the times of its last changes are what they
 were. A bit that flips on the disk changes none of them: exports do not look here. Where the directory cannot
-be written to there is no cache; one that is damaged or of another format is as good as none.
+be written to there is no cache; one that is not to the character what was written, by a checksum of its own, is
+as good as none. (Whoever can forge that can forge the weights.)
 """
 
+import hashlib
 import json
 import os
 import time
@@ -14,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc.hf.content_hash import CHUNK_BYTES, Chunk, FileContents
+from megatron_lrc.json_files import read_json
 from megatron_lrc.whole_files import write_whole
 
 CACHE_FILE = ".megatron_lrc_hashes.json"
-_FORMAT = 1
+_FORMAT = 2
 #: A file that changed less than this before it was read may change again without another time: file systems count
 #: in steps of up to 2 s. It is not remembered, as git does not trust such an entry of its index.
 _RACY_NS = 2 * 10**9
@@ -54,10 +57,9 @@ class FileState:
 def read_cache(directory: Path, states: Mapping[Path, FileState]) -> dict[Path, FileContents]:
     """What is known of these files."""
     try:
-        values = json.loads((directory / CACHE_FILE).read_text(encoding="utf-8"))
-        entries = values["files"] if values["format"] == _FORMAT else []
+        entries = _entries_of(directory / CACHE_FILE)
         known = {tuple(key): contents_of(chunks, size=key[1]) for key, chunks in entries}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         return {}
     return {path: known[key] for path, state in states.items() if (key := tuple(state.key)) in known}
 
@@ -68,9 +70,23 @@ def write_cache(directory: Path, states: Mapping[Path, FileState], found: Mappin
     entries = [[state.key, [chunk.to_list() for chunk in found[path].chunks]] for path, state in settled.items()]
     try:
         if entries:
-            write_whole(directory / CACHE_FILE, json.dumps({"format": _FORMAT, "files": entries}) + "\n")
+            write_whole(directory / CACHE_FILE, cache_text(entries))
     except OSError:
         pass  # a directory of somebody else's, or a full disk: the next start reads the files again
+
+
+def cache_text(entries: list[Any]) -> str:
+    """The file for these entries: (`FileState.key`, chunks as JSON) of each file of weights."""
+    checksum = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return json.dumps({"format": _FORMAT, "sha256": checksum, "files": entries}) + "\n"
+
+
+def _entries_of(path: Path) -> list[Any]:
+    """The inverse. ValueError, TypeError, KeyError for a text that is not one of these."""
+    entries = read_json(path)["files"]
+    if cache_text(entries) != path.read_text(encoding="utf-8"):
+        raise ValueError("damaged, or of another format")
+    return entries
 
 
 def contents_of(chunks: list[Any], *, size: int) -> FileContents:

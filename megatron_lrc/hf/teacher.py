@@ -10,7 +10,6 @@ megatron-core's fused weights. Shapes: `D` teacher hidden, `v` vocabulary, `o` o
 features, `/tp` split over ranks.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from megatron_lrc.hf.content_hash import hash_files, root_of
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.sampled_hash import sampled_fingerprint
+from megatron_lrc.json_files import read_json
 
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,7 +45,7 @@ class TeacherReader(Reader):
 
     def __init__(self, description: TeacherDescription) -> None:
         self.description = description
-        self._files = {name: _open(description.directory / name) for name in _file_names(description.directory)}
+        self._files = _open_files(description.directory)
         self._elements_read = 0
         self._file_of = _locate(description.directory, self._files)
         self._weights = {
@@ -177,15 +177,18 @@ def _file_names(directory: Path) -> list[str]:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    path = directory / INDEX_FILE
+    path, reason = directory / INDEX_FILE, ""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        valid = all(isinstance(file, str) for file in weight_map.values()) and len(weight_map) > 0
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
+        weight_map = read_json(path)["weight_map"]
+        is_valid = all(isinstance(file, str) for file in weight_map.values()) and len(weight_map) > 0
+    except ValueError as error:
+        is_valid, reason = False, f" ({error})"
+    except (KeyError, TypeError, AttributeError):
+        is_valid = False
+    if not is_valid:
         raise ConfigError(
-            f'{path} is not a safetensors index: a JSON object with a "weight_map" is expected. Download it again.'
+            f'{path} is not a safetensors index{reason}: a JSON object with a "weight_map" is expected. Download it '
+            "again."
         )
     return weight_map
 
@@ -200,15 +203,33 @@ def _open(path: Path):
         ) from error
 
 
+def files_of_tensors(directory: Path) -> dict[str, str]:
+    """Tensor name -> name of the safetensors file that holds it. ConfigError as at the opening of a teacher."""
+    return _locate(directory, _open_files(directory))
+
+
+def _open_files(directory: Path) -> dict:
+    return {name: _open(directory / name) for name in _file_names(directory)}
+
+
 def _locate(directory: Path, files: dict) -> dict[str, str]:
-    """Tensor name -> file, from the headers; what the index says is held against them."""
-    file_of = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    if SINGLE_FILE in files:
-        return file_of
-    for name, file in _weight_map(directory).items():
-        if name not in files[file].keys():  # noqa: SIM118
+    """Tensor name -> file, from the headers alone. An index is held against them and can change nothing.
+
+    So it need not be in the fingerprint, and a name in two files, of which it would choose one, is refused.
+    """
+    file_of: dict[str, str] = {}
+    for file, opened in files.items():
+        for name in opened.keys():  # noqa: SIM118 (not a dict)
+            if name in file_of:
+                raise ConfigError(
+                    f"{directory} holds tensor {name} twice, in {file_of[name]} and in {file}: programs differ in "
+                    "which one they load. Each tensor is expected in one file. Download the model again, or take one "
+                    "of the two out."
+                )
+            file_of[name] = file
+    for name, file in _weight_map(directory).items() if (directory / INDEX_FILE).is_file() else ():
+        if file_of.get(name) != file:
             raise ConfigError(
                 f"{directory / INDEX_FILE} places {name} in {file}, which does not hold it. Download both again."
             )
-        file_of[name] = file
     return file_of

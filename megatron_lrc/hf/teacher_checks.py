@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from megatron_lrc.config import ConfigError, ModelRole
 from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, Family
+from megatron_lrc.json_files import read_json
 
 #: Where tools/convert_from_hf.py puts a megatron-core checkpoint; Megatron-LM's name for converted weights.
 CHECKPOINT_FOLDER = "release"
@@ -40,9 +41,9 @@ def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
             "*.safetensors, tokenizer files). Give the directory that holds the model's files."
         )
     try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
+        values = read_json(config_file)
     except ValueError as error:
-        raise ConfigError(f"{config_file} is not valid JSON ({error}). Download or copy it again.") from error
+        raise ConfigError(f"{config_file} is not valid JSON ({error}). Correct it, or download it again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{config_file} holds no JSON object. Download or copy it again.")
     return values

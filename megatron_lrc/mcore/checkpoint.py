@@ -8,7 +8,7 @@ tensors, readable at any layout; a vocabulary is padded for the layout that wrot
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 from megatron_lrc.checkpoints.index import UnsafeCheckpoint, read_index, refuse_code
-from megatron_lrc.checkpoints.run_directory import find_changed
+from megatron_lrc.checkpoints.run_directory import STATE_FILE, find_changed
 from megatron_lrc.config import ConfigError
 from megatron_lrc.mcore.delayed_scaling import scaling_state
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
@@ -38,12 +38,26 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 _DISTRIBUTED_FP32, _REPLICATED_FP32 = "optimizer.state.param.", "optimizer.state.fp32_param."
 _SHARDED = (ShardedBase, LocalNonpersistentObject)
 
+T = TypeVar("T")
+
 
 def damage_on_any_rank(path: Path) -> str | None:
-    """What is wrong with a checkpoint's contents, in a few words. Each rank reads a share of its files. Collective."""
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, find_changed(path, part=dist.get_rank(), parts=len(everyone)))
-    return next((damage for damage in everyone if damage), None)
+    """What is wrong with a checkpoint's contents, in a few words, alike on every rank. Collective.
+
+    Ranks that see the same files each read a share of them; whoever has a copy of its own reads that.
+    """
+    record = (path / STATE_FILE).stat()
+    seen = _of_all_ranks((record.st_ino, record.st_mtime_ns, record.st_ctime_ns))  # what no copy has in common
+    rank = dist.get_rank()
+    sharers = [other for other, one in enumerate(seen) if one == seen[rank]]
+    damages = _of_all_ranks(find_changed(path, part=sharers.index(rank), parts=len(sharers)))
+    return next((damage for damage in damages if damage), None)
+
+
+def _of_all_ranks(value: T) -> list[T]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 @torch.no_grad()

@@ -189,14 +189,17 @@ def _without_collecting() -> Iterator[None]:
 
 
 def _make_room(final: Path, needed: int) -> Path:
-    """A new folder to write a checkpoint of `needed` bytes in. OSError if the disk has no room for it."""
+    """A new folder to write a checkpoint of `needed` bytes in. OSError if the disk has no room for it.
+
+    Absolute: it is told to ranks whose working directories may be others.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(final.parent).free) < needed + _RESERVE_BYTES:
         raise OSError(
             f"it takes {needed / 1e9:.2f} GB and {final.parent} has {free / 1e9:.2f} GB free; make room, or have "
             "older checkpoints removed with --keep-last"
         )
-    partial = partial_path(final, secrets.token_hex(4))
+    partial = partial_path(final.absolute(), secrets.token_hex(4))
     partial.mkdir()
     try:
         with open(partial / RESERVE_FILE, "wb") as file:

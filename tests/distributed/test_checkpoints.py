@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from checkpoints import write_run
 from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
 from megatron_lrc.checkpoints.run_directory import (
     STATE_FILE,
@@ -21,6 +23,8 @@ from megatron_lrc.checkpoints.run_directory import (
     read_state,
 )
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.mcore.checkpoint import damage_on_any_rank
 from megatron_lrc.train import loop
 from megatron_lrc.train.start_checks import check
 from megatron_lrc.train.step import Run, train_step
@@ -36,6 +40,7 @@ from runs import (
     train,
     without_times,
 )
+from students import random_student
 
 pytestmark = pytest.mark.distributed
 
@@ -74,6 +79,20 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_llama, tiny_tex
     assert_same_parameters(tmp_path / "run", tmp_path / "whole")
     again = checkpoint_path(tmp_path / "run", 4)  # the run came by that step once more
     assert find_missing(again) is None and find_changed(again) is None
+
+
+@pytest.mark.parametrize("owner", ["0", "1"])
+def test_a_copy_of_a_checkpoint_that_only_one_rank_has_is_looked_at_whole(tiny_llama, tmp_path, owner):
+    teacher = describe_teacher(tiny_llama())
+    original = write_run(tmp_path / "0", teacher, *random_student(teacher, 24, has_lm_head=True))
+    shutil.copytree(original, tmp_path / "1" / original.name)
+    flip_a_bit(tmp_path / owner / original.name)
+    damages = run_ranks(2, look_for_damage, tmp_path, original.name)
+    assert "is not what was written" in str(damages[0]) and damages[0] == damages[1]
+
+
+def look_for_damage(parent: Path, name: str) -> str | None:
+    return damage_on_any_rank(parent / os.environ["RANK"] / name)
 
 
 def train_and_listen(config: Config) -> list[str]:

@@ -214,6 +214,22 @@ def test_ranks_that_hold_the_same_share_the_writing(tiny_llama, tiny_text, tmp_p
     assert 0.8 < first / second < 1.25
 
 
+def test_ranks_in_other_working_directories_write_into_that_of_rank_0(tiny_llama, tiny_text, tmp_path):
+    config = make_config(tiny_llama(), tiny_text, Path("run"), steps=1)
+    run_ranks(2, train_in_a_directory_of_its_own, config.resolved(2), tmp_path)
+    path = checkpoint_path(tmp_path / "rank0/run", 1)
+    assert {file.name[:4] for file in path.glob("*.distcp")} == {"__0_", "__1_"}
+    assert find_missing(path) is None and find_changed(path) is None
+    assert not list((tmp_path / "rank1").rglob("*.distcp"))
+
+
+def train_in_a_directory_of_its_own(config: Config, parent: Path) -> None:
+    folder = parent / f"rank{os.environ['RANK']}"
+    folder.mkdir()
+    os.chdir(folder)
+    loop.train(config)
+
+
 # ------------------------------------------------------------------------------------------------ failing saves
 
 

@@ -21,7 +21,7 @@ from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.constant_tensors import spans_of
 from megatron_lrc.hf.content_hash import PREFIX, hash_files
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState
+from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState, cache_text
 from megatron_lrc.hf.sampled_hash import sampled_files
 from megatron_lrc.hf.shared_hash import contents_at_start
 from megatron_lrc.train.start_checks import check
@@ -177,7 +177,7 @@ def test_an_export_reads_the_files_whatever_is_remembered(source: Path, tmp_path
     before = hash_files([path])[path]
     flip_a_bit(path, *a_matrix_between_the_samples(source))
     entry = [FileState.of(path).key, [chunk.to_list() for chunk in before.chunks]]
-    (source / CACHE_FILE).write_text(json.dumps({"format": 1, "files": [entry]}))
+    (source / CACHE_FILE).write_text(cache_text([entry]))
     assert contents_at_start(source, [path]) == {path: before}
     assert convert_to_hf(["--load", str(run), "--output", str(tmp_path / "student"), "--no-verify"]) == 2
     assert "is not the teacher that" in capsys.readouterr().err and not (tmp_path / "student").exists()

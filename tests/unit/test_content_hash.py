@@ -18,7 +18,7 @@ from torch.distributed import FileStore
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.constant_tensors import find_suspicious
 from megatron_lrc.hf.content_hash import CHUNK_BYTES, FileContents, hash_files, root_of
-from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState
+from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState, cache_text
 from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
 from megatron_lrc.launch.agreement import RanksMissing
 
@@ -111,7 +111,7 @@ def forge(files: list[Path]) -> str:
     """Have the cache say that the first chunk of all is another one; what it says now."""
     values, forged = json.loads(cache_of(files).read_text()), "ab" * 32
     values["files"][0][1][0][0] = forged
-    cache_of(files).write_text(json.dumps(values))
+    cache_of(files).write_text(cache_text(values["files"]))
     return forged
 
 
@@ -150,9 +150,14 @@ def test_files_that_have_changed_are_read_again_and_the_others_are_not(tmp_path:
         "",
         "[]",
         "{}",
-        '{"format": 2, "files": []}',
-        '{"format": 1, "files": [[["a", 5], []]]}',
-        '{"format": 1, "files": 3}',
+        '{"format": 1, "files": []}',
+        '{"format": 2, "files": [[["a", 5], []]]}',
+        '{"format": 2, "files": 3}',
+        "[" * 100_000,
+        '{"format": 2, "sha256": "", "files": [[["a", 1e999], []]]}',
+        cache_text([[["a", float("inf"), 0, 0, 0], []]]),
+        cache_text([[["a", 10**30, 0, 0, 0], []]]),
+        cache_text([[["a", 1, 0, 0, 0], [["ab" * 32, {"x": ["00", float("inf")]}]]]]),
     ],
 )
 def test_a_cache_that_is_damaged_or_foreign_is_as_good_as_none(old_files, tmp_path: Path, content: str) -> None:
@@ -161,11 +166,34 @@ def test_a_cache_that_is_damaged_or_foreign_is_as_good_as_none(old_files, tmp_pa
     assert len(json.loads(cache_of(old_files).read_text())["files"]) == 3
 
 
+def change_case(text: str, sha256: str) -> str:
+    return text.replace(sha256, sha256.upper())
+
+
+def change_a_digit(text: str, sha256: str) -> str:
+    return text.replace(sha256, ("0" if sha256[0] != "0" else "1") + sha256[1:])
+
+
+def change_a_size(text: str, sha256: str) -> str:
+    return text.replace("77", "78")
+
+
+@pytest.mark.parametrize("change", [change_case, change_a_digit, change_a_size])
+def test_a_cache_of_which_one_character_has_changed_is_as_good_as_none(old_files, tmp_path: Path, change) -> None:
+    cache_of(old_files).unlink(missing_ok=True)
+    share(old_files, tmp_path / "first", 1)
+    text = cache_of(old_files).read_text()
+    changed = change(text, json.loads(text)["files"][0][1][0][0])
+    cache_of(old_files).write_text(changed)
+    assert changed != text and share(old_files, tmp_path / "second", 1)[0] == hash_files(old_files)
+    assert cache_of(old_files).read_text() == text
+
+
 def test_entries_whose_chunks_are_cut_off_are_not_taken(old_files: list[Path], tmp_path: Path) -> None:
     share(old_files, tmp_path / "first", 1)
     values = json.loads(cache_of(old_files).read_text())
     values["files"][0][1].pop()
-    cache_of(old_files).write_text(json.dumps(values))
+    cache_of(old_files).write_text(cache_text(values["files"]))
     assert share(old_files, tmp_path / "second", 1)[0] == hash_files(old_files)
 
 
@@ -254,6 +282,9 @@ def test_constant_tensors_are_named_and_ordinary_ones_and_zeros_that_mean_someth
     tensors = {
         "good.weight": torch.randn(20, 3),
         "zero.weight": torch.zeros(4, 4),
+        "mixed_zero.weight": torch.randn(4, 600, dtype=torch.bfloat16) * 0,
+        "late.weight": torch.cat([torch.zeros(4000), torch.full((1,), 1e-45)]),
+        "minus_zero_norm.weight": -torch.zeros(6, dtype=torch.float64),
         "seven.weight": torch.full((2, 5), 7.0, dtype=torch.bfloat16),
         "norm.weight": torch.ones(6),
         "no_norm.weight": torch.zeros(6),
@@ -262,6 +293,8 @@ def test_constant_tensors_are_named_and_ordinary_ones_and_zeros_that_mean_someth
     }
     save_file(tensors, tmp_path / "model.safetensors")
     assert sorted(suspicious(tmp_path / "model.safetensors")) == [
+        "minus_zero_norm.weight in model.safetensors is all zero",
+        "mixed_zero.weight in model.safetensors is all zero",
         "no_norm.weight in model.safetensors is all zero",
         "seven.weight in model.safetensors is constant",
         "zero.weight in model.safetensors is all zero",

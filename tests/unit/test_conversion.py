@@ -276,3 +276,6 @@ def test_values_that_float16_cannot_hold_are_not_converted(tmp_path: Path, capsy
     change_weights(tmp_path / "source", lambda tensors: tensors["model.norm.weight"][:1].fill_(70000.0))
     message = refused_conversion(capsys, tmp_path / "source", tmp_path / "output", "--dtype", "float16", *flags)
     assert "final has values of up to 70000, and --dtype float16 holds 65504 at most" in message
+    change_weights(tmp_path / "source", lambda tensors: tensors["model.norm.weight"].fill_(2e-8))
+    message = refused_conversion(capsys, tmp_path / "source", tmp_path / "output", "--dtype", "float16", *flags)
+    assert "final has values of up to 2e-08 only, and --dtype float16 holds 5.96e-08 at least" in message

@@ -75,6 +75,10 @@ def test_values_that_float16_cannot_hold_are_refused_whether_or_not_it_is_verifi
     norms["final"][5] = -70000.0
     message = refuse(tmp_path, teacher, (projections, norms), dtype=torch.float16, verify=verify)
     assert "model.norm.weight has values of up to 70000, and --dtype float16 holds 65504 at most" in message
+    norms["final"] *= 1e-13
+    message = refuse(tmp_path, teacher, (projections, norms), dtype=torch.float16, verify=verify)
+    assert "model.norm.weight has values of up to" in message
+    assert "only, and --dtype float16 holds 5.96e-08 at least: all of them would be written as zero" in message
     norms["final"][5] = -65510.0  # which rounds to the largest one
     export_student(
         teacher=teacher,

@@ -52,7 +52,7 @@ def test_what_is_not_known_stands_in_capitals(folder):
     (command,) = next_command.after_indexing(["data/nowhere"])
     assert command[1][:4] == ["--teacher", "TEACHER", "--student-hidden-size", "N"]
     ((_, flags),) = next_command.after_indexing(["data/a_text_document", "data/a_code_document"])
-    assert flags[5:9] == ["1", "data/a_text_document", "1", "data/a_code_document"]
+    assert flags[4:7] == ["--data-path", "data/a_text_document", "data/a_code_document"]  # epochs go with no weights
 
 
 def test_a_conversion_is_followed_by_indexing_with_its_tokenizer(folder, capsys):

@@ -13,7 +13,7 @@ from hf_teachers import write_llama, write_llama_with_biases, write_qwen2, write
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.hf.teacher import TeacherReader
+from megatron_lrc.hf.teacher import TeacherReader, files_of_tensors
 
 HEADS = HeadLayout(head_dim=16, queries_per_group=2)
 
@@ -219,6 +219,60 @@ def test_bad_index_is_refused(damaged: Path, index: object, words: str) -> None:
     (damaged / "model.safetensors").rename(damaged / "part.safetensors")
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
     assert words in refusal(damaged)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("[" * 100_000, "it is nested too deeply"), ("\ufeff{}", "it begins with a UTF-8 byte order mark; save it as")],
+    ids=["nested", "marked"],
+)
+def test_json_that_is_nested_or_marked_is_refused_by_what_is_wrong(
+    damaged: Path, name: str, text: str, words: str
+) -> None:
+    (damaged / name).write_text(text, encoding="utf-8")
+    assert words in (message := refusal(damaged)) and name in message
+
+
+def write_two_shards(directory: Path, *, twice: str | None = None, index_says: int = 1) -> None:
+    """Cut the single file in two. twice: a tensor that both are to hold, negated in the second."""
+    tensors = load_file(directory / "model.safetensors")
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    names = sorted(tensors)
+    file_of = {name: files[number % 2] for number, name in enumerate(names)}
+    shards = [{name: tensors[name] for name in names if file_of[name] == file} for file in files]
+    if twice:
+        shards[0][twice], shards[1][twice] = tensors[twice], -tensors[twice]
+        file_of[twice] = files[index_says]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+
+
+@pytest.mark.parametrize("index_says", [0, 1])
+def test_a_tensor_in_two_files_is_refused_whatever_the_index_says(damaged: Path, index_says: int) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    write_two_shards(damaged, twice=name, index_says=index_says)
+    words = f"holds tensor {name} twice, in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors"
+    assert words in refusal(damaged)
+    with pytest.raises(ConfigError, match=words):
+        files_of_tensors(damaged)
+
+
+def test_an_index_can_change_nothing(damaged: Path) -> None:
+    """It may leave a tensor out, and places none where it is not."""
+    write_two_shards(damaged)
+    path, before = damaged / "model.safetensors.index.json", open_teacher(damaged)
+    weight_map = json.loads(path.read_text())["weight_map"]
+    left_out, moved, *_ = weight_map
+    del weight_map[left_out]
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    assert open_teacher(damaged).fingerprint() == before.fingerprint()
+    assert torch.equal(open_teacher(damaged).read(left_out), before.read(left_out))
+    weight_map[moved] = next(file for file in weight_map.values() if file != weight_map[moved])
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    assert f"places {moved} in" in refusal(damaged)
 
 
 def test_fingerprint_follows_the_content_and_not_the_place(untied: tuple[Path, dict], damaged: Path) -> None:
