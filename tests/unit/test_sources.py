@@ -16,6 +16,7 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
+from megatron_lrc.data.filters import parse_filter
 from megatron_lrc.data.input_files import find_files, kind_of
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.tables import check_table
@@ -280,6 +281,25 @@ def test_a_column_of_another_type_is_refused_by_its_type(tmp_path, value, named)
     with pytest.raises(ConfigError) as caught:
         check_table(str(path), ["text"])
     assert str(caught.value).startswith(f"{path}: the column ") and named in str(caught.value)
+
+
+def test_columns_and_fields_of_the_same_name_are_refused(tmp_path):
+    """pyarrow writes and reads them; by name neither is found (KeyError), and no dict holds both."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = str(tmp_path / "a.parquet")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
+    pyarrow.parquet.write_table(table, path)
+    check_table(path, ["body"])
+    for keys, filters in ((["text"], ()), (["body"], (parse_filter("text == a"),))):
+        with pytest.raises(ConfigError, match=r"has 2 columns of the name 'text', .* Write the table again"):
+            check_table(path, keys, filters)
+    fields = [pa.field(name, pa.string()) for name in ("role", "content", "content")]
+    messages = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["a"]), pa.array(["b"])], fields=fields)
+    pyarrow.parquet.write_table(pa.table({"text": pa.ListArray.from_arrays([0, 1], messages)}), path)
+    with pytest.raises(ConfigError, match=r"'text' is of type struct<.*> with several fields of one name"):
+        check_table(path, ["text"])
 
 
 def test_every_table_is_checked_before_the_first_is_read(tmp_path, tokenizer_folder, capsys):
