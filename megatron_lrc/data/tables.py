@@ -77,8 +77,8 @@ def _check_columns(path: str, keys: list[str], schema: Any) -> None:
             field = "" if name == key else f", field {name!r},"
             raise ConfigError(
                 f"{path}: the column {key!r}{field} is of type {arrow_type}, which is not text. Strings are expected, "
-                "binary that holds UTF-8, or lists of token ids or messages. Cast it or drop it, or name another "
-                "column with --json-keys."
+                "binary or large_binary (of any length, not of a fixed one) that holds UTF-8, or lists of token ids or "
+                "messages. Cast it or drop it, or name another column with --json-keys."
             )
 
 

@@ -283,6 +283,15 @@ def test_a_column_of_another_type_is_refused_by_its_type(tmp_path, value, named)
     assert str(caught.value).startswith(f"{path}: the column ") and named in str(caught.value)
 
 
+def test_binary_of_a_fixed_size_is_told_which_binary_is_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([b"abcd"], pa.binary(4))}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"type fixed_size_binary\[4\].* binary or large_binary \(of any length, not"):
+        check_table(str(tmp_path / "a.parquet"), ["text"])
+
+
 def test_columns_and_fields_of_the_same_name_are_refused(tmp_path):
     """pyarrow writes and reads them; by name neither is found (KeyError), and no dict holds both."""
     import pyarrow as pa
