@@ -171,7 +171,12 @@ class Source:
 
 
 def _as_json_line(text: bytes, key: str) -> bytes:
-    """Without a byte order mark. What is not UTF-8 stays as it is: whoever parses the line names it, or skips it."""
+    """Without a byte order mark. What is not UTF-8 stays as it is: whoever parses the line names it, or skips it.
+
+    So does what holds a zero byte: no text does, but UTF-16 without a mark, which would pass for UTF-8.
+    """
+    if b"\0" in text:
+        return text
     try:
         return json.dumps({key: text.removeprefix(codecs.BOM_UTF8).decode("utf-8")}).encode()
     except UnicodeDecodeError:

@@ -18,6 +18,7 @@ from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
 from megatron_lrc.data.filters import parse_filter
 from megatron_lrc.data.input_files import find_files, kind_of
+from megatron_lrc.data.records import as_text, parse_record
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.tables import check_table
 from megatron_lrc.data.tokenizers import load_tokenizer
@@ -213,6 +214,28 @@ def test_other_encodings_are_named_by_their_mark(tmp_path, name, encoding_name):
     (tmp_path / name).write_bytes('{"text": "x"}'.encode(encoding_name))
     (error,) = errors_of(tmp_path / name)
     assert error.startswith(f"{tmp_path / name}:1: {encoding_name}, not UTF-8 (byte 0xff at column 1)")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("encoding_name", ["UTF-16-LE", "UTF-16-BE", "UTF-32-LE"])
+def test_other_encodings_are_named_by_their_zeros(tmp_path, name, encoding_name):
+    for text, reason in (("x", "it holds bytes that are 0"), ("\u00ff", "byte 0xff")):
+        (tmp_path / name).write_bytes(f'{{"text": "{text}"}}'.encode(encoding_name))
+        (error,) = errors_of(tmp_path / name)
+        assert error.startswith(f"{tmp_path / name}:1: probably {encoding_name[:6]}, not UTF-8 ({reason}")
+    (tmp_path / name).write_bytes(b'{"text": "a few zeros: \0"}')
+    assert errors_of(tmp_path / name) == [f"{tmp_path / name}:1: not UTF-8 (it holds bytes that are 0)"]
+
+
+def test_a_text_that_begins_with_a_byte_order_mark_is_the_same_of_every_kind_of_file(tmp_path):
+    text = "\ufeffcaf\u00e9 \ufeff"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+    write_column(tmp_path / "a.parquet", [text])
+    write_column(tmp_path / "b.parquet", [text.encode()])
+    for name in ("a.txt", "a.jsonl.gz", "a.parquet", "b.parquet"):
+        (line,) = documents_in(tmp_path / name)
+        assert as_text(parse_record(line)["text"], "text", None) == "caf\u00e9 \ufeff", name
 
 
 def test_a_json_document_over_the_whole_file_is_called_that(tmp_path):
