@@ -157,12 +157,21 @@ def write_chunks(
             journal.write(done, sync)  # whatever came after `done` is cut off by whoever goes on
         raise
     report(f"done: {progress.line(done)}")
+    report_left_out(options, writers, done, report)
+    return done
+
+
+def report_left_out(
+    options: IndexingOptions, writers: dict[str, DatasetWriter], done: Done, report: Callable[[str], None]
+) -> None:
     if done.bad_lines:
         report(f"skipped {done.bad_lines} bad lines, the first being {done.first_bad_line}")
+    for key, writer in writers.items():
+        if writer.empty:
+            report(f"left out {writer.empty:,} empty document{'s' if writer.empty > 1 else ''} of {key!r}")
     if options.selection.is_partial:
         kept, filtered, not_sampled = (done.rows.get(name, 0) for name in ROW_COUNTS.values())
         report(f"kept {kept:,} rows; filters left out {filtered:,}, sampling {not_sampled:,}")
-    return done
 
 
 def make_manifest(preparation: Preparation, key: str, writer: DatasetWriter, done: Done) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def find_files(inputs: Iterable[str], report: Callable[[str], None]) -> list[str
     """The files that paths, folders and patterns mean: each input in turn, a folder's and a pattern's sorted by path.
 
     A file named as such may have any suffix (JSON lines, if it is none of the kinds). In a folder, searched with all
-    that is below it and linked into it, other files are passed over; `report` gets a line that counts them.
-    ConfigError if an input means no file, or one file is meant twice, be it through a link.
+    that is below it and linked into it, other files are passed over; `report` gets a line that counts them, and
+    one that counts files of no byte. ConfigError if an input means no file, or one file is meant twice, be it through a link.
     """
     found: list[str] = []
     passed_over: set[str] = set()
@@ -52,6 +52,8 @@ def find_files(inputs: Iterable[str], report: Callable[[str], None]) -> list[str
         passed_over |= others
     _check_readable(found)
     _refuse_twice(found)
+    if empty := [path for path in found if not os.path.getsize(path)]:
+        report(f"{len(empty)} of {len(found)} files without a byte, the first being {empty[0]}")
     if passed_over := passed_over.difference(found):
         kinds = f"{', '.join(KINDS)} (or the first two and .txt packed as {', '.join(PACKINGS)})"
         report(f"passed over in folders: {_counted(passed_over)}; read are {kinds}")
@@ -110,6 +112,11 @@ def _check_readable(files: list[str]) -> None:
         if not os.path.isfile(path):
             what = "is a link to a file that is not there" if os.path.islink(path) else "is no ordinary file"
             raise ConfigError(f"{path} {what}. Remove or mend it, or name the other files.")
+        if packing and not os.path.getsize(path):
+            raise ConfigError(
+                f"{path} is damaged: it has no byte, and a {packing} file that holds nothing has some. Get the file "
+                "again, or leave it out."
+            )
 
 
 def _refuse_twice(files: list[str]) -> None:

@@ -81,7 +81,7 @@ def test_the_share_done_is_counted_on_disk_and_ends_at_all_of_it(tmp_path, monke
 def test_folders_and_patterns_are_sorted_and_keep_their_place(tmp_path):
     for name in ("b/2.jsonl", "b/1.txt.gz", "b/c/3.parquet", "b/README", "a.jsonl", "z.jsonl.zst", "b/4.parquet.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).write_bytes(b"x")
     inputs = [str(tmp_path / "z*"), str(tmp_path / "b"), str(tmp_path / "a.jsonl")]
     found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs, print)]
     assert found == ["z.jsonl.zst", "b/1.txt.gz", "b/2.jsonl", "b/c/3.parquet", "a.jsonl"]
@@ -125,6 +125,25 @@ def test_a_packed_file_that_breaks_off_or_goes_on_as_something_else_is_named(tmp
             documents_in(path)
 
 
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".txt.BZ2", ".jsonl.xz", ".zst"])
+def test_a_packed_file_of_no_byte_is_a_failed_download(tmp_path, kind):
+    """Packed nothing is some bytes; the readers of all packings take no byte for nothing."""
+    (tmp_path / f"a{kind}").touch()
+    with pytest.raises(ConfigError, match=f"a{kind} is damaged: it has no byte"):
+        find_files([str(tmp_path / f"a{kind}")], print)
+
+
+def test_empty_files_and_documents_are_counted(tmp_path, tokenizer_folder, capsys):
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / name).touch()
+    tiny_data.write_jsonl(tmp_path / "c.jsonl", ["", "word1"])
+    flags = ("--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
+    assert preprocess("--input", tmp_path / "*.jsonl", tmp_path / "b.txt", *flags) == 0
+    printed = capsys.readouterr().out
+    assert f"2 of 3 files without a byte, the first being {tmp_path}/a.jsonl\n" in printed
+    assert "left out 2 empty documents of 'text'\n" in printed
+
+
 def test_xz_files_may_be_padded_with_zeros_as_their_format_says(tmp_path):
     first, second = lzma.compress(b"one\n"), lzma.compress(b"two\n")
     (tmp_path / "a.jsonl.xz").write_bytes(first + b"\0" * 8 + second + b"\0" * 4)
@@ -138,14 +157,14 @@ def found_in(folder: Path, *inputs: str) -> tuple[list[str], list[str]]:
     return [str(Path(path).relative_to(folder)) for path in files], reported
 
 
-def write_empty(folder: Path, *names: str) -> None:
+def write_files(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_bytes(b"{}")
 
 
 def test_linked_folders_are_entered_but_not_for_ever(tmp_path):
-    write_empty(tmp_path, "in/a.jsonl", "elsewhere/deep/b.txt.bz2")
+    write_files(tmp_path, "in/a.jsonl", "elsewhere/deep/b.txt.bz2")
     (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "in")
     (tmp_path / "elsewhere/deep/self").symlink_to(tmp_path / "elsewhere/deep")
@@ -153,7 +172,7 @@ def test_linked_folders_are_entered_but_not_for_ever(tmp_path):
 
 
 def test_what_is_passed_over_in_folders_is_counted_by_suffix(tmp_path):
-    write_empty(tmp_path, "in/a.jsonl", "in/b.tar.GZ", "in/c.csv", "in/d.csv", "in/README", "in/x.parquet.gz")
+    write_files(tmp_path, "in/a.jsonl", "in/b.tar.GZ", "in/c.csv", "in/d.csv", "in/README", "in/x.parquet.gz")
     files, (line,) = found_in(tmp_path, "in")
     assert files == ["in/a.jsonl"]
     assert line.startswith("passed over in folders: 5 files (.csv 2, ")
@@ -165,7 +184,7 @@ def test_what_is_passed_over_in_folders_is_counted_by_suffix(tmp_path):
 
 
 def test_folders_that_a_pattern_matches_are_read_with_all_below_them(tmp_path):
-    write_empty(tmp_path, "in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl", "in/one/two/d.csv")
+    write_files(tmp_path, "in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl", "in/one/two/d.csv")
     below = ["in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl"]
     files, (line,) = found_in(tmp_path, "in/*")
     assert files == below and "1 file (.csv 1)" in line
@@ -174,7 +193,7 @@ def test_folders_that_a_pattern_matches_are_read_with_all_below_them(tmp_path):
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_a_file_that_is_meant_twice_by_a_link_is_refused(tmp_path, link):
-    write_empty(tmp_path, "a.jsonl")
+    write_files(tmp_path, "a.jsonl")
     link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     with pytest.raises(ConfigError, match=r"one file twice, by links: .*a.jsonl and .*b.jsonl"):
         found_in(tmp_path, "*.jsonl")
@@ -183,7 +202,7 @@ def test_a_file_that_is_meant_twice_by_a_link_is_refused(tmp_path, link):
 
 
 def test_what_has_the_name_of_a_text_file_and_cannot_be_read_is_refused(tmp_path):
-    write_empty(tmp_path, "a.jsonl", "packed/p.parquet.gz")
+    write_files(tmp_path, "a.jsonl", "packed/p.parquet.gz")
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="lost.jsonl is a link to a file that is not there"):
         found_in(tmp_path, ".")
