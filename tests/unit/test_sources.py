@@ -16,8 +16,9 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
+from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import parse_filter
-from megatron_lrc.data.input_files import find_files, kind_of
+from megatron_lrc.data.input_files import find_files
 from megatron_lrc.data.records import as_text, parse_record
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.tables import check_table
@@ -175,9 +176,8 @@ def test_what_is_passed_over_in_folders_is_counted_by_suffix(tmp_path):
     write_files(tmp_path, "in/a.jsonl", "in/b.tar.GZ", "in/c.csv", "in/d.csv", "in/README", "in/x.parquet.gz")
     files, (line,) = found_in(tmp_path, "in")
     assert files == ["in/a.jsonl"]
-    assert line.startswith("passed over in folders: 5 files (.csv 2, ")
+    assert line.startswith("passed over: 5 files (.csv 2, ")
     assert all(part in line for part in (".tar.gz 1", "no suffix 1", ".parquet.gz 1"))
-    assert found_in(tmp_path, "in/a.jsonl", "in/c.csv") == (["in/a.jsonl", "in/c.csv"], [])
     (tmp_path / "in/a.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"the folder holds no .* file, but 5 files \(.csv 2, "):
         found_in(tmp_path, "in")
@@ -188,7 +188,40 @@ def test_folders_that_a_pattern_matches_are_read_with_all_below_them(tmp_path):
     below = ["in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl"]
     files, (line,) = found_in(tmp_path, "in/*")
     assert files == below and "1 file (.csv 1)" in line
-    assert found_in(tmp_path, "in/**") == ([*below, "in/one/two/d.csv"], [])
+    assert found_in(tmp_path, "in/**") == (below, [line])
+
+
+OTHER_KINDS = ["a.jsonl.lz4", "b.7z", "c.tar", "d.tar.gz", "e.CSV", "f.zip", "g.jsonl.part", "h.Z", "i.parquet.gz"]
+
+
+def test_of_what_a_pattern_matches_files_of_other_kinds_are_passed_over(tmp_path):
+    """A .tar of JSON lines has lines that parse, and half a download is half of its lines."""
+    write_files(tmp_path, "in/a.jsonl", "in/b.unknown", *(f"in/{name}" for name in OTHER_KINDS))
+    files, (line,) = found_in(tmp_path, "in/*")
+    assert files == ["in/a.jsonl", "in/b.unknown"]
+    assert line.startswith("passed over: 9 files (") and ".7z 1" in line
+    with pytest.raises(ConfigError, match=r"\*.7z: it matches no .* file, but 1 file \(.7z 1\)"):
+        found_in(tmp_path, "in/*.7z")
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_file_of_another_kind_is_refused_if_it_is_named(tmp_path, name):
+    write_files(tmp_path, name)
+    with pytest.raises(ConfigError, match=rf"{name} is (an?|packed|part) .*Unpack it, or write its documents"):
+        found_in(tmp_path, name)
+
+
+def test_hidden_files_and_folders_are_passed_over_unless_they_are_named(tmp_path):
+    write_files(tmp_path, "in/a.jsonl", "in/.hidden.jsonl", "in/b/.cache/c.jsonl", "in/b/.cache/d.jsonl")
+    for item in ("in", "in/*", "in/**"):
+        files, reported = found_in(tmp_path, item)
+        assert files == ["in/a.jsonl"], item
+    (line,) = found_in(tmp_path, "in")[1]
+    assert line.startswith("passed over: 2 files (hidden 2)")
+    assert found_in(tmp_path, "in/.hidden.jsonl", "in/b/.cache") == (
+        ["in/.hidden.jsonl", "in/b/.cache/c.jsonl", "in/b/.cache/d.jsonl"],
+        [],
+    )
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
@@ -206,7 +239,12 @@ def test_what_has_the_name_of_a_text_file_and_cannot_be_read_is_refused(tmp_path
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="lost.jsonl is a link to a file that is not there"):
         found_in(tmp_path, ".")
-    with pytest.raises(ConfigError, match="p.parquet.gz is a packed parquet file, .* Unpack it first"):
+    (tmp_path / "lost.jsonl").rename(tmp_path / "lost")  # to a folder of documents, it may be
+    with pytest.raises(ConfigError, match="lost is a link to a file that is not there"):
+        found_in(tmp_path, ".")
+    (tmp_path / "lost").rename(tmp_path / ".#a.jsonl")  # an editor's lock
+    assert found_in(tmp_path, ".")[0] == ["a.jsonl"]
+    with pytest.raises(ConfigError, match="p.parquet.gz is a packed parquet file, .* Unpack it"):
         found_in(tmp_path, "packed/p.parquet.gz")
 
 
