@@ -127,7 +127,8 @@ def _refuse_twice(files: list[str]) -> None:
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino) if status.st_nlink > 1 else os.path.realpath(path)
         if first := seen.get(identity):
-            what = f"{path} more than once" if path == first else f"one file twice, by links: {first} and {path}"
+            is_same_path = os.path.abspath(path) == os.path.abspath(first)
+            what = f"{path} more than once" if is_same_path else f"one file twice, by links: {first} and {path}"
             raise ConfigError(f"--input gives {what}. Its documents would count twice; give it once.")
         seen[identity] = path
 

@@ -409,8 +409,9 @@ def test_an_input_that_means_no_file_is_refused(tmp_path, item, expected):
 
 def test_a_file_that_is_meant_twice_is_refused(tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["x"])
-    with pytest.raises(ConfigError, match="more than once"):
-        find_files([path, str(tmp_path)], print)
+    for again in (f"{tmp_path}", f"{tmp_path}/./a.jsonl", f"{tmp_path}//a.jsonl", os.path.relpath(path)):
+        with pytest.raises(ConfigError, match="--input gives .*a.jsonl more than once"):
+            find_files([path, again], print)
 
 
 def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):
