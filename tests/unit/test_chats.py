@@ -273,6 +273,33 @@ def test_a_template_that_draws_random_numbers_is_refused(chat_of, chance):
         chat_of(chance)(messages("x"))
 
 
+@pytest.mark.parametrize(
+    "printed",
+    ["strftime_now", "messages[0].content.upper", "cycler('a')", "messages | map('length')", "'%s' % raise_exception"],
+)
+def test_a_template_that_prints_an_object_of_python_is_refused(chat_of, printed):
+    """It would be other text in every worker process."""
+    with pytest.raises(ConfigError, match=r"it prints an object of Python and its place in memory \(... at 0x\w+>\)"):
+        chat_of(f"{{{{ {printed} }}}}")(messages("x"))
+
+
+def test_a_chat_about_an_object_of_python_is_a_chat(chat_of):
+    place = "What is <function f at 0x7f2b3c0d5e10>?"
+    chat = chat_of("{% for m in messages %}{{ m.content }}{% endfor %}<object at 0x00000000>")
+    assert chat(messages(place)) == f"{place}<object at 0x00000000>"
+    assert chat(messages(parts("a", place))) == f"a{place}<object at 0x00000000>"
+
+
+@pytest.mark.parametrize("format", ["%s", "%Y %s", "%%%s", "%-s", "%_Z"])
+def test_a_template_that_asks_for_a_time_of_the_machines_zone_is_refused(chat_of, format):
+    with pytest.raises(ConfigError, match="depends on the time zone of the machine"):
+        chat_of(f"{{{{ strftime_now('{format}') }}}}")(messages("x"))
+
+
+def test_times_of_no_zone_are_printed(chat_of):
+    assert chat_of("{{ strftime_now('%%s%%Y %S %-d%Z%z s') }}")(messages("x")) == "%s%Y 00 26 s"
+
+
 def test_the_default_template_is_taken_or_the_one_that_is_named(chat_of):
     chat = chat_of("default: {{ messages[0].content }}", tool_use="tools: {{ messages[0].content }}")
     assert chat(messages("x")) == "default: x"
