@@ -11,6 +11,7 @@ from typing import Any
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.chats import read_chat
+from megatron_lrc.data.json_kinds import kind_named
 
 _ONE_PER_LINE = "; an object on each line is expected, not one JSON document over the whole file"
 _MARK = "\ufeff"
@@ -29,7 +30,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise ConfigError(f"not valid JSON ({error}){_ONE_PER_LINE if line.strip() in (b'[', b'{') else ''}") from error
     if not isinstance(record, dict):
         hint = _ONE_PER_LINE if isinstance(record, list) else ""
-        raise ConfigError(f"a JSON {type(record).__name__}, not an object{hint}")
+        raise ConfigError(f"{kind_named(record)}, not an object{hint}")
     return record
 
 
@@ -66,7 +67,7 @@ def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
     if isinstance(value, list):
         value = render_messages(value, key, chat)
     if not isinstance(value, str):
-        raise ConfigError(f"the value of {key!r} is a {type(value).__name__}, not text")
+        raise ConfigError(f"the value of {key!r} is {kind_named(value)}, not text")
     if not value.isascii() and _SURROGATE.search(value):
         raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
     return value.removeprefix(_MARK)

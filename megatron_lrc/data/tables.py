@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.filters import Filter
+from megatron_lrc.data.json_kinds import kind_named
 from megatron_lrc.data.packings import import_for
 
 # Types by the name that pyarrow prints: not every supported version of it has a predicate for each.
@@ -94,7 +95,8 @@ def _check_filter(path: str, condition: Filter, schema: Any) -> None:
     if stored not in {*_COMPARABLE[condition.kind], "null"}:
         raise ConfigError(
             f"{path}: the column {condition.column!r} is of type {arrow_type}, which --filter '{condition.text}' "
-            f"cannot compare with a {condition.kind}. Quote a string that looks like a number; cast other types."
+            f"cannot compare with {kind_named(condition.values[0])}. Quote a string that looks like a number; cast "
+            "other types."
         )
 
 

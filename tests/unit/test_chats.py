@@ -179,14 +179,14 @@ def test_null_is_no_text_and_no_field(chat_of):
 @pytest.mark.parametrize(
     "message, reason",
     [
-        ({"role": "user", "content": 7}, "message 2 of 'messages' has a int as its content, which is not text"),
-        ({"role": "user", "content": False}, "has a bool as its content"),
-        ({"role": "user", "content": {"text": "x"}}, "has a dict as its content"),
-        ({"role": "user", "content": ["x"]}, "has a str among the parts of its content"),
+        ({"role": "user", "content": 7}, "message 2 of 'messages' has a number as its content, which is not text"),
+        ({"role": "user", "content": False}, "has false as its content"),
+        ({"role": "user", "content": {"text": "x"}}, "has an object as its content"),
+        ({"role": "user", "content": ["x"]}, "has text among the parts of its content"),
         ({"role": "user", "content": [{"type": "image", "image": None}]}, "has content of type 'image'"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "has content of type 'text'"),
         ({"role": "user", "text": "x"}, "has no content, only role, text"),
-        ({"role": 1, "content": "x"}, "has a int as its role"),
+        ({"role": 1, "content": "x"}, "has a number as its role"),
     ],
 )
 def test_what_is_no_text_is_a_bad_line(chat_of, message, reason):
@@ -221,9 +221,9 @@ def test_a_table_of_both_forms_has_the_columns_of_the_other_null(chat_of):
             {"from": "narrator", "value": "x"},
             "message 2 of 'c' is from 'narrator'; who speaks is expected to be one of",
         ),
-        ({"from": 1, "value": "x"}, "message 2 of 'c' is from a int"),
+        ({"from": 1, "value": "x"}, "message 2 of 'c' is from a number"),
         ({"from": "gpt", "text": "x"}, "message 2 of 'c' has no value, only from, text"),
-        ({"from": "gpt", "value": 5}, "message 2 of 'c' has a int as its content"),
+        ({"from": "gpt", "value": 5}, "message 2 of 'c' has a number as its content"),
         ({"role": "user", "content": "x"}, "the messages of 'c' are of two forms"),
         ({"value": "x"}, "the value of 'c' is a list, but not of messages"),
     ],

@@ -97,8 +97,8 @@ BAD_LINES = {
     "not JSON": (b'{"text": "word1"', "not valid JSON"),
     "not UTF-8": (b'{"text": "word\xff"}', "not UTF-8 (byte 0xff at column 15)"),
     "no key": (b'{"body": "word1"}', "no key 'text' (the line has ['body']"),
-    "not an object": (b'["word1"]', "a JSON list, not an object"),
-    "not text": (b'{"text": 5}', "the value of 'text' is a int, not text"),
+    "not an object": (b'["word1"]', "a list, not an object"),
+    "not text": (b'{"text": 5}', "the value of 'text' is a number, not text"),
     "lone surrogate": (b'{"text": "\\ud83d"}', "the value of 'text' has half of a surrogate pair"),
 }
 

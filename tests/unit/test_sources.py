@@ -464,7 +464,7 @@ def test_parts_of_files_are_whole_lines_and_bad_ones_are_named_by_file_and_line(
     ]
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "word1"}) + "\n" + json.dumps({"text": 1}) + "\n")
     assert preprocess("--input", tmp_path / "b.jsonl", tmp_path / "c.jsonl", *flags[4:]) == 2
-    assert "c.jsonl:2: the value of 'text' is a int" in capsys.readouterr().err
+    assert "c.jsonl:2: the value of 'text' is a number" in capsys.readouterr().err
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
