@@ -1,8 +1,8 @@
 """What is in a file, by its name: a kind that is read, one that is known not to be, or nothing that is known.
 
-    .jsonl, .json        one object per line; also packed
-    .parquet             one document per row; columns are the keys (`tables.py`)
-    .txt                 the whole file is one document, under the first key; also packed (`packings.py`)
+.jsonl, .json        one object per line; also packed
+.parquet             one document per row; columns are the keys (`tables.py`)
+.txt                 the whole file is one document, under the first key; also packed (`packings.py`)
 """
 
 import os

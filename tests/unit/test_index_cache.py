@@ -152,7 +152,9 @@ def test_maps_of_another_request_are_refused_though_their_checksums_fit(built):
     build_datasets(other)
     (other_file,) = set(file.parent.parent.rglob("train-0-shuffle.npy")) - {file}
     shutil.copytree(other_file.parent, file.parent, dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match=f"are those of another folder, {other_file.parent.name}. Remove {file.parent}"):
+    with pytest.raises(
+        ConfigError, match=f"are those of another folder, {other_file.parent.name}. Remove {file.parent}"
+    ):
         build_datasets(config)
 
 
