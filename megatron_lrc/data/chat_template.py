@@ -2,7 +2,8 @@
 
 A template may ask for today's date (`strftime_now`; Llama 3.2's does). Data would be other data each day then, and a
 run that goes on after midnight would mix two. So every template is rendered as of one date. What gives other text each
-time on purpose, Jinja's `random` and `lipsum`, is refused.
+time is refused: Jinja's `random` and `lipsum`, the seconds since 1970 (which depend on the time zone), and an object of
+Python, such as a function that a template does not call, which is printed with its place in memory.
 
 A template prints a message's content either as a string or as a list of parts, such as {"type": "text", "text": ...};
 some do both, some take the first part only, also by role (Mistral Small 3.1's). Given another form it may print a
@@ -33,6 +34,10 @@ def _text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
+# As Python prints objects: <function strftime_now at 0x7f2b3c0d5e10>.
+_PLACE_IN_MEMORY = re.compile(r" at 0x[0-9a-f]{6,}>")
+# With glibc's flags and widths; Python itself does not pass on %z and %Z without them.
+_OF_TIME_ZONE = re.compile(r"(?<!%)(?:%%)*%(?:[-_0^#EO\d]*s|[-_0^#EO\d]+[zZ])")
 # What a template is tried on. Some print only the first of several parts.
 _FIRST, _SECOND = "first-of-megatron-lrc", "second-of-megatron-lrc"
 _MARKS = {"string": [_FIRST], "part": [_FIRST], "parts": [_FIRST, _SECOND]}
@@ -124,12 +129,23 @@ class _Renderer:
 
     def __call__(self, messages: list[dict[str, Any]]) -> str:
         in_form = [{**message, "content": self._in_form(message["role"], message["content"])} for message in messages]
-        return self._render(in_form)
+        text = self._render(in_form)
+        self._refuse_places_in_memory(text, messages)
+        return text
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return self._tokenizer.apply_chat_template(
             messages, chat_template=self._source, tokenize=False, **self._variables
         )
+
+    def _refuse_places_in_memory(self, text: str, messages: list[dict[str, Any]]) -> None:
+        """A chat about Python may hold some itself."""
+        for place in set(_PLACE_IN_MEMORY.findall(text)):
+            if place not in self._source and place not in repr(messages):
+                raise ValueError(
+                    f"it prints an object of Python and its place in memory (...{place}), so that the same chat would "
+                    "be another text each time"
+                )
 
     def _in_form(self, role: str, content: Content) -> Content:
         """As it is if the template prints that; else parts joined, with nothing between, or a string as one part."""
@@ -197,6 +213,8 @@ def _clock(date: str) -> Any:
     moment = datetime.fromisoformat(date)
 
     def strftime_now(format: str) -> str:
+        if _OF_TIME_ZONE.search(format):
+            raise ValueError(f"the time that it asks for ({format!r}) depends on the time zone of the machine")
         return moment.strftime(format)
 
     return strftime_now

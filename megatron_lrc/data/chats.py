@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import Content
+from megatron_lrc.data.json_kinds import kind_named
 
 #: The role that stands for a speaker in ShareGPT's form. Whoever prepares such data also writes the roles themselves.
 _ROLES = {
@@ -48,7 +49,7 @@ def _read_turn(message: dict[str, Any], name: str) -> dict[str, Any]:
     """A message of the second form as one of the first. Its other fields, such as OpenHermes' weight, are left out."""
     speaker = message["from"]
     if not isinstance(speaker, str):
-        raise ConfigError(f"{name} is from a {type(speaker).__name__}, which is no name of a speaker")
+        raise ConfigError(f"{name} is from {kind_named(speaker)}, which is no name of a speaker")
     if speaker not in _ROLES:
         raise ConfigError(f"{name} is from {speaker!r}; who speaks is expected to be one of {', '.join(_ROLES)}")
     if "value" not in message:
@@ -59,7 +60,7 @@ def _read_turn(message: dict[str, Any], name: str) -> dict[str, Any]:
 def _read_message(message: dict[str, Any], name: str) -> dict[str, Any]:
     role, content = message["role"], _read_content(message, name)
     if not isinstance(role, str):
-        raise ConfigError(f"{name} has a {type(role).__name__} as its role, which is not text")
+        raise ConfigError(f"{name} has {kind_named(role)} as its role, which is not text")
     return {**_without_null(message), "content": content}
 
 
@@ -73,13 +74,13 @@ def _read_content(message: dict[str, Any], name: str) -> Content:
     if isinstance(content, list):
         return [_read_part(part, name) for part in content]
     if not isinstance(content, str):
-        raise ConfigError(f"{name} has a {type(content).__name__} as its content, which is not text")
+        raise ConfigError(f"{name} has {kind_named(content)} as its content, which is not text")
     return content
 
 
 def _read_part(part: Any, name: str) -> dict[str, Any]:
     if not isinstance(part, dict):
-        raise ConfigError(f"{name} has a {type(part).__name__} among the parts of its content, not an object")
+        raise ConfigError(f"{name} has {kind_named(part)} among the parts of its content, not an object")
     if part.get("type") != "text" or not isinstance(part.get("text"), str):
         raise ConfigError(
             f'{name} has content of type {part.get("type")!r}; {{"type": "text", "text": "..."}} is expected, since '

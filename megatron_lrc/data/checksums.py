@@ -1,5 +1,8 @@
 """Checksums of the files of a folder, kept in it: what was damaged since they were written does not go unnoticed.
 
+The folder's own name is kept with them. It says what the files are, so files of one folder that were copied into
+another, their checksums with them, do not pass there.
+
 CRC-32 finds what disks and interrupted copies do to a file, at 4 GB/s on one core, so that the time is the disk's.
 (SHA-256 would guard against intent too, which is not the question here, at less than half of that.)
 """
@@ -13,16 +16,20 @@ from megatron_lrc.config import ConfigError
 FILE_NAME = "checksums.json"
 
 
-def write_checksums(folder: str) -> None:
-    """Write the size in bytes and the CRC-32 of every file in the folder to checksums.json there."""
+def write_checksums(folder: str, *, name: str) -> None:
+    """Write the size in bytes and the CRC-32 of every file in the folder to checksums.json there.
+
+    name: the last part of the path that the folder is going to have.
+    """
     names = sorted(set(os.listdir(folder)) - {FILE_NAME})
-    measured = {name: _measure(os.path.join(folder, name)) for name in names}
+    measured = {file: _measure(os.path.join(folder, file)) for file in names}
     with open(os.path.join(folder, FILE_NAME), "w", encoding="utf-8") as file:
-        json.dump(measured, file, indent=1)
+        json.dump({"folder": name, "files": measured}, file, indent=1)
 
 
 def check_checksums(folder: str) -> None:
-    """ConfigError if a file is missing or other than `write_checksums` has found it. Reads all of them."""
+    """ConfigError if a file is missing or other than `write_checksums` has found it, or all are another folder's.
+    Reads all of them."""
     for name, expected in _read(folder).items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -35,9 +42,13 @@ def _read(folder: str) -> dict[str, list[int]]:
     path = os.path.join(folder, FILE_NAME)
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (FileNotFoundError, ValueError, TypeError) as error:
+            found = json.load(file)
+        owner, measured = found["folder"], dict(found["files"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is missing or damaged. {_remedy(folder)}") from error
+    if owner != os.path.basename(folder):
+        raise ConfigError(f"{path} and the files beside it are those of another folder, {owner}. {_remedy(folder)}")
+    return measured
 
 
 def _measure(path: str) -> list[int]:

@@ -132,7 +132,7 @@ class Request:
     @cached_property
     def folder(self) -> str:
         parts = [[name, order.identity, self.reaches[name]] for name, order in self.orders.items()]
-        return os.path.join(self.parent, digest_of(["with checksums", *parts]))
+        return os.path.join(self.parent, digest_of(["with checksums and name", *parts]))
 
     def fill_cache(self) -> bool:
         """Have the maps built by rank 0 unless they are there: whether they were. Collective; ConfigError alike.
@@ -152,7 +152,7 @@ class Request:
                 return True
             try:
                 self.write_maps(temporary)
-                write_checksums(temporary)
+                write_checksums(temporary, name=os.path.basename(folder))
                 with contextlib.suppress(OSError):  # another run has just finished the same folder: use that one
                     os.rename(temporary, folder)
             finally:

@@ -28,8 +28,9 @@ import numpy
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.encoders import Encode
+from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import Filter
-from megatron_lrc.data.input_files import Source, is_divisible, kind_of
+from megatron_lrc.data.input_files import Source, is_divisible
 from megatron_lrc.data.records import as_text, check_ids, parse_record, values_of
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.selection import ROW_COUNTS, Outcome, Selection

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.json_kinds import kind_named
 
 Scalar = str | int | float | bool
 
@@ -53,8 +54,8 @@ class Filter:
             return False
         if kind_of_scalar(value) != self.kind:
             raise ConfigError(
-                f"the value of {self.column!r} is a {type(value).__name__}, which --filter '{self.text}' cannot "
-                f"compare with a {self.kind}"
+                f"the value of {self.column!r} is {kind_named(value)}, which --filter '{self.text}' cannot "
+                f"compare with {kind_named(self.values[0])}"
             )
         if self.operator == "in":
             return value in self.values
@@ -84,7 +85,8 @@ def parse_filter(text: str) -> Filter:
     values = _parse_list(text, value) if operator_ == "in" else (_parse_scalar(text, value),)
     kinds = {kind_of_scalar(value) for value in values}
     if len(kinds) > 1:
-        raise ConfigError(f"--filter '{text}' mixes {' and '.join(sorted(kinds))}. Quote what is meant as a string.")
+        named = " and ".join(sorted(set(map(kind_named, values))))
+        raise ConfigError(f"--filter '{text}' mixes {named}. Quote what is meant as a string.")
     if kinds == {"bool"} and operator_ not in ("==", "!=", "in"):
         raise ConfigError(f"--filter '{text}': true and false have no order. Use == or !=.")
     return Filter(text=text.strip(), column=_without_quotes(column), operator=operator_, values=values)

@@ -90,16 +90,22 @@ def remaining_chunks(
 
 def why_empty(options: IndexingOptions, key: str, done: Done) -> str:
     """A sentence for a dataset without a document."""
-    left_out = done.rows.get("filtered", 0), done.rows.get("not_sampled", 0)
-    if any(left_out):
-        return (
-            f"{', '.join(options.input)}: no row is left under {key!r}: --filter left out {left_out[0]:,} and "
-            f"--sample-fraction {left_out[1]:,} ({done.bad_lines} bad lines skipped). Loosen them."
-        )
-    return (
-        f"{', '.join(options.input)}: no document with text under {key!r} ({done.bad_lines} bad lines "
-        'skipped). Every line should be a JSON object such as {"text": "..."}.'
-    )
+    kept, filtered, not_sampled = (done.rows.get(name, 0) for name in ROW_COUNTS.values())
+    if kept:
+        what = "list of token ids" if options.token_ids else "text"
+        why = f"each row (of {kept:,}) has an empty {what} there, or a chat of which the chat template prints nothing"
+        remedy = "Name the key that holds documents with --json-keys, or look at the chat template."
+    elif filtered or not_sampled:
+        why = f"no row is left, since --filter left out {filtered:,} and --sample-fraction {not_sampled:,}"
+        remedy = "Loosen them."
+    elif done.bad_lines:
+        why = "every line is bad"
+        remedy = 'Every line should be a JSON object such as {"text": "..."}.'
+    else:
+        why, remedy = "the files hold no row", "Give files that do."
+    if done.bad_lines:
+        why += f" (skipped {done.bad_lines:,} bad lines, the first being {done.first_bad_line})"
+    return f"{', '.join(options.input)}: no document with text under {key!r}: {why}. {remedy}"
 
 
 def publish_all(prefixes: dict[str, str], report: Callable[[str], None]) -> None:
@@ -157,12 +163,21 @@ def write_chunks(
             journal.write(done, sync)  # whatever came after `done` is cut off by whoever goes on
         raise
     report(f"done: {progress.line(done)}")
+    report_left_out(options, writers, done, report)
+    return done
+
+
+def report_left_out(
+    options: IndexingOptions, writers: dict[str, DatasetWriter], done: Done, report: Callable[[str], None]
+) -> None:
     if done.bad_lines:
         report(f"skipped {done.bad_lines} bad lines, the first being {done.first_bad_line}")
+    for key, writer in writers.items():
+        if writer.empty:
+            report(f"left out {writer.empty:,} empty document{'s' if writer.empty > 1 else ''} of {key!r}")
     if options.selection.is_partial:
         kept, filtered, not_sampled = (done.rows.get(name, 0) for name in ROW_COUNTS.values())
         report(f"kept {kept:,} rows; filters left out {filtered:,}, sampling {not_sampled:,}")
-    return done
 
 
 def make_manifest(preparation: Preparation, key: str, writer: DatasetWriter, done: Done) -> dict[str, Any]:

@@ -1,9 +1,5 @@
 """Where documents come from: which files an --input means, and how each kind of file gives raw JSON lines.
 
-    .jsonl, .json        one object per line; also packed
-    .parquet             one document per row; columns are the keys (`tables.py`)
-    .txt                 the whole file is one document, under the first key; also packed (`packings.py`)
-
 Whatever the kind, workers receive chunks of JSON lines (`encoding.py`), so there is one place where text is parsed and
 one kind of message. Reading is a stream: memory stays flat, but for a .txt file, which is a document.
 """
@@ -18,26 +14,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.file_kinds import KINDS, is_hidden, kind_of, other_kind_of, suffixes_of
 from megatron_lrc.data.filters import Filter
 from megatron_lrc.data.packings import PACKINGS, damage_named, unpacked
 from megatron_lrc.data.tables import row_lines
 
-KINDS = (".jsonl", ".json", ".parquet", ".txt")
 _SUFFIXES_NAMED = 8  # of files that are passed over
-
-
-def kind_of(path: str) -> str | None:
-    """The suffix that says what is in a file, without its packing; None for a file of no kind that is read."""
-    inner, packing = _suffixes(path)
-    return inner if inner in KINDS and not (packing and inner == ".parquet") else None
 
 
 def find_files(inputs: Iterable[str], report: Callable[[str], None]) -> list[str]:
     """The files that paths, folders and patterns mean: each input in turn, a folder's and a pattern's sorted by path.
 
-    A file named as such may have any suffix (JSON lines, if it is none of the kinds). In a folder, searched with all
-    that is below it and linked into it, other files are passed over; `report` gets a line that counts them.
-    ConfigError if an input means no file, or one file is meant twice, be it through a link.
+    A file named as such, or matched by a pattern, may have a suffix that is not known (JSON lines, then). In a
+    folder, searched with all that is below it and linked into it, such files are passed over, and so is whatever is
+    hidden; of a pattern's files those of other kinds are. `report` gets a line that counts them, and one that counts
+    files of no byte. ConfigError if an input means no file, a file of another kind is named, a link leads nowhere, or
+    one file is meant twice, be it through a link.
     """
     found: list[str] = []
     passed_over: set[str] = set()
@@ -46,31 +38,37 @@ def find_files(inputs: Iterable[str], report: Callable[[str], None]) -> list[str
         if not files:
             missing = "there is no such file, and as a pattern it matches none"
             if os.path.isdir(item) or others:
-                missing = f"the folder holds no {', '.join(KINDS)} file, but {_counted(others)}"
+                place = "the folder holds" if os.path.isdir(item) else "it matches"
+                missing = f"{place} no {', '.join(KINDS)} file, but {_counted(others)}"
             raise ConfigError(f"--input {item}: {missing}. Give files, folders or quoted patterns such as 'data/*.gz'.")
         found += files
         passed_over |= others
+    _refuse_lost_links([*found, *(path for path in sorted(passed_over) if not is_hidden(path))])
     _check_readable(found)
     _refuse_twice(found)
+    if empty := [path for path in found if not os.path.getsize(path)]:
+        report(f"{len(empty)} of {len(found)} files without a byte, the first being {empty[0]}")
     if passed_over := passed_over.difference(found):
         kinds = f"{', '.join(KINDS)} (or the first two and .txt packed as {', '.join(PACKINGS)})"
-        report(f"passed over in folders: {_counted(passed_over)}; read are {kinds}")
+        report(f"passed over: {_counted(passed_over)}; read are {kinds}")
     return found
 
 
 def _files_of(item: str) -> tuple[list[str], set[str]]:
-    """The files that are meant, sorted, and those of no kind in folders."""
+    """The files that are meant, sorted, and those that are passed over."""
     if os.path.isfile(item):
         return [item], set()
     matches = [item] if os.path.isdir(item) else glob.glob(item, recursive=True)
-    named = {path for path in matches if not os.path.isdir(path)}
+    matched = {path for path in matches if not os.path.isdir(path)}
     below = {path for folder in matches if os.path.isdir(folder) for path in _below(folder)}
-    files = named | {path for path in below if kind_of(path)}
-    return sorted(files), below - files
+    files = {path for path in matched if not other_kind_of(path)}
+    files |= {path for path in below if kind_of(path) and not is_hidden(path)}
+    return sorted(files), (matched | below) - files
 
 
 def _below(folder: str, inside: tuple[str, ...] = ()) -> Iterator[str]:
-    """All files below a folder. Linked folders are entered, but not those that `inside`, the way here, has passed."""
+    """All files below a folder, and hidden folders themselves. Linked folders are entered, but not those that
+    `inside`, the way here, has passed."""
     real = os.path.realpath(folder)
     if real in inside:
         return
@@ -79,15 +77,15 @@ def _below(folder: str, inside: tuple[str, ...] = ()) -> Iterator[str]:
     except OSError as error:
         raise ConfigError(f"The folder {folder} cannot be read ({error.strerror}). Leave it out.") from error
     for path in (os.path.join(folder, name) for name in names):
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not is_hidden(path):
             yield from _below(path, (*inside, real))
         else:
             yield path
 
 
 def _counted(paths: Iterable[str]) -> str:
-    """How many files of which suffixes: "12 files (.csv 9, .tar.gz 3)"."""
-    counts = Counter("".join(_suffixes(path)) or "no suffix" for path in paths)
+    """How many files of which suffixes: "12 files (.csv 9, .tar.gz 2, hidden 1)"."""
+    counts = Counter("hidden" if is_hidden(path) else "".join(suffixes_of(path)) or "no suffix" for path in paths)
     named = [f"{suffix} {count}" for suffix, count in counts.most_common(_SUFFIXES_NAMED)]
     more = ["and others"] if len(counts) > _SUFFIXES_NAMED else []
     total = sum(counts.values())
@@ -96,20 +94,30 @@ def _counted(paths: Iterable[str]) -> str:
     return f"{total} file{'s' if total > 1 else ''} ({', '.join(named + more)})"
 
 
-def _suffixes(path: str) -> tuple[str, str]:
-    """What is in a file and how it is packed, in lower case: (".jsonl", ".gz"); "" for what the name does not say."""
-    stem, suffix = os.path.splitext(os.path.basename(path).lower())
-    return (os.path.splitext(stem)[1], suffix) if suffix in PACKINGS else (suffix, "")
+def _refuse_lost_links(paths: Iterable[str]) -> None:
+    """Whatever their names: what such a link meant may have been a folder of documents."""
+    for path in paths:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise ConfigError(
+                f"{path} is a link to a file that is not there. Remove or mend it, or name the other files."
+            )
 
 
 def _check_readable(files: list[str]) -> None:
     for path in files:
-        inner, packing = _suffixes(path)
-        if inner == ".parquet" and packing:
-            raise ConfigError(f"{path} is a packed parquet file, which cannot be read in part. Unpack it first.")
+        if other := other_kind_of(path):
+            raise ConfigError(
+                f"{path} is {other}, as its name says. Unpack it, or write its documents as JSON lines; rename it if "
+                "it holds some."
+            )
         if not os.path.isfile(path):
-            what = "is a link to a file that is not there" if os.path.islink(path) else "is no ordinary file"
-            raise ConfigError(f"{path} {what}. Remove or mend it, or name the other files.")
+            raise ConfigError(f"{path} is no ordinary file. Remove it, or name the other files.")
+        packing = suffixes_of(path)[1]
+        if packing and not os.path.getsize(path):
+            raise ConfigError(
+                f"{path} is damaged: it has no byte, and a {packing} file that holds nothing has some. Get the file "
+                "again, or leave it out."
+            )
 
 
 def _refuse_twice(files: list[str]) -> None:
@@ -119,7 +127,8 @@ def _refuse_twice(files: list[str]) -> None:
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino) if status.st_nlink > 1 else os.path.realpath(path)
         if first := seen.get(identity):
-            what = f"{path} more than once" if path == first else f"one file twice, by links: {first} and {path}"
+            is_same_path = os.path.abspath(path) == os.path.abspath(first)
+            what = f"{path} more than once" if is_same_path else f"one file twice, by links: {first} and {path}"
             raise ConfigError(f"--input gives {what}. Its documents would count twice; give it once.")
         seen[identity] = path
 
@@ -171,7 +180,12 @@ class Source:
 
 
 def _as_json_line(text: bytes, key: str) -> bytes:
-    """Without a byte order mark. What is not UTF-8 stays as it is: whoever parses the line names it, or skips it."""
+    """Without a byte order mark. What is not UTF-8 stays as it is: whoever parses the line names it, or skips it.
+
+    So does what holds a zero byte: no text does, but UTF-16 without a mark, which would pass for UTF-8.
+    """
+    if b"\0" in text:
+        return text
     try:
         return json.dumps({key: text.removeprefix(codecs.BOM_UTF8).decode("utf-8")}).encode()
     except UnicodeDecodeError:

@@ -26,9 +26,10 @@ from typing import Any
 import yaml
 
 from megatron_lrc.config import ConfigError, suggest
+from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import parse_filter
 from megatron_lrc.data.indexing import write_datasets
-from megatron_lrc.data.input_files import Source, kind_of
+from megatron_lrc.data.input_files import Source
 from megatron_lrc.data.preparation import (
     IndexingOptions,
     Preparation,

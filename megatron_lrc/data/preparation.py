@@ -9,8 +9,9 @@ from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.byte_pair import fastest
 from megatron_lrc.data.encoding import ChunkEncoder
+from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import Filter
-from megatron_lrc.data.input_files import find_files, kind_of
+from megatron_lrc.data.input_files import find_files
 from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.restart import Journal
 from megatron_lrc.data.selection import Selection

@@ -11,8 +11,10 @@ from typing import Any
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.chats import read_chat
+from megatron_lrc.data.json_kinds import kind_named
 
 _ONE_PER_LINE = "; an object on each line is expected, not one JSON document over the whole file"
+_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud83d; no UTF-8 can
 
 
@@ -21,12 +23,14 @@ def parse_record(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         where = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        raise ConfigError(f"{_encoding_marked(line)}not UTF-8 ({where})") from error
+        raise ConfigError(f"{_encoding_of(line)}not UTF-8 ({where})") from error
     except (ValueError, RecursionError) as error:
+        if b"\0" in line:
+            raise ConfigError(f"{_encoding_of(line)}not UTF-8 (it holds bytes that are 0)") from error
         raise ConfigError(f"not valid JSON ({error}){_ONE_PER_LINE if line.strip() in (b'[', b'{') else ''}") from error
     if not isinstance(record, dict):
         hint = _ONE_PER_LINE if isinstance(record, list) else ""
-        raise ConfigError(f"a JSON {type(record).__name__}, not an object{hint}")
+        raise ConfigError(f"{kind_named(record)}, not an object{hint}")
     return record
 
 
@@ -38,11 +42,14 @@ def values_of(record: dict[str, Any], keys: list[str]) -> list[Any]:
     return [record[key] for key in keys]
 
 
-def _encoding_marked(line: bytes) -> str:
-    """ "UTF-16, " where a file begins with that encoding's byte order mark."""
+def _encoding_of(line: bytes) -> str:
+    """ "UTF-16, " where a file begins with that encoding's byte order mark, or has the zeros of its Latin letters."""
     if line.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first: the former begins as UTF-16's does
         return "UTF-32, "
-    return "UTF-16, " if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16, "
+    share = line.count(0) / len(line)  # of Latin letters 1/2 in UTF-16 and 3/4 in UTF-32
+    return f"probably UTF-{32 if share > 0.6 else 16}, " if share > 0.2 else ""
 
 
 def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
@@ -56,14 +63,14 @@ def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
 
 
 def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
-    """Text as it is, or rendered from a chat."""
+    """Text as it is but for a byte order mark before it, which is of a file that it came from; or a rendered chat."""
     if isinstance(value, list):
         value = render_messages(value, key, chat)
     if not isinstance(value, str):
-        raise ConfigError(f"the value of {key!r} is a {type(value).__name__}, not text")
+        raise ConfigError(f"the value of {key!r} is {kind_named(value)}, not text")
     if not value.isascii() and _SURROGATE.search(value):
         raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
-    return value
+    return value.removeprefix(_MARK)
 
 
 def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:

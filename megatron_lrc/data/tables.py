@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.filters import Filter
+from megatron_lrc.data.json_kinds import kind_named
 from megatron_lrc.data.packings import import_for
 
 # Types by the name that pyarrow prints: not every supported version of it has a predicate for each.
@@ -72,12 +73,13 @@ def _check_columns(path: str, keys: list[str], schema: Any) -> None:
                 f"{path} has no column {key!r}; its columns are {', '.join(schema.names)}. "
                 "Name the columns with --json-keys."
             )
+        _refuse_doubled(path, key, schema)
         for name, arrow_type in _unreadable(key, schema.field(key).type):
             field = "" if name == key else f", field {name!r},"
             raise ConfigError(
                 f"{path}: the column {key!r}{field} is of type {arrow_type}, which is not text. Strings are expected, "
-                "binary that holds UTF-8, or lists of token ids or messages. Cast it or drop it, or name another "
-                "column with --json-keys."
+                "binary or large_binary (of any length, not of a fixed one) that holds UTF-8, or lists of token ids or "
+                "messages. Cast it or drop it, or name another column with --json-keys."
             )
 
 
@@ -87,12 +89,23 @@ def _check_filter(path: str, condition: Filter, schema: Any) -> None:
             f"{path} has no column {condition.column!r}, which --filter '{condition.text}' asks for; its columns are "
             f"{', '.join(schema.names)}."
         )
+    _refuse_doubled(path, condition.column, schema)
     arrow_type = schema.field(condition.column).type
     stored = str(getattr(arrow_type, "value_type", arrow_type) if hasattr(arrow_type, "index_type") else arrow_type)
     if stored not in {*_COMPARABLE[condition.kind], "null"}:
         raise ConfigError(
             f"{path}: the column {condition.column!r} is of type {arrow_type}, which --filter '{condition.text}' "
-            f"cannot compare with a {condition.kind}. Quote a string that looks like a number; cast other types."
+            f"cannot compare with {kind_named(condition.values[0])}. Quote a string that looks like a number; cast "
+            "other types."
+        )
+
+
+def _refuse_doubled(path: str, column: str, schema: Any) -> None:
+    """A table may have several columns, and a struct several fields, of one name; JSON lines cannot."""
+    if (count := schema.names.count(column)) > 1:
+        raise ConfigError(
+            f"{path} has {count} columns of the name {column!r}, so which one is meant cannot be told. Write the table "
+            "again with names that differ."
         )
 
 
@@ -114,6 +127,9 @@ def _unreadable_in_message(name: str, arrow_type: Any) -> Iterator[tuple[str, An
     if hasattr(arrow_type, "index_type") or hasattr(arrow_type, "value_field"):
         yield from _unreadable_in_message(name, arrow_type.value_type)
     elif str(arrow_type).startswith("struct<"):
+        names = [field.name for field in arrow_type]
+        if len(set(names)) < len(names):
+            yield name, f"{arrow_type} with several fields of one name"
         for field in arrow_type:
             yield from _unreadable_in_message(f"{name}.{field.name}", field.type)
     elif str(arrow_type) not in _TEXT | _INTEGERS | _OTHER_JSON:

@@ -179,14 +179,14 @@ def test_null_is_no_text_and_no_field(chat_of):
 @pytest.mark.parametrize(
     "message, reason",
     [
-        ({"role": "user", "content": 7}, "message 2 of 'messages' has a int as its content, which is not text"),
-        ({"role": "user", "content": False}, "has a bool as its content"),
-        ({"role": "user", "content": {"text": "x"}}, "has a dict as its content"),
-        ({"role": "user", "content": ["x"]}, "has a str among the parts of its content"),
+        ({"role": "user", "content": 7}, "message 2 of 'messages' has a number as its content, which is not text"),
+        ({"role": "user", "content": False}, "has false as its content"),
+        ({"role": "user", "content": {"text": "x"}}, "has an object as its content"),
+        ({"role": "user", "content": ["x"]}, "has text among the parts of its content"),
         ({"role": "user", "content": [{"type": "image", "image": None}]}, "has content of type 'image'"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "has content of type 'text'"),
         ({"role": "user", "text": "x"}, "has no content, only role, text"),
-        ({"role": 1, "content": "x"}, "has a int as its role"),
+        ({"role": 1, "content": "x"}, "has a number as its role"),
     ],
 )
 def test_what_is_no_text_is_a_bad_line(chat_of, message, reason):
@@ -221,9 +221,9 @@ def test_a_table_of_both_forms_has_the_columns_of_the_other_null(chat_of):
             {"from": "narrator", "value": "x"},
             "message 2 of 'c' is from 'narrator'; who speaks is expected to be one of",
         ),
-        ({"from": 1, "value": "x"}, "message 2 of 'c' is from a int"),
+        ({"from": 1, "value": "x"}, "message 2 of 'c' is from a number"),
         ({"from": "gpt", "text": "x"}, "message 2 of 'c' has no value, only from, text"),
-        ({"from": "gpt", "value": 5}, "message 2 of 'c' has a int as its content"),
+        ({"from": "gpt", "value": 5}, "message 2 of 'c' has a number as its content"),
         ({"role": "user", "content": "x"}, "the messages of 'c' are of two forms"),
         ({"value": "x"}, "the value of 'c' is a list, but not of messages"),
     ],
@@ -271,6 +271,33 @@ def test_only_our_renderings_have_the_fixed_date(chat_of):
 def test_a_template_that_draws_random_numbers_is_refused(chat_of, chance):
     with pytest.raises(ConfigError, match="it draws random numbers"):
         chat_of(chance)(messages("x"))
+
+
+@pytest.mark.parametrize(
+    "printed",
+    ["strftime_now", "messages[0].content.upper", "cycler('a')", "messages | map('length')", "'%s' % raise_exception"],
+)
+def test_a_template_that_prints_an_object_of_python_is_refused(chat_of, printed):
+    """It would be other text in every worker process."""
+    with pytest.raises(ConfigError, match=r"it prints an object of Python and its place in memory \(... at 0x\w+>\)"):
+        chat_of(f"{{{{ {printed} }}}}")(messages("x"))
+
+
+def test_a_chat_about_an_object_of_python_is_a_chat(chat_of):
+    place = "What is <function f at 0x7f2b3c0d5e10>?"
+    chat = chat_of("{% for m in messages %}{{ m.content }}{% endfor %}<object at 0x00000000>")
+    assert chat(messages(place)) == f"{place}<object at 0x00000000>"
+    assert chat(messages(parts("a", place))) == f"a{place}<object at 0x00000000>"
+
+
+@pytest.mark.parametrize("format", ["%s", "%Y %s", "%%%s", "%-s", "%_Z"])
+def test_a_template_that_asks_for_a_time_of_the_machines_zone_is_refused(chat_of, format):
+    with pytest.raises(ConfigError, match="depends on the time zone of the machine"):
+        chat_of(f"{{{{ strftime_now('{format}') }}}}")(messages("x"))
+
+
+def test_times_of_no_zone_are_printed(chat_of):
+    assert chat_of("{{ strftime_now('%%s%%Y %S %-d%Z%z s') }}")(messages("x")) == "%s%Y 00 26 s"
 
 
 def test_the_default_template_is_taken_or_the_one_that_is_named(chat_of):

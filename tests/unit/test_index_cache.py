@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import numpy
 import pytest
 
-from config_cases import data_config
+from config_cases import change, data_config
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import datasets
 from megatron_lrc.data.blends import plan_data
@@ -107,7 +108,7 @@ def built(tmp_path):
 def test_a_map_that_would_run_code_is_refused(tmp_path, built):
     config, file = built
     numpy.save(file, numpy.array([Bomb(tmp_path / "it-ran")], dtype=object), allow_pickle=True)
-    write_checksums(str(file.parent))
+    write_checksums(str(file.parent), name=file.parent.name)
     with pytest.raises(ConfigError, match=r"shuffle.npy is not an index map .* the next start builds it again"):
         build_datasets(config)
     assert not (tmp_path / "it-ran").exists()
@@ -126,6 +127,7 @@ def flip_a_bit(path: Path) -> None:
         ("train-0-shuffle.npy", lambda path: path.write_bytes(path.read_bytes()[:-8]), "shuffle.npy is damaged"),
         ("valid-0-samples.npy", Path.unlink, "samples.npy is missing"),
         ("checksums.json", Path.unlink, "checksums.json is missing or damaged"),
+        ("checksums.json", lambda path: path.write_text('{"train-0-shuffle.npy": [1, 2]}'), "is missing or damaged"),
         ("checksums.json", lambda path: path.write_text("{"), "checksums.json is missing or damaged"),
     ],
 )
@@ -140,6 +142,20 @@ def test_damaged_maps_are_refused_and_built_again_once_they_are_removed(built, n
     shutil.rmtree(file.parent)
     build_datasets(config)
     assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
+def test_maps_of_another_request_are_refused_though_their_checksums_fit(built):
+    """Copied into its folder as a whole they would be another order of the samples, or an index that ends too soon."""
+    config, file = built
+    other = deepcopy(config)
+    change(other, seed=7)
+    build_datasets(other)
+    (other_file,) = set(file.parent.parent.rglob("train-0-shuffle.npy")) - {file}
+    shutil.copytree(other_file.parent, file.parent, dirs_exist_ok=True)
+    with pytest.raises(
+        ConfigError, match=f"are those of another folder, {other_file.parent.name}. Remove {file.parent}"
+    ):
+        build_datasets(config)
 
 
 def errors(capsys, argv: list[str]) -> list[str]:

@@ -97,8 +97,8 @@ BAD_LINES = {
     "not JSON": (b'{"text": "word1"', "not valid JSON"),
     "not UTF-8": (b'{"text": "word\xff"}', "not UTF-8 (byte 0xff at column 15)"),
     "no key": (b'{"body": "word1"}', "no key 'text' (the line has ['body']"),
-    "not an object": (b'["word1"]', "a JSON list, not an object"),
-    "not text": (b'{"text": 5}', "the value of 'text' is a int, not text"),
+    "not an object": (b'["word1"]', "a list, not an object"),
+    "not text": (b'{"text": 5}', "the value of 'text' is a number, not text"),
     "lone surrogate": (b'{"text": "\\ud83d"}', "the value of 'text' has half of a surrogate pair"),
 }
 
@@ -136,16 +136,20 @@ def test_bad_arguments_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_fo
     good = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["word1"])
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text('\n{"text": ""}\n')
+    (tmp_path / "bad.jsonl").write_text("bad\n")
     (tmp_path / "no_tokenizer").mkdir()
     endless = tiny_data.write_tokenizer(tmp_path / "no_eos", eos=False)
     before = file_names(tmp_path)
     out = ("--output-prefix", tmp_path / "o")
     tokenizer = ("--tokenizer-model", tokenizer_folder)
     check_refused(capsys, "there is no such file", "--input", tmp_path / "none.jsonl", *tokenizer, *out)
-    check_refused(capsys, "no document with text", "--input", tmp_path / "empty.jsonl", *tokenizer, *out)
-    check_refused(
-        capsys, "no document with text", "--input", tmp_path / "blank.jsonl", *tokenizer, *out, "--append-eod"
-    )
+    for name, why in {
+        "empty.jsonl": "under 'text': the files hold no row. Give files that do.",
+        "blank.jsonl": "under 'text': each row (of 1) has an empty text there, or a chat of which the chat template",
+        "bad.jsonl": "under 'text': every line is bad (skipped 1 bad lines, the first being ",
+    }.items():
+        flags = ("--input", tmp_path / name, *tokenizer, *out, "--append-eod", "--on-bad-line", "skip")
+        check_refused(capsys, f"{name}: no document with text {why}", *flags)
     missing = ("--tokenizer-model", tmp_path / "none")
     check_refused(capsys, "There is no tokenizer directory", "--input", good, *missing, *out)
     empty = ("--tokenizer-model", tmp_path / "no_tokenizer")

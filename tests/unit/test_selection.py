@@ -99,7 +99,7 @@ def test_a_row_that_cannot_be_compared_is_a_bad_line_with_its_number(tokenizer_f
     )
     flags = ("--input", source, "--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
     assert preprocess(*flags, "--filter", "s >= 4") == 2
-    assert f"{source}:3: the value of 's' is a str" in capsys.readouterr().err  # of row 2 the text is not looked at
+    assert f"{source}:3: the value of 's' is text" in capsys.readouterr().err  # of row 2 the text is not looked at
     assert preprocess(*flags, "--filter", "s >= 4", "--on-bad-line", "skip") == 0
     assert read_documents(tmp_path / "o_text_document") == ids_of(tokenizer_folder, ["word1"])
     manifest = manifest_of(tmp_path / "o")

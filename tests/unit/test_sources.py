@@ -16,7 +16,10 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import encoding
 from megatron_lrc.data.encoding import read_chunks
-from megatron_lrc.data.input_files import find_files, kind_of
+from megatron_lrc.data.file_kinds import kind_of
+from megatron_lrc.data.filters import parse_filter
+from megatron_lrc.data.input_files import find_files
+from megatron_lrc.data.records import as_text, parse_record
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.tables import check_table
 from megatron_lrc.data.tokenizers import load_tokenizer
@@ -79,7 +82,7 @@ def test_the_share_done_is_counted_on_disk_and_ends_at_all_of_it(tmp_path, monke
 def test_folders_and_patterns_are_sorted_and_keep_their_place(tmp_path):
     for name in ("b/2.jsonl", "b/1.txt.gz", "b/c/3.parquet", "b/README", "a.jsonl", "z.jsonl.zst", "b/4.parquet.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).write_bytes(b"x")
     inputs = [str(tmp_path / "z*"), str(tmp_path / "b"), str(tmp_path / "a.jsonl")]
     found = [str(Path(path).relative_to(tmp_path)) for path in find_files(inputs, print)]
     assert found == ["z.jsonl.zst", "b/1.txt.gz", "b/2.jsonl", "b/c/3.parquet", "a.jsonl"]
@@ -123,6 +126,25 @@ def test_a_packed_file_that_breaks_off_or_goes_on_as_something_else_is_named(tmp
             documents_in(path)
 
 
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".txt.BZ2", ".jsonl.xz", ".zst"])
+def test_a_packed_file_of_no_byte_is_a_failed_download(tmp_path, kind):
+    """Packed nothing is some bytes; the readers of all packings take no byte for nothing."""
+    (tmp_path / f"a{kind}").touch()
+    with pytest.raises(ConfigError, match=f"a{kind} is damaged: it has no byte"):
+        find_files([str(tmp_path / f"a{kind}")], print)
+
+
+def test_empty_files_and_documents_are_counted(tmp_path, tokenizer_folder, capsys):
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / name).touch()
+    tiny_data.write_jsonl(tmp_path / "c.jsonl", ["", "word1"])
+    flags = ("--tokenizer-model", tokenizer_folder, "--output-prefix", tmp_path / "o")
+    assert preprocess("--input", tmp_path / "*.jsonl", tmp_path / "b.txt", *flags) == 0
+    printed = capsys.readouterr().out
+    assert f"2 of 3 files without a byte, the first being {tmp_path}/a.jsonl\n" in printed
+    assert "left out 2 empty documents of 'text'\n" in printed
+
+
 def test_xz_files_may_be_padded_with_zeros_as_their_format_says(tmp_path):
     first, second = lzma.compress(b"one\n"), lzma.compress(b"two\n")
     (tmp_path / "a.jsonl.xz").write_bytes(first + b"\0" * 8 + second + b"\0" * 4)
@@ -136,14 +158,14 @@ def found_in(folder: Path, *inputs: str) -> tuple[list[str], list[str]]:
     return [str(Path(path).relative_to(folder)) for path in files], reported
 
 
-def write_empty(folder: Path, *names: str) -> None:
+def write_files(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        (folder / name).write_bytes(b"{}")
 
 
 def test_linked_folders_are_entered_but_not_for_ever(tmp_path):
-    write_empty(tmp_path, "in/a.jsonl", "elsewhere/deep/b.txt.bz2")
+    write_files(tmp_path, "in/a.jsonl", "elsewhere/deep/b.txt.bz2")
     (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "in")
     (tmp_path / "elsewhere/deep/self").symlink_to(tmp_path / "elsewhere/deep")
@@ -151,28 +173,60 @@ def test_linked_folders_are_entered_but_not_for_ever(tmp_path):
 
 
 def test_what_is_passed_over_in_folders_is_counted_by_suffix(tmp_path):
-    write_empty(tmp_path, "in/a.jsonl", "in/b.tar.GZ", "in/c.csv", "in/d.csv", "in/README", "in/x.parquet.gz")
+    write_files(tmp_path, "in/a.jsonl", "in/b.tar.GZ", "in/c.csv", "in/d.csv", "in/README", "in/x.parquet.gz")
     files, (line,) = found_in(tmp_path, "in")
     assert files == ["in/a.jsonl"]
-    assert line.startswith("passed over in folders: 5 files (.csv 2, ")
+    assert line.startswith("passed over: 5 files (.csv 2, ")
     assert all(part in line for part in (".tar.gz 1", "no suffix 1", ".parquet.gz 1"))
-    assert found_in(tmp_path, "in/a.jsonl", "in/c.csv") == (["in/a.jsonl", "in/c.csv"], [])
     (tmp_path / "in/a.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"the folder holds no .* file, but 5 files \(.csv 2, "):
         found_in(tmp_path, "in")
 
 
 def test_folders_that_a_pattern_matches_are_read_with_all_below_them(tmp_path):
-    write_empty(tmp_path, "in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl", "in/one/two/d.csv")
+    write_files(tmp_path, "in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl", "in/one/two/d.csv")
     below = ["in/a.jsonl", "in/one/b.jsonl", "in/one/two/c.jsonl"]
     files, (line,) = found_in(tmp_path, "in/*")
     assert files == below and "1 file (.csv 1)" in line
-    assert found_in(tmp_path, "in/**") == ([*below, "in/one/two/d.csv"], [])
+    assert found_in(tmp_path, "in/**") == (below, [line])
+
+
+OTHER_KINDS = ["a.jsonl.lz4", "b.7z", "c.tar", "d.tar.gz", "e.CSV", "f.zip", "g.jsonl.part", "h.Z", "i.parquet.gz"]
+
+
+def test_of_what_a_pattern_matches_files_of_other_kinds_are_passed_over(tmp_path):
+    """A .tar of JSON lines has lines that parse, and half a download is half of its lines."""
+    write_files(tmp_path, "in/a.jsonl", "in/b.unknown", *(f"in/{name}" for name in OTHER_KINDS))
+    files, (line,) = found_in(tmp_path, "in/*")
+    assert files == ["in/a.jsonl", "in/b.unknown"]
+    assert line.startswith("passed over: 9 files (") and ".7z 1" in line
+    with pytest.raises(ConfigError, match=r"\*.7z: it matches no .* file, but 1 file \(.7z 1\)"):
+        found_in(tmp_path, "in/*.7z")
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_file_of_another_kind_is_refused_if_it_is_named(tmp_path, name):
+    write_files(tmp_path, name)
+    with pytest.raises(ConfigError, match=rf"{name} is (an?|packed|part) .*Unpack it, or write its documents"):
+        found_in(tmp_path, name)
+
+
+def test_hidden_files_and_folders_are_passed_over_unless_they_are_named(tmp_path):
+    write_files(tmp_path, "in/a.jsonl", "in/.hidden.jsonl", "in/b/.cache/c.jsonl", "in/b/.cache/d.jsonl")
+    for item in ("in", "in/*", "in/**"):
+        files, reported = found_in(tmp_path, item)
+        assert files == ["in/a.jsonl"], item
+    (line,) = found_in(tmp_path, "in")[1]
+    assert line.startswith("passed over: 2 files (hidden 2)")
+    assert found_in(tmp_path, "in/.hidden.jsonl", "in/b/.cache") == (
+        ["in/.hidden.jsonl", "in/b/.cache/c.jsonl", "in/b/.cache/d.jsonl"],
+        [],
+    )
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_a_file_that_is_meant_twice_by_a_link_is_refused(tmp_path, link):
-    write_empty(tmp_path, "a.jsonl")
+    write_files(tmp_path, "a.jsonl")
     link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     with pytest.raises(ConfigError, match=r"one file twice, by links: .*a.jsonl and .*b.jsonl"):
         found_in(tmp_path, "*.jsonl")
@@ -181,11 +235,16 @@ def test_a_file_that_is_meant_twice_by_a_link_is_refused(tmp_path, link):
 
 
 def test_what_has_the_name_of_a_text_file_and_cannot_be_read_is_refused(tmp_path):
-    write_empty(tmp_path, "a.jsonl", "packed/p.parquet.gz")
+    write_files(tmp_path, "a.jsonl", "packed/p.parquet.gz")
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="lost.jsonl is a link to a file that is not there"):
         found_in(tmp_path, ".")
-    with pytest.raises(ConfigError, match="p.parquet.gz is a packed parquet file, .* Unpack it first"):
+    (tmp_path / "lost.jsonl").rename(tmp_path / "lost")  # to a folder of documents, it may be
+    with pytest.raises(ConfigError, match="lost is a link to a file that is not there"):
+        found_in(tmp_path, ".")
+    (tmp_path / "lost").rename(tmp_path / ".#a.jsonl")  # an editor's lock
+    assert found_in(tmp_path, ".")[0] == ["a.jsonl"]
+    with pytest.raises(ConfigError, match="p.parquet.gz is a packed parquet file, .* Unpack it"):
         found_in(tmp_path, "packed/p.parquet.gz")
 
 
@@ -212,6 +271,28 @@ def test_other_encodings_are_named_by_their_mark(tmp_path, name, encoding_name):
     (tmp_path / name).write_bytes('{"text": "x"}'.encode(encoding_name))
     (error,) = errors_of(tmp_path / name)
     assert error.startswith(f"{tmp_path / name}:1: {encoding_name}, not UTF-8 (byte 0xff at column 1)")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("encoding_name", ["UTF-16-LE", "UTF-16-BE", "UTF-32-LE"])
+def test_other_encodings_are_named_by_their_zeros(tmp_path, name, encoding_name):
+    for text, reason in (("x", "it holds bytes that are 0"), ("\u00ff", "byte 0xff")):
+        (tmp_path / name).write_bytes(f'{{"text": "{text}"}}'.encode(encoding_name))
+        (error,) = errors_of(tmp_path / name)
+        assert error.startswith(f"{tmp_path / name}:1: probably {encoding_name[:6]}, not UTF-8 ({reason}")
+    (tmp_path / name).write_bytes(b'{"text": "a few zeros: \0"}')
+    assert errors_of(tmp_path / name) == [f"{tmp_path / name}:1: not UTF-8 (it holds bytes that are 0)"]
+
+
+def test_a_text_that_begins_with_a_byte_order_mark_is_the_same_of_every_kind_of_file(tmp_path):
+    text = "\ufeffcaf\u00e9 \ufeff"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
+    write_column(tmp_path / "a.parquet", [text])
+    write_column(tmp_path / "b.parquet", [text.encode()])
+    for name in ("a.txt", "a.jsonl.gz", "a.parquet", "b.parquet"):
+        (line,) = documents_in(tmp_path / name)
+        assert as_text(parse_record(line)["text"], "text", None) == "caf\u00e9 \ufeff", name
 
 
 def test_a_json_document_over_the_whole_file_is_called_that(tmp_path):
@@ -282,6 +363,34 @@ def test_a_column_of_another_type_is_refused_by_its_type(tmp_path, value, named)
     assert str(caught.value).startswith(f"{path}: the column ") and named in str(caught.value)
 
 
+def test_binary_of_a_fixed_size_is_told_which_binary_is_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([b"abcd"], pa.binary(4))}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"type fixed_size_binary\[4\].* binary or large_binary \(of any length, not"):
+        check_table(str(tmp_path / "a.parquet"), ["text"])
+
+
+def test_columns_and_fields_of_the_same_name_are_refused(tmp_path):
+    """pyarrow writes and reads them; by name neither is found (KeyError), and no dict holds both."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = str(tmp_path / "a.parquet")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
+    pyarrow.parquet.write_table(table, path)
+    check_table(path, ["body"])
+    for keys, filters in ((["text"], ()), (["body"], (parse_filter("text == a"),))):
+        with pytest.raises(ConfigError, match=r"has 2 columns of the name 'text', .* Write the table again"):
+            check_table(path, keys, filters)
+    fields = [pa.field(name, pa.string()) for name in ("role", "content", "content")]
+    messages = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["a"]), pa.array(["b"])], fields=fields)
+    pyarrow.parquet.write_table(pa.table({"text": pa.ListArray.from_arrays([0, 1], messages)}), path)
+    with pytest.raises(ConfigError, match=r"'text' is of type struct<.*> with several fields of one name"):
+        check_table(path, ["text"])
+
+
 def test_every_table_is_checked_before_the_first_is_read(tmp_path, tokenizer_folder, capsys):
     write_column(tmp_path / "a.parquet", ["fine"])
     write_column(tmp_path / "b.parquet", [1])
@@ -300,8 +409,9 @@ def test_an_input_that_means_no_file_is_refused(tmp_path, item, expected):
 
 def test_a_file_that_is_meant_twice_is_refused(tmp_path):
     path = tiny_data.write_jsonl(tmp_path / "a.jsonl", ["x"])
-    with pytest.raises(ConfigError, match="more than once"):
-        find_files([path, str(tmp_path)], print)
+    for again in (f"{tmp_path}", f"{tmp_path}/./a.jsonl", f"{tmp_path}//a.jsonl", os.path.relpath(path)):
+        with pytest.raises(ConfigError, match="--input gives .*a.jsonl more than once"):
+            find_files([path, again], print)
 
 
 def test_damaged_files_are_one_sentence_and_leave_nothing(tmp_path, tokenizer_folder, capsys):
@@ -354,7 +464,7 @@ def test_parts_of_files_are_whole_lines_and_bad_ones_are_named_by_file_and_line(
     ]
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "word1"}) + "\n" + json.dumps({"text": 1}) + "\n")
     assert preprocess("--input", tmp_path / "b.jsonl", tmp_path / "c.jsonl", *flags[4:]) == 2
-    assert "c.jsonl:2: the value of 'text' is a int" in capsys.readouterr().err
+    assert "c.jsonl:2: the value of 'text' is a number" in capsys.readouterr().err
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
