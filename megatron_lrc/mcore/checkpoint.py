@@ -71,8 +71,27 @@ def load_checkpoint(path: Path, stages: Sequence[PipelineStage], optimizer: Stag
     loaded = _load(path, state)
     optimizer_state = {key: value for key, value in loaded["optimizer"].items() if key in expected}
     _fill_in(optimizer_state, present)
+    weights = {name: weight.clone() for name, weight, _ in optimizer.stepped()}
     optimizer.load_state_dict(optimizer_state, num_updates=loaded["num_updates"])
+    _check_fp32_parameters(path, optimizer, weights)
     _load_scaling_state(path, stages)
+
+
+def _check_fp32_parameters(path: Path, optimizer: StageOptimizer, weights: Mapping[str, Tensor]) -> None:
+    """ConfigError where the optimizer's fp32 parameters, as loaded, are not what the model's were rounded from.
+    Collective. weights: the parts that this rank steps, as the model's part of the checkpoint has them."""
+    wrong = [name for name, _, stepped in optimizer.stepped() if not _is_rounded(weights[name], stepped)]
+    if name := next((name for names in _of_all_ranks(wrong) for name in names), None):
+        raise ConfigError(
+            f"{path} cannot be continued: its optimizer state of {name} does not belong to its weights. Earlier "
+            "versions of megatron_lrc wrote some so with --overlap-grad-reduce and --use-distributed-optimizer. The "
+            f"weights themselves are right: start a new run from them with --pretrained-checkpoint {path}."
+        )
+
+
+def _is_rounded(weight: Tensor, stepped: Tensor) -> bool:
+    """To any of the dtypes, since a run may go on in another one; misplaced state is off by far more."""
+    return torch.allclose(weight.float(), stepped.float(), rtol=1e-2, atol=1e-6)
 
 
 def _load_scaling_state(path: Path, stages: Sequence[PipelineStage]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import logging
 import queue
 from collections.abc import Iterator
@@ -154,6 +155,47 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *,
     optimizer.load_state_dict(state)
     for inner in inner_optimizers(optimizer):
         set_step(inner, num_updates)
+
+
+def find_saved_state_in_every_bucket(optimizer: MegatronOptimizer) -> None:
+    """Have a DistributedOptimizer save each parameter's own state, whatever buckets its parameters lie in.
+
+    0.16.1 and 0.19.2 gather the state of the buckets side by side, without the padding behind each, and then cut out
+    every parameter's where it lies with that padding. So behind the first bucket that is padded they save the state of
+    neighbours, fp32 parameters too, and a run that resumes from it has lost what it had learnt. Buckets are several
+    with --overlap-grad-reduce, and one is padded if its length is no multiple of 128 and of the data parallel size.
+    """
+    for single in chained_optimizers(optimizer):
+        if hasattr(single, "get_parameter_state_dp_zero"):
+            _pad_gathered_state(single)
+
+
+def _pad_gathered_state(optimizer: Any) -> None:
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args: Any, **kwargs: Any) -> dict | None:
+        state = gather(*args, **kwargs)
+        for index, buffer in enumerate(optimizer.buffers if state else ()):
+            for tensors in state[index].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer.buckets)
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
+
+
+def _with_padding(gathered: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
+    """From the buckets' elements side by side to the places that they have in their buffer, flat."""
+    if all(bucket.offset == start for bucket, start in zip(buckets, _starts(buckets), strict=True)):
+        return gathered
+    padded = gathered.new_zeros(buckets[-1].offset + buckets[-1].numel_unpadded)
+    for bucket, start in zip(buckets, _starts(buckets), strict=True):
+        padded[bucket.offset :][: bucket.numel_unpadded] = gathered[start:][: bucket.numel_unpadded]
+    return padded
+
+
+def _starts(buckets: list[Any]) -> list[int]:
+    return [0, *itertools.accumulate(bucket.numel_unpadded for bucket in buckets)][:-1]
 
 
 def set_step(inner: torch.optim.Optimizer, num_updates: int) -> None:

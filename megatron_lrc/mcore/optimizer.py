@@ -61,6 +61,7 @@ class StageOptimizer:
             self.replicas,
             config_overrides=get_standard_config_overrides(optimizer_config),  # no weight decay of the gains
         )
+        compat.find_saved_state_in_every_bucket(self.optimizer)
         self._training = config.training
         #: Something is trained from the middle of the run on, and no step has been taken with it yet.
         self.is_to_start_moments = False
@@ -113,6 +114,14 @@ class StageOptimizer:
         compat.load_optimizer_state(self.optimizer, optimizer_state, num_updates=num_updates)
         self.lr_schedule.num_steps = num_updates
         self.lr_schedule.step(0)
+
+    def stepped(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What this rank steps: a parameter's name, the part of it that is stepped, and that part in the optimizer,
+        both flat and the tensors themselves. In fp32 they may be one tensor."""
+        for trained in self._trained:
+            if (found := compat.state_of(self.optimizer, trained.parameter)) is not None:
+                part, state = found
+                yield f"{trained.name} ({trained.key})", trained.parameter.detach().view(-1)[part], state["param"]
 
     def take_over(self, before: "StageOptimizer", *, with_moments: bool = True) -> None:
         """Go on from an optimizer of the same stages as they were before some of their matrices became their

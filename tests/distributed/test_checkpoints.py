@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from megatron_lrc.checkpoints.run_directory import (
 )
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.mcore import compat
 from megatron_lrc.mcore.checkpoint import damage_on_any_rank
 from megatron_lrc.train import loop
 from megatron_lrc.train.start_checks import check
@@ -154,6 +156,13 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_llama, tiny_text, 
 # ------------------------------------------------------------------------------------------------ exactness
 
 
+def in_small_buckets(config: Config) -> Config:
+    """Some 20 buckets, padded at their ends: 48 x 20 is no multiple of 128."""
+    config = on_layout(config, dist_opt=True)
+    config.model.student_hidden_size = 20
+    return replace(config, parallel=replace(config.parallel, overlap_grad_reduce=True, ddp_bucket_size=2000))
+
+
 @pytest.mark.parametrize(
     "stops, bf16",
     [
@@ -164,7 +173,7 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_llama, tiny_text, 
     ],
 )
 def test_a_run_that_stops_again_and_again_is_the_run_that_never_stopped(tiny_llama, tiny_text, tmp_path, stops, bf16):
-    config = on_layout(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=9), dist_opt=True)
+    config = in_small_buckets(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=9))
     config.training.bf16 = bf16
     config.training.seq_length = 64  # so that an epoch ends on the way
     train(config, 2)
@@ -174,6 +183,21 @@ def test_a_run_that_stops_again_and_again_is_the_run_that_never_stopped(tiny_lla
     train(run, 2)
     assert without_times(records(tmp_path / "run")) == without_times(records(tmp_path / "whole"))
     assert_same_parameters(tmp_path / "run", tmp_path / "whole")
+
+
+def train_as_megatron_core_saves(config: Config) -> None:
+    with patch.object(compat, "find_saved_state_in_every_bucket"):
+        loop.train(config)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_optimizer_state_that_is_not_of_the_weights_is_refused(tiny_llama, tiny_text, tmp_path, bf16):
+    """As megatron-core writes it for padded buckets when it is left to itself."""
+    config = in_small_buckets(make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=2))
+    config.training.bf16 = bf16
+    run_ranks(1, train_as_megatron_core_saves, config.resolved(1))
+    with pytest.raises(AssertionError, match="ConfigError.* does not belong to its weights.* --pretrained-checkpoint"):
+        train(replace(saving(config, load="auto"), training=replace(config.training, train_iters=3)))
 
 
 @pytest.mark.parametrize(
