@@ -14,11 +14,15 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 #: Imported once by the server that every rank is forked from: these cost seconds, and start no threads.
 PRELOAD = ["megatron_lrc.train.loop", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"]
+
+#: Seconds in which the other ranks may say what they know of a failure.
+_LAST_WORDS = 3.0
 
 
 def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -37,7 +41,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 1
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, time.monotonic() + timeout)
+            return _collect(pipes, processes, time.monotonic() + timeout)
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):  # it has ended by itself
@@ -45,22 +49,31 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout: float = 1
                 process.join()
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[BaseProcess], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting:
         ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
         if not ready:
-            raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish")
+            break
         for pipe in ready:
             rank = waiting.pop(pipe)  # type: ignore[arg-type]
             try:
-                error, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                error, results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
+                processes[rank].join(1)
+                error = f"died without a word, exit code {processes[rank].exitcode}"
             if error:
-                raise AssertionError(f"rank {rank} failed:\n{error}")
-            results[rank] = value
+                failures[rank] = error
+                deadline = min(deadline, time.monotonic() + _LAST_WORDS)
+    if failures:
+        # The others of a world notice that one is gone, perhaps sooner than we hear why it went.
+        first = min(failures, key=lambda rank: "by peer" in failures[rank])
+        others = "".join(f"\nrank {rank}: {text.splitlines()[-1]}" for rank, text in failures.items() if rank != first)
+        raise AssertionError(f"rank {first} failed:\n{failures[first]}{others}")
+    if waiting:
+        raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish")
     return [results[rank] for rank in range(len(pipes))]
 
 
