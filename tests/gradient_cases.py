@@ -21,6 +21,7 @@ from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.optimizer import build_optimizer
 from megatron_lrc.mcore.stages import Trained
 from megatron_lrc.methods import method_of
+from megatron_lrc.methods.lrc.calibration import calibrate_losses
 from megatron_lrc.train import step
 from ranks import run_ranks
 from reference import Reference, document_numbers, positions_in_documents
@@ -66,6 +67,7 @@ class Variant:
 
     released: bool = False
     detach: bool = False
+    normalization: str = "none"
     lm_weight: float = 1.0
     kl_weight: float = KL_WEIGHT
     alpha: float = ALPHA
@@ -89,6 +91,9 @@ def gradient_config(
     config.projection.init_method_std = 0.2
     config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
     config.loss.kl_weight, config.loss.kl_temperature = variant.kl_weight, TEMPERATURE
+    config.loss.clone_normalization = variant.normalization
+    if variant.normalization != "none":
+        config.projection.calibration_tokens = sizes.batch * sizes.sequence
     config.loss.detach_clone_targets, config.loss.clone_terms = variant.detach, variant.terms.split()
     if variant.released:
         config.loss.clone_attention_output, config.loss.kl_reduction = "teacher", "sequence-sum"
@@ -142,6 +147,7 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
         initialize_random(stage.projections, std=config.projection.init_method_std, seed=1)
         for name, gain in stage.projections.named_norms():
             gain.data.copy_(some_gain(name, sizes.student))
+    calibrate_losses(config, stages, lambda: own_micro_batches(config, groups, sizes))
     optimizer = build_optimizer(config, stages, groups)
     num_micro_batches = config.num_microbatches(distributed.world_size())
     run = step.Run(method_of(config), groups, stages, optimizer, num_micro_batches)
@@ -186,6 +192,7 @@ def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, 
         temperature=TEMPERATURE,
         attention_at_teacher_width=variant.released,
         detach_targets=variant.detach,
+        is_relative=variant.normalization == "token",
         documents=document_numbers(batch["tokens"], sizes.eod) if variant.reset_attention else None,
         positions=batch["position_ids"] if variant.reset_positions else None,
     )

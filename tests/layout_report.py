@@ -45,13 +45,18 @@ LAYOUTS = {
     "TP2 + SP x DP2": Layout(tp=2, dp=2),
     "PP2 x DP2": Layout(pp=2, dp=2),
 }
+RELATIVE = Variant(normalization="token")
+VARIANTS = {
+    f"{title}, --clone-normalization token": (LAYOUTS[title], RELATIVE)
+    for title in ("1 rank, 4 micro-batches", "TP2 + SP", "PP2", "CP2", "DP2")
+}
 TEACHERS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 
 
-def largest_error(teacher: str, layout: Layout) -> float:
-    ranks = run_ranks(layout.world, clone_gradients, gradient_config(teacher, layout, untie=True))
+def largest_error(teacher: str, layout: Layout, variant: Variant) -> float:
+    ranks = run_ranks(layout.world, clone_gradients, gradient_config(teacher, layout, untie=True, variant=variant))
     names = tuple(sorted({name for _, matrices, _ in ranks for name in matrices}))
-    _, projections, norms = reference_gradients(teacher, names, Variant())
+    _, projections, norms = reference_gradients(teacher, names, variant)
     errors = []
     for _, matrices, gains in ranks:
         for name, (tp_rank, grad, _) in matrices.items():
@@ -77,11 +82,12 @@ def main() -> None:
             teachers[name] = str(Path(folder) / name)
         four_heads = str(Path(folder) / "four")
         write_llama(Path(four_heads), num_layers=4, dtype=torch.float64, vocab_size=VOCAB, num_kv_heads=4)
-        for title, layout in LAYOUTS.items():
+        plain = {title: (layout, Variant()) for title, layout in LAYOUTS.items()}
+        for title, (layout, variant) in (plain | VARIANTS).items():
             if layout.tp == 4:  # needs a KV head for each rank
-                cells = [f"{largest_error(four_heads, layout):.1e}", "-", "-"]
+                cells = [f"{largest_error(four_heads, layout, variant):.1e}", "-", "-"]
             else:
-                cells = [f"{largest_error(teacher, layout):.1e}" for teacher in teachers.values()]
+                cells = [f"{largest_error(teacher, layout, variant):.1e}" for teacher in teachers.values()]
             rows.append(f"| {title} | {' | '.join(cells)} |")
             print(rows[-1], flush=True)
     output.parent.mkdir(exist_ok=True)

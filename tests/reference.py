@@ -124,12 +124,15 @@ class Reference:
         temperature: float,
         attention_at_teacher_width: bool = False,
         detach_targets: bool = False,
+        is_relative: bool = False,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Losses:
         """tokens, labels, mask: [batch, sequence]; labels are already shifted.
 
         attention_at_teacher_width: the released code's o term, the student's attention through the teacher's o matrix.
+        is_relative: divide a token's clone loss by its target's mean square in the teacher, or by the geometric mean of
+        these over the tokens if that is larger.
         documents: [batch, sequence], the number of each token's document, the only one that it attends to.
         positions: [batch, sequence], of each token for RoPE.
         """
@@ -151,11 +154,13 @@ class Reference:
         for layer in range(self.num_layers):
             for site in MODULES:
                 target, student = self.outputs[f"T.{layer}.{site}"], self.outputs[f"S.{layer}.{site}"]
+                energy = target.detach().square().mean(-1) if is_relative else torch.ones_like(mask)
+                typical = (mean(energy.log())).exp()
                 if site == "o" and attention_at_teacher_width:
                     matrix = self.teacher.model.layers[layer].self_attn.o_proj.weight
                     student = self.outputs[f"S.{layer}.o.input"] @ matrix.t()
                 elif site in PROJECTS_OUTPUT:
                     target = target @ projections[f"layers.{layer}.{site}"]
                     target = target.detach() if detach_targets else target
-                clone[layer, site] = mean((student - target).square().mean(-1))
+                clone[layer, site] = mean((student - target).square().mean(-1) / energy.maximum(typical))
         return Losses(lm, kl, clone)

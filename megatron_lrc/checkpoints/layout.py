@@ -18,6 +18,8 @@ from megatron_lrc.config import ModelShape
 
 #: Prefixes of a checkpoint's keys for what a clone trains: its projections (D, d), and its norm gains (d,).
 PROJECTIONS, NORMS = "projections.", "norms."
+#: Prefix of the keys for what the clone loss divides by, a site's each (7,).
+ENERGIES = "clone_energies."
 
 _LAYERS = "decoder.layers."
 SITES: dict[str, Site] = {site.name: site for site in (EMBED, *LAYER_SITES, LM_HEAD)}

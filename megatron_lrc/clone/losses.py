@@ -26,6 +26,16 @@ def inverse_widths(sites: list[Site], heads: HeadLayout, num_features: int, tp_s
     return inverse
 
 
+def place_of_features(sites: list[Site], heads: HeadLayout, num_features: int) -> Tensor | None:
+    """int64 [f]: for each feature of a captured output, the place of its site among `sites`; None if there is one."""
+    if len(sites) == 1:
+        return None
+    places = torch.zeros(num_features, dtype=torch.int64)
+    for place, site in enumerate(sites):
+        select(site, places, heads).fill_(place)
+    return places
+
+
 class CloneLoss(torch.autograd.Function):
     """Masked squared error of one captured output, summed over tokens, each site's features averaged.
 
@@ -34,7 +44,8 @@ class CloneLoss(torch.autograd.Function):
     be carried to the last pipeline stage: it acts where its layer lives.
 
     student, target: [s, b, f]; either may need a gradient (the target of o and down is the teacher's output times P).
-    token_weight: [s, b], 0 for masked tokens. inverse_width: [f], 0 for features whose site is off.
+    token_weight: [s, b, k], 0 for masked tokens: one for each of the sites, or k = 1 for all. place: int64 [f], which
+    of the k weighs a feature; None where k is 1. inverse_width: [f], 0 for features whose site is off.
     scale: what the main loss is multiplied by before backward, times alpha.
 
     Nothing of the pair's size is made in forward: both are kept, and subtracted again in backward.
@@ -42,42 +53,60 @@ class CloneLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, target: Tensor, token_weight: Tensor, inverse_width: Tensor, scale: Tensor | float
+        ctx: Any,
+        student: Tensor,
+        target: Tensor,
+        token_weight: Tensor,
+        place: Tensor | None,
+        inverse_width: Tensor,
+        scale: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
         weight = token_weight.to(inverse_width.dtype)
-        per_feature = _squared_error(student, target, weight, inverse_width)
-        ctx.save_for_backward(student, target, weight, inverse_width)
+        per_feature = _squared_error(student, target, weight, place, inverse_width)
+        ctx.save_for_backward(student, target, weight, place, inverse_width)
         ctx.scale = scale
         ctx.mark_non_differentiable(per_feature)
         return student.view_as(student), per_feature
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        student, target, weight, inverse_width = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        student, target, weight, place, inverse_width = ctx.saved_tensors
         factor = inverse_width * (2.0 * ctx.scale)
         if not ctx.needs_input_grad[1]:
-            return _add_error(grads[0], student, target, weight, factor), None, None, None, None
-        error = _error(student, target, weight, factor)
-        return grads[0] + error if ctx.needs_input_grad[0] else None, error.neg_(), None, None, None
+            return _add_error(grads[0], student, target, weight, place, factor), None, None, None, None, None
+        error = _error(student, target, weight, place, factor)
+        return grads[0] + error if ctx.needs_input_grad[0] else None, error.neg_(), None, None, None, None
 
 
 @fused_on_cuda
-def _squared_error(student: Tensor, target: Tensor, weight: Tensor, inverse_width: Tensor) -> Tensor:
+def _squared_error(
+    student: Tensor, target: Tensor, weight: Tensor, place: Tensor | None, inverse_width: Tensor
+) -> Tensor:
     """[f]: sum over tokens of weight * (student - target)^2, times inverse_width."""
     difference = (student - target).to(inverse_width.dtype).flatten(0, 1)  # [s*b, f]
-    return (weight.flatten() @ difference.square_()) * inverse_width
+    if place is None:
+        return (weight.flatten() @ difference.square_()) * inverse_width
+    sums = weight.flatten(0, 1).t() @ difference.square_()  # [k, f]
+    return sums.gather(0, place.unsqueeze(0))[0] * inverse_width
+
+
+def _of_features(weight: Tensor, place: Tensor | None) -> Tensor:
+    """[s, b, f], or [s, b, 1] for all."""
+    return weight if place is None else weight.index_select(-1, place)
 
 
 @fused_on_cuda
-def _error(student: Tensor, target: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+def _error(student: Tensor, target: Tensor, weight: Tensor, place: Tensor | None, factor: Tensor) -> Tensor:
     """(student - target) * weight * factor, [s, b, f], in the student's dtype."""
-    return (student - target).mul(weight.unsqueeze(-1)).mul_(factor).to(student.dtype)
+    return (student - target).mul(_of_features(weight, place)).mul_(factor).to(student.dtype)
 
 
 @fused_on_cuda
-def _add_error(grad: Tensor, student: Tensor, target: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+def _add_error(
+    grad: Tensor, student: Tensor, target: Tensor, weight: Tensor, place: Tensor | None, factor: Tensor
+) -> Tensor:
     """grad + `_error`."""
-    return (grad + (student - target).mul(weight.unsqueeze(-1)).mul_(factor)).to(student.dtype)
+    return (grad + (student - target).mul(_of_features(weight, place)).mul_(factor)).to(student.dtype)
 
 
 class CarryLoss(torch.autograd.Function):

@@ -118,6 +118,14 @@ class Config:
         return int((DEFAULT_WARMUP_FRACTION if fraction is None else fraction) * self.decay_iters + 0.5)
 
     @property
+    def calibrations(self) -> tuple[str, ...]:
+        """Flags for which a new run first runs training tokens through the teacher."""
+        return (
+            *([f"--init {self.projection.init}"] if self.projection.is_calibrated else []),
+            *([f"--clone-normalization {self.loss.clone_normalization}"] if self.loss.is_relative else []),
+        )
+
+    @property
     def num_chunks(self) -> int:
         """Model chunks (virtual stages) on each pipeline rank."""
         return self.parallel.num_virtual_stages_per_pipeline_rank or 1

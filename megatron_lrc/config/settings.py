@@ -84,7 +84,9 @@ class ProjectionConfig:
         above=0,
     )
     calibration_tokens: int = setting(
-        65536, "Training tokens that --init channel, pca and ridge run through the teacher.", at_least=1
+        65536,
+        "Training tokens that --init channel, pca and ridge and --clone-normalization token run through the teacher.",
+        at_least=1,
     )
     open_after: float | None = setting(
         None,
@@ -153,10 +155,21 @@ class LossConfig:
         "Width at which the o term compares. student: E(o_S, o_T P_o). teacher: the student's attention through the "
         "teacher's o matrix with o_T (the released code), which gives P_o no clone gradient.",
     )
+    clone_normalization: Literal["none", "token"] = setting(
+        "none",
+        "none: squared errors as they are (the paper). token: each token's, divided by the mean square of its own "
+        "target, or by the site's typical one where that is larger: teachers have tokens of massive activations, which "
+        "otherwise are most of the loss.",
+    )
     detach_clone_targets: bool = setting(
         False, "Keep the targets o_T P_o and o_ffn_T P_down from passing gradients to their projection."
     )
     loss_chunk_tokens: int = setting(512, "Tokens whose logits exist at once in the LM and KL losses.", at_least=1)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether clone losses are divided by the teacher's energies, which come from training tokens."""
+        return self.alpha > 0 and self.clone_normalization != "none"
 
 
 @dataclass(kw_only=True, slots=True)

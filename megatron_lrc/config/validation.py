@@ -162,10 +162,9 @@ def check_data(config: Config) -> Iterator[str]:
         yield f"--split {data.split} is not up to three parts (train, validation, test) such as 969,30,1."
     if is_trained and not has_data:
         yield f"{describe_budgets(budget)} needs training data. Give --data-path or --train-data-path."
-    elif config.projection.is_calibrated and not has_data and config.checkpoint.load is None:
+    elif config.calibrations and not has_data and config.checkpoint.load is None:
         yield (
-            f"--init {config.projection.init} runs the teacher over training tokens. Give --data-path or "
-            "--train-data-path."
+            f"{config.calibrations[0]} runs the teacher over training tokens. Give --data-path or --train-data-path."
         )
     if data.data_path and split is not None and is_trained:
         if split[0] == 0:

@@ -40,9 +40,9 @@ def check_sizes(config: Config) -> list[IndexedFile]:
     """The part of `check_data` that needs neither teacher nor tokenizer; gives the datasets."""
     plan, training = plan_data(config), config.training
     if plan.train is None:
-        is_calibrated = config.projection.is_calibrated and config.checkpoint.load is None
+        calibrations = config.calibrations if config.checkpoint.load is None else ()
         purposes = {f"{describe_budgets({name: value})}": value > 0 for name, value in budgets_of(training).items()} | {
-            f"--init {config.projection.init} (for its calibration)": is_calibrated,
+            f"{flag} (for its calibration)": True for flag in calibrations
         }
         for purpose, is_asked in purposes.items():
             if is_asked:

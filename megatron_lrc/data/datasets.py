@@ -90,8 +90,8 @@ def resolve_train_iters(
 
 
 def num_calibration_batches(config: Config) -> int:
-    """Global batches that the calibration of --init reads: the first ones of the training data."""
-    if not config.projection.is_calibrated:
+    """Global batches that calibration reads: the first ones of the training data."""
+    if not config.calibrations:
         return 0
     assert config.training.global_batch_size is not None
     return math.ceil(

@@ -111,8 +111,11 @@ def _load_scaling_state(path: Path, stages: Sequence[PipelineStage]) -> None:
 @torch.no_grad()
 def load_weights(path: Path, stages: Sequence[PipelineStage], optimizer: StageOptimizer) -> None:
     """Read what is trained only; the optimizer starts anew from them. Collective."""
-    loaded = _load(path, {"model": _sharded_model(stages)})
-    _copy_parameters(loaded["model"], stages)
+    trained = {saved.name: _sharded(saved, stage.groups) for stage in stages for saved in stage.trained()}
+    loaded = _load(path, {"model": trained})["model"]
+    for stage in stages:
+        for saved in stage.trained():
+            saved.parameter.copy_(loaded[saved.name])
     optimizer.optimizer.reload_model_params()  # its fp32 copies
 
 

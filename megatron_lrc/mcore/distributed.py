@@ -150,6 +150,13 @@ def sum_over_world(partial: torch.Tensor) -> torch.Tensor:
     return partial
 
 
+def sum_over_stage(partial: torch.Tensor) -> torch.Tensor:
+    """Sum, in place, over the ranks that hold the same pipeline stage. With tensor parallelism for what each rank has
+    of its own tokens, or in a mean for what they have alike."""
+    dist.all_reduce(partial, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    return partial
+
+
 def reduce_over_stage(partial: torch.Tensor, turn: int) -> bool:
     """Sum, in place, over the ranks that hold the same pipeline stage. The sum is complete on one of them only, chosen
     by `turn`; whether it is this one. With tensor parallelism for what each rank has of its own tokens."""

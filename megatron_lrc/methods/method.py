@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 #: Flags that mean something only for projections and the clone loss.
 CLONE_ONLY = fields_of(ProjectionConfig) - {"init_method_std"} | {
-    *("alpha", "clone_terms", "clone_attention_output", "detach_clone_targets")
+    *("alpha", "clone_normalization", "clone_terms", "clone_attention_output", "detach_clone_targets")
 }
 #: Flags that mean something only where there is a teacher, but its model flags.
 TEACHER_ONLY = CLONE_ONLY | fields_of(LossConfig) - {"loss_chunk_tokens"}
@@ -50,7 +50,8 @@ class Materials:
 
     base, reader: the teacher, or the model to train, and its weights. calibration: opens the training data from its
     start. is_new: whether what is trained gets the values that training begins with; else it is still to be loaded.
-    has_changed: whether the stages are to be as `Method.change` leaves them.
+    has_changed: whether the stages are to be as `Method.change` leaves them. is_resumed: whether the run goes on from a
+    checkpoint of its own, which has constants of the losses too.
     """
 
     base: TeacherDescription
@@ -60,6 +61,7 @@ class Materials:
     calibration: Callable[[], Iterator[dict[str, torch.Tensor]]]
     is_new: bool
     has_changed: bool = False
+    is_resumed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,7 @@ class Trainer:
             calibration=lambda: self._batches(self.train_data, 0),
             is_new=not checked.resume_from and not checked.weights_from,
             has_changed=self._has_changed,
+            is_resumed=checked.resume_from is not None,
         )
         stages = self.method.build_stages(materials)
         optimizer = build_optimizer(self._config_of_phase, stages, groups)

@@ -38,6 +38,7 @@ LAYOUTS = [
 VARIANTS = [
     Variant(released=True, student_epsilon=0.3),
     Variant(detach=True),
+    Variant(normalization="token", terms="q v o gate up down", off=tuple((i, "k") for i in range(4))),
     Variant(lm_weight=0.4, kl_weight=0.0),
     Variant(lm_weight=0.0, alpha=1.5),
     Variant(
@@ -59,6 +60,12 @@ def test_losses_and_gradients_equal_the_reference(tiny_llama, layout, tied):
 @pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
 def test_every_variant_of_the_loss_equals_the_reference(tiny_llama, layout, variant):
     assert_equal_to_the_reference(tiny_llama, layout, variant, tied=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(dp=2)], ids=str)
+def test_typical_energies_are_those_of_all_tokens(tiny_llama, layout):
+    assert_equal_to_the_reference(tiny_llama, layout, Variant(normalization="token"), tied=True)
 
 
 @pytest.mark.distributed

@@ -123,7 +123,7 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
     mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
 
     widths = inverse_widths(sites, heads, 40, 1).to(dtype)
-    attached, per_feature = CloneLoss.apply(student, target, mask, widths, 0.2)
+    attached, per_feature = CloneLoss.apply(student, target, mask.unsqueeze(-1), None, widths, 0.2)
     assert torch.equal(attached, student)
     grads = torch.autograd.grad(attached.sin().sum(), (student, target))
 
@@ -143,7 +143,7 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
 
 def test_a_branch_beside_an_activation_gets_its_losses_gradient():
     activation, branch = (torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
-    with_loss, _ = CloneLoss.apply(branch, torch.zeros(3, 2, 4), torch.ones(3, 2), torch.full((4,), 0.25), 0.5)
+    with_loss, _ = CloneLoss.apply(branch, torch.zeros(3, 2, 4), torch.ones(3, 2, 1), None, torch.full((4,), 0.25), 0.5)
     grads = torch.autograd.grad(CarryLoss.apply(activation, with_loss).sin().sum(), (activation, branch))
     torch.testing.assert_close(grads[0], activation.cos())
     torch.testing.assert_close(grads[1], 0.5 * 2 * branch.detach() / 4)

@@ -5,7 +5,7 @@ from functools import partial
 
 from megatron_lrc.hf.families import rope_inverse_frequencies
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
-from megatron_lrc.methods.lrc.calibration import initialize
+from megatron_lrc.methods.lrc.calibration import calibrate_losses, initialize
 from megatron_lrc.methods.lrc.clone_captures import CloneLosses
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory
 from megatron_lrc.methods.lrc.paired_model import PairedModel
@@ -19,6 +19,8 @@ def build_stages(method: Method, materials: Materials) -> list[PairedModel]:
     stages = build_paired_stages(method, materials, losses)
     if materials.is_new:
         initialize(method.config, stages, materials.calibration)
+    if not materials.is_resumed:
+        calibrate_losses(method.config, stages, materials.calibration)
     return stages
 
 

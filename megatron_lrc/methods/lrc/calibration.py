@@ -1,9 +1,11 @@
-"""The first values of the projections, as --init says; calibration: the first training tokens through the models.
+"""The first values of the projections, as --init says, and constants of the clone loss; calibration: the first training
+tokens through the models.
 
 Activations are never kept: each micro-batch adds to moments as it goes by. Every rank sees its own tokens and layers,
 so moments are partial sums, over the world or over the ranks of a pipeline stage.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -79,6 +81,16 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
         for name, _ in projections.named_matrices():
             if norm_before(name) == norm:
                 projections.set_matrix(name, fitted)
+
+
+def calibrate_losses(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches]) -> None:
+    """Give the constants of the losses between layers, if they have any, their values."""
+    losses = [stage.layer_losses for stage in stages]
+    if config.loss.is_relative:
+        with contextlib.ExitStack() as stack:
+            for each in losses:
+                stack.enter_context(each.calibrating())
+            run_teacher(config, stages, calibration(), readers=[])
 
 
 def run_teacher(config: Config, stages: list[PairedModel], batches: Batches, readers: list[Reader]) -> None:

@@ -14,6 +14,7 @@ over tensor parallel ranks, the sequence only with --sequence-parallel.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
+from megatron_lrc.checkpoints import layout
+from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weight
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths, place_of_features
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
 from megatron_lrc.config import CLONE_TERMS
+from megatron_lrc.mcore.distributed import sum_over_stage
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.kernels import own_precision
+from megatron_lrc.mcore.stages import Trained
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
 
 SITES_OF: dict[str, list[Site]] = {
@@ -77,7 +82,9 @@ class CloneLosses(LayerLosses):
         super().__init__(stage)
         self._settings, self._terms_of = stage.settings, terms_of
         self._micro_batch: MicroBatch | None = None  # the one in progress
-        self._inverse_widths: dict[tuple, Tensor] = {}
+        self._features: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+        self._typical = self._make_typical_energies()
+        self._calibration: dict[int, TypicalEnergy] | None = None
         self._capture_activations()
 
     def begin(self, token_weight: Tensor) -> None:
@@ -95,6 +102,8 @@ class CloneLosses(LayerLosses):
         return student_hidden
 
     def forget(self) -> None:
+        if self._calibration is not None:
+            self._add_energies(self._calibration)
         self._micro_batch = None
 
     def enter_backward(self, micro_batch: MicroBatch) -> None:
@@ -108,6 +117,58 @@ class CloneLosses(LayerLosses):
             for place in self._places()
             if place.sites[0].projected == "output" and not self._compares_at_teacher_width(place)
         ]
+
+    # --- the teacher's energies -----------------------------------------------------------------------------------
+
+    def _make_typical_energies(self) -> dict[int, nn.Parameter]:
+        """Layer -> fp64 [7], by LAYER_SITES: not trained, and saved with the run. Empty unless errors are relative."""
+        if self._settings.loss.clone_normalization == "none":
+            return {}
+        device = self._stage.groups.device
+        return {
+            index: nn.Parameter(torch.zeros(len(LAYER_SITES), dtype=torch.float64, device=device), requires_grad=False)
+            for index, _ in layers_of(self._stage.student)
+        }
+
+    def fixed(self) -> Iterator[Trained]:
+        for index, typical in self._typical.items():
+            name = f"{layout.ENERGIES}layers.{index}"
+            yield Trained(name, name, typical, ())
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """What the teacher alone runs meanwhile decides what energies are typical. Collective at the end."""
+        device = self._stage.groups.device
+        calibration = self._calibration = {index: TypicalEnergy(len(LAYER_SITES), device) for index in self._typical}
+        try:
+            yield
+        finally:
+            self._calibration = None
+        for index, seen in calibration.items():
+            sum_over_stage(seen.total)
+            self._typical[index].copy_(seen.result())
+
+    def _add_energies(self, calibration: dict[int, TypicalEnergy]) -> None:
+        assert self._micro_batch is not None
+        for place in self._places():
+            target = self._micro_batch.activations[place.layer, place.linear]
+            token_weight = self._of_this_rank(place, self._micro_batch.token_weight)
+            found = energies(target, place.sites, self._stage.heads, self._stage.groups.tp)
+            calibration[place.layer].add(_indexes(place), found, token_weight)
+
+    def _relative_weight(self, place: Place, target: Tensor, token_weight: Tensor) -> Tensor:
+        """[s, b, k] from a teacher's output [s, b, f] and the weight of its tokens [s, b]: a weight for each site."""
+        energy = energies(target, place.sites, self._stage.heads, self._stage.groups.tp)
+        return relative_weight(token_weight, energy, self._typical[place.layer][_indexes(place)])
+
+    def _of_this_rank(self, place: Place, token_weight: Tensor) -> Tensor:
+        """Of the tokens' weight [s, b] that of those [s/tp, b] whose outputs this rank has there."""
+        if place.sites[0].projected == "output" and self._stage.student.config.sequence_parallel:
+            tp = self._stage.groups.tp
+            return token_weight.chunk(tp.size())[tp.rank()]
+        return token_weight
+
+    # --- captures -------------------------------------------------------------------------------------------------
 
     def _places(self) -> Iterator[Place]:
         """Where clone losses are."""
@@ -166,15 +227,14 @@ class CloneLosses(LayerLosses):
         """Compare a student's linear output with the teacher's of the same place, and hang the loss on it."""
         assert self._micro_batch is not None
         micro_batch, target = self._micro_batch, self._teacher_output(place)
-        compared, token_weight = output[0], micro_batch.token_weight  # [s, b, f/tp] and [s, b]: of all tokens
+        compared, token_weight = output[0], self._of_this_rank(place, micro_batch.token_weight)
+        weight = self._relative_weight(place, target, token_weight) if self._typical else token_weight.unsqueeze(-1)
         if place.sites[0].projected == "output":
             compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d or D]
-            if self._stage.student.config.sequence_parallel:
-                tp = self._stage.groups.tp
-                token_weight = token_weight.chunk(tp.size())[tp.rank()]  # [s/tp, b]
         scale = self._settings.loss.alpha * self._stage.main_loss_scale()
+        inverse_width, site_of = self._of_features(place, compared)
         compared, per_feature = CloneLoss.apply(
-            compared, target, token_weight, self._inverse_width(place, compared), scale
+            compared, target, weight, site_of if weight.shape[-1] > 1 else None, inverse_width, scale
         )
         if not micro_batch.is_recomputing:  # the first forward pass has counted it
             sums = self._stage.sums.clone[place.layer]
@@ -201,14 +261,20 @@ class CloneLosses(LayerLosses):
             return through_teacher, target
         return student, target @ self._stage.projections.target(f"layers.{place.layer}.{site.name}")
 
-    def _inverse_width(self, place: Place, compared: Tensor) -> Tensor:
+    def _of_features(self, place: Place, compared: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`inverse_widths` and `place_of_features` of a captured output."""
         key = (place.linear, tuple(site.name for site in place.sites), compared.shape[-1])
-        if key not in self._inverse_widths:
-            tp_size = self._stage.groups.tp.size()
-            widths = inverse_widths(place.sites, self._stage.heads, compared.shape[-1], tp_size)
+        if key not in self._features:
+            groups, heads, count = self._stage.groups, self._stage.heads, compared.shape[-1]
             wide = torch.promote_types(compared.dtype, torch.float32)
-            self._inverse_widths[key] = widths.to(compared.device, wide)
-        return self._inverse_widths[key]
+            widths = inverse_widths(place.sites, heads, count, groups.tp.size()).to(compared.device, wide)
+            site_of = place_of_features(place.sites, heads, count)
+            self._features[key] = widths, None if site_of is None else site_of.to(compared.device)
+        return self._features[key]
+
+
+def _indexes(place: Place) -> list[int]:
+    return [LAYER_SITES.index(site) for site in place.sites]
 
 
 class _EnterBackward(torch.autograd.Function):

@@ -8,6 +8,7 @@ Notation: s sequence, b micro-batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -56,6 +57,14 @@ class LayerLosses:
     def trained(self) -> Iterable[Trained]:
         """Parameters of the losses' own, which are trained with the student."""
         return ()
+
+    def fixed(self) -> Iterable[Trained]:
+        """What the losses save beside what is trained, since it cannot be had otherwise."""
+        return ()
+
+    def calibrating(self) -> AbstractContextManager[None]:
+        """While it is entered the teacher runs alone, on the tokens that constants of the losses come from."""
+        return nullcontext()
 
     def initialize(self, seed: int) -> None:
         """Give the losses' own parameters their first values."""

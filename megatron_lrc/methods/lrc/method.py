@@ -29,10 +29,11 @@ class LowRankClone(Method):
                 f"--no-untie-embeddings-and-output-weights cannot go with --init {projection.init}, whose closed form "
                 "needs a projection for the embedding and another for the LM head. Leave it out, or use --init random."
             )
-        if not projection.is_calibrated and projection.calibration_tokens != type(projection)().calibration_tokens:
+        if not self.config.calibrations and projection.calibration_tokens != type(projection)().calibration_tokens:
             yield (
                 f"--calibration-tokens {projection.calibration_tokens} means nothing with --init {projection.init}, "
-                "which reads no tokens. Leave it out, or use --init channel, pca or ridge."
+                "which reads no tokens. Leave it out, or use --init channel, pca or ridge, or "
+                "--clone-normalization token."
             )
 
     def _check_opening(self) -> Iterator[str]:
@@ -115,6 +116,12 @@ class LowRankClone(Method):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def check_continues(self, before: Method, base: ModelShape, *, path: Path, changed_at: int | None) -> str | None:
+        if self.config.loss.is_relative and not before.config.loss.is_relative:
+            return (
+                f"{path} was made without --clone-normalization {self.config.loss.clone_normalization}, or with "
+                f"--alpha 0: it lacks what that divides by. Start a new run with --pretrained-checkpoint {path}, or go "
+                "on with --clone-normalization none."
+            )
         then, now = before.config.projection, self.config.projection
         if changed_at is None or (now.open_after is not None and now.open_matrices == then.open_matrices):
             return None

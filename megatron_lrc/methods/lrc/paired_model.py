@@ -157,8 +157,9 @@ class PairedModel(TwoModels):
         yield from self._own_parameters
 
     def fixed(self) -> Iterator[Trained]:
-        """Projections that generate nothing any more but the clone loss's targets."""
-        return (each for each in self._projections() if not each.parameter.requires_grad)
+        """Projections that generate nothing any more but the clone loss's targets; constants of the losses."""
+        yield from (each for each in self._projections() if not each.parameter.requires_grad)
+        yield from self.layer_losses.fixed()
 
     def _projections(self) -> Iterator[Trained]:
         for name, matrix in self.projections.named_matrices():

@@ -87,7 +87,7 @@ class TinyBertLosses(LayerLosses):
         width = target.shape[-1]
         inverse_width = torch.full((width,), 1 / width, dtype=wide, device=target.device)
         mapped, per_feature = CloneLoss.apply(
-            hidden @ self.maps[name], target, token_weight, inverse_width, self._scale
+            hidden @ self.maps[name], target, token_weight.unsqueeze(-1), None, inverse_width, self._scale
         )
         self._stage.sums.clone[layer, term] += per_feature.sum()
         attached = CarryLoss.apply(hidden, mapped)
