@@ -212,6 +212,11 @@ class Method(ABC):
         """Why a checkpoint of the method `before`, of another run's flags, cannot be continued with these; or None."""
         return None
 
+    def why_not_resumed(self, path: Path, before: Config) -> str | None:
+        """Why a checkpoint cannot be continued (--load), where its weights could be the start of another run. before:
+        the configuration that wrote it."""
+        return None
+
     def why_no_start(self, path: Path, changed_at: int | None) -> str | None:
         """Why a checkpoint of this method cannot be --pretrained-checkpoint; or None."""
         return None

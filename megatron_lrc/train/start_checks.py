@@ -120,6 +120,8 @@ def check_base(checked: Checked) -> Checked:
     if checkpoint := resume_from or weights_from:
         found = check_fits(checkpoint, method, reader, fingerprint)
         trained_with = found.teacher_fingerprint
+        if resume_from and (refusal := method.why_not_resumed(resume_from, read_state(resume_from)[1])):
+            raise ConfigError(refusal)
         if weights_from and (refusal := method.why_no_start(weights_from, found.changed_at)):
             raise ConfigError(refusal)
     warnings = [*checked.warnings, *warn_of_suspicious(reader, contents)]

@@ -176,6 +176,7 @@ def test_a_run_that_stops_again_and_again_is_the_run_that_never_stopped(tiny_lla
     config = in_small_buckets(make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=9))
     config.training.bf16 = bf16
     config.training.seq_length = 64  # so that an epoch ends on the way
+    config.loss.clone_normalization, config.projection.calibration_tokens = "token", 64
     train(config, 2)
     run = saving(config, save=str(tmp_path / "run"), load="auto", async_save=True, save_interval=2)
     for stop in stops:
@@ -221,6 +222,7 @@ LAYOUTS = {"one": {}, "PP2": {"pp": 2}, "DP2": {"dist_opt": True}}
 
 def test_a_checkpoint_goes_from_tp2_pp2_to_every_other_layout_and_back(tiny_llama, tiny_text, tmp_path):
     config = make_config(tiny_llama(is_tied=True), tiny_text, tmp_path / "whole", steps=4)
+    config.loss.clone_normalization, config.projection.calibration_tokens = "token", 64
     four = on_layout(config, tp=2, pp=2)
     train(four, 4)
     origin = saving(four, save=str(tmp_path / "origin"))

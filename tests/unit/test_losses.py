@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lrc.clone import vocab_parallel
-from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths
+from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weight
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths, place_of_features
 from megatron_lrc.clone.products import wide_product
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
@@ -139,6 +140,43 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
         )
     for grad, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_each_site_of_a_fused_output_has_tokens_weights_of_its_own():
+    heads = HeadLayout(head_dim=4, queries_per_group=3)
+    sites = [site for site in LAYER_SITES if site.name in "qv"]  # k is off
+    generator = torch.Generator().manual_seed(1)
+    student, target = (torch.randn(5, 2, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    weight = torch.rand(5, 2, 2, generator=generator, dtype=torch.float64)
+    widths, place = inverse_widths(sites, heads, 40, 1), place_of_features(sites, heads, 40)
+    attached, per_feature = CloneLoss.apply(student, target, weight, place, widths, 0.2)
+    (grad,) = torch.autograd.grad(attached.sum(), student)
+
+    def weighted_mse(number, site):
+        error = select(site, student, heads, -1) - select(site, target, heads, -1)
+        return (error.flatten(2).square().mean(-1) * weight[..., number]).sum()
+
+    terms = [weighted_mse(number, site) for number, site in enumerate(sites)]
+    torch.testing.assert_close(per_feature.sum(), sum(terms).detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(student.sum() + 0.2 * sum(terms), student)[0])
+
+
+def test_a_massive_token_and_a_tiny_one_weigh_no_more_than_others():
+    """Relative to its own energy above what is typical, which neither of the two moves much; to that below it."""
+    heads, sites = HeadLayout(4, 1), [site for site in LAYER_SITES if site.name == "down"]
+    target = torch.ones(101, 1, 8)
+    target[0], target[1] = 1000.0, 0.001
+    weight = torch.ones(101, 1)
+    weight[2] = 0.0  # masked
+    energy = energies(target, sites, heads, None)
+    typical = TypicalEnergy(3, torch.device("cpu"))
+    typical.add([1], energy[:50], weight[:50])
+    typical.add([1], energy[50:], weight[50:])
+    assert typical.result().tolist() == pytest.approx([0.0, 1.0, 0.0])
+    found = relative_weight(weight, energy, typical.result()[[1]])[:, 0, 0]
+    assert found[:4].tolist() == pytest.approx([1e-6, 1.0, 0.0, 1.0])
+    assert relative_weight(weight, energy, torch.zeros(1)).eq(0).all()  # no token was seen
 
 
 def test_a_branch_beside_an_activation_gets_its_losses_gradient():

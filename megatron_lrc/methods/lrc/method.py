@@ -116,12 +116,6 @@ class LowRankClone(Method):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def check_continues(self, before: Method, base: ModelShape, *, path: Path, changed_at: int | None) -> str | None:
-        if self.config.loss.is_relative and not before.config.loss.is_relative:
-            return (
-                f"{path} was made without --clone-normalization {self.config.loss.clone_normalization}, or with "
-                f"--alpha 0: it lacks what that divides by. Start a new run with --pretrained-checkpoint {path}, or go "
-                "on with --clone-normalization none."
-            )
         then, now = before.config.projection, self.config.projection
         if changed_at is None or (now.open_after is not None and now.open_matrices == then.open_matrices):
             return None
@@ -129,6 +123,15 @@ class LowRankClone(Method):
             f"{path} holds a student that was opened after step {changed_at}, and stays so. Repeat "
             f"--open-after {then.open_after:g} and --open-matrices {then.open_matrices}."
         )
+
+    def why_not_resumed(self, path: Path, before: Config) -> str | None:
+        if self.config.loss.is_relative and not before.loss.is_relative:
+            return (
+                f"{path} was made without --clone-normalization {self.config.loss.clone_normalization}, or with "
+                f"--alpha 0: it lacks what that divides by. Start a new run with --pretrained-checkpoint {path}, or go "
+                "on with --clone-normalization none."
+            )
+        return None
 
     def why_no_start(self, path: Path, changed_at: int | None) -> str | None:
         if changed_at is None:
