@@ -43,10 +43,10 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
         metavar="DIR",
     )
     add = flag_adder(parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'lm_eval[hf]')"))
-    names = f"all, or of {', '.join(NINE_TASKS)}"
-    add("--tasks", names, nargs="+", default=[], choices=("all", *NINE_TASKS), metavar="TASK")
-    rows = "TASK/SPLIT.jsonl files with the rows of the tasks' datasets (default: from the Hugging Face hub)"
-    add("--tasks-dir", rows, type=Path, metavar="DIR")
+    names = f"any that the harness has; all: the paper's nine, {', '.join(NINE_TASKS)}"
+    add("--tasks", names, nargs="+", default=[], metavar="TASK")
+    rows = "what fetch-tasks wrote, or TASK/SPLIT.jsonl files with the rows of the tasks' datasets"
+    add("--tasks-dir", f"{rows} (default: from the Hugging Face hub)", type=Path, metavar="DIR")
     add("--num-fewshot", "examples in prompts", type=int, default=0)
     add("--limit", "first N rows of each task, to try (default: all)", type=int)
     add = flag_adder(parser.add_argument_group("computing"))
