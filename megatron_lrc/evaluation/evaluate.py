@@ -48,7 +48,7 @@ class EvaluationOptions:
 
 def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
     """Everything that the options ask for; said as it is found, given as what is written to --output."""
-    _check(options)
+    check_options(options)
     device, dtype = choose_device(options.device), getattr(torch, options.dtype)
     teacher_path = str(options.teacher) if options.teacher else None
     with ExitStack() as stack:
@@ -75,7 +75,8 @@ def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
     return found
 
 
-def _check(options: EvaluationOptions) -> None:
+def check_options(options: EvaluationOptions) -> None:
+    """ConfigError for what no model could be evaluated with."""
     if not (options.data_path or options.input or options.tasks):
         raise ConfigError("There is nothing to evaluate on. Give --data-path, --input or --tasks.")
     if options.teacher and not (options.data_path or options.input):
