@@ -7,7 +7,9 @@ from pathlib import Path
 import pyarrow
 
 CHOICES = {"text": ["one", "two", "three", "four"], "label": list("ABCD")}
-SCIENCE = [{"id": str(n), "question": f"What is {n}?", "choices": CHOICES, "answerKey": "ABCD"[n % 4]} for n in range(8)]
+SCIENCE = [
+    {"id": str(n), "question": f"What is {n}?", "choices": CHOICES, "answerKey": "ABCD"[n % 4]} for n in range(8)
+]
 SUBJECTS = {"anatomy": 6, "virology": 3}
 
 #: Folder of the package -> the rows of its validation split.
@@ -23,7 +25,9 @@ TABLES: dict[str, list[dict]] = {
     "boolq/none": [{"question": "is it", "answer": bool(n), "passage": "It is."} for n in (1, 0)],
     "hellaswag/none": [{"ind": 1, "ctx": "A man", "endings": list("wxyz"), "label": "3"}],
     "openbookqa/main": [{"id": "1", "question_stem": "Fish", "choices": CHOICES, "answerKey": "A"}],
-    "social_i_qa/none": [{"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"}],
+    "social_i_qa/none": [
+        {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"}
+    ],
     "super_glue/copa": [{"premise": "p", "choice1": "a", "choice2": "b", "question": "effect", "label": 1}],
 }
 

@@ -1,9 +1,9 @@
 """What tools/fetch_tasks.py writes: a folder for --tasks-dir of tools/evaluate.py, and English text for --input.
 
-    TASKS_DIR/arc_easy/test.jsonl           rows, under the names of the splits that lm-evaluation-harness scores
-    TASKS_DIR/mmlu/anatomy/test.jsonl       one folder for each subject, with dev.jsonl for examples
-    TASKS_DIR/english_tune.jsonl            text to choose settings on; english_report.jsonl: text to report on
-    TASKS_DIR/manifest.json                 where all this comes from, which rows, their counts and hashes
+TASKS_DIR/arc_easy/test.jsonl           rows, under the names of the splits that lm-evaluation-harness scores
+TASKS_DIR/mmlu/anatomy/test.jsonl       one folder for each subject, with dev.jsonl for examples
+TASKS_DIR/english_tune.jsonl            text to choose settings on; english_report.jsonl: text to report on
+TASKS_DIR/manifest.json                 where all this comes from, which rows, their counts and hashes
 """
 
 import hashlib

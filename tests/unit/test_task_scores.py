@@ -89,7 +89,9 @@ def test_the_metric_is_the_tasks_own() -> None:
     assert chosen == ["acc_norm", "acc", "f1"]
     with pytest.raises(ConfigError, match="no metric in common"):
         score_of(
-            {"results": {"a": {"f1,none": 1.0}, "b": {"acc,none": 1.0}}, "samples": {}}, {"a": Task(), "b": Task()}, None
+            {"results": {"a": {"f1,none": 1.0}, "b": {"acc,none": 1.0}}, "samples": {}},
+            {"a": Task(), "b": Task()},
+            None,
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,17 +34,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def publish(source: Path, run: Path, step: int, *, crc32: int | None = None) -> Path:
+def publish(source: Path, run: Path, step: int, *, grad_norm_count: int = 0) -> Path:
     """The source's checkpoint as that of another step, as a training publishes it: by a rename."""
     partial, final = run / f"iter_{step:07d}.partial-x", checkpoint_path(run, step)
     shutil.copytree(checkpoint_path(source / "run", LAST_STEP), partial)
     record = json.loads((partial / STATE_FILE).read_text())
-    record["state"] |= {"step": step, "tokens": 1000 * step}
+    record["state"] |= {"step": step, "tokens": 1000 * step, "grad_norm_count": grad_norm_count}
     del record["crc32"]
-    if crc32 is not None:
-        record["state"]["grad_norm_count"] = crc32
-    import zlib
-
     record["crc32"] = zlib.crc32(json.dumps(record, sort_keys=True).encode())
     (partial / STATE_FILE).write_text(json.dumps(record))
     partial.rename(final)
@@ -113,7 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_new_one_of_its_step_is_scored
     publish(source, run, LAST_STEP)
     watch(options_of(source, run), said.append, seconds=1)
     shutil.rmtree(path)
-    publish(source, run, LAST_STEP, crc32=7)
+    publish(source, run, LAST_STEP, grad_norm_count=7)
     watch(options_of(source, run), said.append, seconds=1)
     assert [record["step"] for record in read_evaluations(run)] == [LAST_STEP], "the newer record replaces the older"
     assert sum("exporting" in line for line in said) >= 2
