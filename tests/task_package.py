@@ -66,7 +66,7 @@ def _write_requests(folder: Path) -> None:
     paragraphs = [(title, text) for title, texts in ARTICLES.items() for text in texts]
     lines = {
         "lambada/bpb_0shot": [
-            {"request": dict(zip(("context", "continuation"), (text.rpartition(" ")[0], " " + text.split()[-1])))}
+            {"request": {"context": text.rpartition(" ")[0], "continuation": f" {text.split()[-1]}"}}
             for text in LAMBADA
         ],
         "boolq/rc_0shot": [

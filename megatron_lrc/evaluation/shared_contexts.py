@@ -3,7 +3,7 @@
 The harness runs context and continuation once for each answer, and makes logits of every token. Here the answers of a
 question follow its context side by side: each has the positions of a direct successor, sees the context and itself, and
 not the others. Logits are made only where a token of an answer is predicted. That is the same arithmetic, up to
-rounding, on fewer tokens: measured, a quarter of them for four answers to a long context.
+rounding, on fewer tokens.
 
 s tokens of a sequence, b sequences of a batch. Only models all of whose layers attend to everything before can be asked
 so (`can_share`); for the others the harness does it its own way.
@@ -72,7 +72,7 @@ def harness_model(model: Any, **settings: Any) -> Any:
 def _loglikelihood_tokens(
     self: Any, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
 ) -> list[tuple[float, bool]]:
-    """The harness's method of this name: of each request the log-likelihood, and whether each token is the likeliest."""
+    """The harness's method of this name: each request's log-likelihood, and whether all its tokens are the likeliest."""
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     questions = gather(requests, self.max_length)
     size = override_bs or self.batch_size
@@ -89,7 +89,7 @@ def _loglikelihood_tokens(
 
 
 def gather(requests: Sequence[Request], max_length: int) -> list[Question]:
-    """Questions of all requests, the longest first. What exceeds max_length is cut from the left, as the harness cuts."""
+    """Questions of all requests, the longest first. What exceeds max_length is cut from the left, as the harness does."""
     questions: dict[tuple[int, ...], Question] = {}
     for number, (_, context, continuation) in enumerate(requests):
         kept = tuple(context[-(max_length + 1 - len(continuation)) :])

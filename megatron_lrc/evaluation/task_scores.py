@@ -60,9 +60,8 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def _keys_of(results: dict[str, Any], leaves: list[str], metric: str | None) -> dict[str, str]:
     """Task -> METRIC,FILTER as the harness names its figure: one metric for all of them."""
-    figures = {
-        leaf: [key for key in results["results"][leaf] if "," in key and "_stderr," not in key] for leaf in leaves
-    }
+    known = {leaf: results["results"][leaf] for leaf in leaves}
+    figures = {leaf: [key for key in found if "," in key and "_stderr," not in key] for leaf, found in known.items()}
     names = {leaf: [key.partition(",")[0] for key in keys] for leaf, keys in figures.items()}
     wanted = [metric] if metric else ["acc_norm", "acc", *names[leaves[0]]]
     chosen = next((name for name in wanted if all(name in known for known in names.values())), None)

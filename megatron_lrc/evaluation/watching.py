@@ -2,8 +2,9 @@
 
     RUN/evaluations.jsonl    a line for each checkpoint: step, tokens, held-out figures, scores of tasks
 
-Of the run it reads checkpoints and changes nothing. One that retention removes under its hands is passed over. What is known of a checkpoint is its step and the CRC-32 in its
-run.json, so that one which a restarted run writes anew with other contents is scored anew.
+Of the run it reads checkpoints and changes nothing. One that retention removes under its hands is passed over. What is
+known of a checkpoint is its step and the CRC-32 in its run.json, so that one which a restarted run writes anew with
+other contents is scored anew.
 """
 
 import json

@@ -11,8 +11,8 @@ from megatron_lrc.report.run_tables import names_and_cells, table
 from megatron_lrc.train.progress import count
 
 NOTE = (
-    "Checkpoints that evaluate --watch has scored. After +- stands a standard error; bits per byte are those of the right "
-    "answer, lower is better."
+    "Checkpoints that evaluate --watch has scored. After +- stands a standard error; bits per byte are those of the "
+    "right answer, lower is better."
 )
 HELDOUT_ROWS = {"lm_loss": "LM loss", "kl": "KL from the teacher", "top1_agreement": "top-1 agreement"}
 
