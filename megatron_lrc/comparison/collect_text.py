@@ -27,14 +27,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_lrc.shingles import is_repetition, shingles
 from megatron_lrc.whole_files import write_whole
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 SKIPPED_PATHS = ("transformers/models",)  # thousands of near copies of each other: slow to read, and dull
 MIN_PARAGRAPH = 120  # characters
 MIN_DOCUMENT = 400  # characters of prose per source
-SHINGLE_WORDS = 8
-MAX_SHARED_SHINGLES = 0.2  # of a held-out paragraph's word sequences, found in the training part
 ARGUMENT_LIST = re.compile(
     r"^\s*(?:Args|Arguments|Parameters|Attributes|Returns|Yields|Raises)\s*(?::|\n\s*-{3,})", re.M
 )
@@ -133,12 +132,6 @@ def split_sources(sources: Iterable[str], heldout_share: float) -> tuple[list[st
     return parts
 
 
-def shingles(paragraph: str) -> set[int]:
-    """Hashes of every run of SHINGLE_WORDS words, blind to case and punctuation."""
-    words = re.findall(r"[a-z0-9]+", paragraph.lower())
-    return {hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-
-
 def drop_repeated(documents: list[Document], seen: set[str]) -> list[Document]:
     """Each paragraph once, over all documents and everything already in `seen` (which grows)."""
     unique = []
@@ -158,8 +151,7 @@ def drop_overlapping(documents: list[Document], training: list[Document]) -> lis
     trained = set().union(*(shingles(paragraph) for _, paragraphs in training for paragraph in paragraphs))
 
     def is_new(paragraph: str) -> bool:
-        own = shingles(paragraph)
-        return len(own & trained) <= MAX_SHARED_SHINGLES * len(own)
+        return not is_repetition(shingles(paragraph), trained)
 
     return long_enough([(source, list(filter(is_new, paragraphs))) for source, paragraphs in documents])
 

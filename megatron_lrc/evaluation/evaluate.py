@@ -1,7 +1,7 @@
 """What tools/evaluate.py does: figures of one model, as lines and as a dict for JSON."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data.directory_tokenizer import has_tokenizer
 from megatron_lrc.data.tokenizers import load_tokenizer
 from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_device, hugging_face_teacher, load_model
-from megatron_lrc.evaluation.harness import check_harness, run_tasks
+from megatron_lrc.evaluation.harness import check_tasks, run_tasks
 from megatron_lrc.evaluation.heldout import Corpus, Part, read_indexed, read_text
 from megatron_lrc.evaluation.language_modeling import Figures, figures_of, measure
-from megatron_lrc.evaluation.nine_tasks import NINE_TASKS, PUBLISHED_AVERAGES, average_of, results_table
+from megatron_lrc.evaluation.nine_tasks import NINE_TASKS, PUBLISHED_AVERAGES, average_of, published_averages
+from megatron_lrc.evaluation.task_files import read_source
+from megatron_lrc.evaluation.task_scores import TaskScore
 
 Report = Callable[[str], None]
 
@@ -46,7 +48,7 @@ class EvaluationOptions:
 
 def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
     """Everything that the options ask for; said as it is found, given as what is written to --output."""
-    _check(options)
+    check_options(options)
     device, dtype = choose_device(options.device), getattr(torch, options.dtype)
     teacher_path = str(options.teacher) if options.teacher else None
     with ExitStack() as stack:
@@ -73,7 +75,8 @@ def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
     return found
 
 
-def _check(options: EvaluationOptions) -> None:
+def check_options(options: EvaluationOptions) -> None:
+    """ConfigError for what no model could be evaluated with."""
     if not (options.data_path or options.input or options.tasks):
         raise ConfigError("There is nothing to evaluate on. Give --data-path, --input or --tasks.")
     if options.teacher and not (options.data_path or options.input):
@@ -82,7 +85,7 @@ def _check(options: EvaluationOptions) -> None:
     if options.tasks_dir and not options.tasks_dir.is_dir():
         raise ConfigError(f"--tasks-dir {options.tasks_dir} is no folder.")
     if options.tasks:
-        check_harness()
+        check_tasks(chosen_tasks(options.tasks))
 
 
 def check_numbers(options: Any, least: dict[str, int]) -> None:
@@ -160,7 +163,7 @@ def describe(name: str, figures: Figures) -> list[str]:
 
 
 def _tasks(options: EvaluationOptions, model: Any, directory: Path, report: Report) -> dict[str, Any]:
-    tasks = list(NINE_TASKS) if "all" in options.tasks else list(dict.fromkeys(options.tasks))
+    tasks = chosen_tasks(options.tasks)
     found = run_tasks(
         model,
         directory,
@@ -170,22 +173,57 @@ def _tasks(options: EvaluationOptions, model: Any, directory: Path, report: Repo
         num_fewshot=options.num_fewshot,
         limit=options.limit,
     )
-    is_comparable = found.is_whole and options.limit is None and options.num_fewshot == 0
-    average = average_of(found.scores) if is_comparable else None
-    for line in results_table(options.model.name, found.scores, average):
+    for line in task_table(found.scores):
         report(line)
-    if average is None:
-        report("Published averages are over all nine tasks, whole and zero-shot: this run has none to compare.")
     for task, (scored, known) in found.parts.items():
         if scored < known:
             report(f"{task}: {scored} of its {known} subjects")
+    scores = {task: score.score for task, score in found.scores.items()}
+    is_comparable = found.is_whole and options.limit is None and options.num_fewshot == 0
+    average = average_of(scores) if is_comparable else None
+    if "all" in options.tasks:
+        for line in published_averages(options.model.name, average):
+            report(line)
+        if average is None:
+            report("Published averages are over all nine tasks, whole and zero-shot: this run has none to compare.")
     return {
         "average": average,
-        "scores": found.scores,
-        "metrics": {task: NINE_TASKS[task][1] for task in found.scores},
+        "scores": scores,
+        "stderr": {task: score.stderr for task, score in found.scores.items()},
+        "bits_per_byte": {task: score.bits_per_byte for task, score in found.scores.items()},
+        "bits_per_byte_stderr": {task: score.bits_per_byte_stderr for task, score in found.scores.items()},
+        "rows": {task: score.rows for task, score in found.scores.items()},
+        "metrics": {task: score.metric for task, score in found.scores.items()},
         "num_fewshot": options.num_fewshot,
         "limit": options.limit,
+        "source": read_source(options.tasks_dir),
         "subtasks": {task: {"scored": scored, "known": known} for task, (scored, known) in found.parts.items()},
         "harness": found.details,
         "published": {"average_percent": PUBLISHED_AVERAGES},
     }
+
+
+def chosen_tasks(names: list[str]) -> list[str]:
+    """Each once; `all` means the nine."""
+    return list(dict.fromkeys(task for name in names for task in (NINE_TASKS if name == "all" else (name,))))
+
+
+def task_table(scores: Mapping[str, TaskScore]) -> list[str]:
+    """Lines: a task each, accuracies in percent and other metrics as they are, with standard errors."""
+    table = [["task", "metric", "rows", "score", "bits per byte"]]
+    for task, found in scores.items():
+        heading = NINE_TASKS[task][0] if task in NINE_TASKS else task
+        factor, digits = (100, 2) if found.metric.startswith(("acc", "exact_match")) else (1, 4)
+        score = _with_error(found.score, found.stderr, factor, digits) + (" %" if factor == 100 else "")
+        bits = _with_error(found.bits_per_byte, found.bits_per_byte_stderr, 1, 3)
+        table.append([heading, found.metric, f"{found.rows:,}", score, bits])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    placed = [[*map(str.ljust, row[:2], widths[:2]), *map(str.rjust, row[2:], widths[2:])] for row in table]
+    return ["  ".join(cells).rstrip() for cells in placed]
+
+
+def _with_error(value: float | None, error: float | None, factor: int, digits: int) -> str:
+    if value is None:
+        return "-"
+    text = f"{factor * value:.{digits}f}"
+    return text if error is None else f"{text} +- {factor * error:.{digits}f}"

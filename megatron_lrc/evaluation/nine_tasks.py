@@ -35,13 +35,9 @@ def average_of(scores: Mapping[str, float]) -> float | None:
     return sum(scores[task] for task in NINE_TASKS) / len(NINE_TASKS)
 
 
-def results_table(name: str, scores: Mapping[str, float], average: float | None) -> list[str]:
-    """Lines: the published averages, and this model's scores (fractions by task) as percentages."""
-    headings = [heading for heading, _ in NINE_TASKS.values()]
-    rows = [[model, f"{value:.2f}", *[""] * len(headings)] for model, value in PUBLISHED_AVERAGES.items()]
-    ours = [f"{100 * scores[task]:.2f}" if task in scores else "-" for task in NINE_TASKS]
-    rows.append([name, "-" if average is None else f"{100 * average:.2f}", *ours])
-    table = [["zero-shot, %", "average", *headings], *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    placed = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
-    return ["  ".join(cells).rstrip() for cells in placed]
+def published_averages(name: str, average: float | None) -> list[str]:
+    """Lines: the averages over the nine tasks that the paper gives, in percent, and this model's (a fraction)."""
+    rows = [("zero-shot average of the nine, %", ""), *((model, f"{v:.2f}") for model, v in PUBLISHED_AVERAGES.items())]
+    rows.append((name, "-" if average is None else f"{100 * average:.2f}"))
+    width = max(len(model) for model, _ in rows)
+    return [f"{model:{width}}  {value:>5}".rstrip() for model, value in rows]

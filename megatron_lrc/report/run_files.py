@@ -22,6 +22,7 @@ class RunFiles:
     records: list[dict[str, Any]]
     clone_by_layer: dict[str, list[array]]
     validations: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     checkpoints: list[int]
     config: Config | None = None
@@ -91,6 +92,7 @@ def read_run(path: Path) -> RunFiles:
         records=[],
         clone_by_layer={},
         validations=list(read_records(path / "validation.jsonl")),
+        evaluations=[one for one in read_records(path / "evaluations.jsonl") if isinstance(one.get("tokens"), int)],
         starts=list(read_records(path / STARTS_FILE)),
         checkpoints=sorted(int(file.parent.name.removeprefix("iter_")) for file in found),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
+from megatron_lrc.report import evaluations as scored
 from megatron_lrc.report import run_tables as tables
 from megatron_lrc.report.charts import COLORS
 from megatron_lrc.report.curves import Curves
@@ -47,6 +48,7 @@ def render(run: RunFiles, now: datetime) -> str:
         *(f'<p class="note">{escape(note)}</p>' for note in run.notes),
         "" if run.records else '<p class="note">There is no training record yet.</p>',
         section("Losses", _div("charts", curves.losses()), tables.losses(run)),
+        section("Evaluations", _div("charts", scored.charts(run)), scored.table_of(run), note=scored.NOTE),
         section("Clone loss by layer", _div("heats", curves.heat_maps()), note=HEAT_NOTE),
         section("Learning rate and gradients", _div("charts", curves.optimization())),
         section("Throughput and memory", _div("charts", curves.machine()), note=MACHINE_NOTE),

@@ -25,6 +25,7 @@ RUN_BY = {
     "tools/convert_to_hf.py": "end_to_end/test_workflow.py",
     "tools/verify_model.py": "unit/test_verification_of_models.py",
     "tools/evaluate.py": "unit/test_evaluation.py",
+    "tools/fetch_tasks.py": "unit/test_fetch_tasks.py",
     "tools/mask_neurons.py": "unit/test_masking.py",
     "tools/plan.py": "unit/test_plan.py",
     "tools/report.py": "unit/test_report.py",

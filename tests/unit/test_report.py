@@ -129,6 +129,31 @@ def test_the_page_has_every_section_and_asks_nothing_of_the_network(run):
     assert page.tags.count("svg") >= 11 and html.count('class="heat"') == 7
 
 
+def test_the_page_shows_what_a_watch_has_found_of_checkpoints(run):
+    assert "<h2>Evaluations</h2>" not in page_of(run)
+    records = [
+        {
+            "step": step,
+            "tokens": 1000 * step,
+            "heldout": {"<english>.jsonl": {"lm_loss": 4.25 - step / 100, "kl": 0.5, "top1_agreement": 0.625}},
+            "tasks": {
+                "scores": {"piqa": 0.5 + step / 1000},
+                "stderr": {"piqa": 0.0123},
+                "bits_per_byte": {"piqa": 1.375},
+                "bits_per_byte_stderr": {"piqa": None},
+            },
+        }
+        for step in (50, 100)
+    ]
+    write_lines(run / "evaluations.jsonl", records)
+    part = page_of(run).split("<h2>Evaluations</h2>")[1].split("<section>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", part)
+    assert cells[len(cells) // 2 :] == ["100", "100K", "3.25", "0.5", "0.625", "0.6 +- 0.0123", "1.375"]
+    assert part.count("<svg") == 3 and "piqa" in part and "<english>" not in part
+    write_lines(run / "evaluations.jsonl", [{"step": 50, "tokens": 1000}, {"step": 100, "tokens": 2000, "tasks": None}])
+    assert re.findall(r"<td>(.*?)</td>", page_of(run).split("<h2>Evaluations</h2>")[1])[:4] == ["50", "1K", "100", "2K"]
+
+
 def test_the_page_says_how_far_the_run_is_and_what_was_lost(run):
     text = Page(page_of(run)).text
     assert "step 140 of 200 (70.0%)" in text and "under way" in text and "finished" not in text
