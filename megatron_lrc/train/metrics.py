@@ -35,11 +35,10 @@ from typing import Any
 
 from megatron_lrc.config import Config
 from megatron_lrc.console import say
-from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import open_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.progress import Progress, agreement_text, losses_text
-from megatron_lrc.train.rises import Rises, advice
+from megatron_lrc.train.rises import Rises
 from megatron_lrc.train.starts import lost_work, note_start, now
 from megatron_lrc.train.throughput import Throughput
 
@@ -94,7 +93,7 @@ class RunLog:
                 lost=lost,
             )
         before = read_records(self._run / "validation.jsonl") if self._run else ()
-        self._rises = Rises(_advice(config), before)
+        self._rises = Rises(config, before)
         self._with_layers = config.logging.log_layers_to_tensorboard
         self._boards = open_boards(config, self._run, resume_at=resume_at)
 
@@ -130,12 +129,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _advice(config: Config) -> str:
-    """What to do where a loss rises."""
-    alpha = config.loss.alpha if method_of(config).has_layer_losses else 0.0
-    return advice(lr=config.peak_lr, warmup_iters=config.warmup_iters, alpha=alpha)
 
 
 class Stopwatch:

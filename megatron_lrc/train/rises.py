@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_lrc.config import Config
+
 #: Nothing is said of less than this share: printed, both values would look alike.
 SHOWN = 1e-3
 #: The clone loss may rise while the student gets better, and does so at most starts.
@@ -37,10 +39,10 @@ class _Watched:
 
 
 class Rises:
-    """Watches a run's validations. advice: what may be changed, in flag spelling, as the end of a sentence."""
+    """Watches a run's validations. config: resolved; the advice names its settings. before: earlier validations."""
 
-    def __init__(self, advice: str, before: Iterable[dict[str, Any]] = ()):
-        self._advice = advice
+    def __init__(self, config: Config, before: Iterable[dict[str, Any]] = ()):
+        self._config = config
         self._kl, self._lm = _Watched("teacher_kl", 1 + SHOWN), _Watched("lm_loss", 1 + SHOWN)
         self._clone = _Watched("clone_loss", CLONE_FACTOR)
         for record in before:
@@ -51,13 +53,13 @@ class Rises:
         return " ".join(self._sentences(record)) or None
 
     def _sentences(self, record: dict[str, Any]) -> Iterator[str]:
-        has_teacher = record.get("teacher_kl") is not None
+        by_kl = record.get("teacher_kl") is not None
         lm_rises = self._lm.rises(record)
-        if self._kl.rises(record) or (lm_rises and not has_teacher):
-            watched, what = (self._kl, "KL from the teacher") if has_teacher else (self._lm, "LM loss")
+        if self._kl.rises(record) or (lm_rises and not by_kl):
+            watched, what = (self._kl, "KL from the teacher") if by_kl else (self._lm, "LM loss")
             yield (
                 f"at step {record['step']} the {what} on the validation data is {record[watched.key]:.4g}, above the "
-                f"{watched.first:.4g} of the first validation: the training makes this student worse. {self._advice}"
+                f"{watched.first:.4g} of the first validation: the training makes this student worse. {self._advice(record)}"
             )
         if self._clone.rises(record) and not self._lm.is_above:
             yield (
@@ -66,8 +68,11 @@ class Rises:
                 "loss is not above its first: the losses pull against each other. Lower --alpha."
             )
 
-
-def advice(*, lr: float, warmup_iters: int, alpha: float) -> str:
-    """What usually ends such a rise. alpha: 0 where there are no losses between layers."""
-    lower_alpha = f", or lower --alpha (now {alpha:g})" if alpha else ""
-    return f"Lower --lr (now {lr:g}), or use a longer --lr-warmup-iters (now {warmup_iters}){lower_alpha}."
+    def _advice(self, record: dict[str, Any]) -> str:
+        """What usually ends such a rise."""
+        config, alpha = self._config, self._config.loss.alpha
+        lower_alpha = f", or lower --alpha (now {alpha:g})" if alpha and record.get("clone_loss") is not None else ""
+        return (
+            f"Lower --lr (now {config.peak_lr:g}), or use a longer --lr-warmup-iters (now "
+            f"{config.warmup_iters}){lower_alpha}."
+        )

@@ -1,4 +1,4 @@
-"""The learning rate: warmup and decay in steps, what refuses them, the rule of --lr auto, warnings where a loss rises."""
+"""The learning rate: warmup and decay in steps, what refuses them, the rule of --lr auto, warnings of losses."""
 
 import json
 import shutil
@@ -230,7 +230,7 @@ def test_a_continued_run_keeps_its_rate_whatever_its_batch_is():
 def said(records: list[dict[str, float]], before: int = 0) -> list[int]:
     """Places of the records that something is said of."""
     numbered = [{"step": place, **record} for place, record in enumerate(records)]
-    rises = Rises("Lower --lr.", numbered[:before])
+    rises = Rises(Config(), numbered[:before])
     return [record["step"] for record in numbered[before:] if rises.look_at(record)]
 
 
@@ -245,11 +245,12 @@ def test_a_validation_above_the_first_is_said_once_and_again_after_it_was_below(
 
 
 def test_the_warning_has_both_values_and_says_what_to_do():
-    rises = Rises("Lower --lr (now 0.1).")
-    assert rises.look_at({"step": 0, "lm_loss": 4.6, "teacher_kl": 1.0918}) is None
-    assert rises.look_at({"step": 5, "lm_loss": 12.0, "teacher_kl": 7.25}) == (
+    rises = Rises(parse_config(["--lr", "1e-4", "--train-iters", "30"]))
+    assert rises.look_at({"step": 0, "lm_loss": 4.6, "teacher_kl": 1.0918, "clone_loss": 9.0}) is None
+    assert rises.look_at({"step": 5, "lm_loss": 12.0, "teacher_kl": 7.25, "clone_loss": 8.0}) == (
         "at step 5 the KL from the teacher on the validation data is 7.25, above the 1.092 of the first validation: "
-        "the training makes this student worse. Lower --lr (now 0.1)."
+        "the training makes this student worse. Lower --lr (now 0.0001), or use a longer --lr-warmup-iters (now 6), or "
+        "lower --alpha (now 0.2)."
     )
 
 
