@@ -59,7 +59,8 @@ class Rises:
             watched, what = (self._kl, "KL from the teacher") if by_kl else (self._lm, "LM loss")
             yield (
                 f"at step {record['step']} the {what} on the validation data is {record[watched.key]:.4g}, above the "
-                f"{watched.first:.4g} of the first validation: the training makes this student worse. {self._advice(record)}"
+                f"{watched.first:.4g} of the first validation: the training makes this student worse. "
+                f"{self._advice(record)}"
             )
         if self._clone.rises(record) and not self._lm.is_above:
             yield (

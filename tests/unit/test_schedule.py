@@ -230,7 +230,7 @@ def test_a_continued_run_keeps_its_rate_whatever_its_batch_is():
 def said(records: list[dict[str, float]], before: int = 0) -> list[int]:
     """Places of the records that something is said of."""
     numbered = [{"step": place, **record} for place, record in enumerate(records)]
-    rises = Rises(Config(), numbered[:before])
+    rises = Rises(parse_config(["--train-iters", "30"]), numbered[:before])
     return [record["step"] for record in numbered[before:] if rises.look_at(record)]
 
 
