@@ -192,7 +192,7 @@ def draw_curves(results: dict[str, Result], training: list[dict], validation: li
     """A chart over the tokens trained on for each term that there is; in the first what this report has measured."""
     charts = []
     for term, (name, unit) in TERMS.items():
-        if not points(training, term):
+        if not any(value for _, value in points(training, term)):  # with --alpha 0 the clone loss is 0
             continue
         series = [
             Series("training batches", points(training, term), 0),
