@@ -1,8 +1,7 @@
-"""`--lr auto` of a run that starts, or of one that goes on: its number, and why. Imports no torch."""
+"""`--lr auto` of a run that starts, or of one that goes on: its number, and why."""
 
 from dataclasses import replace
 
-from megatron_lrc.checkpoints.run_directory import checkpoints_to_load, read_state
 from megatron_lrc.config import Config, ConfigError, describe_rate, start_of
 
 
@@ -31,6 +30,10 @@ def with_number(config: Config, world_size: int) -> tuple[Config, str | None]:
 def _trained_with(config: Config) -> Config | None:
     """The configuration of the checkpoint that --load means, if a step has been taken. A damaged one is passed over
     here as it will be later."""
+    if not config.checkpoint.load:
+        return None
+    from megatron_lrc.checkpoints.run_directory import checkpoints_to_load, read_state  # loads torch
+
     for path in checkpoints_to_load(config.checkpoint):
         try:
             state, before, _ = read_state(path)
