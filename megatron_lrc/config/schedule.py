@@ -32,7 +32,7 @@ def warmup_iters(optimizer: OptimizerConfig, decay_iters: int) -> int:
 
 
 def wsd_decay_iters(optimizer: OptimizerConfig, decay_iters: int) -> int:
-    """With WSD: the last so many of the decay steps, as given or a fraction, at least one."""
+    """With WSD: the last so many of the decay steps, as given, or a fraction and then at least one."""
     if optimizer.lr_wsd_decay_iters is not None:
         return optimizer.lr_wsd_decay_iters
     fraction = optimizer.lr_wsd_decay_fraction
@@ -94,6 +94,8 @@ def describe_schedule(optimizer: OptimizerConfig, decay_iters: int) -> str:
     end = f"to {optimizer.min_lr:g} at step {decay_iters:,}"
     if optimizer.lr_decay_style == "WSD":
         held = decay_iters - wsd_decay_iters(optimizer, decay_iters)
+        if held == decay_iters:
+            return f"{line}, held to step {held:,}"
         return f"{line}, held to step {held:,}, then {optimizer.lr_wsd_decay_style} decay {end}"
     return f"{line}, then {optimizer.lr_decay_style} decay {end}"
 

@@ -313,8 +313,8 @@ class OptimizerConfig:
     lr_wsd_decay_iters: int | None = setting(
         None,
         "With --lr-decay-style WSD: the last so many of the decay steps lower the rate. It stays at that number where "
-        "a run goes on with a larger budget, at whose end the decay then is.",
-        at_least=1,
+        "a run goes on with a larger budget, at whose end the decay then is. 0: held to the end.",
+        at_least=0,
     )
     lr_wsd_decay_fraction: float | None = setting(
         None,

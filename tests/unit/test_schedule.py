@@ -104,6 +104,7 @@ def test_wsd_holds_the_rate_and_lowers_it_at_the_end():
     assert rates(*WSD, *with_fraction, steps=12) == pytest.approx(found)
     assert rates(*WSD, "--lr-wsd-decay-iters", "4", steps=12)[-1] == pytest.approx(2 * 0.5**0.75 - 1)  # exponential
     assert parse_config([*WSD, "--train-iters", "100"]).wsd_decay_iters == 20
+    assert rates(*WSD, "--lr-wsd-decay-iters", "0", steps=12)[2:] == [1.0] * 10
 
 
 def test_a_larger_budget_moves_the_decay_to_its_end():
@@ -162,6 +163,10 @@ def test_a_run_that_goes_on_inside_its_decay_is_warned(tmp_path):
     [
         ("", "learning rate: 0.0001 after 10 steps of warmup, then linear decay to 0 at step 1,000"),
         ("--lr-decay-style constant --lr-warmup-iters 0", "learning rate: 0.0001, constant"),
+        (
+            "--lr-decay-style WSD --lr-wsd-decay-iters 0 --lr-warmup-iters 0",
+            "learning rate: 0.0001, held to step 1,000",
+        ),
         (
             "--lr-decay-style WSD --lr-wsd-decay-iters 300 --min-lr 1e-6",
             "learning rate: 0.0001 after 10 steps of warmup, held to step 700, then exponential decay to 1e-06 at step "
