@@ -76,7 +76,7 @@ class NaiveClone:
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=settings.lr,
+            lr=config.peak_lr,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_eps,
             weight_decay=settings.weight_decay,

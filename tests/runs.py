@@ -24,7 +24,7 @@ def make_config(teacher: str, data: str, run: Path, *, steps: int) -> Config:
     config.projection.init_method_std = 0.1
     config.training.seq_length, config.training.micro_batch_size, config.training.global_batch_size = 16, 2, 8
     config.training.train_iters, config.optimizer.lr_decay_iters = steps, 20
-    config.optimizer.lr = 1e-3
+    config.optimizer.lr, config.optimizer.lr_warmup_iters = 1e-3, 0  # the first step changes something
     config.data.data_path, config.data.split = [data], "90,10,0"
     config.logging.log_interval, config.logging.eval_iters = 1, 2
     config.checkpoint.save = str(run)

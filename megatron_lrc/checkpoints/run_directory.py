@@ -48,6 +48,7 @@ class RunState:
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0
     changed_at: int | None = None  # the step after which the method changed what is trained (`Method.change`)
+    has_least_warmup: bool = True  # whether the default warmup has a minimum; it had none in older checkpoints
 
 
 # ------------------------------------------------------------------------------------------------ what there is
@@ -100,9 +101,11 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
 
 
 def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:
-    """Older checkpoints had a name for each method's change, of which a run can have one; now it is `changed_at`."""
+    """Older checkpoints had a name for each method's change, of which a run can have one; now it is `changed_at`. And
+    what they do not say of the default warmup is that it had no minimum then."""
     older = [state.pop(name, None) for name in ("opened_at", "pruned_at")]
-    return {"changed_at": next((step for step in older if step is not None), None), **state}
+    changed_at = next((step for step in older if step is not None), None)
+    return {"changed_at": changed_at, "has_least_warmup": False, **state}
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from megatron_lrc.config import (
     take_dry_run,
     validate,
 )
-from megatron_lrc.console import complain
+from megatron_lrc.console import complain, say
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.agreement import RanksMissing
 from megatron_lrc.methods import method_of
+from megatron_lrc.train.auto_rate import with_number
 
 
 def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
@@ -70,6 +71,9 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
         config.checkpoint.load = checkpoint_to_restart_from(config)
     presets = presets_of(flags)
     validate(method_of(config), world_size=world_size, presets=presets)
+    config, about_rate = with_number(config, world_size)
+    if about_rate and os.environ.get("RANK", "0") == "0" and not only_checks:
+        say(about_rate)
     config = config.resolved(world_size)
 
     if only_checks:  # imports torch, as the others do, so it comes after what can fail at once

@@ -24,13 +24,14 @@ from .layout_checks import check_batches, check_layout, divisors
 from .model_role import CONVERTED, STUDENT, TEACHER, ModelRole
 from .precision_checks import check_precision
 from .presets import PRESETS, PUBLISHED_RUNS
+from .rates import describe_rate, recommended_lr, start_of
+from .schedule import DEFAULT_WARMUP_FRACTION, check_schedule, describe_jump, describe_schedule
 from .schema import SETTINGS, convert, suggest
 from .settings import CLONE_TERMS, TINYBERT_TERMS, CheckpointConfig, LossConfig, ProjectionConfig, PruningConfig
 from .validation import (
     check_directory,
     check_losses,
     check_ranges,
-    check_schedule,
     fields_of,
     flags_set,
     parse_split,

@@ -23,6 +23,7 @@ from .budget import BUDGETS, budgets_in, is_counted, refuse_several
 from .config import Config, ConfigError, flag_of
 from .counts import exact_count
 from .presets import PRESETS, PUBLISHED_RUNS
+from .schedule import ALTERNATIVES
 from .schema import SECTIONS, SETTINGS, Setting, convert, parse_number, suggest
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-(inf|nan)")
@@ -64,7 +65,8 @@ def build_parser(usage: str, purpose: str) -> Parser:
         "--preset",
         nargs="+",
         metavar="NAME",
-        help="One or several, a later one over an earlier one. paper: the losses as published, which is the default; "
+        help="One or several, a later one over an earlier one. recommended: what we would start with "
+        f"({describe_preset('recommended')}); paper: the losses as published, which is the default; "
         f"reference: as in the released code ({describe_preset('reference')}); the published runs, each everything of "
         "reference and its sizes, rate, alpha and tokens: "
         + "; ".join(f"{name}: {' for '.join(run)} tokens" for name, run in PUBLISHED_RUNS.items())
@@ -82,8 +84,16 @@ def build_parser(usage: str, purpose: str) -> Parser:
 def describe_preset(name: str, without: Collection[str] = ()) -> str:
     """Its settings as flags, but for those of these names."""
     values = {setting: value for setting, value in PRESETS[name].items() if setting not in without}
-    texts = {s: exact_count(value) if SETTINGS[s].takes_suffix else value for s, value in values.items()}
-    return ", ".join(f"{flag_of(setting)} {text}" for setting, text in texts.items())
+    return ", ".join(f"{flag_of(setting)} {text_of(SETTINGS[setting], value)}" for setting, value in values.items())
+
+
+def text_of(setting: Setting, value: Any) -> str:
+    """A value as it is given to the flag."""
+    if value is None and setting.is_auto_if_none:
+        return "auto"
+    if setting.takes_suffix and value is not None:
+        return exact_count(value)
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def add_flag(group: Any, setting: Setting) -> None:
@@ -272,10 +282,14 @@ def build_config(sources: Sequence[tuple[str, dict[str, Any]]], errors: list[str
 
 
 def apply(config: Config, values: Mapping[str, Any]) -> None:
-    """Set these settings. If a budget is among them it takes the place of whichever there was."""
+    """Set these settings. If a budget is among them it takes the place of whichever there was, and so does one of
+    two settings that say the same."""
     budget = budgets_in(values)
     if budget:
         config.training = replace(config.training, **{name: SETTINGS[name].default for name in BUDGETS})
+    for names in ALTERNATIVES:
+        if any(values.get(name) is not None for name in names):
+            config.optimizer = replace(config.optimizer, **{name: SETTINGS[name].default for name in names})
     others = {name: value for name, value in values.items() if name not in BUDGETS}
     for name, value in (others | budget).items():
         setattr(getattr(config, SETTINGS[name].section), name, value)
@@ -301,8 +315,6 @@ def describe_changes(config: Config, sections: Collection[str] | None = None) ->
             continue
         if setting.kind is bool:
             lines.append(flag_of(setting.name) if value else flag_of(f"no_{setting.name}"))
-        elif setting.takes_suffix:
-            lines.append(f"{flag_of(setting.name)} {exact_count(value)}")
         elif setting.name != "train_iters" or not is_counted(config.training):
-            lines.append(f"{flag_of(setting.name)} {' '.join(value) if isinstance(value, list) else value}")
+            lines.append(f"{flag_of(setting.name)} {text_of(setting, value)}")
     return lines

@@ -13,6 +13,8 @@ from typing import Any
 
 from .budget import count_steps, is_counted
 from .model_role import STUDENT, TEACHER, ModelRole
+from .rates import choose_rates
+from .schedule import warmup_iters, wsd_decay_iters
 from .settings import (
     CLONE_TERMS,
     CheckpointConfig,
@@ -27,8 +29,6 @@ from .settings import (
     PruningConfig,
     TrainingConfig,
 )
-
-DEFAULT_WARMUP_FRACTION = 0.005
 
 #: Every cloned matrix: those of a layer, and the two ends.
 MATRICES = (*CLONE_TERMS, "embed", "lm_head")
@@ -111,11 +111,23 @@ class Config:
 
     @property
     def warmup_iters(self) -> int:
-        """Steps of linear warmup: as given, or a fraction of the decay steps rounded to the nearest step."""
-        if self.optimizer.lr_warmup_iters is not None:
-            return self.optimizer.lr_warmup_iters
-        fraction = self.optimizer.lr_warmup_fraction
-        return int((DEFAULT_WARMUP_FRACTION if fraction is None else fraction) * self.decay_iters + 0.5)
+        """Steps of linear warmup (`schedule.warmup_iters`)."""
+        return warmup_iters(self.optimizer, self.decay_iters)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warmup; of --lr auto known in a configuration that is `resolved`."""
+        assert self.optimizer.lr is not None, "the configuration has been resolved"
+        return self.optimizer.lr
+
+    @property
+    def wsd_decay_iters(self) -> int:
+        """Steps in which the rate falls, with --lr-decay-style WSD."""
+        return wsd_decay_iters(self.optimizer, self.decay_iters)
+
+    def batch_tokens(self, world_size: int) -> int:
+        """Tokens per optimizer step over all replicas."""
+        return self.global_batch_size(world_size) * self.training.seq_length
 
     @property
     def calibrations(self) -> tuple[str, ...]:
@@ -172,9 +184,10 @@ class Config:
 
     def resolved(self, world_size: int) -> "Config":
         """A copy that leaves nothing to the number of processes: what is trained with, printed and saved. A budget in
-        tokens or sequences has become steps, for a run that starts."""
+        tokens or sequences has become steps, for a run that starts; --lr auto a number."""
         config = deepcopy(self)
         config.training.global_batch_size = self.global_batch_size(world_size)
+        choose_rates(config.projection, config.optimizer, self.batch_tokens(world_size))
         if (steps := count_steps(config.training)) is not None:
             config.training.train_iters = steps
         return config

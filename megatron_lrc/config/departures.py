@@ -1,7 +1,7 @@
 """What a run's flags make of a published preset: another budget, another batch; and what another batch does to steps.
 
-The published learning rates belong to the published batches. How a rate should follow the batch is not known for this
-method, so nothing is recommended here.
+The published learning rates belong to the published batches. How a rate might follow the batch is a rule of its own
+(`rates.py`, --lr auto), which is not applied to what was published.
 """
 
 from collections.abc import Iterator, Sequence
@@ -80,4 +80,4 @@ def _rate_of(config: Config, presets: Sequence[str]) -> str:
     if published is None or config.optimizer.lr != published[1]["lr"]:
         return ""
     name, values = published
-    return f"; the --lr {config.optimizer.lr:g} of {name} was published for a batch of {values['global_batch_size']}"
+    return f"; the --lr {config.peak_lr:g} of {name} was published for a batch of {values['global_batch_size']}"

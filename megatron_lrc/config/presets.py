@@ -1,4 +1,5 @@
-"""Settings under one name, for --preset: what paper and released code do differently, and the published runs."""
+"""Settings under one name, for --preset: what paper and released code do differently, what is recommended, and the
+published runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,14 @@ _REFERENCE = {
     "init": "random",
     "init_method_std": 0.02,
     "student_norm_epsilon": 1e-5,
+    "lr_warmup_fraction": 0.005,  # of however few steps
+}
+#: What the measurements of docs/runs.md speak for; for `--lr auto` see `rates.py`.
+_RECOMMENDED = {
+    "init": "ridge",
+    "calibration_tokens": 16384,
+    "alpha": 0.0,
+    "lr": None,
 }
 #: What the published runs have in common: the released code, with which they were presumably made, on 8 GPUs.
 _PUBLISHED = _REFERENCE | {
@@ -24,6 +33,7 @@ _PUBLISHED = _REFERENCE | {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"kl_reduction": "mean", "clone_attention_output": "student"},
     "reference": _REFERENCE,
+    "recommended": _RECOMMENDED,
     "lrc-1.5b": _PUBLISHED
     | {"student_hidden_size": 1536, "alpha": 0.2, "lr": 1e-4, "global_batch_size": 24, "train_tokens": 10 * 10**9},
     "lrc-1.7b": _PUBLISHED

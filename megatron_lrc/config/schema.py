@@ -24,6 +24,7 @@ class Setting:
     metavar: str
     is_required: bool
     takes_suffix: bool  # 10B for ten billion
+    is_auto_if_none: bool  # None is written `auto`, and is replaced by a number before the run starts
     per_rank: Literal["path", "value"] | None  # what each rank may have its own (`settings.setting`)
 
     @property
@@ -37,6 +38,8 @@ class Setting:
             return "one of " + ", ".join(self.choices)
         if self.takes_suffix:
             return "a whole number such as 1000000, 500M, 10B or 1.5e9"
+        if self.is_auto_if_none:
+            return "a number, or auto"
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         return names.get(self.kind, "a list of texts")
 
@@ -58,6 +61,7 @@ def iterate_settings() -> Iterator[Setting]:
                 metavar=field.metadata.get("metavar") or {int: "N", float: "X"}.get(options[0], "TEXT"),
                 is_required=field.metadata.get("required", False),
                 takes_suffix=field.metadata.get("takes_suffix", False),
+                is_auto_if_none=field.metadata.get("is_auto_if_none", False),
                 per_rank=field.metadata.get("per_rank"),
             )
 
@@ -69,6 +73,8 @@ SECTIONS = tuple(section.name for section in fields(Config))
 def convert(setting: Setting, value: Any) -> Any:
     """`value`, from YAML or as the text of a flag, as the setting's type; ValueError with the expectation otherwise."""
     if value is None and setting.is_optional:
+        return None
+    if value == "auto" and setting.is_auto_if_none:
         return None
     if setting.kind == list[str]:
         items = value if isinstance(value, list) else [value]

@@ -17,7 +17,8 @@ TINYBERT_TERMS = ("embedding", "hidden", "attention")
 def setting(default: Any, text: str, **extra: Any) -> Any:
     """A dataclass field with its help text. `extra` goes into the metadata: `required`, `metavar`, and the range
     of a number (`at_least`, `above`, `below`). `takes_suffix`: may be written as 10B. `per_rank` marks what ranks may
-    have each its own: "path", where what lies there counts instead, or "value", which no other rank notices."""
+    have each its own: "path", where what lies there counts instead, or "value", which no other rank notices.
+    `is_auto_if_none`: None is written `auto`."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **extra})
     return field(default=default, metadata={"help": text, **extra})
@@ -98,7 +99,10 @@ class ProjectionConfig:
         "mlp", "What --open-after opens. mlp: gate, up and down; all: every matrix, q, k and v biases, q and k norms."
     )
     open_lr: float | None = setting(
-        None, "Peak learning rate from --open-after on, in the same schedule. Default: --lr.", above=0
+        None,
+        "Peak learning rate from --open-after on, in the same schedule. Default: --lr; with --lr auto what its rule "
+        "says of opened students.",
+        above=0,
     )
 
     @property
@@ -304,12 +308,45 @@ class ComputeConfig:
 class OptimizerConfig:
     """AdamW on the projections and norm gains, and the learning-rate schedule."""
 
-    lr: float = setting(1e-4, "Peak learning rate.", at_least=0)
+    lr: float | None = setting(
+        1e-4,
+        "Peak learning rate. auto: by how the projections start and by the tokens of a step, a rule that is in "
+        "docs/runs.md; printed at the start, saved as a number, and kept where the run is continued. For --method lrc.",
+        at_least=0,
+        metavar="X|auto",
+        is_auto_if_none=True,
+    )
     min_lr: float = setting(0.0, "Learning rate at the end of the decay.", at_least=0)
-    lr_decay_style: Literal["linear", "cosine", "constant"] = setting("linear", "Shape of the decay after the warmup.")
+    lr_decay_style: Literal["linear", "cosine", "constant", "WSD"] = setting(
+        "linear",
+        "Shape of the decay after the warmup. WSD: the rate is held, and decays over the last steps only "
+        "(--lr-wsd-decay-iters).",
+    )
     lr_decay_iters: int | None = setting(None, "Steps over which the rate decays. Default: all.", at_least=1)
+    lr_wsd_decay_iters: int | None = setting(
+        None,
+        "With --lr-decay-style WSD: the last so many of the decay steps lower the rate. It stays at that number where "
+        "a run goes on with a larger budget, at whose end the decay then is. 0: held to the end.",
+        at_least=0,
+    )
+    lr_wsd_decay_fraction: float | None = setting(
+        None,
+        "The same as a fraction of the decay steps. Default 0.2 without --lr-wsd-decay-iters.",
+        above=0,
+        below=1,
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = setting(
+        "exponential",
+        "Shape of the decay of WSD, over x from 0 to 1: exponential 2 * 0.5^x - 1, linear 1 - x, cosine a half wave, "
+        "minus_sqrt 1 - sqrt(x).",
+    )
     lr_warmup_fraction: float | None = setting(
-        None, "Warmup, as a fraction of the decay steps. Default 0.005 without --lr-warmup-iters.", at_least=0, below=1
+        None,
+        "Warmup, as a fraction of the decay steps. Default without --lr-warmup-iters: 0.005 of them, but at least 10 "
+        "steps or, in runs of less than 50, a fifth: at the full rate the first steps can destroy a closed-form start. "
+        "As in the released code, without that minimum: 0.005.",
+        at_least=0,
+        below=1,
     )
     lr_warmup_iters: int | None = setting(None, "Warmup in steps, instead of --lr-warmup-fraction.", at_least=0)
     weight_decay: float = setting(0.0, "AdamW weight decay of the projections; norm gains have none.", at_least=0)

@@ -23,6 +23,7 @@ from .layout_checks import (
 )
 from .precision_checks import check_fp8_sizes, check_precision
 from .rules import Rules
+from .schedule import check_schedule
 from .settings import CLONE_TERMS
 
 
@@ -45,7 +46,7 @@ def validate(method: Rules, *, world_size: int = 1, presets: Sequence[str] = ())
     errors += check_budget(config.training)
     errors += check_losses(method)
     errors += check_precision(config)
-    errors += check_schedule(config)
+    errors += check_rate(method)
     errors += check_data(config)
     errors += check_checkpoint(config)
     raise_all(errors)
@@ -130,18 +131,14 @@ def check_losses(method: Rules) -> Iterator[str]:
         yield f"--recompute-modules {' '.join(unknown)}: expected are any of {' '.join(RECOMPUTE_MODULES)}."
 
 
-def check_schedule(config: Config) -> Iterator[str]:
-    """What depends on the number of steps is seen only once another budget has been counted in them."""
-    optimizer, train_iters = config.optimizer, config.training.train_iters or 0
-    if optimizer.lr_warmup_iters is not None and optimizer.lr_warmup_fraction is not None:
-        yield "--lr-warmup-iters and --lr-warmup-fraction are both given. Keep one."
-    elif optimizer.lr_warmup_iters and train_iters > 0 and optimizer.lr_warmup_iters >= config.decay_iters:
+def check_rate(method: Rules) -> Iterator[str]:
+    """The schedule, as far as it depends on no other budget than steps; and whether there is a rule for the rate."""
+    config = method.config
+    if config.optimizer.lr is None and not method.has_projections:
         yield (
-            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {config.decay_iters} decay steps. "
-            "Warmup counts as part of them: use fewer, or a larger --lr-decay-iters."
+            f"--lr auto has no rule for --method {config.model.method}: it is for clones (--method lrc). Give a number."
         )
-    if optimizer.min_lr > optimizer.lr >= 0:
-        yield f"--min-lr {optimizer.min_lr} is above the peak --lr {optimizer.lr}. It is where the decay ends."
+    yield from check_schedule(config.optimizer, config.decay_iters if config.training.train_iters else None)
 
 
 def check_data(config: Config) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from megatron_lrc.config import describe_departures, describe_training, is_counted
+from megatron_lrc.config import describe_departures, describe_schedule, describe_training, is_counted
 from megatron_lrc.estimate.devices import GIB
 from megatron_lrc.estimate.search import LARGER, Plan
 
@@ -28,6 +28,7 @@ def describe_budget(plan: Plan, presets: Sequence[str]) -> Iterator[str]:
         yield "training: no hours, for want of --train-tokens, --train-samples or --train-iters"
         return
     yield f"training: {describe_training(plan.config.training)}; {plan.hours:.1f} hours with the first layout"
+    yield describe_schedule(plan.config.optimizer, plan.config.decay_iters)
     yield from (f"warning: {departure}" for departure in describe_departures(plan.config, presets))
 
 

@@ -272,7 +272,7 @@ def _lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParam
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=settings.lr,
+        max_lr=config.peak_lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=min(config.warmup_iters, decay_iters - 1),
         lr_decay_steps=decay_iters,
@@ -281,4 +281,6 @@ def _lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParam
         end_wd=settings.weight_decay,
         wd_incr_steps=decay_iters,
         wd_incr_style="constant",
+        wsd_decay_steps=config.wsd_decay_iters,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )

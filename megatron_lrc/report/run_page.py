@@ -46,6 +46,7 @@ def render(run: RunFiles, now: datetime) -> str:
         tables.header(run, now),
         f'<div class="tiles">{tables.tiles(run)}</div>',
         *(f'<p class="note">{escape(note)}</p>' for note in run.notes),
+        *(f'<p class="note">{escape(warning)}</p>' for warning in tables.warnings(run)),
         "" if run.records else '<p class="note">There is no training record yet.</p>',
         section("Losses", _div("charts", curves.losses()), tables.losses(run)),
         section("Evaluations", _div("charts", scored.charts(run)), scored.table_of(run), note=scored.NOTE),

@@ -107,6 +107,11 @@ def _perplexity(loss: float) -> str:
     return number(math.exp(loss), 4) if loss < 700 else "-"
 
 
+def warnings(run: RunFiles) -> list[str]:
+    """What was said of validations on the console, in their order."""
+    return [f"Warning: {record['warning']}" for record in run.validations if isinstance(record.get("warning"), str)]
+
+
 def losses(run: RunFiles) -> str:
     """First and last training record, first, best and last validation."""
     columns: list[tuple[str, dict[str, Any]]] = []

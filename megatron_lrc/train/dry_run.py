@@ -21,6 +21,7 @@ from megatron_lrc.config import (
     ModelShape,
     describe_changes,
     describe_departures,
+    describe_schedule,
     describe_training,
 )
 from megatron_lrc.console import say
@@ -102,6 +103,8 @@ def describe_models(method: Method, teacher: ModelShape, student: ModelShape) ->
 def describe_layout(config: Config, world_size: int, state: RunState) -> Iterator[str]:
     yield f"layout: {config.describe_layout(world_size, f'{world_size} GPUs')}"
     yield f"training: {describe_training(config.training, step=state.step, consumed_tokens=state.tokens)}"
+    if config.decay_iters:
+        yield describe_schedule(config.optimizer, config.decay_iters)
 
 
 def describe_flops(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[str]:

@@ -15,6 +15,7 @@ from megatron_lrc.config import (
     RunStopped,
     describe_changes,
     describe_departures,
+    describe_schedule,
     describe_training,
     save_yaml,
 )
@@ -326,6 +327,8 @@ class Trainer:
         self._say(self.method.headline(shapes.teacher, shapes.student, trained, has_changed=self._has_changed))
         self._say(self.config.describe_layout(distributed.world_size(), self.groups.device.type))
         self._say(self._describe_training())
+        if self.config.decay_iters:
+            self._say(describe_schedule(self.config.optimizer, self.config.decay_iters))
         if kernels := describe_kernels(self.config, parameter_dtype(self.config), self.method.noun):
             self._say(kernels)
         for warning in checked.warnings:

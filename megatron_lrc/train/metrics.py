@@ -4,7 +4,8 @@
                             skipped_steps, grad_norm, grad_norm_by_group, lr, mask_sizes, and what was measured: time,
                             step_seconds, tokens_per_second, tflops, mfu, memory_gib, straggler
     RUN/validation.jsonl    step, tokens, loss, lm_loss, kl_loss, clone_loss, teacher_lm_loss on the held-out split,
-                            teacher_kl, top1_agreement, and effective_rank with --log-effective-rank
+                            teacher_kl, top1_agreement, effective_rank with --log-effective-rank, and a warning
+                            where the student has become worse than at the first validation (`rises.py`)
     RUN/tensorboard/        the same numbers, lists over layers as one (`boards.py`)
     RUN/starts.jsonl        a line per start of the run (`starts.py`)
 
@@ -37,6 +38,7 @@ from megatron_lrc.console import say
 from megatron_lrc.train.boards import open_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.progress import Progress, agreement_text, losses_text
+from megatron_lrc.train.rises import Rises
 from megatron_lrc.train.starts import lost_work, note_start, now
 from megatron_lrc.train.throughput import Throughput
 
@@ -90,6 +92,8 @@ class RunLog:
                 world_size=world_size,
                 lost=lost,
             )
+        before = read_records(self._run / "validation.jsonl") if self._run else ()
+        self._rises = Rises(config, before)
         self._with_layers = config.logging.log_layers_to_tensorboard
         self._boards = open_boards(config, self._run, resume_at=resume_at)
 
@@ -101,8 +105,11 @@ class RunLog:
             say(line)
 
     def validation(self, record: dict[str, Any]) -> None:
-        self._write("validation.jsonl", "valid", record)
+        warning = self._rises.look_at(record)
+        self._write("validation.jsonl", "valid", {**record, **({"warning": warning} if warning else {})})
         say(f"validation at step {record['step']} | {losses_text(record)}{agreement_text(record)}")
+        if warning:
+            say(f"warning: {warning}")
 
     def close(self) -> None:
         for board in self._boards:

@@ -1,18 +1,21 @@
 """What can be refused before a process group or a model exists: the teacher, the data, the run directories."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from megatron_lrc.checkpoints.run_directory import RunState, read_state
 from megatron_lrc.config import (
+    DEFAULT_WARMUP_FRACTION,
     Config,
     ConfigError,
     budgets_of,
     check_schedule,
+    count_steps,
     describe_budgets,
+    describe_jump,
     is_counted,
     raise_all,
     validate_against_teacher,
@@ -83,14 +86,36 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     weights_from = None if resume_from else find_weights(config)
     if weights_from:
         check_method(weights_from, method)
+    if not state.step:  # of that run there is no schedule to keep
+        state = replace(state, has_least_warmup=True)
+    elif not state.has_least_warmup:
+        config = with_warmup_of_then(config)
     config = resolve_train_iters(
         config, step=state.step, consumed_samples=state.consumed_samples, consumed_tokens=state.tokens
     )
     if is_counted(config.training):  # only now are its steps known
-        raise_all(list(check_schedule(config)))
+        raise_all(list(check_schedule(config.optimizer, config.decay_iters or None)))
     if resume_from:
         _check_not_past(config, resume_from, state)
+        warnings += warn_of_jump(config, read_state(resume_from)[1], state)
     return Checked(config, teacher, reader, resume_from, weights_from, state, warnings)
+
+
+def with_warmup_of_then(config: Config) -> Config:
+    """For a run whose checkpoint is of a version without a minimum for the default warmup, which it keeps."""
+    optimizer = config.optimizer
+    if optimizer.lr_warmup_iters is not None or optimizer.lr_warmup_fraction is not None:
+        return config
+    return replace(config, optimizer=replace(optimizer, lr_warmup_fraction=DEFAULT_WARMUP_FRACTION))
+
+
+def warn_of_jump(config: Config, before: Config, state: RunState) -> Iterator[str]:
+    """before: what the checkpoint was trained with; nothing is said where its steps were those of epochs."""
+    steps = before.training.train_iters if not is_counted(before.training) else count_steps(before.training)
+    if steps and before.optimizer.lr_decay_style == "WSD":
+        then = before.optimizer.lr_decay_iters or steps
+        if jump := describe_jump(before.optimizer, config.optimizer, then, config.decay_iters, state.step):
+            yield jump
 
 
 def read_base(checked: Checked, sharers: Sharers | None = None) -> Contents:

@@ -103,7 +103,7 @@ def test_the_paper_preset_is_the_default_and_presets_name_settings():
         (["--zzz"], "unknown flag --zzz"),
         (["--seq-len", "3"], "unknown flag --seq-len; did you mean --seq-length?"),  # no abbreviations
         (["word"], "word belongs to no flag"),
-        (["--lr", "fast"], "--lr: 'fast' is not a number"),
+        (["--lr", "fast"], "--lr: 'fast' is not a number, or auto"),
         (["--seq-length", "1.5"], "--seq-length: '1.5' is not a whole number"),
         (["--init", "svd"], "--init: 'svd' is not one of random, orthogonal, channel, pca, ridge"),
         (["--lr"], "--lr: expected one argument"),
@@ -126,7 +126,7 @@ def test_a_negative_number_is_a_value_not_a_flag():
         ("optimiser:\n  lr: 3", "config.yaml line 1: unknown key optimiser; did you mean optimizer?"),
         ("model:\n  lr: 3", "config.yaml line 2: lr belongs to section optimizer, not model"),
         ("model: 3", "config.yaml line 1: section model has no `key: value` lines under it"),
-        ("lr: fast", "config.yaml line 1: lr: 'fast' is not a number"),
+        ("lr: fast", "config.yaml line 1: lr: 'fast' is not a number, or auto"),
         ("lr: true", "config.yaml line 1: lr: True is not a number"),
         ("seq_length: 1.5", "config.yaml line 1: seq_length: 1.5 is not a whole number"),
         ("seq_length: null", "config.yaml line 1: seq_length: None is not a whole number"),

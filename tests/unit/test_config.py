@@ -258,14 +258,6 @@ def test_batch_sizes_follow_from_the_world_size(valid_config):
     assert valid_config.num_microbatches(16) == 5
 
 
-def test_warmup_is_a_rounded_fraction_of_the_decay_unless_given(valid_config):
-    assert (valid_config.decay_iters, valid_config.warmup_iters) == (100, 1)  # 0.005 * 100, rounded half up
-    change(valid_config, train_iters=1000, lr_decay_iters=700, lr_warmup_fraction=0.07)
-    assert (valid_config.decay_iters, valid_config.warmup_iters) == (700, 49)
-    change(valid_config, lr_warmup_fraction=None, lr_warmup_iters=0)
-    assert valid_config.warmup_iters == 0
-
-
 def test_config_survives_its_dict(valid_config):
     change(valid_config, data_path=["0.3", "a"], lr_warmup_iters=4)
     assert Config.from_dict(valid_config.to_dict()) == valid_config

@@ -3,6 +3,7 @@
 What the demo does as a whole is checked by `make demo`; here its parts run on a tiny tree of files and tiny models.
 """
 
+import gzip
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_teachers import write_llama
 from megatron_lrc.comparison import collect_text
+from megatron_lrc.evaluation.questions import Question, accuracy, encode_questions, read_questions
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/demo"
 FALSE = shutil.which("false") or "/bin/false"
@@ -29,6 +32,7 @@ STEP_OUTPUTS = [
     "text/heldout.jsonl",
     "data/train_text_document.idx",
     "data/heldout_text_document.idx",
+    "arc_easy.jsonl",
     "untrained_run/finished",
     "untrained_student/config.json",
     "run/finished",
@@ -49,6 +53,7 @@ def load(name: str) -> ModuleType:
 
 report = load("report")
 make_teacher = load("make_teacher")
+make_questions = load("make_questions")
 
 
 def prose(topic: str) -> str:
@@ -180,10 +185,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "heldout.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     records = []
     for step in (1, 2, 3, 2, 3, 4):  # stopped in step 3, continued from step 1
-        terms = {"loss": 8.0, "lm_loss": 6.0 - step, "kl_loss": 2.0, "clone_loss": 9.0 / step}
+        terms = {"loss": 8.0, "lm_loss": 6.0 - step, "kl_loss": 2.0, "clone_loss": 9.0 / step, "teacher_lm_loss": 1.5}
         pace = {"grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 64.0, "step_seconds": 1.0}
         records.append({"step": step, "tokens": 64 * step, **terms, **pace})
     valid = [{"step": step, "tokens": 64 * step, "lm_loss": 6.0, "kl_loss": 2.0, "clone_loss": 9.0} for step in (0, 4)]
+    items = [{"prompt": text[:40], "choices": [" reads", " the", " teacher"], "answer": 0} for text in texts]
+    (root / "questions.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (root / "run").mkdir()
     for name, lines in (("metrics", records), ("validation", valid)):
         (root / "run" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
@@ -194,6 +201,7 @@ def run_report(root: Path, **replaced: Path) -> subprocess.CompletedProcess[str]
     paths = {name: root / name for name in ("teacher", "untrained", "student")}
     paths |= {
         "heldout": root / "heldout.jsonl",
+        "questions": root / "questions.jsonl",
         "run": root / "run",
         "output-dir": root / "out",
     } | replaced
@@ -224,11 +232,13 @@ def test_report_compares_the_models_on_the_same_tokens(measured: Path) -> None:
     assert teacher["continuation"] == untrained["continuation"]
     assert student["perplexity"] == pytest.approx(math.exp(student["lm_loss"]))
     assert figures["heldout"]["tokens"] == 128
+    assert teacher["accuracy"] == untrained["accuracy"] and figures["questions"]["number"] == 6
     printed = (measured / "out/report.txt").read_text()
     assert printed in finished.stdout
     assert f"{student['lm_loss']:.4f}" in printed and "256 tokens in 4 steps, 64 tokens/s" in printed
+    gap = student["lm_loss"] - teacher["lm_loss"]
     drawn = (measured / "out/loss_curves.svg").read_text()
-    assert drawn.count(">tokens trained on</text>") == 3 and f"{student['lm_loss']:.4g}</tspan>" in drawn
+    assert drawn.count(">tokens trained on</text>") == 3 and f"{gap:.4g}</tspan>" in drawn
 
 
 def test_heldout_loss_equals_that_of_transformers(measured: Path) -> None:
@@ -241,6 +251,34 @@ def test_heldout_loss_equals_that_of_transformers(measured: Path) -> None:
     with torch.no_grad():
         expected = model(blocks, labels=blocks).loss.item()
     assert report.lm_loss(model, blocks) == pytest.approx(expected, rel=1e-5)
+
+
+def test_questions_are_answered_as_the_evaluation_does(measured: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(measured / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(measured / "teacher").eval()
+    texts = [json.loads(line)["text"] for line in (measured / "heldout.jsonl").read_text().splitlines()]
+    choices = (" reads it", " the", " teacher of it all", " a")
+    found = []
+    for text in texts:
+        chosen = report.choose(model, tokenizer, Question(text[:40], choices, 0))
+        found.append(chosen)
+        questions = [Question(text[:40], choices, answer) for answer in range(4)]
+        encoded = [encode_questions([question], tokenizer) for question in questions]
+        right = [
+            accuracy(model, [question], rows, batch_size=2, vocab_size=model.config.vocab_size)
+            for question, rows in zip(questions, encoded, strict=True)
+        ]
+        assert right.index(1.0) == chosen and sum(right) == 1.0
+    questions = [Question(text[:40], choices, 0) for text in texts]
+    assert report.share_right(model, tokenizer, questions) == found.count(0) / len(found)
+    assert report.share_right(model, tokenizer, []) is None
+
+
+def test_the_gap_is_of_the_same_tokens(measured: Path) -> None:
+    training, validation = report.read_run(measured / "run")
+    assert report.points(training, "gap") == [(64 * step, 4.5 - step) for step in (1, 2, 3, 4)]
+    assert report.points(validation, "gap") == [], "without the teacher's loss there is none"
+    assert report.points(validation, "kl_loss") == [(0, 2.0), (256, 2.0)]
 
 
 def test_of_a_repeated_step_the_last_record_counts(measured: Path) -> None:
@@ -256,11 +294,47 @@ def test_report_without_training_steps_is_one_sentence(measured: Path, tmp_path:
     assert len(finished.stderr.strip().splitlines()) == 1
 
 
+# ---- questions ----
+
+
+def write_package(folder: Path, questions: int) -> None:
+    """An archive as the package index gives it: a request per answer, and one of the answer without its question."""
+    requests = []
+    for number in range(questions):
+        doc = {"query": f"Question: q{number}?\nAnswer:", "choices": ["a", "b", "c"], "gold": number % 3}
+        for context in (doc["query"], "Answer:"):
+            native = f"id{number}"
+            requests += [
+                {"doc": doc, "request": {"context": context, "continuation": f" {choice}"}, "native_id": native}
+                for choice in doc["choices"]
+            ]
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "tasks-1-py3-none-any.whl", "w") as archive:
+        lines = "".join(json.dumps(request) + "\n" for request in requests)
+        archive.writestr(make_questions.MEMBER, gzip.compress(lines.encode()))
+
+
+def test_questions_come_from_all_parts_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_package(tmp_path / "package", 12)
+    output = tmp_path / "items.jsonl"
+    flags = ["--package", str(tmp_path / "package"), "--rows", "4", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["make_questions.py", *flags])
+    make_questions.main()
+    found = read_questions(output)
+    assert [question.prompt for question in found] == [f"Question: q{n}?\nAnswer:" for n in (0, 3, 6, 9)]
+    assert found[1].choices == (" a", " b", " c") and [question.answer for question in found] == [0, 0, 0, 0]
+    assert len(make_questions.evenly(list(range(7)), 100)) == 7
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["make_questions.py", *flags[2:], "--package", str(tmp_path / "empty")])
+    with pytest.raises(SystemExit):
+        make_questions.main()
+
+
 # ---- run.sh ----
 
 
-def start_demo(directory: Path, python: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DEMO_DIR": str(directory), "PYTHON": python}
+def start_demo(directory: Path, python: str, **settings: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "DEMO_DIR": str(directory), "PYTHON": python, **settings}
     return subprocess.Popen(
         ["bash", str(DEMO / "run.sh")],
         env=environment,
@@ -293,7 +367,8 @@ def test_second_run_does_nothing_but_print_the_report(tmp_path: Path) -> None:
     demo = start_demo(tmp_path, FALSE)
     output = finish_demo(demo)
     assert demo.returncode == 0, output
-    assert output.count("already in") == 9 and "content of report.txt" in output
+    assert output.count("already in") == 10 and "content of report.txt" in output
+    assert output.count("next: train it further") == 1 and "--preset recommended --teacher HF_DIR" in output
 
 
 def test_failing_step_is_named_with_its_log_and_the_way_on(tmp_path: Path) -> None:
@@ -301,8 +376,8 @@ def test_failing_step_is_named_with_its_log_and_the_way_on(tmp_path: Path) -> No
     demo = start_demo(tmp_path, FALSE)
     output = finish_demo(demo)
     assert demo.returncode == 1
-    assert "failed in step 2 of 9" in output and str(tmp_path / "logs/text.log") in output
-    assert "run the same command again" in output and "[3/9]" not in output
+    assert "failed in step 2 of 10" in output and str(tmp_path / "logs/text.log") in output
+    assert "run the same command again" in output and "[3/10]" not in output
 
 
 def write_recorder(path: Path, then: str) -> str:
@@ -321,18 +396,30 @@ def test_ctrl_c_ends_the_step_and_says_how_to_go_on(tmp_path: Path) -> None:
     os.killpg(demo.pid, signal.SIGINT)
     output = finish_demo(demo)
     assert demo.returncode == 130
-    assert "Interrupted" in output and "step 2 of 9" in output and "run the same command again" in output
+    assert "Interrupted" in output and "step 2 of 10" in output and "run the same command again" in output
 
 
 @pytest.mark.parametrize("suffix", ["", ".partial"])
 def test_interrupted_training_continues_if_it_left_a_checkpoint(tmp_path: Path, suffix: str) -> None:
     has_checkpoint = not suffix
-    write_outputs(tmp_path, STEP_OUTPUTS[:6])
+    write_outputs(tmp_path, STEP_OUTPUTS[:7])
     write_outputs(tmp_path, ["run/metrics.jsonl", f"run/iter_0000020{suffix}/run.json"])
     demo = start_demo(tmp_path, write_recorder(tmp_path / "python", "exit 3"))
     output = finish_demo(demo)
-    assert demo.returncode == 3 and "failed in step 7 of 9" in output
+    assert demo.returncode == 3 and "failed in step 8 of 10" in output
     call = (tmp_path / "python.calls").read_text()
     assert f"--save {tmp_path}/run" in call
     assert (f"--load {tmp_path}/run" in call) == has_checkpoint
     assert (tmp_path / "run/metrics.jsonl").exists() == has_checkpoint, "without a checkpoint the run starts clean"
+
+
+def test_more_steps_than_a_finished_demo_had_train_it_further(tmp_path: Path) -> None:
+    write_outputs(tmp_path, [*STEP_OUTPUTS, "run/iter_0000024/run.json"])
+    (tmp_path / "run/finished").write_text("24\n")
+    demo = start_demo(tmp_path, write_recorder(tmp_path / "python", "exit 3"), TRAIN_ITERS="96")
+    output = finish_demo(demo)
+    assert demo.returncode == 3 and "trained further, to 96" in output and "failed in step 8 of 10" in output
+    call = (tmp_path / "python.calls").read_text()
+    assert call.rstrip().endswith(f"--load {tmp_path}/run") and "--train-iters 96" in call
+    assert "--preset recommended" in call
+    assert not (tmp_path / "student").exists(), "it would be that of 24 steps"

@@ -7,6 +7,7 @@ import yaml
 
 from full_size_teachers import write_full_size_teacher
 from megatron_lrc.commands.main import main
+from megatron_lrc.config import PRESETS, SETTINGS, load_yaml
 from tiny_data import write_dataset
 
 CONFIGS = Path(__file__).parents[2] / "examples/configs"
@@ -36,6 +37,12 @@ def test_a_file_passes_the_dry_run_of_its_machines(name, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 0, err
     assert layout in out and "dry run: every check passed" in out
+
+
+def test_the_first_run_is_the_recommended_one():
+    settings = load_yaml(CONFIGS / "laptop.yaml").to_dict()
+    for name, value in PRESETS["recommended"].items():
+        assert settings[SETTINGS[name].section][name] == value, name
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -79,4 +79,4 @@ def test_only_what_changes_during_a_run_has_a_step_for_it():
 def test_a_checkpoint_of_an_older_version_says_when_its_method_changed(name, step):
     others = {"opened_at": None, "pruned_at": None} if name != "changed_at" else {}
     state = run_directory.with_names_of_today({"step": 9, **others, name: step})
-    assert run_directory.RunState(**state) == run_directory.RunState(step=9, changed_at=step)
+    assert run_directory.RunState(**state) == run_directory.RunState(step=9, changed_at=step, has_least_warmup=False)

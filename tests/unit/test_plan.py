@@ -96,7 +96,8 @@ def test_the_tool_plans_a_published_run_without_its_teacher(capsys, preset):
     assert "layouts fit on 8 x H100-80GB" in lines[0] and lines[1].startswith("TP PP CP  DP")
     assert "hours    days" in lines[1] and not any("warning" in line or "limits" in line for line in lines[2:])
     assert f"training: {PUBLISHED_RUNS[preset][1]} tokens in " in lines[7]
-    assert lines[8].startswith("against the second, the first is ") and len(lines) == 9
+    assert lines[8].startswith("learning rate: ") and " steps of warmup, then linear decay to 0 at step " in lines[8]
+    assert lines[9].startswith("against the second, the first is ") and len(lines) == 10
 
 
 def test_the_tool_says_what_another_batch_makes_of_a_preset(capsys):
@@ -106,7 +107,7 @@ def test_the_tool_says_what_another_batch_makes_of_a_preset(capsys):
     assert lines[5] == (
         f"training: 18B tokens in 34,333 steps of 524,288 tokens; {hours:.1f} hours with the first layout"
     )
-    assert lines[6] == (
+    assert lines[7] == (
         "warning: --global-batch-size 256 where lrc-4b has 16: 34,333 steps instead of 549,317; the --lr 0.0001 of "
         "lrc-4b was published for a batch of 16"
     )

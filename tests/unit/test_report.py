@@ -219,6 +219,14 @@ def test_a_configuration_of_another_version_is_shown_as_it_is(run):
     assert "of another version or damaged" in page.text and "a_flag_of_tomorrow: <b>3</b>" in page.text
 
 
+def test_warnings_of_validations_are_on_the_page(run):
+    assert "Warning:" not in page_of(run)
+    losses = {"lm_loss": 4.5, "teacher_kl": 1.0}
+    worse = {"step": 50, "tokens": 50_000, **losses, "warning": "at step 50 the KL is <above> its first"}
+    write_lines(run / "validation.jsonl", [{"step": 0, "tokens": 0, **losses}, worse])
+    assert page_of(run).count("Warning: at step 50 the KL is &lt;above&gt; its first") == 1
+
+
 def test_text_from_the_run_cannot_become_markup(run):
     evil = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
     config = Config()

@@ -297,6 +297,25 @@ def test_layers_are_on_the_boards_only_if_asked_for_and_in_the_records_always(wi
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["clone_by_layer"] == clone
 
 
+def test_a_validation_worse_than_the_first_is_a_warning_on_console_and_record_also_after_a_restart(tmp_path, capsys):
+    config = Config()
+    config.checkpoint.save = str(tmp_path)
+    config.training.global_batch_size, config.training.train_iters = 8, 20000
+    throughput = Throughput(config, SHAPE, SHAPE, world_size=1, peak=None)
+    for resume_at, values in ((0, {0: 1.1, 10: 0.9}), (10, {20: 1.2, 30: 1.3})):
+        log = RunLog(config, throughput, resume_at=resume_at, checkpoint=None, weights=None, world_size=1)
+        for step, kl in values.items():
+            losses = {"loss": 7.0, "lm_loss": 4.0, "kl_loss": 3.0, "teacher_kl": kl, "top1_agreement": 0.5}
+            log.validation({"step": step, "tokens": 1024 * step, **losses})
+        log.close()
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith(
+        "warning: at step 20 the KL from the teacher on the validation data is 1.2, above the 1.1 "
+    )
+    records = list(read_records(tmp_path / "validation.jsonl"))
+    assert [record.get("warning") for record in records] == [None, None, warning.removeprefix("warning: "), None]
+
+
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_is_refused_in_a_sentence_where_it_is_not_installed():
     config = Config()
