@@ -1,0 +1,117 @@
+"""How good a finished run's student is, measured by `evaluate` and kept beside the run, in RUN/evaluation.json.
+
+Measured part by part: held-out text, every task, the projections. A part is on record with what was asked, so that it
+is not measured twice, whatever interrupts the comparison and whatever else is asked for later.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lrc.json_files import read_json
+from megatron_lrc.whole_files import write_whole
+
+EVALUATION = "evaluation.json"
+TEXT, PROJECTIONS = "text", "projections"
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What a student is scored on. corpora: name -> prefix of an indexed dataset, taken whole. tasks: of the harness,
+    their rows in tasks_dir unless that is None. max_tokens: of each corpus; 0: all. flags: the user's
+    for `evaluate`.
+    """
+
+    teacher: Path
+    corpora: tuple[tuple[str, str], ...] = ()
+    tasks: tuple[str, ...] = ()
+    tasks_dir: Path | None = None
+    seq_length: int = 128
+    max_tokens: int = 0
+    flags: tuple[str, ...] = ()
+
+    def parts(self, *, is_teacher: bool = False) -> dict[str, list[str]]:
+        """Name -> flags of the program that measures it, in the order in which they are measured."""
+        parts: dict[str, list[str]] = {} if is_teacher else {PROJECTIONS: []}
+        if self.corpora:
+            prefixes = [prefix for _, prefix in self.corpora]
+            parts[TEXT] = [
+                *("--data-path", *prefixes, "--eval-split", "all", "--max-tokens", str(self.max_tokens)),
+                *("--seq-length", str(self.seq_length), *self.flags),
+                *(() if is_teacher else ("--teacher", str(self.teacher))),
+            ]
+        folder = () if self.tasks_dir is None else ("--tasks-dir", str(self.tasks_dir))
+        return parts | {f"task {task}": ["--tasks", task, *folder, *self.flags] for task in self.tasks}
+
+    def missing(self, record: Path, *, is_teacher: bool = False) -> dict[str, list[str]]:
+        """The parts that are not on record."""
+        done = read_evaluation(record)
+        parts = self.parts(is_teacher=is_teacher)
+        return {name: asked for name, asked in parts.items() if done.get(name, {}).get("asked") != asked}
+
+
+def read_evaluation(record: Path) -> dict[str, Any]:
+    """Part -> what was asked and found; empty where nothing has been measured."""
+    try:
+        return read_json(record)
+    except (OSError, ValueError):
+        return {}
+
+
+def score(
+    model: Path, record: Path, scoring: Scoring, call: Callable[[Sequence[str]], int], *, is_teacher: bool = False
+) -> str:
+    """Measure what is missing, and write each part as it comes. call: runs a command, gives its exit code.
+
+    model: a run directory, or the teacher's. Gives the part at which it failed; empty if all is on record.
+    """
+    for name, asked in scoring.missing(record, is_teacher=is_teacher).items():
+        partial = record.with_name(f"{record.name}.partial")
+        program = ["megatron_lrc.evaluation.projections"] if name == PROJECTIONS else ["megatron_lrc", "evaluate"]
+        if call([sys.executable, "-m", *program, str(model), *asked, "--output", str(partial)]) != 0:
+            return name
+        found = {**read_evaluation(record), name: {"asked": asked, **read_json(partial)}}
+        write_whole(record, json.dumps(found, indent=1) + "\n")
+        partial.unlink()
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFigures:
+    """accuracy and standard_error in percent; bits_per_byte of the right answer. None where they were not measured."""
+
+    accuracy: float
+    standard_error: float | None = None
+    bits_per_byte: float | None = None
+
+
+def text_figures(evaluation: dict[str, Any], scoring: Scoring) -> dict[str, dict[str, float]]:
+    """Corpus -> figures of `evaluate`: lm_loss, kl, top1_agreement, teacher_lm_loss, ..."""
+    figures = evaluation.get(TEXT, {}).get("heldout", {}).get("figures", {})
+    return {name: figures[prefix] for name, prefix in scoring.corpora if prefix in figures}
+
+
+def task_figures(evaluation: dict[str, Any]) -> dict[str, TaskFigures]:
+    """By task, in the order in which they were measured."""
+    return dict(_tasks(evaluation))
+
+
+def _tasks(evaluation: dict[str, Any]) -> Iterator[tuple[str, TaskFigures]]:
+    for part in evaluation.values():
+        tasks = part.get("tasks", {})
+        for task, accuracy in tasks.get("scores", {}).items():
+            error, bits = (tasks.get(key, {}).get(task) for key in ("standard_errors", "bits_per_byte"))
+            yield task, TaskFigures(100 * accuracy, None if error is None else 100 * error, bits)
+
+
+def average(figures: Sequence[float | None]) -> float | None:
+    """None without figures."""
+    found = [figure for figure in figures if figure is not None]
+    return statistics.fmean(found) if found else None
