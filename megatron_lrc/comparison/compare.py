@@ -98,8 +98,8 @@ class Comparing:
     def check_flags(self) -> None:
         """Refuse settings that no run could have, before the first one starts."""
         for one in self.chosen:
-            run = plan.make_run(one, 1.0, self.options.seeds[0], None, **self._what)
             try:
+                run = plan.make_run(one, 1.0, self.options.seeds[0], None, **self._what)
                 config = parse_config(flags_of(run, self.runner.directory(run)))
                 validate(method_of(config), world_size=1)
             except ConfigError as error:

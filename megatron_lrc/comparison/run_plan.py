@@ -13,7 +13,9 @@ from megatron_lrc.comparison.ablations import with_layers
 from megatron_lrc.comparison.contestant import Contestant
 from megatron_lrc.comparison.contestants import ORDINARY
 from megatron_lrc.comparison.material import Material
+from megatron_lrc.comparison.scoring import Kind
 from megatron_lrc.config import parse_config
+from megatron_lrc.methods import method_of
 
 #: Tokens of a micro-batch, where none is asked for: with these a student of SmolLM2-135M fits into 24 GB.
 TOKENS_AT_ONCE = 4096
@@ -61,7 +63,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training run. lr: from the grid, or None for the contestant's own."""
+    """One training run. lr: from the grid, or None for the contestant's own. kind: of its student."""
 
     contestant: Contestant
     times: float
@@ -70,6 +72,7 @@ class Run:
     tokens: int
     steps: int
     flags: tuple[str, ...]
+    kind: Kind = "student"
 
     @property
     def name(self) -> str:
@@ -94,7 +97,9 @@ def make_run(
         *shlex.split(with_layers(contestant.flags, material.num_layers)),
         *(() if lr is None else ("--lr", repr(lr))),
     ]
-    return Run(contestant, times, seed, lr, sizes.tokens_of(times), steps, tuple(flags))
+    method = method_of(parse_config(flags))
+    kind = "clone" if method.has_projections and not method.changes else "student"
+    return Run(contestant, times, seed, lr, sizes.tokens_of(times), steps, tuple(flags), kind)
 
 
 def grid_runs(

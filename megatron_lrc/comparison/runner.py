@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_lrc.checkpoints.run_directory import STATE_FILE
 from megatron_lrc.comparison.material import last_step
 from megatron_lrc.comparison.run_plan import Run
-from megatron_lrc.comparison.scoring import EVALUATION, Scoring, score
+from megatron_lrc.comparison.scoring import EVALUATION, Kind, Scoring, score
 from megatron_lrc.config import ConfigError, load_yaml, parse_config
 from megatron_lrc.train.jsonl import read_records
 from megatron_lrc.train.progress import count, duration
@@ -134,11 +134,11 @@ class Runner:
 
     def score_teacher(self, record: Path) -> str:
         """As `score`, of the teacher itself."""
-        if not self._scoring.missing(record, is_teacher=True):
+        if not self._scoring.missing(record, "teacher"):
             return ""
         self._say("scoring the teacher")
         with self._stopped_at_deadline():
-            return self._score(self._scoring.teacher, record, "teacher", is_teacher=True)
+            return self._score(self._scoring.teacher, record, "teacher", "teacher")
 
     def directory(self, run: Run) -> Path:
         return self._runs / run.name
@@ -151,7 +151,7 @@ class Runner:
         return not (scored and self.unscored_parts(run))
 
     def unscored_parts(self, run: Run) -> list[str]:
-        return list(self._scoring.missing(self.directory(run) / EVALUATION))
+        return list(self._scoring.missing(self.directory(run) / EVALUATION, run.kind))
 
     def _is_older_than_material(self, directory: Path) -> bool:
         records = (directory / name for name in ("metrics.jsonl", "validation.jsonl"))
@@ -175,7 +175,7 @@ class Runner:
                 return outcome
         if not scored:
             return Outcome(run, directory)
-        failed = self._score(directory, directory / EVALUATION, run.name)
+        failed = self._score(directory, directory / EVALUATION, run.kind, run.name)
         return Outcome(run, directory, unscored=failed, is_stopped=bool(failed) and self._is_stopping)
 
     def _train(self, run: Run) -> Outcome:
@@ -192,11 +192,11 @@ class Runner:
             return Outcome(run, directory, is_stopped=True)
         return Outcome(run, directory, f"{last_line(log)} (exit code {code}; all of it in {log})")
 
-    def _score(self, model: Path, record: Path, name: str, *, is_teacher: bool = False) -> str:
+    def _score(self, model: Path, record: Path, kind: Kind, name: str) -> str:
         """Empty if everything is on record, else what failed."""
         log = self._logs / f"{name}-score.log"
         call = partial(self._call, log=log)
-        failed = score(model, record, self._scoring, call, is_teacher=is_teacher)
+        failed = score(model, record, kind, self._scoring, call)
         return f"scoring failed at {failed}: {last_line(log)} (all of it in {log})" if failed else ""
 
     def _call(self, command: Sequence[str], log: Path) -> int:

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lrc.json_files import read_json
 from megatron_lrc.whole_files import write_whole
 
 EVALUATION = "evaluation.json"
+Kind = Literal["clone", "student", "teacher"]  # a clone has projections, another student has not
 TEXT, PROJECTIONS = "text", "projections"
 
 
@@ -34,24 +35,23 @@ class Scoring:
     max_tokens: int = 0
     flags: tuple[str, ...] = ()
 
-    def parts(self, *, is_teacher: bool = False) -> dict[str, list[str]]:
-        """Name -> flags of the program that measures it, in the order in which they are measured."""
-        parts: dict[str, list[str]] = {} if is_teacher else {PROJECTIONS: []}
-        if self.corpora:
+    def parts(self, kind: Kind) -> dict[str, list[str]]:
+        """Name -> flags of the program that measures it, in the order in which they are measured. The teacher's loss on
+        text is measured beside every student's."""
+        parts: dict[str, list[str]] = {PROJECTIONS: []} if kind == "clone" else {}
+        if self.corpora and kind != "teacher":
             prefixes = [prefix for _, prefix in self.corpora]
             parts[TEXT] = [
                 *("--data-path", *prefixes, "--eval-split", "all", "--max-tokens", str(self.max_tokens)),
-                *("--seq-length", str(self.seq_length), *self.flags),
-                *(() if is_teacher else ("--teacher", str(self.teacher))),
+                *("--seq-length", str(self.seq_length), *self.flags, "--teacher", str(self.teacher)),
             ]
         folder = () if self.tasks_dir is None else ("--tasks-dir", str(self.tasks_dir))
         return parts | {f"task {task}": ["--tasks", task, *folder, *self.flags] for task in self.tasks}
 
-    def missing(self, record: Path, *, is_teacher: bool = False) -> dict[str, list[str]]:
+    def missing(self, record: Path, kind: Kind) -> dict[str, list[str]]:
         """The parts that are not on record."""
         done = read_evaluation(record)
-        parts = self.parts(is_teacher=is_teacher)
-        return {name: asked for name, asked in parts.items() if done.get(name, {}).get("asked") != asked}
+        return {name: asked for name, asked in self.parts(kind).items() if done.get(name, {}).get("asked") != asked}
 
 
 def read_evaluation(record: Path) -> dict[str, Any]:
@@ -62,14 +62,12 @@ def read_evaluation(record: Path) -> dict[str, Any]:
         return {}
 
 
-def score(
-    model: Path, record: Path, scoring: Scoring, call: Callable[[Sequence[str]], int], *, is_teacher: bool = False
-) -> str:
+def score(model: Path, record: Path, kind: Kind, scoring: Scoring, call: Callable[[Sequence[str]], int]) -> str:
     """Measure what is missing, and write each part as it comes. call: runs a command, gives its exit code.
 
     model: a run directory, or the teacher's. Gives the part at which it failed; empty if all is on record.
     """
-    for name, asked in scoring.missing(record, is_teacher=is_teacher).items():
+    for name, asked in scoring.missing(record, kind).items():
         partial = record.with_name(f"{record.name}.partial")
         program = ["megatron_lrc.evaluation.projections"] if name == PROJECTIONS else ["megatron_lrc", "evaluate"]
         if call([sys.executable, "-m", *program, str(model), *asked, "--output", str(partial)]) != 0:
