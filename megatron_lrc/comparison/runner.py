@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_lrc.checkpoints.run_directory import STATE_FILE
 from megatron_lrc.comparison.material import last_step
 from megatron_lrc.comparison.run_plan import Run
 from megatron_lrc.comparison.scoring import EVALUATION, Kind, Scoring, score
@@ -51,8 +50,8 @@ def is_complete(run: Run, directory: Path) -> bool:
 
 
 def has_student(run: Run, directory: Path) -> bool:
-    """Whether there is the checkpoint of the last step."""
-    return (directory / f"iter_{run.steps:07d}" / STATE_FILE).is_file()
+    """Whether there is the checkpoint of the last step, as `checkpoints/run_directory.py`, which loads torch, names it."""
+    return (directory / f"iter_{run.steps:07d}" / "run.json").is_file()
 
 
 def is_of(run: Run, directory: Path) -> bool:
