@@ -50,7 +50,7 @@ def is_complete(run: Run, directory: Path) -> bool:
 
 
 def has_student(run: Run, directory: Path) -> bool:
-    """Whether there is the checkpoint of the last step, as `checkpoints/run_directory.py`, which loads torch, names it."""
+    """Whether there is the checkpoint of the last step, named as by `checkpoints/run_directory.py` (which loads torch)."""
     return (directory / f"iter_{run.steps:07d}" / "run.json").is_file()
 
 
@@ -97,7 +97,8 @@ class Runner:
     def train(
         self, runs: Sequence[Run], *, scored: bool = True, after: Callable[[dict[str, Outcome]], None] | None = None
     ) -> dict[str, Outcome]:
-        """Name -> outcome, of all of them. Longest first, so that none is left alone at the end.
+        """Name -> outcome, of all of them. Longest first, so that none is left alone at the end; of equal ones those of
+        the first seed, so that a comparison which is stopped has everybody.
 
         scored: whether to score them too. after: is told the outcomes so far whenever a run has come to its end.
         """
@@ -106,7 +107,8 @@ class Runner:
         known = {name: outcome for name, outcome in outcomes.items() if outcome.run not in todo}
         if known:
             self._say(f"{len(known)} of {len(outcomes)} runs are already in {self._runs}")
-        todo.sort(key=lambda run: -run.tokens)
+        seeds = list(dict.fromkeys(run.seed for run in runs))
+        todo.sort(key=lambda run: (-run.tokens, seeds.index(run.seed)))
         start, tokens, total = time.monotonic(), 0, sum(run.tokens for run in todo)
         with self._stopped_at_deadline(), ThreadPoolExecutor(self._jobs) as pool:
             try:
