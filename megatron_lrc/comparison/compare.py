@@ -3,6 +3,7 @@
 OUTPUT/table.md, curves.svg, report.html, results.json      written again whenever a run has come to its end
 OUTPUT/runs/NAME/       run directories, as `train` writes them, with evaluation.json; OUTPUT/logs/NAME.log what they
                         printed
+OUTPUT/set-aside/       run directories of other settings, which were found in the place of one to be trained
 OUTPUT/teacher-evaluation.json
 OUTPUT/material-*/      the teacher and data that the comparison makes itself
 """

@@ -1,6 +1,7 @@
 """Trains runs as processes of their own, some at a time, and scores their students. What is finished is not done again;
 what was interrupted goes on from its checkpoint; what fails is reported with its last line, and the others go on."""
 
+import itertools
 import math
 import os
 import shutil
@@ -49,9 +50,10 @@ def is_complete(run: Run, directory: Path) -> bool:
     return is_of(run, directory) and last_step(directory / "validation.jsonl") == run.steps
 
 
-def has_student(run: Run, directory: Path) -> bool:
-    """Whether there is the checkpoint of the last step, named as by `checkpoints/run_directory.py` (which loads torch)."""
-    return (directory / f"iter_{run.steps:07d}" / "run.json").is_file()
+def saved_steps(directory: Path) -> int:
+    """Of the newest checkpoint; -1 without one. Named as by `checkpoints/run_directory.py`, which loads torch."""
+    saved = [path.parent.name.removeprefix("iter_") for path in directory.glob("iter_*/run.json")]
+    return max((int(steps) for steps in saved if steps.isdecimal()), default=-1)
 
 
 def is_of(run: Run, directory: Path) -> bool:
@@ -163,14 +165,13 @@ class Runner:
         will be complete. One that only lacks the last validation would not make up for it."""
         return (
             is_of(run, directory)
-            and last_step(directory / "metrics.jsonl") > 0
-            and not has_student(run, directory)
+            and 0 < saved_steps(directory) < run.steps
             and not self._is_older_than_material(directory)
         )
 
     def _train_and_score(self, run: Run, scored: bool) -> Outcome:
         directory = self.directory(run)
-        if not self.is_done(run, scored=False) or (scored and not has_student(run, directory)):
+        if not self.is_done(run, scored=False) or (scored and saved_steps(directory) < run.steps):
             outcome = self._train(run)
             if outcome.failure or outcome.is_stopped:
                 return outcome
@@ -182,7 +183,7 @@ class Runner:
     def _train(self, run: Run) -> Outcome:
         directory = self.directory(run)
         if directory.exists() and not self._can_go_on(run, directory):
-            shutil.rmtree(directory)
+            self._set_aside(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_lrc", "train", *flags_of(run, directory)]
         log = self._logs / f"{run.name}.log"
@@ -192,6 +193,20 @@ class Runner:
         if self._is_stopping:
             return Outcome(run, directory, is_stopped=True)
         return Outcome(run, directory, f"{last_line(log)} (exit code {code}; all of it in {log})")
+
+    def _set_aside(self, directory: Path) -> None:
+        """Make room for a run of this name. What somebody has trained is kept: other settings have been given since, or
+        other defaults have come with another version."""
+        if saved_steps(directory) <= 0:
+            shutil.rmtree(directory)
+            return
+        folder = self._runs.with_name("set-aside")
+        folder.mkdir(exist_ok=True)
+        place = next(
+            path for number in itertools.count(1) if not (path := folder / f"{directory.name}-{number}").exists()
+        )
+        directory.rename(place)
+        self._say(f"{directory.name}: trained with other settings or data, or not to its end; now in {place}")
 
     def _score(self, model: Path, record: Path, kind: Kind, name: str) -> str:
         """Empty if everything is on record, else what failed."""

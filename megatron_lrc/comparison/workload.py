@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_lrc.comparison.material import last_step
 from megatron_lrc.comparison.run_plan import Run
-from megatron_lrc.comparison.runner import Runner, is_of
+from megatron_lrc.comparison.runner import Runner, is_of, saved_steps
 from megatron_lrc.train.jsonl import read_records
 from megatron_lrc.train.progress import count
 
@@ -108,7 +108,7 @@ def _measured(run: Run, runner: Runner) -> float | None:
 
 def _piece(run: Run, runner: Runner, rate: float | None, *, is_scored: bool) -> Piece:
     directory = runner.directory(run)
-    steps = max(0, last_step(directory / "metrics.jsonl")) if is_of(run, directory) else 0
+    steps = max(0, last_step(directory / "metrics.jsonl"), saved_steps(directory)) if is_of(run, directory) else 0
     is_trained = runner.is_done(run, scored=False)
     unscored = runner.unscored_parts(run) if is_scored else []
     return Piece(run, run.steps if is_trained else steps, is_trained, tuple(unscored), rate)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -195,6 +196,13 @@ def test_contestants_that_start_alike_have_one_untrained_student():
     assert starts[0].contestant.about == "start of lrc-channel, minitron"
     assert [run.kind for run in starts] == ["clone", "student", "clone"]
     assert {run.flags[run.flags.index("--train-iters") + 1] for run in starts} == {"0"}
+
+
+def test_what_is_remembered_beside_a_teacher_does_not_make_its_runs_old(tmp_path):
+    for number, name in enumerate(["model.safetensors", "data.bin", ".megatron_lrc_hashes.json"], 1):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (number, number))
+    assert Material(tmp_path, ("--data-path", str(tmp_path / "data")), "").newest_change() == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
