@@ -28,6 +28,7 @@ from megatron_lrc.comparison.result_tables import main_table, markdown
 from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain, say
+from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 
 SMOLLM2 = "smollm2"
 INTERRUPTED = "interrupted; the same command goes on from here"
@@ -181,7 +182,7 @@ def scoring_options(flags: argparse.Namespace) -> ScoringOptions:
         raise ConfigError(f"--score-on {wrong[0]}: expected NAME=PREFIX, a name for the tables and an indexed dataset.")
     return ScoringOptions(
         corpora=tuple((name, prefix) for name, _, prefix in corpora),
-        tasks=tuple(flags.tasks),
+        tasks=tuple(dict.fromkeys(NINE_TASKS if "all" in flags.tasks else flags.tasks)),
         tasks_dir=flags.tasks_dir,
         max_tokens=flags.score_tokens,
         flags=tuple(flags.score_flags),
@@ -205,9 +206,13 @@ def run(argv: Sequence[str], program: str) -> int:
         print(f"{markdown(work.rows())}\n{work.summary()}")
         return 0
     found = compare(options_of(flags), say)
-    print(f"\n{markdown(main_table(found))}\nwrote {flags.output}/table.md, results.json, report.html")
-    for outcome in found.failed:
-        complain(f"FAILED {outcome.run.name}: {outcome.failure or outcome.unscored}")
+    if found.groups:
+        print(f"\n{markdown(main_table(found))}\nwrote {flags.output}/table.md, results.json, report.html")
+    failures = {outcome.run.name: outcome.failure or outcome.unscored for outcome in found.failed}
+    if found.teacher_failure:
+        failures["the teacher"] = found.teacher_failure
+    for name, reason in failures.items():
+        complain(f"FAILED {name}: {reason}")
     if found.is_stopped:
         complain(f"--max-hours {flags.max_hours:g} are over: {workload(options_of(flags), say).summary()}. {GO_ON}")
-    return 1 if found.failed else STOPPED if found.is_stopped else 0
+    return 1 if failures else STOPPED if found.is_stopped else 0

@@ -96,6 +96,7 @@ class Comparing:
             scoring=self.scoring,
             **deadline,
         )
+        self.teacher_failure = ""
         self._what = {"sizes": options.sizes, "material": material}
 
     def check_flags(self) -> None:
@@ -154,8 +155,16 @@ class Comparing:
             target=options.target if options.target is not None else results.default_target(groups),
             scoring=self.scoring,
             teacher=read_evaluation(options.output / TEACHER_EVALUATION),
-            is_stopped=self.runner.is_stopped,
+            teacher_failure="" if self.runner.is_stopped else self.teacher_failure,
+            is_stopped=self.runner.is_stopped and self._has_something_left(outcomes),
         )
+
+    def score_teacher(self) -> None:
+        self.teacher_failure = self.runner.score_teacher(self.options.output / TEACHER_EVALUATION)
+
+    def _has_something_left(self, outcomes: dict[str, Outcome]) -> bool:
+        missing = self.scoring.missing(self.options.output / TEACHER_EVALUATION, "teacher")
+        return bool(missing) or any(outcome.is_stopped for outcome in outcomes.values())
 
 
 def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
@@ -171,8 +180,7 @@ def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
     best = results.best_rates(grid)
     for (name, times), lr in best.items():
         say(f"learning rate of {name} at {times:g} times the tokens: {lr:g}")
-    if not runner.is_stopped and (failed := runner.score_teacher(options.output / TEACHER_EVALUATION)):
-        say(f"the teacher: {failed}")
+    comparing.score_teacher()
     runs = comparing.chosen_runs(best)
 
     def write(so_far: dict[str, Outcome]) -> None:

@@ -31,7 +31,7 @@ CALIBRATION = "--calibration-tokens 16384"
 PCA, RIDGE, CHANNEL = (f"--init {init} {CALIBRATION}" for init in ("pca", "ridge", "channel"))
 #: To become `--preset recommended`.
 RECOMMENDED = RIDGE
-#: The best of five at 300K tokens and one seed (docs/results.md).
+#: The best of five openings at 300K tokens and one seed (docs/results.md).
 OPENED = "--open-after 0.1 --open-matrices all"
 #: The width half of Minitron (arXiv 2407.14679, 2408.11796): channels of the residual stream by activation, heads and
 #: FFN kept; then all of it trained on the teacher's logits alone, forward KL at temperature 1, which both papers found

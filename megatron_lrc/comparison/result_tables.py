@@ -25,7 +25,8 @@ Rows = tuple[list[str], list[list[str]]]  # names of the columns, cells
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """All that a comparison came to, or has come to so far. starts: students before training, scored. grid: the runs
-    of the learning-rate grid. target: loss of `tokens to`. teacher: its own scores. is_stopped: the time was over."""
+    of the learning-rate grid. target: loss of `tokens to`. teacher: its own scores; teacher_failure: why there
+    are not all of them. is_stopped: the time was over."""
 
     sizes: Sizes
     material: Material
@@ -40,6 +41,7 @@ class Comparison:
     scoring: Scoring
     starts: list[Group] = field(default_factory=list)
     teacher: dict[str, Any] = field(default_factory=dict)
+    teacher_failure: str = ""
     is_stopped: bool = False
 
     @property

@@ -91,13 +91,11 @@ def _bits_row(one: Group) -> Row:
 
 
 def _accuracies(seeds: Sequence[dict[str, TaskFigures]]) -> Row:
-    """In percent, with the standard error of one seed's: all seeds answer the same questions, so that it does not
-    shrink with their number. The average is over the tasks that every seed has."""
+    """In percent. The average is over the tasks that every seed has."""
     row = {}
     for task in _common(seeds):
         figures = [found[task] for found in seeds]
-        error = average([figure.standard_error for figure in figures])
-        row[task] = spread([figure.accuracy for figure in figures], _tenth) + (f" ± {error:.1f}" if error else "")
+        row[task] = _with_error([each.accuracy for each in figures], [each.accuracy_error for each in figures], _tenth)
     if len(row) > 1:
         row["average"] = spread([_mean_accuracy(found, list(row)) for found in seeds], _tenth)
     return row
@@ -106,13 +104,21 @@ def _accuracies(seeds: Sequence[dict[str, TaskFigures]]) -> Row:
 def _bits(seeds: Sequence[dict[str, TaskFigures]]) -> Row:
     row = {}
     for task in _common(seeds):
-        values = [bits for found in seeds if (bits := found[task].bits_per_byte) is not None]
+        figures = [found[task] for found in seeds]
+        values = [each.bits_per_byte for each in figures if each.bits_per_byte is not None]
         if values:
-            row[task] = spread(values, _loss)
+            row[task] = _with_error(values, [each.bits_error for each in figures], _loss)
     if len(row) > 1:
         by_seed = [average([found[task].bits_per_byte for task in row]) for found in seeds]
         row["average"] = spread([value for value in by_seed if value is not None], _loss)
     return row
+
+
+def _with_error(values: Sequence[float], errors: Sequence[float | None], show: Callable[[float], str]) -> str:
+    """With the standard error of one seed's figure: all seeds answer the same questions, so that it does not shrink
+    with their number."""
+    error = average(errors)
+    return spread(values, show) + ("" if error is None else f" ± {show(error)}")
 
 
 def _common(seeds: Sequence[dict[str, TaskFigures]]) -> list[str]:

@@ -83,11 +83,13 @@ def score(model: Path, record: Path, kind: Kind, scoring: Scoring, call: Callabl
 
 @dataclass(frozen=True, slots=True)
 class TaskFigures:
-    """accuracy and standard_error in percent; bits_per_byte of the right answer. None where they were not measured."""
+    """accuracy in percent (or the task's own metric, where that is a perplexity); bits_per_byte of the right answer;
+    and their standard errors over the rows. None where they were not measured."""
 
     accuracy: float
-    standard_error: float | None = None
+    accuracy_error: float | None = None
     bits_per_byte: float | None = None
+    bits_error: float | None = None
 
 
 def text_figures(evaluation: dict[str, Any], scoring: Scoring) -> dict[str, dict[str, float]]:
@@ -104,9 +106,12 @@ def task_figures(evaluation: dict[str, Any]) -> dict[str, TaskFigures]:
 def _tasks(evaluation: dict[str, Any]) -> Iterator[tuple[str, TaskFigures]]:
     for part in evaluation.values():
         tasks = part.get("tasks", {})
-        for task, accuracy in tasks.get("scores", {}).items():
-            error, bits = (tasks.get(key, {}).get(task) for key in ("standard_errors", "bits_per_byte"))
-            yield task, TaskFigures(100 * accuracy, None if error is None else 100 * error, bits)
+        for task, score in tasks.get("scores", {}).items():
+            error, bits, bits_error = (
+                tasks.get(key, {}).get(task) for key in ("stderr", "bits_per_byte", "bits_per_byte_stderr")
+            )
+            unit = 1 if "perplexity" in tasks.get("metrics", {}).get(task, "") else 100
+            yield task, TaskFigures(unit * score, None if error is None else unit * error, bits, bits_error)
 
 
 def average(figures: Sequence[float | None]) -> float | None:
