@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 
 from hf_teachers import write_llama
 from megatron_lrc.comparison import run_plan as plan
-from megatron_lrc.comparison import runner as runner_module
+from megatron_lrc.comparison.contestant import Contestant
 from megatron_lrc.comparison.contestants import contestants
-from megatron_lrc.comparison.material import Material
-from megatron_lrc.comparison.runner import Runner, is_complete
+from megatron_lrc.comparison.material import Material, last_step
+from megatron_lrc.comparison.runner import Runner, is_complete, saved_steps
 from megatron_lrc.comparison.scoring import Scoring
 from megatron_lrc.comparison.workload import Workload
 from tiny_data import make_texts, write_counting, write_jsonl
@@ -113,28 +114,41 @@ def test_without_a_teacher_one_is_made_from_the_users_text(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_when_the_time_is_over_a_run_saves_and_the_same_command_goes_on(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner_module, "LEAST_SECONDS", 0.0)
-    data = tuple(given[2:])
-    sizes = plan.Sizes(20, 32 * 10**6, 16, 2, ordinary_times=1, grid_times=1, validations=1, eval_iters=1)
-    material = Material(Path(given[1]), data, "")
-    runs = [plan.make_run(CONTESTANTS["lrc-random"], 1, seed, None, sizes=sizes, material=material) for seed in (1, 2)]
-    scoring = Scoring(material.teacher)
-    what = {"jobs": 1, "threads": 1, "material_time": 0.0, "say": print, "scoring": scoring}
+def test_a_run_that_is_stopped_saves_and_goes_on_from_there(given, tmp_path):
+    shape = {"student_hidden_size": 20, "tokens": 32 * 10**6, "seq_length": 16, "global_batch_size": 2}
+    sizes = plan.Sizes(**shape, ordinary_times=1, grid_times=1, validations=1, eval_iters=1)
+    material = Material(Path(given[1]), tuple(given[2:]), "")
+    one = Contestant("often", "--init random --log-interval 5", "")
+    runs = [plan.make_run(one, 1, seed, None, sizes=sizes, material=material) for seed in (1, 2)]
 
-    def steps_after(seconds: float) -> int:
-        """Of the first run, when it has had this time and has been asked to stop; the second has not been begun."""
-        runner = Runner(tmp_path, deadline=time.monotonic() + seconds, **what)
+    def steps_after_stop(before: int) -> int:
+        """Of the first run, stopped when it has gone on from there; the second has not been begun."""
+        what = {"jobs": 1, "threads": 1, "material_time": 0.0, "say": print, "scoring": Scoring(material.teacher)}
+        runner = Runner(tmp_path, **what)
+        directory = runner.directory(runs[0])
+
+        def stop_when_it_runs() -> None:
+            while last_step(directory / "metrics.jsonl") <= before:
+                time.sleep(0.1)
+            runner._stop()
+
+        watcher = threading.Thread(target=stop_when_it_runs, daemon=True)
+        watcher.start()
         outcomes = runner.train(runs)
+        watcher.join()
         assert runner.is_stopped and all(outcome.is_stopped for outcome in outcomes.values())
         assert not runner.directory(runs[1]).exists()
-        (checkpoint,) = runner.directory(runs[0]).glob("iter_*")
-        return int(checkpoint.name.removeprefix("iter_"))
+        assert Workload.of([], runs, runner, 1).pieces[0].state == f"step {saved_steps(directory)} of {runs[0].steps}"
+        return saved_steps(directory)
 
-    first = steps_after(40)
-    assert 0 < first < runs[0].steps and steps_after(40) > first
-    assert Workload.of([], runs, Runner(tmp_path, **what), 1).pieces[0].state.startswith("step ")
-    assert compare(tmp_path, *given, "--max-hours", "1e-6", "--contestants", "lrc-random").returncode == 3
+    first = steps_after_stop(0)
+    assert 0 < first < steps_after_stop(first) < runs[0].steps
+
+
+def test_no_run_is_begun_for_which_the_time_is_too_short(given, tmp_path):
+    done = compare(tmp_path, *given, "--max-hours", "0.03", "--contestants", "lrc-random", "--no-png")
+    assert done.returncode == 3 and not (tmp_path / "runs/lrc-random-x1-seed1").exists()
+    assert "--max-hours 0.03 are over: 0 of 1 runs are done; how long" in done.stderr
 
 
 @pytest.mark.parametrize(

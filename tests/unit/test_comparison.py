@@ -4,6 +4,9 @@ import json
 import math
 import os
 import re
+import signal
+import sys
+import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_lrc.comparison import comparison_page as page
-from megatron_lrc.comparison import contestants, figures, results
+from megatron_lrc.comparison import contestants, figures, results, runner
 from megatron_lrc.comparison import result_tables as tables
 from megatron_lrc.comparison import run_plan as plan
 from megatron_lrc.comparison.ablations import ABLATED, PAPER, with_layers
@@ -24,6 +27,7 @@ from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.comparison.runner import Outcome
 from megatron_lrc.comparison.score_tables import score_sections
 from megatron_lrc.comparison.scoring import Scoring, score
+from megatron_lrc.comparison.smollm2 import described_smollm2, make_smollm2
 from megatron_lrc.config import ConfigError
 from megatron_lrc.report.chart_files import write_charts
 
@@ -202,6 +206,40 @@ def test_what_is_remembered_beside_a_teacher_does_not_make_its_runs_old(tmp_path
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (number, number))
     assert Material(tmp_path, ("--data-path", str(tmp_path / "data")), "").newest_change() == 2
+
+
+def test_the_pretrained_material_is_made_once_where_it_is_described(tmp_path):
+    called = []
+
+    def call(name: str, command: list[str]) -> None:
+        """Stands in for the download and the programs."""
+        called.append(name)
+        if name == "teacher":
+            teacher = Path(command[-1])
+            teacher.mkdir()
+            (teacher / "config.json").write_text('{"num_hidden_layers": 30}')
+        elif name == "text":
+            Path(command[-1]).mkdir()
+            (Path(command[-1]) / "heldout.jsonl").write_text("")
+        else:
+            prefix = command[command.index("--output-prefix") + 1]
+            Path(f"{prefix}_text_document.json").write_text("")
+
+    made = make_smollm2(tmp_path, call=call)
+    assert called == ["teacher", "text", "index-train", "index-heldout"]
+    assert make_smollm2(tmp_path, call=call) == made == described_smollm2(tmp_path) and len(called) == 4
+    assert made.heldout == (f"{tmp_path}/material-smollm2/heldout_text_document",) and made.num_layers == 30
+
+
+def test_at_the_deadline_what_is_under_way_is_asked_to_end_and_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
+    start = time.monotonic()
+    what = {"jobs": 1, "threads": 1, "material_time": 0.0, "say": print, "scoring": SCORING}
+    short = runner.Runner(tmp_path, deadline=start + 0.5, **what)
+    with short._stopped_at_deadline():
+        assert short._call([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log") == -signal.SIGTERM
+    assert short.is_stopped and time.monotonic() - start < 30
+    assert short._call([sys.executable, "-c", ""], tmp_path / "log") == runner.STOPPED
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
