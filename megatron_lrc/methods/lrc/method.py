@@ -100,8 +100,7 @@ class LowRankClone(Method):
         return None if after is None else self.config.step_of(after)
 
     @property
-    def _is_cut(self) -> bool:
-        """Whether projections make the start and nothing else."""
+    def changes_at_once(self) -> bool:
         return self.config.projection.open_after == 0
 
     def config_of_phase(self, *, has_changed: bool) -> Config:
@@ -142,13 +141,14 @@ class LowRankClone(Method):
     @property
     def title(self) -> str:
         model = self.config.model
-        return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}"
+        what = "Narrowed and distilled: " if self.changes_at_once else "Low-Rank Clone of "
+        return f"{what}{model.teacher} to hidden size {model.student_hidden_size}"
 
     def trained_where(self, *, has_changed: bool) -> str:
         return ", opened" if has_changed else " in projections and norm gains"
 
     def describe_trained(self, count: Callable[[bool], int]) -> Iterator[str]:
-        if self._is_cut:
+        if self.changes_at_once:
             yield f"trained: {count(True) / 1e6:.1f}M parameters of the student's own, from the first step on"
             return
         yield f"trained: {count(False) / 1e6:.1f}M parameters in projections and norm gains"
