@@ -1,7 +1,7 @@
 """How good a finished run's student is, measured by `evaluate` and kept beside the run, in RUN/evaluation.json.
 
-Measured part by part: held-out text, every task, the projections. A part is on record with what was asked, so that it
-is not measured twice, whatever interrupts the comparison and whatever else is asked for later.
+Measured part by part: every held-out text, every task, the projections. A part is on record with what was asked, so
+that it is not measured twice, whatever interrupts the comparison and whatever else is asked for later.
 """
 
 import json
@@ -17,7 +17,7 @@ from megatron_lrc.whole_files import write_whole
 
 EVALUATION = "evaluation.json"
 Kind = Literal["clone", "student", "teacher"]  # a clone has projections, another student has not
-TEXT, PROJECTIONS = "text", "projections"
+PROJECTIONS = "projections"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,9 @@ class Scoring:
         """Name -> flags of the program that measures it, in the order in which they are measured. The teacher's loss on
         text is measured beside every student's."""
         parts: dict[str, list[str]] = {PROJECTIONS: []} if kind == "clone" else {}
-        if self.corpora and kind != "teacher":
-            prefixes = [prefix for _, prefix in self.corpora]
-            parts[TEXT] = [
-                *("--data-path", *prefixes, "--eval-split", "all", "--max-tokens", str(self.max_tokens)),
+        for name, prefix in self.corpora if kind != "teacher" else ():
+            parts[_text(name)] = [
+                *("--data-path", prefix, "--eval-split", "all", "--max-tokens", str(self.max_tokens)),
                 *("--seq-length", str(self.seq_length), *self.flags, "--teacher", str(self.teacher)),
             ]
         folder = () if self.tasks_dir is None else ("--tasks-dir", str(self.tasks_dir))
@@ -94,8 +93,14 @@ class TaskFigures:
 
 def text_figures(evaluation: dict[str, Any], scoring: Scoring) -> dict[str, dict[str, float]]:
     """Corpus -> figures of `evaluate`: lm_loss, kl, top1_agreement, teacher_lm_loss, ..."""
-    figures = evaluation.get(TEXT, {}).get("heldout", {}).get("figures", {})
-    return {name: figures[prefix] for name, prefix in scoring.corpora if prefix in figures}
+    parts = {name: evaluation.get(_text(name), {}).get("heldout", {}) for name, _ in scoring.corpora}
+    found = {name: parts[name].get("figures", {}).get(prefix) for name, prefix in scoring.corpora}
+    return {name: figures for name, figures in found.items() if figures is not None}
+
+
+def _text(corpus: str) -> str:
+    """Name of the part."""
+    return f"text {corpus}"
 
 
 def task_figures(evaluation: dict[str, Any]) -> dict[str, TaskFigures]:

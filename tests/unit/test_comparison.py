@@ -268,16 +268,16 @@ def fake_evaluate(asked: list[list[str]], *, fails_at: str = ""):
 def test_a_student_is_scored_part_by_part_and_no_part_twice(tmp_path):
     record, asked = tmp_path / "evaluation.json", []
     assert score(tmp_path, record, "clone", SCORING, fake_evaluate(asked, fails_at="piqa")) == "task piqa"
-    assert len(asked) == 3 and set(json.loads(record.read_text())) == {"projections", "text"}
+    assert len(asked) == 3 and set(json.loads(record.read_text())) == {"projections", "text english"}
     assert asked[1][-2] == "--output" and asked[1][asked[1].index("--teacher") + 1] == "teacher"
     asked.clear()
     assert score(tmp_path, record, "clone", SCORING, fake_evaluate(asked)) == ""
     assert ["piqa" in words for words in asked] == [True]
     assert score(tmp_path, record, "clone", SCORING, fake_evaluate(asked)) == "" and len(asked) == 1
     more = replace(SCORING, tasks=("piqa", "sciq"), max_tokens=5)  # the text is another question now
-    assert list(more.missing(record, "clone")) == ["text", "task sciq"]
+    assert list(more.missing(record, "clone")) == ["text english", "task sciq"]
     nothing = tmp_path / "nothing.json"
-    assert list(SCORING.missing(nothing, "student")) == ["text", "task piqa"]
+    assert list(SCORING.missing(nothing, "student")) == ["text english", "task piqa"]
     assert list(SCORING.missing(nothing, "teacher")) == ["task piqa"]
 
 
