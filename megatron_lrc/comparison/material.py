@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.json_files import read_json
 from megatron_lrc.train.jsonl import read_records
 from megatron_lrc.whole_files import write_whole
 
@@ -55,15 +56,19 @@ class TeacherSettings:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What every contestant is given. data: the flags that name training and held-out data."""
+    """What every contestant is given. data: the flags that name training and held-out data; heldout: prefixes of
+    datasets that are held out as a whole; num_layers: the teacher's."""
 
     teacher: Path
     data: tuple[str, ...]
     note: str
+    heldout: tuple[str, ...] = ()
+    num_layers: int = 1
 
     def newest_change(self) -> float:
         """Time stamp of the last change to the teacher or the data: runs from before it are not theirs."""
-        files = [path for path in self.teacher.iterdir() if path.is_file()]
+        # Hidden files are no part of the teacher: what its files were found to hold is remembered in one.
+        files = [path for path in self.teacher.glob("[!.]*") if path.is_file()]
         for prefix in (word for word in self.data if not word.startswith("-")):
             files += [Path(prefix + suffix) for suffix in (".bin", ".idx") if Path(prefix + suffix).exists()]
         return max((path.stat().st_mtime for path in files), default=0.0)
@@ -74,33 +79,57 @@ class Material:
 Call = Callable[[str, list[str]], None]
 
 
-def make_material(output: Path, settings: TeacherSettings, *, call: Call) -> Material:
-    """The default material in `output`, made where it is missing."""
+def described_material(output: Path, settings: TeacherSettings) -> Material:
+    """The default material's places, whether it has been made or not."""
     folder = output / settings.folder_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    text, start, teacher = folder / "text", folder / "untrained", folder / "teacher"
-    _collect(text, settings, call)
-    if not (start / "config.json").is_file():
-        write_tokenizer(text / "train.jsonl", start, settings.vocab_size)
-        write_shape(start, settings)
-    for part in ("train", "heldout"):
-        prefix = folder / part
-        if not Path(f"{prefix}_text_document.json").is_file():
-            words = ["--input", str(text / f"{part}.jsonl"), "--output-prefix", str(prefix)]
-            call(f"index-{part}", [*PROGRAM, "preprocess", *words, "--tokenizer-model", str(start), "--append-eod"])
-    train, heldout = f"{folder}/train_text_document", f"{folder}/heldout_text_document"
-    data = ("--train-data-path", train, "--valid-data-path", heldout)
-    if not (teacher / "config.json").is_file():
-        run = folder / "teacher-run"
-        call("teacher", [*PROGRAM, "train", *_teacher_flags(start, run, settings), *data])
-        if last_step(run / "validation.jsonl") != settings.steps:
-            raise ConfigError(f"the teacher's training in {run} was stopped. Run the same command again to go on.")
-        call("export", [*PROGRAM, "convert-to-hf", "--load", str(run), "--output", str(teacher)])
     note = (
         f"The teacher ({settings.num_layers} layers, hidden size {settings.hidden_size}, vocabulary "
         f"{settings.vocab_size}) was itself trained on {settings.tokens:,} tokens of this text."
     )
-    return Material(teacher, data, note)
+    return material_in(folder, folder / "teacher", note, settings.num_layers)
+
+
+def material_in(folder: Path, teacher: Path, note: str, num_layers: int) -> Material:
+    """With the datasets that `index_text` writes."""
+    heldout = f"{folder}/heldout_text_document"
+    data = ("--train-data-path", f"{folder}/train_text_document", "--valid-data-path", heldout)
+    return Material(teacher, data, note, (heldout,), num_layers)
+
+
+def num_layers_of(teacher: Path) -> int:
+    """Of a Hugging Face directory; 1 where its configuration does not say it, as a run will complain."""
+    try:
+        return int(read_json(teacher / "config.json")["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+
+
+def index_text(folder: Path, tokenizer: Path, *, call: Call) -> None:
+    """train and heldout of the folder `text`, as indexed datasets beside it."""
+    for part in ("train", "heldout"):
+        prefix = folder / part
+        if not Path(f"{prefix}_text_document.json").is_file():
+            words = ["--input", str(folder / "text" / f"{part}.jsonl"), "--output-prefix", str(prefix)]
+            call(f"index-{part}", [*PROGRAM, "preprocess", *words, "--tokenizer-model", str(tokenizer), "--append-eod"])
+
+
+def make_material(output: Path, settings: TeacherSettings, *, call: Call) -> Material:
+    """The default material in `output`, made where it is missing."""
+    folder, material = output / settings.folder_name(), described_material(output, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    text, start, teacher = folder / "text", folder / "untrained", material.teacher
+    collect(text, call, own_text=settings.text)
+    if not (start / "config.json").is_file():
+        write_tokenizer(text / "train.jsonl", start, settings.vocab_size)
+        write_shape(start, settings)
+    index_text(folder, start, call=call)
+    if not (teacher / "config.json").is_file():
+        run = folder / "teacher-run"
+        call("teacher", [*PROGRAM, "train", *_teacher_flags(start, run, settings), *material.data])
+        if last_step(run / "validation.jsonl") != settings.steps:
+            raise ConfigError(f"the teacher's training in {run} was stopped. Run the same command again to go on.")
+        call("export", [*PROGRAM, "convert-to-hf", "--load", str(run), "--output", str(teacher)])
+    return material
 
 
 def last_step(records: Path) -> int:
@@ -109,15 +138,15 @@ def last_step(records: Path) -> int:
     return steps[-1] if steps else -1
 
 
-def _collect(text: Path, settings: TeacherSettings, call: Call) -> None:
+def collect(text: Path, call: Call, *, own_text: str = "") -> None:
     """train.jsonl and heldout.jsonl: collected, or every 20th document of the user's file held out."""
     if (text / "heldout.jsonl").is_file():
         return
-    if not settings.text:
+    if not own_text:
         return call("text", [sys.executable, "-m", "megatron_lrc.comparison.collect_text", "--output-dir", str(text)])
-    lines = [line for line in Path(settings.text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in Path(own_text).read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(lines) < 20:
-        raise ConfigError(f"--text {settings.text} has {len(lines)} documents. At least 20 lines of JSON are needed.")
+        raise ConfigError(f"--text {own_text} has {len(lines)} documents. At least 20 lines of JSON are needed.")
     text.mkdir(parents=True, exist_ok=True)
     parts = {"train": [line for place, line in enumerate(lines) if place % 20], "heldout": lines[::20]}
     for name, chosen in parts.items():

@@ -1,9 +1,10 @@
 """The comparison's figures as rows of text, for table.md and the page; and all of them as plain values."""
 
+import math
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_lrc import __version__
@@ -12,6 +13,9 @@ from megatron_lrc.comparison.material import Material
 from megatron_lrc.comparison.results import Group, Reached, Result
 from megatron_lrc.comparison.run_plan import Sizes
 from megatron_lrc.comparison.runner import Outcome
+from megatron_lrc.comparison.score_tables import as_values as scores_as_values
+from megatron_lrc.comparison.score_tables import score_sections
+from megatron_lrc.comparison.scoring import Scoring
 from megatron_lrc.report.run_tables import names_and_cells
 from megatron_lrc.train.progress import count
 
@@ -20,7 +24,9 @@ Rows = tuple[list[str], list[list[str]]]  # names of the columns, cells
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that a comparison came to. grid: the runs of the learning-rate grid; target: loss of `tokens to`."""
+    """All that a comparison came to, or has come to so far. starts: students before training, scored. grid: the runs
+    of the learning-rate grid. target: loss of `tokens to`. teacher: its own scores; teacher_failure: why there
+    are not all of them. is_stopped: the time was over."""
 
     sizes: Sizes
     material: Material
@@ -32,6 +38,11 @@ class Comparison:
     best: dict[tuple[str, float], float]
     failed: list[Outcome]
     target: float
+    scoring: Scoring
+    starts: list[Group] = field(default_factory=list)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    teacher_failure: str = ""
+    is_stopped: bool = False
 
     @property
     def teacher_loss(self) -> float | None:
@@ -57,6 +68,7 @@ def main_table(found: Comparison) -> Rows:
         row = {
             "contestant": one.name if one.times == 1 else f"{one.name}, {one.times:g} times the tokens",
             "tokens": count(one.tokens),
+            "before training": results.spread(one.first_losses, loss_text) if one.first_losses else "",
             "held-out loss": results.spread(one.losses, loss_text),
             "tokens/s": results.spread(one.rates, count),
             f"tokens to reach {loss_text(found.target)}": own if not is_ordinary or one.times == 1 else "",
@@ -108,7 +120,7 @@ def run_table(found: Comparison) -> Rows:
 
 
 def failures(found: Comparison) -> Rows:
-    return ["run that failed", "its last line"], [[one.run.name, one.failure] for one in found.failed]
+    return ["run that failed", "its last line"], [[one.run.name, one.failure or one.unscored] for one in found.failed]
 
 
 def notes(found: Comparison) -> list[str]:
@@ -147,11 +159,12 @@ def sections(found: Comparison) -> list[tuple[str, Rows]]:
     """Title and table, those with rows."""
     given = [
         ("Comparison", main_table(found)),
+        *score_sections(found.groups, found.starts, found.scoring, found.teacher),
         ("Learning rates tried", grid_table(found)),
         ("Failed runs", failures(found)),
         ("Runs", run_table(found)),
     ]
-    return [(title, rows) for title, rows in given if rows[1]]
+    return [(title, rows) for title, rows in given if rows[1]]  # of those with rows
 
 
 def table_md(found: Comparison) -> str:
@@ -174,9 +187,18 @@ def as_values(found: Comparison) -> dict[str, Any]:
         "threads": found.threads,
         "teacher_loss": found.teacher_loss,
         "target_loss": found.target,
+        "is_stopped": found.is_stopped,
+        "teacher_scores": scores_as_values(found.teacher, found.scoring),
         "contestants": [_group(one, found) for one in found.groups],
-        "grid": [_result(result) for result in found.grid],
-        "failed": [{"run": one.run.name, "flags": list(one.run.flags), "reason": one.failure} for one in found.failed],
+        "starts": [
+            {"name": one.name, "about": one.about, "runs": [_result(result, found.scoring) for result in one.results]}
+            for one in found.starts
+        ],
+        "grid": [_result(result, found.scoring) for result in found.grid],
+        "failed": [
+            {"run": one.run.name, "flags": list(one.run.flags), "reason": one.failure or one.unscored}
+            for one in found.failed
+        ],
     }
 
 
@@ -192,7 +214,7 @@ def _group(one: Group, found: Comparison) -> dict[str, Any]:
         "ordinary_needs_times": []
         if one.name == results.ORDINARY
         else [_reached(value) for value in results.ratios(one, found.groups)],
-        "runs": [_result(result) for result in one.results],
+        "runs": [_result(result, found.scoring) for result in one.results],
     }
 
 
@@ -204,7 +226,7 @@ def _reached(value: Reached) -> dict[str, Any]:
     return {"value": value.tokens, "kind": value.kind}
 
 
-def _result(result: Result) -> dict[str, Any]:
+def _result(result: Result, scoring: Scoring) -> dict[str, Any]:
     run = result.outcome.run
     return {
         "run": run.name,
@@ -214,7 +236,9 @@ def _result(result: Result) -> dict[str, Any]:
         "tokens": run.tokens,
         "loss": result.loss,
         "points": [list(point) for point in result.points],
-        "tokens_per_second": result.tokens_per_second,
+        "tokens_per_second": result.tokens_per_second if math.isfinite(result.tokens_per_second) else None,
         "seconds": result.seconds,
         "versions": result.versions,
+        "last_validation": result.last,
+        "scores": scores_as_values(result.evaluation, scoring),
     }

@@ -7,11 +7,12 @@ is the lowest and the highest over seeds.
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_lrc.comparison.contestants import ORDINARY
 from megatron_lrc.comparison.runner import Outcome
+from megatron_lrc.comparison.scoring import EVALUATION, read_evaluation
 from megatron_lrc.train.jsonl import read_records
 
 Point = tuple[float, float]  # (tokens, held-out loss)
@@ -45,7 +46,10 @@ def tokens_to_reach(points: Sequence[Point], loss: float) -> Reached:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished run. points: its validations. tokens_per_second: median of its records, the first left out."""
+    """One finished run. points: its validations. tokens_per_second: median of its records, the first left out.
+
+    last: the last validation's record. evaluation: what its student has been scored on (`scoring.py`).
+    """
 
     outcome: Outcome
     points: tuple[Point, ...]
@@ -53,6 +57,8 @@ class Result:
     seconds: float  # of training steps
     teacher_loss: float | None
     versions: dict[str, Any]
+    last: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -73,10 +79,12 @@ def read_result(outcome: Outcome) -> Result:
     return Result(
         outcome,
         tuple((record["tokens"], _number(record.get("lm_loss"))) for record in validations),
-        statistics.median(rates[1:] or rates),
+        statistics.median(rates[1:] or rates) if rates else math.nan,
         seconds,
         teacher,
         starts[-1].get("versions", {}) if starts else {},
+        validations[-1],
+        read_evaluation(outcome.directory / EVALUATION),
     )
 
 
@@ -107,6 +115,11 @@ class Group:
     @property
     def losses(self) -> list[float]:
         return [result.loss for result in self.results]
+
+    @property
+    def first_losses(self) -> list[float]:
+        """Before the first step; empty where that was not measured."""
+        return [result.points[0][1] for result in self.results if result.points[0][0] == 0]
 
     @property
     def rates(self) -> list[float]:
@@ -153,7 +166,7 @@ def own_tokens(one: Group, groups: Sequence[Group], loss: float) -> list[Reached
 def default_target(groups: Sequence[Group]) -> float:
     """The mean loss of ordinary training at the budget of all; without it the worst contestant's."""
     ordinary = [statistics.fmean(one.losses) for one in groups if one.name == ORDINARY and one.times == 1]
-    return ordinary[0] if ordinary else max(statistics.fmean(one.losses) for one in groups)
+    return ordinary[0] if ordinary else max((statistics.fmean(one.losses) for one in groups), default=math.inf)
 
 
 # ----------------------------------------------------------------------------------------------------------- as text

@@ -92,8 +92,9 @@ class ProjectionConfig:
     open_after: float | None = setting(
         None,
         "After so many steps (below 1: that fraction of all), drop the projections of --open-matrices: the "
-        "student's own matrices, which they have made, are trained from there on, on the same losses. Default: never.",
-        above=0,
+        "student's own matrices, which they have made, are trained from there on, on the same losses. 0: before the "
+        "first step, so that projections make nothing but the start. Default: never.",
+        at_least=0,
     )
     open_matrices: Literal["mlp", "all"] = setting(
         "mlp", "What --open-after opens. mlp: gate, up and down; all: every matrix, q, k and v biases, q and k norms."

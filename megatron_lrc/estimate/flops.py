@@ -49,7 +49,7 @@ def step_flops(
     method needs; the others repeat it. has_changed: whether the method has changed what is trained.
     """
     training, method = config.training, method_of(config)
-    own = method.own_matrices(has_changed=has_changed)
+    own = method.own_matrices(has_changed=has_changed or method.changes_at_once)
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
     keys = (training.seq_length + 1) / 2

@@ -38,13 +38,17 @@ def copy_state(
 
 
 @torch.no_grad()
-def start_second_moments(optimizer: MegatronOptimizer, everything: Sequence[Trained], groups: Groups) -> None:
-    """Give what has no moments yet, though steps have been counted, a second moment: the mean square of its gradient.
+def start_second_moments(
+    optimizer: MegatronOptimizer, everything: Sequence[Trained], groups: Groups, *, num_updates: int, beta2: float
+) -> None:
+    """Give what has no moments yet, though steps have been counted, a second moment: what it would have after
+    `num_updates` steps whose squared gradients were all the mean square of this one.
 
     Adam corrects young moments by its count of steps, which is the run's. So a parameter that is trained from its
     middle on would be stepped too far, up to six times at betas of 0.9 and 0.999, until its second moment has grown.
     With one value for each parameter its first steps are those of gradient descent with momentum, of Adam's usual
-    length. To be called with gradients ready to be stepped with. Collective over TP and data parallel ranks.
+    length, early in the run as well as late: before the first step the value is 0, as any parameter's.
+    To be called with gradients ready to be stepped with. Collective over TP and data parallel ranks.
     """
     sums = torch.zeros(len(everything), 3, dtype=torch.float64, device=groups.device)  # of v, of g^2, elements
     states = [compat.state_of(optimizer, trained.parameter) for trained in everything]
@@ -56,9 +60,10 @@ def start_second_moments(optimizer: MegatronOptimizer, everything: Sequence[Trai
         dist.all_reduce(sums, group=groups.dp_cp)
     if groups.tp.size() > 1:
         dist.all_reduce(sums, group=groups.tp)
+    grown = 1 - beta2**num_updates  # what Adam's correction divides by
     for held, (present, squares, count) in zip(states, sums.tolist(), strict=True):
         if held is not None and present == 0 and count:
-            held[1]["exp_avg_sq"].fill_(squares / count)
+            held[1]["exp_avg_sq"].fill_(grown * squares / count)
 
 
 def _sums(second_moment: Tensor, gradient: Tensor) -> Tensor:

@@ -194,6 +194,11 @@ class Method(ABC):
         return False
 
     @property
+    def changes_at_once(self) -> bool:
+        """Whether that is before the first step, so that the run has one phase only."""
+        return False
+
+    @property
     def change_step(self) -> int | None:
         """After which step something else is trained; None: never."""
         return None

@@ -1,10 +1,8 @@
 """Effective rank of both models' hidden states, layer by layer: in how many directions the residual stream spreads.
 
-    erank(X) = exp(H(p)),   p = s / sum(s),   s the singular values of X [tokens, hidden],   H the entropy in nats
-
-Source: Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007. It lies between 1
-and min(tokens, hidden). Each token is scaled to unit RMS first, as the norm in front of a layer sees it; the massive
-activations of a sequence's first tokens would otherwise be all there is. Masked tokens count too.
+The measure is `clone.spectrum.effective_rank`, of X [tokens, hidden]. Each token is scaled to unit RMS first, as the
+norm in front of a layer sees it; the massive activations of a sequence's first tokens would otherwise be all there is.
+Masked tokens count too.
 
 The singular values come from the eigenvalues of X^T X, which is a sum over ranks. It is gathered in fp64, since its
 rounding error meets them under a square root: one [hidden, hidden] matrix for each model and each layer of this rank
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.clone.initialization import SecondMoment
+from megatron_lrc.clone.spectrum import effective_rank
 from megatron_lrc.mcore.distributed import Groups, reduce_over_stage, sum_over_world
 from megatron_lrc.mcore.gpt_models import layer_input_norms
 from megatron_lrc.mcore.stages import PipelineStage
@@ -49,14 +48,6 @@ def measure_effective_rank(
     for place, total in _complete(moments):
         ranks[place] = effective_rank(total)
     return result, dict(zip(names, sum_over_world(ranks).tolist(), strict=True))
-
-
-def effective_rank(second_moment: Tensor) -> Tensor:
-    """exp(entropy) of the square roots of the eigenvalues of X^T X [hidden, hidden], scaled to the sum 1."""
-    if not second_moment.isfinite().all():
-        return second_moment.new_full((), torch.nan)  # eigvalsh would raise
-    singular_values = torch.linalg.eigvalsh(second_moment).clamp_min(0).sqrt()
-    return torch.special.entr(singular_values / singular_values.sum()).sum().exp()
 
 
 def _add_input(moment: SecondMoment, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:

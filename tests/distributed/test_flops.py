@@ -181,6 +181,15 @@ def teacher_head(config: Config, teacher: ModelShape) -> float:
     )
 
 
+def test_a_run_that_opens_before_its_first_step_composes_nothing(tiny_llama, tiny_text, tmp_path):
+    config = set_up(tiny_llama(), tiny_text, tmp_path, opened_all)
+    config.projection.open_after = 0
+    teacher = describe_teacher(config.model.teacher).shape
+    student = method_of(config).student_shape(teacher)
+    found = step_flops(config, teacher, student)
+    assert found.projections == 0 and found == step_flops(config, teacher, student, has_changed=True)
+
+
 def test_the_whole_is_its_parts(tiny_llama, tiny_text, tmp_path):
     config = set_up(tiny_llama(), tiny_text, tmp_path, nothing_special)
     teacher = describe_teacher(config.model.teacher).shape

@@ -12,10 +12,11 @@ from transformers import LlamaForCausalLM
 from hf_teachers import write_llama
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.clone.ridge import RIDGE
-from megatron_lrc.config import Config
+from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.data.datasets import build_datasets
 from ranks import run_ranks
 from runs import assert_same_parameters, make_config, on_layout, records, train
+from tools_path import convert_to_hf
 
 WIDTH = 48  # the tiny teacher's
 INITS = ["orthogonal", "channel", "pca", "ridge"]
@@ -118,8 +119,9 @@ def test_channels_are_those_with_the_largest_activations(teacher, tiny_text, tmp
     chosen[list(loud), [0, 1]] = 1.0
     found = projections_of(tmp_path / "run")
     assert torch.equal(found["embed"], chosen)
-    gain = model.model.layers[1].input_layernorm.weight.detach()
-    assert torch.allclose(found["layers.1.q"], (WIDTH / 2) ** 0.5 * gain[:, None] * chosen)
+    assert torch.equal(found["layers.1.q"], chosen)
+    gain = open_checkpoint(str(tmp_path / "run")).norms["layers.1.input"]
+    assert torch.allclose(gain, (WIDTH / 2) ** 0.5 * model.model.layers[1].input_layernorm.weight[list(loud)])
 
 
 def inputs_of_norms(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
@@ -141,6 +143,38 @@ def inputs_of_norms(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor
         model(tokens)
     gains = {name: norm.weight.detach().double() for name, norm in norms.items()}
     return found, gains, model.config.rms_norm_eps
+
+
+def cut(name: str, weight: Tensor, channels: Tensor) -> Tensor:
+    """A tensor of a Llama, named by transformers, without the other channels of the residual stream."""
+    if "norm" in name:
+        return (WIDTH / len(channels)) ** 0.5 * weight[channels]
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return weight[channels] if writes else weight[:, channels]
+
+
+@pytest.mark.distributed
+def test_minitron_starts_as_the_teacher_cut_to_its_most_active_channels(teacher, tiny_text, tmp_path):
+    """And trains all of it from the first step on. The rate is one that moves nothing."""
+    config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=1), "channel")
+    config.projection.open_after, config.projection.open_matrices = 0, "all"
+    config.loss.alpha, config.loss.lm_weight, config.loss.kl_temperature = 0, 0, 1
+    config.optimizer.lr = 1e-9
+    train(config)
+    ((streams, _, _),) = run_ranks(1, inputs_of_norms, config.resolved(1))
+    activity = sum(torch.nn.functional.rms_norm(rows, (WIDTH,)).square().sum(0) for rows in streams.values())
+    channels = activity.argsort(descending=True)[:24]
+    assert convert_to_hf(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "student")]) == 0
+    models = (LlamaForCausalLM.from_pretrained(path).state_dict() for path in (teacher, tmp_path / "student"))
+    expected, found = models
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], cut(name, weight, channels), rtol=1e-5, atol=1e-7), name
+    saved = open_checkpoint(str(tmp_path / "run"))
+    assert saved.state.changed_at == 0 and not saved.projections
+    assert "and all of them were trained" in (tmp_path / "student/README.md").read_text()
+    (record,) = records(tmp_path / "run")
+    assert record["loss"] == record["kl_loss"] > 0 and all(record["grad_norm_by_group"][group] for group in MATRICES)
 
 
 @pytest.mark.distributed

@@ -120,8 +120,8 @@ def test_a_checkpoint_loads_on_another_layout_and_in_the_background(tied_qwen, t
     assert_close(tmp_path / "whole", tmp_path / "moved")
 
 
-def look_at_opening(config: Config) -> dict[str, float]:
-    """On a rank: a step with projections, then the same batches with the student opened at that point."""
+def look_at_opening(config: Config, steps: int) -> dict[str, float]:
+    """On a rank: a step with projections, then the same batches with the student opened after so many steps."""
     trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     run = trainer.run
     before = train_step(run, trainer._batches(trainer.train_data, 0), max_grad_norm=0.0)  # which is not taken
@@ -134,9 +134,9 @@ def look_at_opening(config: Config) -> dict[str, float]:
     gone = all(reference() is None for reference in replaced)
     own = {trained.name: trained.parameter for trained in stage.trained() if trained.layer is not None}
     values = {name: parameter.detach().clone() for name, parameter in own.items()}
-    run.optimizer.lr_schedule.num_steps = 1000  # as late in a run
+    run.optimizer.lr_schedule.num_steps = steps
     for inner in run.optimizer.optimizer.optimizer.state.values():
-        inner["step"] = torch.tensor(1000.0)
+        inner["step"] = torch.tensor(float(steps))
     after = train_step(run, trainer._batches(trainer.train_data, 0))
     difference = 0.0
     for site, layer, grad in stage.matrix_gradients():
@@ -155,17 +155,19 @@ def look_at_opening(config: Config) -> dict[str, float]:
     }
 
 
-def test_opening_changes_nothing_but_what_is_trained(tied_qwen, tiny_text, tmp_path):
+@pytest.mark.parametrize("steps, length", [(0, 1.0), (1, 0.53), (1000, 0.1)])
+def test_opening_changes_nothing_but_what_is_trained(tied_qwen, tiny_text, tmp_path, steps, length):
     """Losses and gradients of the student's matrices are those of before; and the first step has Adam's usual length
-    at a momentum of one gradient, 0.1 learning rates, though the run counts its thousandth step."""
+    at a momentum of one gradient: a whole learning rate before the first step, 0.1 / (1 - 0.9^2) of one after it, 0.1
+    late in a run."""
     config = opened_config(tied_qwen, tiny_text, tmp_path / "run", "mlp")
     config.optimizer.clip_grad, config.optimizer.lr_decay_style, config.optimizer.lr_warmup_iters = 0.0, "constant", 0
     config.optimizer.adam_eps = 1e-12
-    (found,) = run_ranks(1, look_at_opening, config.resolved(1))
+    (found,) = run_ranks(1, look_at_opening, config.resolved(1), steps)
     assert found["loss after"] == pytest.approx(found["loss before"], rel=1e-6)
     assert found["difference"] < 1e-5
     assert found["gone"], "the gradient buffers of before are still there"
-    assert 0.05 < found["smallest move"] < found["largest move"] < 0.2
+    assert 0.5 * length < found["smallest move"] <= found["largest move"] < 1.2 * length
 
 
 @pytest.mark.parametrize(

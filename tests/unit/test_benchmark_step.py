@@ -10,11 +10,13 @@ import psutil
 import pytest
 import torch
 
+from benchmarks import methods_benchmark as methods
 from benchmarks import step_benchmark as step
 from benchmarks.breakdown import PARTS
 from benchmarks.measured_models import add_teacher_flags, open_base
 from hf_teachers import WRITERS
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
+from megatron_lrc.methods import METHODS
 from naive_variants import (
     Ending,
     Failing,
@@ -181,3 +183,19 @@ def test_errors_are_one_line(flags, message, tiny_llama, capsys):
     assert benchmark(["step", "--teacher", teacher, *SIZES, *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_every_method_s_step_is_measured_in_turn_and_compared_with_ordinary_training(tiny_llama, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    sizes = ["--student-hidden-size", "24", "--seq-length", "16", "--repeats", "3"]
+    assert benchmark(["methods", "--teacher", tiny_llama(is_tied=False), *sizes, "--json", str(file)]) == 0
+    out, figures = capsys.readouterr().out, json.loads(file.read_text())
+    seconds = figures["seconds"]
+    assert set(seconds) == set(METHODS) and all(len(own) == 3 for own in seconds.values())
+    for name, own in seconds.items():
+        ratio = median(ordinary / each for ordinary, each in zip(seconds["ordinary"], own, strict=True))
+        assert f" {ratio:,.3f} (" in row_of(out, name) and f" {median(32 / each for each in own):,.0f} (" in row_of(
+            out, name
+        )
+    assert "0.575 (84K tokens/s)" in row_of(out, "lrc") and "0.205 (30K tokens/s)" in row_of(out, "sheared")
+    assert methods.rows({"ordinary": [1.0, 2.0], "logits": [2.0, 8.0]}, 10)[2][3] == "0.375 (0.250-0.500)"

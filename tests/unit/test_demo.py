@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hf_teachers import write_llama
 from megatron_lrc.comparison import collect_text
 from megatron_lrc.evaluation.questions import Question, accuracy, encode_questions, read_questions
+from megatron_lrc.hf.gguf import saveable
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/demo"
 FALSE = shutil.which("false") or "/bin/false"
@@ -52,7 +53,6 @@ def load(name: str) -> ModuleType:
 
 
 report = load("report")
-make_teacher = load("make_teacher")
 make_questions = load("make_questions")
 
 
@@ -157,7 +157,7 @@ def test_teacher_is_saved_without_traces_of_gguf(tmp_path: Path) -> None:
     for layer in source.modules():
         if hasattr(layer, "variance_epsilon"):
             layer.variance_epsilon = source.config.rms_norm_eps
-    make_teacher.saveable(source).save_pretrained(tmp_path / "teacher")
+    saveable(source).save_pretrained(tmp_path / "teacher")
     config = json.loads((tmp_path / "teacher/config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5 and config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float32" and not {"quantization_config", "unk_token_id"} & config.keys()

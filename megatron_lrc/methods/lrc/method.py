@@ -100,6 +100,10 @@ class LowRankClone(Method):
         after = self.config.projection.open_after
         return None if after is None else self.config.step_of(after)
 
+    @property
+    def changes_at_once(self) -> bool:
+        return self.config.projection.open_after == 0
+
     def config_of_phase(self, *, has_changed: bool) -> Config:
         open_lr = self.config.projection.open_lr
         if not has_changed or open_lr is None:
@@ -147,12 +151,16 @@ class LowRankClone(Method):
     @property
     def title(self) -> str:
         model = self.config.model
-        return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}"
+        what = "Narrowed and distilled: " if self.changes_at_once else "Low-Rank Clone of "
+        return f"{what}{model.teacher} to hidden size {model.student_hidden_size}"
 
     def trained_where(self, *, has_changed: bool) -> str:
         return ", opened" if has_changed else " in projections and norm gains"
 
     def describe_trained(self, count: Callable[[bool], int]) -> Iterator[str]:
+        if self.changes_at_once:
+            yield f"trained: {count(True) / 1e6:.1f}M parameters of the student's own, from the first step on"
+            return
         yield f"trained: {count(False) / 1e6:.1f}M parameters in projections and norm gains"
         if self.changes:
             yield (
@@ -171,6 +179,12 @@ class LowRankClone(Method):
             )
             return Origin("LRC", story, "The teacher's licence applies.", ("low-rank-clone",))
         opened = "those of the MLPs" if self.config.projection.open_matrices == "mlp" else "all of them"
+        if changed_at == 0:
+            story = (
+                f"its\nmatrices began as those of `{name}`, multiplied by projections (`--init "
+                f"{self.config.projection.init}`), and {opened} were trained."
+            )
+            return self._trained(name, story, suffix="narrowed")
         story = (
             f"for\n{changed_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
             f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."

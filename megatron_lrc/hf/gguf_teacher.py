@@ -1,8 +1,8 @@
 """Writes a Hugging Face directory of a Llama-family teacher from one GGUF file.
 
-    python examples/demo/make_teacher.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --output demo/teacher
+    python -m megatron_lrc.hf.gguf_teacher --gguf SmolLM2-135M-Instruct.Q4_1.gguf --output demo/teacher
 
-The demo's teacher comes from a package index, where it is a quantised GGUF file: no model hub is needed. It is read as
+The demo's teacher comes from a package index as a quantised GGUF file (`comparison/smollm2.py`). It is read as
 tools/convert_from_hf.py reads one, and stored in float32: that is exactly what dequantisation gave, and rounding it
 once more to bfloat16 would make a different teacher. The directory is read back and compared with the GGUF model before
 it gets its final name.
@@ -37,9 +37,7 @@ def write_teacher(gguf: Path, output: Path) -> None:
     """Builds, saves and checks the directory under a temporary name, then gives it its final one."""
     source, tokenizer = read_gguf(gguf)
     if source.config.model_type != "llama":
-        raise ValueError(
-            f"--gguf {gguf} holds a {source.config.model_type} model; the demo's teacher is a Llama model."
-        )
+        raise ValueError(f"--gguf {gguf} holds a {source.config.model_type} model; a Llama model is expected.")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     saveable(source).save_pretrained(partial)
@@ -99,7 +97,7 @@ def main() -> None:
             raise ValueError(f"--output {args.output} exists already; remove it or name another directory.")
         write_teacher(args.gguf, args.output)
     except (ValueError, OSError) as error:
-        print(f"make_teacher.py: {error}", file=sys.stderr)
+        print(f"gguf_teacher: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"Wrote {args.output}")
 
