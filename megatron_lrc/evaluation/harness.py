@@ -19,6 +19,7 @@ from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.evaluation.local_tasks import write_local_tasks
 from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 from megatron_lrc.evaluation.shared_contexts import harness_model
+from megatron_lrc.evaluation.task_names import find_names
 from megatron_lrc.evaluation.task_scores import TaskScore, score_of
 
 #: Where the harness defines the nine: to read all of its thousands of definitions takes half a minute.
@@ -105,21 +106,21 @@ def _known_tasks(tasks: tuple[str, ...]) -> Any:
     """The harness's TaskManager with its own definitions of these tasks. ConfigError for a name that it has not."""
     module: Any = import_module("lm_eval.tasks")
     home = Path(module.__file__).parent
-    # A task often has a folder of its name, or of the name's beginning.
-    likely = [home / name for task in tasks if task not in NINE_TASKS for name in {task, task.partition("_")[0]}]
-    folders = [str(folder) for folder in (*(home / name for name in _FOLDERS), *likely) if folder.is_dir()]
-    manager = module.TaskManager(include_path=list(dict.fromkeys(folders)), include_defaults=False)
-    if all(_is_complete(manager.task_index, task) for task in tasks):
-        return manager
-    manager = module.TaskManager()
-    for task in tasks:
-        if task not in manager.task_index:
-            near = difflib.get_close_matches(task, list(manager.task_index), n=4, cutoff=0.5)
-            raise ConfigError(
-                f"--tasks {task}: lm-evaluation-harness has no task of this name. "
-                + (f"Near it are {', '.join(near)}." if near else "lm-eval ls tasks lists those it has.")
-            )
-    return manager
+    folders = [home / name for name in _FOLDERS]
+    if others := [task for task in tasks if task not in NINE_TASKS]:
+        named = find_names(home)
+        for task in others:
+            if task not in named:
+                near = difflib.get_close_matches(task, named, n=4, cutoff=0.5)
+                raise ConfigError(
+                    f"--tasks {task}: lm-evaluation-harness has no task of this name. "
+                    + (f"Near it are {', '.join(near)}." if near else "lm-eval ls tasks lists those it has.")
+                )
+            folders.append(named[task])
+    there = [str(folder) for folder in dict.fromkeys(folders) if folder.is_dir()]
+    manager = module.TaskManager(include_path=there, include_defaults=False)
+    is_complete = all(_is_complete(manager.task_index, task) for task in tasks)
+    return manager if is_complete else module.TaskManager()
 
 
 def _is_complete(index: Any, task: str) -> bool:

@@ -72,7 +72,7 @@ def harness_model(model: Any, **settings: Any) -> Any:
 def _loglikelihood_tokens(
     self: Any, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
 ) -> list[tuple[float, bool]]:
-    """The harness's method of this name: each request's log-likelihood, and whether all its tokens are the likeliest."""
+    """The harness's method of this name: of each request the log-likelihood, and whether its tokens are the likeliest."""
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     questions = gather(requests, self.max_length)
     size = override_bs or self.batch_size
@@ -89,7 +89,7 @@ def _loglikelihood_tokens(
 
 
 def gather(requests: Sequence[Request], max_length: int) -> list[Question]:
-    """Questions of all requests, the longest first. What exceeds max_length is cut from the left, as the harness does."""
+    """Questions of all requests, the longest first. What exceeds max_length is cut from the left, as there."""
     questions: dict[tuple[int, ...], Question] = {}
     for number, (_, context, continuation) in enumerate(requests):
         kept = tuple(context[-(max_length + 1 - len(continuation)) :])

@@ -197,9 +197,7 @@ def test_a_task_beyond_the_nine_is_scored_by_its_own_metric(tmp_path: Path) -> N
     assert found["metrics"] == {"hellaswag": "acc_norm"} and found["rows"] == {"hellaswag": 3}
 
 
-@pytest.mark.slow
 def test_an_unknown_task_is_refused_with_near_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Slow, since all of the harness's definitions are read."""
     pytest.importorskip("lm_eval")
     said = refused(capsys, tmp_path, "--tasks", "hellaswagg")
     assert "no task of this name" in said and "hellaswag" in said.partition("Near it are")[2]

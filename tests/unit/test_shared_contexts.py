@@ -8,7 +8,7 @@ import torch
 from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.evaluation.shared_contexts import _loglikelihood_tokens, can_share, gather, likelihoods
 
-#: (texts, context, continuation): two contexts of different lengths, an answer that begins another, one that is asked twice.
+#: (texts, context, continuation): two contexts, an answer that begins another, one that is asked twice.
 REQUESTS = [
     (None, [5, 17, 200, 3, 44, 9], [7, 8, 250]),
     (None, [60, 61], [12]),

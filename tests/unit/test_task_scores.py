@@ -1,4 +1,4 @@
-"""Scores of tasks from the rows of lm-evaluation-harness, and the definitions for local files; lm_eval is not needed."""
+"""Scores of tasks from the harness's rows, and its definitions for local files; lm_eval is not needed."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import pytest
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import task_table
 from megatron_lrc.evaluation.local_tasks import _local_settings
+from megatron_lrc.evaluation.task_names import find_names
 from megatron_lrc.evaluation.task_scores import TaskScore, score_of, standard_error
 
 
@@ -116,6 +117,22 @@ def test_the_table_has_errors_beside_scores() -> None:
     )
     assert lines[1].split() == ["SciQ", "acc", "1,000", "75.00", "+-", "1.00", "%", "1.200", "+-", "0.030"]
     assert lines[2].split() == ["other", "perplexity", "9", "31.5000", "-"]
+
+
+# ------------------------------------------------------------------------------------------------ definitions
+
+
+def test_names_are_found_in_the_text_of_definitions(tmp_path: Path) -> None:
+    files = {
+        "a/one.yaml": "tag:\n  - easy\ntask: one\ndataset_path: x\n",
+        "b/_group.yaml": "group: both\ntask:\n  - one\n  - 'two.b'\n",
+        "b/two.yaml": 'include: base\ntask: "two.b"\ntag: hard\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = {name: folder.name for name, folder in find_names(tmp_path).items()}
+    assert found == {"one": "a", "two.b": "b", "both": "b", "easy": "a", "hard": "b"}
 
 
 # ------------------------------------------------------------------------------------------------ local files
