@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_lrc.evaluation.task_package import TaskPackage
 from megatron_lrc.shingles import is_repetition, shingles
 
-PARTS = ("tune", "report")
+PARTS = ("english_tune.jsonl", "english_report.jsonl")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def lambada_text(line: dict) -> str:
 
 
 def split_passages(found: Iterator[Passage]) -> dict[str, list[Passage]]:
-    """Part -> its passages in an order of chance, alike everywhere: both depend on hashes of the texts alone.
+    """Part (a file's name) -> its passages in an order of chance, alike everywhere: both depend on hashes of the texts alone.
 
     A passage of which more than a fifth occurs in one before it is left out, whichever part that one is in.
     """

@@ -72,7 +72,7 @@ def harness_model(model: Any, **settings: Any) -> Any:
 def _loglikelihood_tokens(
     self: Any, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
 ) -> list[tuple[float, bool]]:
-    """The harness's method of this name: of each request the log-likelihood, and whether its tokens are the likeliest."""
+    """The harness's method of this name: log-likelihood of each request, and whether its tokens are the likeliest."""
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     questions = gather(requests, self.max_length)
     size = override_bs or self.batch_size

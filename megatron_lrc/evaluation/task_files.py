@@ -215,8 +215,7 @@ def _summary(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _write_english(package: TaskPackage, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for part, chosen in split_passages(passages(package)).items():
-        name = f"english_{part}.jsonl"
+    for name, chosen in split_passages(passages(package)).items():
         lines = [json.dumps({"text": one.text, "source": one.source}, ensure_ascii=False) + "\n" for one in chosen]
         sources = [one.source for one in chosen]
         yield (

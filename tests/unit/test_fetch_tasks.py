@@ -77,13 +77,13 @@ def test_a_sample_is_in_proportion_and_grows_by_rows() -> None:
 
 def test_english_is_in_two_parts_that_share_no_article_and_no_passage(tmp_path: Path) -> None:
     tasks, manifest = fetch(tmp_path)
-    parts = {part: rows_of(tasks / f"english_{part}.jsonl") for part in PARTS}
+    parts = {part: rows_of(tasks / part) for part in PARTS}
     texts = [row["text"] for rows in parts.values() for row in rows]
     assert len(texts) == len(set(texts)) == len(LAMBADA) + 2 * len(ARTICLES), "one of two that repeat each other"
     for paragraphs in ARTICLES.values():
         assert len({part for part, rows in parts.items() for row in rows if row["text"] in paragraphs}) == 1
     for part, rows in parts.items():
-        entry = manifest["english"][f"english_{part}.jsonl"]
+        entry = manifest["english"][part]
         assert {row["source"] for row in rows} == {"lambada", "boolq", "squad"} == set(entry["by_source"])
         assert entry["documents"] == len(rows) and entry["bytes"] == sum(len(row["text"].encode()) for row in rows)
 
