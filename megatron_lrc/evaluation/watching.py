@@ -38,8 +38,8 @@ def watch(
 ) -> None:
     """Score every checkpoint of a run, the oldest first, until its last one is scored.
 
-    options: with the run directory as the model. seconds: between two looks at the run, which need not have begun. ConfigError for options that no checkpoint
-    could be scored with. wait: for tests.
+    options: with the run directory as the model. seconds: between two looks at the run, which need not have begun.
+    ConfigError for options that no checkpoint could be scored with. wait: for tests.
     """
     check_options(options)
     if (options.model / STATE_FILE).is_file():
