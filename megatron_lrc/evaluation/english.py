@@ -43,7 +43,7 @@ def lambada_text(line: dict) -> str:
 
 
 def split_passages(found: Iterator[Passage]) -> dict[str, list[Passage]]:
-    """Part (a file's name) -> its passages in an order of chance, alike everywhere: both depend on hashes of the texts alone.
+    """Part, a file's name -> its passages in an order of chance, which depends on hashes of the texts alone.
 
     A passage of which more than a fifth occurs in one before it is left out, whichever part that one is in.
     """

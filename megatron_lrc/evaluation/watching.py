@@ -36,10 +36,10 @@ Key = tuple[int, int | None]  # step and CRC-32 of a checkpoint
 def watch(
     options: EvaluationOptions, report: Report, *, seconds: float, wait: Callable[[float], object] = time.sleep
 ) -> None:
-    """Score every checkpoint of the run that the options name as their model, the oldest first, until its last one is scored.
+    """Score every checkpoint of a run, the oldest first, until its last one is scored.
 
-    seconds: between two looks at the run, which need not have begun. ConfigError for options that no checkpoint
-    could be scored with. wait: for tests.
+    options: with the run directory as the model. seconds: between two looks at the run, which need not have begun.
+    ConfigError for options that no checkpoint could be scored with. wait: for tests.
     """
     check_options(options)
     if (options.model / STATE_FILE).is_file():
