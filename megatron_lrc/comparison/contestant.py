@@ -10,6 +10,7 @@ SMALL, PRETRAINED = RATES = ("small", "pretrained")
 # Pretrained: for a teacher like SmolLM2-135M, whose massive activations make the clone loss do harm in short runs.
 RANDOM_START = ("--lr 3e-3", "--lr 3e-4")
 CLOSED_FORM = ("--lr 1e-3", "--lr 2e-5 --alpha 0")
+RELATIVE_RATES = ("--lr 1e-3 --alpha 0.03", "--lr 2e-5 --alpha 0.03")
 OPENED_RATES = CLOSED_FORM
 CUT = ("--lr 1e-3", "--lr 1e-4")
 SCRATCH = ("--lr 3e-3", "--lr 1e-3")

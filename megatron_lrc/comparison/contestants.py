@@ -17,6 +17,7 @@ from megatron_lrc.comparison.contestant import (
     PRUNED,
     RANDOM_START,
     RATES,
+    RELATIVE_RATES,
     SCRATCH,
     SMALL,
     Contestant,
@@ -29,8 +30,8 @@ ORDINARY = "ordinary"
 
 CALIBRATION = "--calibration-tokens 16384"
 PCA, RIDGE, CHANNEL = (f"--init {init} {CALIBRATION}" for init in ("pca", "ridge", "channel"))
-#: To become `--preset recommended`.
-RECOMMENDED = RIDGE
+#: The recommended losses, but for the weight of the clone loss.
+RELATIVE = "--clone-normalization token --kl-temperature 1"
 #: The best of five openings at 300K tokens and one seed (docs/results.md).
 OPENED = "--open-after 0.1 --open-matrices all"
 #: The width half of Minitron (arXiv 2407.14679, 2408.11796): channels of the residual stream by activation, heads and
@@ -44,7 +45,8 @@ _METHODS = (
     Entry("lrc-channel", CHANNEL, "LRC from the most active channels", CLOSED_FORM),
     Entry("lrc-pca", PCA, "LRC from the teacher's principal components", CLOSED_FORM),
     Entry("lrc-ridge", RIDGE, "LRC from principal components, fitted", CLOSED_FORM),
-    Entry("lrc-recommended", RECOMMENDED, "LRC as recommended here", CLOSED_FORM),
+    Entry("lrc-recommended", "--preset recommended", "LRC as recommended here", ("--lr 1e-3", "")),
+    Entry("lrc-closed", f"{RIDGE} {RELATIVE}", "the same start and losses, never opened", RELATIVE_RATES),
     Entry("lrc-opened", f"{PCA} {OPENED}", "lrc-pca, its matrices trained themselves after a tenth", OPENED_RATES),
     Entry("minitron", f"{MINITRON} --lm-weight 0", "the teacher cut to its most active channels, KL loss", CUT),
     Entry("minitron-lm", MINITRON, "the same with the LM loss too", CUT),

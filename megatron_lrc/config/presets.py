@@ -13,11 +13,15 @@ _REFERENCE = {
     "student_norm_epsilon": 1e-5,
     "lr_warmup_fraction": 0.005,  # of however few steps
 }
-#: What the measurements of docs/runs.md speak for; for `--lr auto` see `rates.py`.
+#: What the measurements of docs/recipes.md speak for; for `--lr auto` see `rates.py`.
 _RECOMMENDED = {
     "init": "ridge",
     "calibration_tokens": 16384,
-    "alpha": 0.0,
+    "open_after": 0.0,
+    "open_matrices": "all",
+    "clone_normalization": "token",
+    "alpha": 0.03,
+    "kl_temperature": 1.0,
     "lr": None,
 }
 #: What the published runs have in common: the released code, with which they were presumably made, on 8 GPUs.

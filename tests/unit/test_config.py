@@ -84,7 +84,7 @@ def test_the_fixture_is_valid(valid_config):
         ({"data_path": [], "train_iters": 0, "save": "run", "init": "pca"}, 1, "--init pca runs the teacher"),
         ({"data_path": [], "train_iters": 0, "save": "run", "init": "channel"}, 1, "--init channel runs the teacher"),
         ({"calibration_tokens": 512}, 1, "--calibration-tokens 512 means nothing with --init random"),
-        ({"calibration_tokens": 512, "init": "orthogonal"}, 1, "Leave it out, or use --init channel, pca or ridge."),
+        ({"calibration_tokens": 512, "init": "orthogonal"}, 1, "or ridge, or --clone-normalization token."),
         ({"train_data_path": ["more"]}, 1, "--data-path goes with --split and cannot be combined"),
         ({"data_path": [], "train_data_path": ["a"]}, 1, "--train-data-path without --valid-data-path"),
         ({"load": "/no/such"}, 1, "--load /no/such is not a directory"),

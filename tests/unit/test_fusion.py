@@ -20,7 +20,9 @@ def arguments(name, n, v):
     student, teacher = logits(n, v), logits(n, v)
     tops = student.amax(1), teacher.amax(1)
     pair = torch.randn(n, 2, v).to(HALF), torch.randn(n, 2, v).to(HALF)
-    weights = torch.rand(n, 2), torch.rand(v)
+    num_sites = 1 + n % 2  # one in the first of the sizes below, two in the second
+    place = torch.randint(num_sites, (v,)) if num_sites > 1 else None
+    weights = torch.rand(n, 2, num_sites), place, torch.rand(v)
     return {
         "_student_sum": (student, tops[0]),
         "_student_gradient": (student, tops[0], torch.rand(n)),
