@@ -20,6 +20,7 @@ SEQ_LENGTH=${SEQ_LENGTH:-256}             # tokens per sequence
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1}   # sequences per forward pass
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-4} # sequences per optimizer step; few make the two stages wait for each other
 PRESET=${PRESET:-recommended}             # start, weights of the losses, learning rate; settings below override it
+CALIBRATION_TOKENS=${CALIBRATION_TOKENS:-8192} # of the training text, that the start is fitted to
 TRAIN_FLAGS=${TRAIN_FLAGS:-}              # any others of `megatron-lrc train`, such as --lr 2e-5
 FIRST_STAGE_LAYERS=${FIRST_STAGE_LAYERS:-18}   # of 30: the other stage has both LM heads too, worth about 8 layers
 SAVE_INTERVAL=${SAVE_INTERVAL:-12}        # steps between checkpoints, 0.55 GB each
@@ -79,7 +80,8 @@ pretrain() { # pretrain RUN FLAGS: two pipeline stages, one process each
     shift
     # shellcheck disable=SC2086  # several flags in one variable
     GPUS_PER_NODE=2 OMP_NUM_THREADS=1 bash "$ROOT/examples/pretrain_lrc.sh" \
-        --preset $PRESET --teacher "$TEACHER" --student-hidden-size "$STUDENT_HIDDEN_SIZE" \
+        --preset $PRESET --calibration-tokens "$CALIBRATION_TOKENS" \
+        --teacher "$TEACHER" --student-hidden-size "$STUDENT_HIDDEN_SIZE" \
         --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers "$FIRST_STAGE_LAYERS" \
         --train-data-path "$DATA/train_text_document" --valid-data-path "$DATA/heldout_text_document" \
         --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \

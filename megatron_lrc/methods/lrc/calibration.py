@@ -84,22 +84,23 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
 
 
 def calibrate_losses(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches]) -> None:
-    """Give the constants of the losses between layers, if they have any, their values."""
-    losses = [stage.layer_losses for stage in stages]
-    if config.loss.is_relative:
-        with contextlib.ExitStack() as stack:
-            for each in losses:
-                stack.enter_context(each.calibrating())
-            run_teacher(config, stages, calibration(), readers=[])
+    """Give the constants of the losses between layers their values, if the teacher has not run for another reason."""
+    if not all(stage.layer_losses.is_calibrated for stage in stages):
+        run_teacher(config, stages, calibration(), readers=[])
 
 
 def run_teacher(config: Config, stages: list[PairedModel], batches: Batches, readers: list[Reader]) -> None:
-    """Run the calibration's tokens through the teacher, and give each reader's input [s/tp, b, D] to its function."""
+    """Run the calibration's tokens through the teacher, and give each reader's input [s/tp, b, D] to its function. The
+    first time the constants of the losses come of it too."""
     hooks = [reader.register_forward_pre_hook(partial(_look_at_input, look)) for reader, look in readers]
     tokens_at_once = config.training.micro_batch_size * config.training.seq_length * stages[0].groups.dp.size()
     num_microbatches = -(-config.projection.calibration_tokens // tokens_at_once)
     try:
-        forward_teacher(stages, batches, config, num_microbatches=num_microbatches)
+        with contextlib.ExitStack() as calibrating:
+            for losses in (stage.layer_losses for stage in stages):
+                if not losses.is_calibrated:
+                    calibrating.enter_context(losses.calibrating())
+            forward_teacher(stages, batches, config, num_microbatches=num_microbatches)
     except StopIteration:
         raise ConfigError(
             f"--calibration-tokens {config.projection.calibration_tokens} is more than the training data holds. "

@@ -85,6 +85,7 @@ class CloneLosses(LayerLosses):
         self._features: dict[tuple, tuple[Tensor, Tensor | None]] = {}
         self._typical = self._make_typical_energies()
         self._calibration: dict[int, TypicalEnergy] | None = None
+        self.is_calibrated = not self._typical
         self._capture_activations()
 
     def begin(self, token_weight: Tensor) -> None:
@@ -147,6 +148,7 @@ class CloneLosses(LayerLosses):
         for index, seen in calibration.items():
             sum_over_stage(seen.total)
             self._typical[index].copy_(seen.result())
+        self.is_calibrated = True
 
     def _add_energies(self, calibration: dict[int, TypicalEnergy]) -> None:
         assert self._micro_batch is not None

@@ -62,6 +62,9 @@ class LayerLosses:
         """What the losses save beside what is trained, since it cannot be had otherwise."""
         return ()
 
+    #: Whether the constants of the losses have their values.
+    is_calibrated = True
+
     def calibrating(self) -> AbstractContextManager[None]:
         """While it is entered the teacher runs alone, on the tokens that constants of the losses come from."""
         return nullcontext()
