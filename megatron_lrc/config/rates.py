@@ -39,7 +39,9 @@ KNOWN_RATES: dict[Start, tuple[KnownRate, ...]] = {
 
 
 def start_of(projection: ProjectionConfig) -> Start:
-    """How the projections start, as far as the rate depends on it."""
+    """How the student starts, as far as the rate depends on it."""
+    if projection.open_after == 0:
+        return "opened"
     return "closed form" if projection.is_closed_form else "random"
 
 
@@ -87,5 +89,5 @@ def choose_rates(projection: ProjectionConfig, optimizer: OptimizerConfig, batch
     if optimizer.lr is not None:
         return
     optimizer.lr = recommended_lr(start_of(projection), batch_tokens)
-    if projection.open_after is not None and projection.open_lr is None:
+    if projection.open_after and projection.open_lr is None:
         projection.open_lr = recommended_lr("opened", batch_tokens)
