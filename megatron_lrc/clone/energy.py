@@ -52,7 +52,7 @@ class TypicalEnergy:
     def __init__(self, num_sites: int, device: torch.device):
         self.total = torch.zeros(2, num_sites, dtype=torch.float64, device=device)
 
-    def add(self, places: list[int], energy: Tensor, token_weight: Tensor) -> None:
+    def add(self, places: Tensor, energy: Tensor, token_weight: Tensor) -> None:
         """energy: [s, b, k] of the sites at these `places`; token_weight: [s, b]."""
         weight = token_weight.unsqueeze(-1).double()
         self.total[0, places] += (energy.double().clamp_min(1e-30).log() * weight).sum((0, 1))

@@ -171,8 +171,8 @@ def test_a_massive_token_and_a_tiny_one_weigh_no_more_than_others():
     weight[2] = 0.0  # masked
     energy = energies(target, sites, heads, None)
     typical = TypicalEnergy(3, torch.device("cpu"))
-    typical.add([1], energy[:50], weight[:50])
-    typical.add([1], energy[50:], weight[50:])
+    typical.add(torch.tensor([1]), energy[:50], weight[:50])
+    typical.add(torch.tensor([1]), energy[50:], weight[50:])
     assert typical.result().tolist() == pytest.approx([0.0, 1.0, 0.0])
     found = relative_weight(weight, energy, typical.result()[[1]])[:, 0, 0]
     assert found[:4].tolist() == pytest.approx([1e-6, 1.0, 0.0, 1.0])

@@ -71,7 +71,7 @@ def test_only_what_changes_during_a_run_has_a_step_for_it():
     assert opened.config_of_phase(has_changed=False).optimizer.lr == Config().optimizer.lr
     assert opened.config_of_phase(has_changed=True).optimizer.lr == 3e-3
     opened.config.projection.open_after = 0
-    assert opened.change_step == 0 and opened.title.startswith("Narrowed and distilled: ")
+    assert opened.change_step == 0 and opened.title.endswith(", opened at once")
     (line,) = opened.describe_trained(lambda has_changed: 2_000_000 if has_changed else 1_000_000)
     assert line == "trained: 2.0M parameters of the student's own, from the first step on"
     assert "multiplied by projections (`--init random`)" in opened.origin("Teacher", SMOLLM2, 0).origin

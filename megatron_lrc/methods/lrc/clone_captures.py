@@ -83,6 +83,7 @@ class CloneLosses(LayerLosses):
         self._settings, self._terms_of = stage.settings, terms_of
         self._micro_batch: MicroBatch | None = None  # the one in progress
         self._features: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+        self._site_indexes: dict[tuple[str, ...], Tensor] = {}
         self._typical = self._make_typical_energies()
         self._calibration: dict[int, TypicalEnergy] | None = None
         self.is_calibrated = not self._typical
@@ -156,12 +157,13 @@ class CloneLosses(LayerLosses):
             target = self._micro_batch.activations[place.layer, place.linear]
             token_weight = self._of_this_rank(place, self._micro_batch.token_weight)
             found = energies(target, place.sites, self._stage.heads, self._stage.groups.tp)
-            calibration[place.layer].add(_indexes(place), found, token_weight)
+            calibration[place.layer].add(self._indexes(place, found.device), found, token_weight)
 
     def _relative_weight(self, place: Place, target: Tensor, token_weight: Tensor) -> Tensor:
         """[s, b, k] from a teacher's output [s, b, f] and the weight of its tokens [s, b]: a weight for each site."""
         energy = energies(target, place.sites, self._stage.heads, self._stage.groups.tp)
-        return relative_weight(token_weight, energy, self._typical[place.layer][_indexes(place)])
+        indexes = self._indexes(place, target.device)
+        return relative_weight(token_weight, energy, self._typical[place.layer].index_select(0, indexes))
 
     def _of_this_rank(self, place: Place, token_weight: Tensor) -> Tensor:
         """Of the tokens' weight [s, b] that of those [s/tp, b] whose outputs this rank has there."""
@@ -274,9 +276,13 @@ class CloneLosses(LayerLosses):
             self._features[key] = widths, None if site_of is None else site_of.to(compared.device)
         return self._features[key]
 
-
-def _indexes(place: Place) -> list[int]:
-    return [LAYER_SITES.index(site) for site in place.sites]
+    def _indexes(self, place: Place, device: torch.device) -> Tensor:
+        """int64 [k], of its sites in LAYER_SITES; on the device once, since to send it there makes the host wait."""
+        names = tuple(site.name for site in place.sites)
+        if names not in self._site_indexes:
+            indexes = [LAYER_SITES.index(site) for site in place.sites]
+            self._site_indexes[names] = torch.tensor(indexes, device=device)
+        return self._site_indexes[names]
 
 
 class _EnterBackward(torch.autograd.Function):

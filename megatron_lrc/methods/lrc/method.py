@@ -151,8 +151,8 @@ class LowRankClone(Method):
     @property
     def title(self) -> str:
         model = self.config.model
-        what = "Narrowed and distilled: " if self.changes_at_once else "Low-Rank Clone of "
-        return f"{what}{model.teacher} to hidden size {model.student_hidden_size}"
+        opened = ", opened at once" if self.changes_at_once else ""
+        return f"Low-Rank Clone of {model.teacher} to hidden size {model.student_hidden_size}{opened}"
 
     def trained_where(self, *, has_changed: bool) -> str:
         return ", opened" if has_changed else " in projections and norm gains"
@@ -182,9 +182,9 @@ class LowRankClone(Method):
         if changed_at == 0:
             story = (
                 f"its\nmatrices began as those of `{name}`, multiplied by projections (`--init "
-                f"{self.config.projection.init}`), and {opened} were trained."
+                f"{self.config.projection.init}`; Low-Rank Clone,\narXiv 2505.12781), and {opened} were trained."
             )
-            return self._trained(name, story, suffix="narrowed")
+            return self._trained(name, story, suffix="LRC-opened")
         story = (
             f"for\n{changed_at:,} steps its matrices were those of `{name}`, multiplied by trained projections "
             f"(Low-Rank Clone, arXiv\n2505.12781); from there on {opened} were trained themselves, on the same losses."
