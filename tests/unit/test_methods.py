@@ -74,7 +74,7 @@ def test_only_what_changes_during_a_run_has_a_step_for_it():
     assert opened.change_step == 0 and opened.title.endswith(", opened at once")
     (line,) = opened.describe_trained(lambda has_changed: 2_000_000 if has_changed else 1_000_000)
     assert line == "trained: 2.0M parameters of the student's own, from the first step on"
-    assert "multiplied by projections (`--init random`)" in opened.origin("Teacher", SMOLLM2, 0).origin
+    assert "multiplied by projections (`--init random`;" in opened.origin("Teacher", SMOLLM2, 0).origin
     with pytest.raises(NotImplementedError):
         method_named("ordinary").describe_change(SMOLLM2, 1)
 
