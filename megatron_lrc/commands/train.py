@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lrc.commands.auto_rate import with_number
 from megatron_lrc.commands.next_command import after_training, say_next
 from megatron_lrc.config import (
     TRAINING,
@@ -31,7 +32,6 @@ from megatron_lrc.console import complain, say
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.agreement import RanksMissing
 from megatron_lrc.methods import method_of
-from megatron_lrc.train.auto_rate import with_number
 
 
 def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
