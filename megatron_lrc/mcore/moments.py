@@ -39,7 +39,13 @@ def copy_state(
 
 @torch.no_grad()
 def start_second_moments(
-    optimizer: MegatronOptimizer, everything: Sequence[Trained], groups: Groups, *, num_updates: int, beta2: float
+    optimizer: MegatronOptimizer,
+    everything: Sequence[Trained],
+    groups: Groups,
+    *,
+    num_updates: int,
+    beta2: float,
+    vocab_size: int,
 ) -> None:
     """Give what has no moments yet, though steps have been counted, a second moment: what it would have after
     `num_updates` steps whose squared gradients were all the mean square of this one.
@@ -48,6 +54,7 @@ def start_second_moments(
     middle on would be stepped too far, up to six times at betas of 0.9 and 0.999, until its second moment has grown.
     With one value for each parameter its first steps are those of gradient descent with momentum, of Adam's usual
     length, early in the run as well as late: before the first step the value is 0, as any parameter's.
+    A vocabulary's rows of padding, of which there are more or fewer by layout, do not count: vocab_size are without.
     To be called with gradients ready to be stepped with. Collective over TP and data parallel ranks.
     """
     sums = torch.zeros(len(everything), 3, dtype=torch.float64, device=groups.device)  # of v, of g^2, elements
@@ -61,7 +68,9 @@ def start_second_moments(
     if groups.tp.size() > 1:
         dist.all_reduce(sums, group=groups.tp)
     grown = 1 - beta2**num_updates  # what Adam's correction divides by
-    for held, (present, squares, count) in zip(states, sums.tolist(), strict=True):
+    for trained, held, (present, squares, count) in zip(everything, states, sums.tolist(), strict=True):
+        if trained.is_padded:
+            count *= vocab_size / (trained.parameter.shape[0] * groups.tp.size())
         if held is not None and present == 0 and count:
             held[1]["exp_avg_sq"].fill_(grown * squares / count)
 

@@ -49,6 +49,7 @@ class StageOptimizer:
     def __init__(self, config: Config, stages: Sequence[PipelineStage], groups: Groups):
         self.groups = groups
         self.clip_grad, self._beta2 = config.optimizer.clip_grad, config.optimizer.adam_beta2
+        self._vocab_size = stages[0].shapes.student.vocab_size
         everything = self._trained = [trained for stage in stages for trained in stage.trained()]
         self._tied = [trained.parameter for trained in everything if trained.is_at_both_ends]
         self._replicated = [trained.parameter for trained in everything if trained.split is None]
@@ -198,8 +199,14 @@ class StageOptimizer:
         if self.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, grad_norm)
         if self.is_to_start_moments:
-            steps, beta2 = self.lr_schedule.num_steps, self._beta2
-            start_second_moments(self.optimizer, self._trained, self.groups, num_updates=steps, beta2=beta2)
+            start_second_moments(
+                self.optimizer,
+                self._trained,
+                self.groups,
+                num_updates=self.lr_schedule.num_steps,
+                beta2=self._beta2,
+                vocab_size=self._vocab_size,
+            )
             self.is_to_start_moments = False
         is_updated = self.optimizer.step_with_ready_grads()
         if self._is_gather_overlapped:
