@@ -1,6 +1,6 @@
 """What a run is made from: its settings, how they are read, and what of them can be refused at once.
 
-The one door: whoever is outside imports from here. `settings.py` has the fields, a flag each; `config.py` what follows
+The one door: whoever is outside imports from here. `settings/` has the fields, a flag each; `config.py` what follows
 from them; `arguments.py` reads flags and YAML; `validation.py`, `layout_checks.py` and `precision_checks.py` refuse.
 Nothing in this package imports torch, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""Flags and YAML keys made from the fields of settings.py. Precedence: default < --preset < --config FILE < flag.
+"""Flags and YAML keys made from the fields of `settings`. Precedence: default < --preset < --config FILE < flag.
 
 Both sources give one dict, field name -> value, through the same `convert()`, so that a wrong type reads the same
 wherever it stands. YAML keys are field names with `-` or `_`, at the top level or under their section's name; what

@@ -1,6 +1,6 @@
 """`Config`: everything a run is made from, and what follows from it. Also the two errors that users get to read.
 
-The sections of settings are in `settings.py`; here are the sizes that follow from them (data-parallel size,
+The sections of settings are in `settings/`; here are the sizes that follow from them (data-parallel size,
 warmup steps). What follows from --method is asked of its `Method` (`megatron_lrc.methods`).
 `validation.validate()` reports every impossible combination that can be seen without the teacher,
 `validation.validate_against_teacher()` the rest; both run before any process group or model exists, and give

@@ -1,4 +1,4 @@
-"""Every setting as data, made from the dataclass fields of settings.py; and how a value becomes a setting's type."""
+"""Every setting as data, made from the dataclass fields of `settings`; and how a value becomes a setting's type."""
 
 import difflib
 import types

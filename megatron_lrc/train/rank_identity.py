@@ -1,6 +1,6 @@
 """What one rank of a run is, as far as all ranks must be the same: compared before they do anything together.
 
-    settings       every flag's value, but for paths and for what no other rank notices (`per_rank` in settings.py)
+    settings       every flag's value, but for paths and for what no other rank notices (`per_rank` in `settings`)
     environment    the variables by which libraries choose kernels and algorithms
     packages       versions of those that compute, or read and write what ranks share; Python's
     code           every file of megatron_lrc, whose version number stays the same from commit to commit

@@ -21,7 +21,7 @@ from megatron_lrc.train.start_checks import check
 from runs import make_config
 from students import random_student
 
-#: Settings that are texts, but no paths. A new one belongs here, or is marked `per_rank` in settings.py.
+#: Settings that are texts, but no paths. A new one belongs here, or is marked `per_rank` in `settings`.
 TEXTS = {"clone_terms", "split", "pipeline_model_parallel_layout", "recompute_modules"}
 
 
