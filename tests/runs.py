@@ -41,7 +41,6 @@ def on_layout(
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
-        sequence_parallel=tp > 1,
         use_distributed_optimizer=dist_opt,
     )
     return replace(config, parallel=parallel)

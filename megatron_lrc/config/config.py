@@ -196,8 +196,9 @@ class Config:
         """One line: how the models lie on the devices, and what a step takes. devices: "8 GPUs", "cpu"."""
         parallel, training = self.parallel, self.training
         cp = f" x CP {parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+        shards = " with sequence parallel" if parallel.tensor_model_parallel_size > 1 else ""
         return (
-            f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}{cp} x DP "
+            f"TP {parallel.tensor_model_parallel_size}{shards} x PP {parallel.pipeline_model_parallel_size}{cp} x DP "
             f"{self.data_parallel_size(world_size)} on {devices}; {self.num_microbatches(world_size)} micro-batches of "
             f"{training.micro_batch_size} x {training.seq_length} tokens per step"
         )

@@ -14,12 +14,12 @@ def check_layout(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp = parallel.context_parallel_size
-    if tp > 1 and not parallel.sequence_parallel:
+    if tp > 1 and not parallel.is_sequence_parallel:
         yield (
-            f"--tensor-model-parallel-size {tp} requires sequence parallel: without it every TP process would add the "
-            "same tokens' gradient to the projections once more. Add --sequence-parallel."
+            f"--tensor-model-parallel-size {tp} does not go with --no-sequence-parallel: every TP process would add "
+            "the same tokens' gradient to the projections once more. Leave --no-sequence-parallel out."
         )
-    if parallel.sequence_parallel and config.training.seq_length % (tp * cp):
+    if parallel.is_sequence_parallel and config.training.seq_length % (tp * cp):
         by_cp = f" times --context-parallel-size {cp}" * (cp > 1)
         yield (
             f"--seq-length {config.training.seq_length} is not divisible by --tensor-model-parallel-size {tp}{by_cp}, "

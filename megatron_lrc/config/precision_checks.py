@@ -116,7 +116,7 @@ def check_fp8_sizes(config: Config, base: ModelShape, student: ModelShape) -> It
     multiple, tp = FP8_MULTIPLE[compute.fp8_recipe], parallel.tensor_model_parallel_size
     heads, groups = base.num_attention_heads, base.num_query_groups
     at_once = config.training.micro_batch_size * config.training.seq_length
-    divisor = parallel.context_parallel_size * (tp if parallel.sequence_parallel else 1)
+    divisor = parallel.context_parallel_size * (tp if parallel.is_sequence_parallel else 1)
     each = f" on each of {tp} TP processes" * (tp > 1)
     over = f", over {divisor}" * (divisor > 1)
     sizes = {

@@ -71,7 +71,8 @@ def validate_against_teacher(method: Rules, teacher: ModelShape) -> list[str]:
 
 
 def check_ranges(config: Config) -> Iterator[str]:
-    """The ranges that stand beside the fields in config.py. NaN and infinity are in no range."""
+    """The ranges that stand beside the fields of `settings`. NaN and infinity are in no range, and neither is what
+    overflows further on: in fp32, in the bytes of a tensor, in a date."""
     for section in fields(config):
         for field in fields(getattr(config, section.name)):
             value = getattr(getattr(config, section.name), field.name)
@@ -79,12 +80,16 @@ def check_ranges(config: Config) -> Iterator[str]:
                 continue
             bounds = field.metadata
             at_least, above = bounds.get("at_least", -math.inf), bounds.get("above", -math.inf)
-            below = bounds.get("below", math.inf)
+            below = bounds.get("below", LARGEST)
             if not (math.isfinite(value) and at_least <= value and above < value < below):
                 parts = [f"{word} {bounds[key]}" for key, word in RANGE_WORDS.items() if key in bounds]
+                if value >= LARGEST and "below" not in bounds:
+                    parts.append(f"below {LARGEST:g}")
                 yield f"{flag_of(field.name)} is {value}; it must be {' and '.join(parts) or 'finite'}."
 
 
+#: No setting means anything from here on; tokens of a budget are fewer.
+LARGEST = 10**15
 RANGE_WORDS = {"at_least": "at least", "above": "above", "below": "below"}
 
 

@@ -1,5 +1,6 @@
 """What a run's data flags name: blends of datasets, and the parts of them for training and validation."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -57,11 +58,11 @@ def _read_blend(flag: str, values: list[str]) -> Blend | None:
     numbers = [_as_number(value) for value in values[::2]]
     if len(values) % 2 or all(number is None for number in numbers):
         return Blend(flag=flag, prefixes=[os.path.abspath(value) for value in values], weights=None)
-    weights = [number for number in numbers if number is not None and number > 0]
+    weights = [number for number in numbers if number is not None and 0 < number < math.inf]
     if len(weights) < len(numbers):
         raise ConfigError(
-            f"{flag} {' '.join(values)}: weights and prefixes do not alternate, or a weight is not above 0. "
-            "Give prefixes only, or W1 PREFIX1 W2 PREFIX2 ... with every weight above 0."
+            f"{flag} {' '.join(values)}: weights and prefixes do not alternate, or a weight is not above 0 and finite. "
+            "Give prefixes only, or W1 PREFIX1 W2 PREFIX2 ... with every weight a number above 0."
         )
     return Blend(flag=flag, prefixes=[os.path.abspath(value) for value in values[1::2]], weights=weights)
 

@@ -92,11 +92,7 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
         raise ConfigError("The run has no tokenizer to compare the data with. Give --teacher or --tokenizer-model.")
     tokenizer = _load_base_tokenizer(config, load_tokenizer(path), f"{flag} {path}")
     if tokenizer.vocab_size > teacher_vocab_size:
-        raise ConfigError(
-            f"The tokenizer of {flag} {path} has {tokenizer.vocab_size} token ids, but the {kind} "
-            f"{config.base_model} has {teacher_vocab_size}. Use the {kind}'s own tokenizer with "
-            "--tokenizer-model."
-        )
+        _check_ids_beyond(config, tokenizer, teacher_vocab_size, f"{flag} {path}", files)
     check_eod(config, tokenizer.eod, f"{flag} {path}", files)
     for file in files:
         if file.manifest and not tokenizer.made(file.manifest["tokenizer"]):
@@ -107,6 +103,27 @@ def _check_vocabulary(config: Config, files: list[IndexedFile], teacher_vocab_si
                 f"--tokenizer-model {path}."
             )
     return tokenizer if has_manifest else None
+
+
+def _check_ids_beyond(
+    config: Config, tokenizer: Tokenizer, vocab_size: int, where: str, files: list[IndexedFile]
+) -> None:
+    """The tokenizer has ids that the embedding has no row for: padding, in teachers of which it is the own tokenizer
+    (transformers #24899). That does no harm unless the data holds one, which only its tokens show."""
+    noun, base = config.base_role.noun, config.base_model
+    if base is None or not has_tokenizer(base):
+        raise ConfigError(
+            f"The tokenizer of {where} has {tokenizer.vocab_size} token ids, but the {noun} {base} has {vocab_size}. "
+            f"Use the {noun}'s own tokenizer with --tokenizer-model."
+        )
+    if flags_that_need_eod(config) and tokenizer.eod is not None and tokenizer.eod >= vocab_size:
+        raise ConfigError(
+            f"{flags_that_need_eod(config)[0]} needs the end-of-document token {tokenizer.eod}, but the {noun}'s "
+            f"embedding has {vocab_size} rows: it cannot be in the data. Leave the flag out."
+        )
+    for file in files:
+        if file.manifest:  # the others have been looked at
+            _check_token_ids(file, vocab_size, noun)
 
 
 def _load_base_tokenizer(config: Config, tokenizer: Tokenizer, where: str) -> Tokenizer:
@@ -132,8 +149,8 @@ def _check_token_ids(file: IndexedFile, vocab_size: int, noun: str) -> None:
         if lowest < 0 or highest >= vocab_size:
             raise ConfigError(
                 f"{file.prefix}.bin holds token id {highest if highest >= vocab_size else lowest}, but the "
-                f"{noun}'s ids are 0 to {vocab_size - 1}: another tokenizer made it. Write the data again "
-                f"with the {noun}'s."
+                f"{noun}'s ids are 0 to {vocab_size - 1}: another tokenizer made it, or the text names a token "
+                f"that the {noun} has no row for. Write the data again with the {noun}'s tokenizer, or without it."
             )
 
 

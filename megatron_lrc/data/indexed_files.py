@@ -9,6 +9,7 @@ is in pieces: memory does not grow with the dataset.
     .bin   all token ids end to end
 """
 
+import difflib
 import json
 import os
 import struct
@@ -81,8 +82,8 @@ def read_indexed_file(prefix: str) -> IndexedFile:
     for path in (idx_path, bin_path):
         if not os.path.isfile(path):
             raise ConfigError(
-                f"There is no {path}. A dataset is named by its prefix, PREFIX of PREFIX.bin and PREFIX.idx: "
-                "correct the data path, or write the dataset with tools/preprocess_data.py."
+                f"There is no {path}{_similar(prefix)}. A dataset is named by its prefix, PREFIX of PREFIX.bin and "
+                "PREFIX.idx: correct the data path, or write the dataset with tools/preprocess_data.py."
             )
     with open(idx_path, "rb") as file:
         header = file.read(HEADER.size)
@@ -100,6 +101,19 @@ def read_indexed_file(prefix: str) -> IndexedFile:
     dtype = numpy.dtype(TOKEN_DTYPES[dtype_code])
     _check_size(bin_path, int(lengths.sum(dtype=numpy.int64)) * dtype.itemsize, f"{idx_path} says")
     return IndexedFile(prefix=prefix, dtype=dtype, lengths=lengths, manifest=_read_manifest(prefix, lengths))
+
+
+def _similar(prefix: str) -> str:
+    """The end of a sentence, where beside `prefix` there is a dataset that was probably meant: a file of it was named,
+    or preprocess_data.py's --output-prefix, to which it has added the key of the text."""
+    folder, name = os.path.split(prefix)
+    if not os.path.isdir(folder or "."):
+        return ""
+    known = sorted(path.removesuffix(".idx") for path in os.listdir(folder or ".") if path.endswith(".idx"))
+    of_file = [other for other in known if name in (f"{other}.bin", f"{other}.idx", f"{other}.json")]
+    of_prefix = [other for other in known if other.startswith(f"{name}_")]
+    close = of_file or of_prefix or difflib.get_close_matches(name, known, n=1)
+    return f"; was {' or '.join(os.path.join(folder, other) for other in close[:3])} meant?" if close else ""
 
 
 def _check_size(path: str, expected: int, who_says: str, *, may_be_longer: bool = False) -> None:

@@ -73,7 +73,6 @@ class Plan:
         parallel, training = self.config.parallel, self.config.training
         sizes = {name: getattr(parallel, name) for name in SIZES}
         chosen = [f"--{name.replace('_', '-')} {size}" for name, size in sizes.items() if size > 1]
-        chosen += ["--sequence-parallel"] * parallel.sequence_parallel
         chosen += [f"--micro-batch-size {training.micro_batch_size}"]
         if parallel.recompute_granularity:
             chosen.append(f"--recompute-granularity {parallel.recompute_granularity}")
@@ -186,7 +185,7 @@ def candidates(
     context = [size for size in divisors(world_size) if size <= 8]
     for tp, pp, cp, micro_batch in itertools.product(tensor, pipeline, context, micro_batches):
         sizes = dict(zip(SIZES, (tp, pp, cp), strict=True))
-        parallel = replace(config.parallel, **sizes, sequence_parallel=tp > 1)
+        parallel = replace(config.parallel, **sizes, sequence_parallel=None)
         parallel = replace(parallel, recompute_method="uniform", recompute_num_layers=1)
         training = replace(config.training, micro_batch_size=micro_batch)
         layout = replace(config, parallel=parallel, training=training)

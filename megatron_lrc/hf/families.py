@@ -10,6 +10,7 @@ that it is written as.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from megatron_lrc.hf.teacher_checks import check_features, check_weight_files, f
 
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
+#: Settings of RoPE that positions are divided by or compared with.
+ROPE_NUMBERS = {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,13 @@ def rope_settings(description: TeacherDescription) -> dict[str, Any]:
             f"{settings['partial_rotary_factor']}. Only heads that are rotated whole (1.0) are supported. "
             f"Choose another {description.role.noun}."
         )
+    for name in ROPE_NUMBERS & settings.keys():
+        value = settings[name]
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ConfigError(
+                f"{description.given}: config.json has {name} {value!r}, and positions cannot be rotated by it. A "
+                "number above 0 is expected. Correct config.json."
+            )
     return settings
 
 

@@ -138,7 +138,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         # silently wrong from the third micro-batch on: the interleaved schedule sends each tensor by itself.
         overlap_p2p_comm=config.num_chunks > 1,
         batch_p2p_comm=config.num_chunks == 1,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        sequence_parallel=parallel.is_sequence_parallel and parallel.tensor_model_parallel_size > 1,
         tp_comm_overlap=parallel.tp_comm_overlap and is_trained,
         recompute_granularity=recompute,
         recompute_method=config.parallel.recompute_method if recompute == "full" else None,

@@ -47,6 +47,8 @@ class Progress:
 
 def losses_text(record: dict[str, Any]) -> str:
     """`loss` and its terms, each in about five characters; beside the LM loss the teacher's on the same tokens."""
+    if math.isnan(record["loss"]):
+        return "no loss: no step whose labels count has a finite one"
     terms = {name.removesuffix("_loss"): _loss(record[name]) for name in LOSS_TERMS if name in record}
     if record.get("teacher_lm_loss") is not None:
         terms["lm"] += f" (teacher {_loss(record['teacher_lm_loss'])})"

@@ -18,7 +18,7 @@ from waiting import wait_until
 from worlds import World, training_flags
 
 HOST = socket.gethostname()
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -83,6 +84,17 @@ def test_missing_file_is_named(prepared, flag, suffix):
     assert f"There is no {prepared}{suffix}" in refusal(data_config(**{flag: [prepared]}))
 
 
+@pytest.mark.parametrize("given", ["o", "o_text_document.bin", "o_text_documnet"])
+def test_a_prefix_that_is_nearly_right_is_answered_with_the_right_one(prepared, given):
+    path = str(Path(prepared).with_name(given))
+    assert f"There is no {path}.idx; was {prepared} meant?" in refusal(data_config(data_path=[path]))
+
+
+@pytest.mark.parametrize("weight", ["inf", "nan", "0", "-1"])
+def test_a_weight_that_is_no_number_above_0_is_refused(prepared, weight):
+    assert "a weight is not above 0 and finite" in refusal(data_config(data_path=["1", prepared, weight, prepared]))
+
+
 def test_missing_validation_data_is_refused(tmp_path):
     train = numbered(tmp_path / "train", 10)
     config = data_config(train_data_path=[train], valid_data_path=["nowhere"])
@@ -140,8 +152,23 @@ def test_data_of_a_version_that_did_not_record_the_rules_is_refused(prepared, to
     assert "an earlier version wrote it, without how text is split" in message
 
 
-def test_tokenizer_larger_than_the_teacher_is_refused(prepared, tokenizer_folder):
-    message = refusal(data_config(data_path=[prepared], teacher=tokenizer_folder), vocabulary=100)
+def test_ids_that_only_the_teachers_own_tokenizer_has_do_no_harm_while_the_data_has_none(prepared, tokenizer_folder):
+    """A padding token one beyond the embedding (transformers #24899)."""
+    config = data_config(data_path=[prepared], split="80,20,0", teacher=tokenizer_folder)
+    tokenizer, tokens = load_tokenizer(tokenizer_folder), numpy.fromfile(f"{prepared}.bin", numpy.uint16)
+    largest = tokenizer.vocab_size - 5
+    tokens.clip(max=largest).tofile(f"{prepared}.bin")
+    assert check_data(config, largest + 1) == tokenizer.fingerprint
+    assert f"token id {largest}, but the teacher's ids are 0 to {largest - 1}" in refusal(config, vocabulary=largest)
+    config.data.eod_mask_loss = True
+    assert f"--eod-mask-loss needs the end-of-document token {tokenizer.eod}" in refusal(
+        config, vocabulary=tokenizer.eod
+    )
+
+
+def test_a_tokenizer_that_is_larger_than_a_teacher_without_one_is_refused(prepared, tokenizer_folder, tmp_path):
+    config = data_config(data_path=[prepared], teacher=str(tmp_path), tokenizer_model=tokenizer_folder)
+    message = refusal(config, vocabulary=100)
     assert "token ids, but the teacher" in message and "has 100" in message
 
 

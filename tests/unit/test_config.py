@@ -34,9 +34,12 @@ def test_the_fixture_is_valid(valid_config):
         ({"seq_length": 0}, 1, "--seq-length is 0"),
         ({"lr": -1e-4}, 1, "--lr is -0.0001; it must be at least 0"),
         ({"lr": math.nan}, 1, "--lr is nan"),
+        ({"lr": 1e38}, 1, "--lr is 1e+38; it must be at least 0 and below 1e+15"),
+        ({"seed": 2**32}, 1, "--seed is 4294967296; it must be at least 0 and below 4294967296"),
+        ({"log_interval": 10**30}, 1, "it must be at least 1 and below 1e+15"),
         ({"adam_beta2": 1.0}, 1, "--adam-beta2 is 1.0; it must be at least 0 and below 1"),
         ({"kl_temperature": 0.0}, 1, "--kl-temperature is 0.0; it must be above 0"),
-        ({"tensor_model_parallel_size": 2}, 2, "Add --sequence-parallel"),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": False}, 2, "Leave --no-sequence-parallel out"),
         ({"tensor_model_parallel_size": 3, "sequence_parallel": True}, 3, "Use --seq-length 2049"),
         ({"context_parallel_size": 3}, 3, "Use --seq-length 2052"),
         (
@@ -127,6 +130,13 @@ def test_validate_lists_every_error_at_once(valid_config):
     flags = ("--teacher", "--student-hidden-size", "--kl-temperature", "--load")
     assert len(errors) == 4
     assert all(any(error.startswith(flag) for error in errors) for flag in flags)
+
+
+def test_tensor_parallel_turns_sequence_parallel_on(valid_config):
+    change(valid_config, tensor_model_parallel_size=2)
+    validate(method_of(valid_config), world_size=2)
+    assert valid_config.parallel.is_sequence_parallel
+    assert "TP 2 with sequence parallel x PP 1" in valid_config.describe_layout(2, "2 GPUs")
 
 
 def test_sequence_parallel_without_tensor_parallel_is_harmless(valid_config):

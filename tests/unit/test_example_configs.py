@@ -18,7 +18,7 @@ RUNS = {
     "eight_nodes.yaml": (
         "Qwen2.5-7B-Instruct",
         "64",
-        "TP 2 x PP 1 x DP 32 on 64 GPUs; 4 micro-batches of 2 x 2048 tokens",
+        "TP 2 with sequence parallel x PP 1 x DP 32 on 64 GPUs; 4 micro-batches of 2 x 2048 tokens",
     ),
 }
 

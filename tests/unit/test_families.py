@@ -89,6 +89,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
         ({"rope_parameters": YARN}, ["'yarn'", "default, linear, llama3"]),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["'dynamic'"]),
+        ({"rope_parameters": LLAMA3_ROPE | {"rope_theta": 0.0}}, ["rope_theta 0.0", "above 0"]),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": float("nan")}}, ["factor nan", "above 0"]),
         ({"rope_parameters": LLAMA3_ROPE | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "must divide"]),
         ({"hidden_size": "wide"}, ["transformers refuses config.json", "hidden_size"]),

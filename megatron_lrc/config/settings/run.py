@@ -11,7 +11,7 @@ class ParallelConfig:
     """How one model is laid out over processes; what is left over is data parallel."""
 
     tensor_model_parallel_size: int = setting(
-        1, "Processes (TP) that share each layer's matrices. Above 1 needs --sequence-parallel.", at_least=1
+        1, "Processes (TP) that share each layer's matrices. Above 1 it comes with --sequence-parallel.", at_least=1
     )
     pipeline_model_parallel_size: int = setting(1, "Pipeline stages (PP).", at_least=1)
     num_virtual_stages_per_pipeline_rank: int | None = setting(
@@ -20,8 +20,10 @@ class ParallelConfig:
     context_parallel_size: int = setting(
         1, "Processes (CP) that divide each sequence; every layer gathers its keys and values.", at_least=1
     )
-    sequence_parallel: bool = setting(
-        False, "Shard norms and residual stream over the sequence among the TP processes."
+    sequence_parallel: bool | None = setting(
+        None,
+        "Shard norms and residual stream over the sequence among the TP processes. Default: with TP above 1, which "
+        "does not go without.",
     )
     decoder_first_pipeline_num_layers: int | None = setting(
         None, "Layers on the first pipeline stage. Default: an even split.", at_least=1
@@ -80,6 +82,11 @@ class ParallelConfig:
         "has to outlast what one rank does alone, such as building the data's index maps.",
         above=0,
     )
+
+    @property
+    def is_sequence_parallel(self) -> bool:
+        """--sequence-parallel, or what it is by default."""
+        return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
 
 
 @dataclass(kw_only=True, slots=True)
@@ -245,7 +252,7 @@ class TrainingConfig:
         "Skip a step whose gradient norm is above this many times the running mean. Default: only clipped.",
         above=1,
     )
-    seed: int = setting(1234, "Seed of initialisation and data order.", at_least=0)
+    seed: int = setting(1234, "Seed of initialisation and data order.", at_least=0, below=2**32)
 
 
 @dataclass(kw_only=True, slots=True)
