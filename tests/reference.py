@@ -131,8 +131,8 @@ class Reference:
         """tokens, labels, mask: [batch, sequence]; labels are already shifted.
 
         attention_at_teacher_width: the released code's o term, the student's attention through the teacher's o matrix.
-        is_relative: divide a token's clone loss by its target's mean square in the teacher, or by the geometric mean of
-        these over the tokens if that is larger.
+        is_relative: a token's clone loss is Huber's, of its distance relative to its target's in the teacher, or to
+        the geometric mean of these over the tokens if that is larger.
         documents: [batch, sequence], the number of each token's document, the only one that it attends to.
         positions: [batch, sequence], of each token for RoPE.
         """
@@ -154,13 +154,17 @@ class Reference:
         for layer in range(self.num_layers):
             for site in MODULES:
                 target, student = self.outputs[f"T.{layer}.{site}"], self.outputs[f"S.{layer}.{site}"]
-                energy = target.detach().square().mean(-1) if is_relative else torch.ones_like(mask)
-                typical = (mean(energy.log())).exp()
+                energy = target.detach().square().mean(-1)
+                typical = mean(energy.log()).exp()
                 if site == "o" and attention_at_teacher_width:
                     matrix = self.teacher.model.layers[layer].self_attn.o_proj.weight
                     student = self.outputs[f"S.{layer}.o.input"] @ matrix.t()
                 elif site in PROJECTS_OUTPUT:
                     target = target @ projections[f"layers.{layer}.{site}"]
                     target = target.detach() if detach_targets else target
-                clone[layer, site] = mean((student - target).square().mean(-1) / energy.maximum(typical))
+                error = (student - target).square().mean(-1)
+                if is_relative:  # twice Huber's loss of the relative distance, with threshold 1
+                    distance = (error / energy.maximum(typical)).sqrt()
+                    error = 2 * F.huber_loss(distance, torch.zeros_like(distance), reduction="none")
+                clone[layer, site] = mean(error)
         return Losses(lm, kl, clone)

@@ -1,4 +1,4 @@
-"""The energy of the teacher's outputs: what --clone-normalization token divides a token's squared error by.
+"""--clone-normalization token: a token's squared error relative to the teacher's energy, and bounded in its pull.
 
 A teacher has massive activations: a few tokens, mostly first ones, whose FFN outputs are a thousand times the others'.
 A mean of squared errors is then theirs, and its gradient tears at what the other tokens have learnt. So each token's
@@ -7,6 +7,10 @@ site, or tokens whose targets are nearly zero would take over instead.
 
 Both come from the teacher alone and are constants to autograd. A scale that moved with P could be lowered by
 shrinking P, since the targets o_T P are not detached.
+
+A student makes massive activations too, and at first on other tokens than the teacher: one such token's relative error
+is hundreds of times the sum of all others'. So the relative error r of a token counts as Huber's loss: as it is up to
+1, where nothing of the target is met, and from there on as 2 sqrt(r) - 1, whose gradient no longer grows.
 
 Notation: s sequence, b micro-batch, f features of a captured output on this rank, k sites in it.
 """
@@ -22,25 +26,34 @@ from megatron_lrc.clone.sites import HeadLayout, Site, select
 _NOTHING = 1e-20
 
 
-def energies(target: Tensor, sites: list[Site], heads: HeadLayout, tp: ProcessGroup) -> Tensor:
-    """[s, b, k], in fp32 or better: mean over a site's features of the teacher's squared output [s, b, f].
+def energies(outputs: list[Tensor], sites: list[Site], heads: HeadLayout, tp: ProcessGroup) -> Tensor:
+    """[len(outputs), s, b, k], in fp32 or better: mean over a site's features of squared outputs, each [s, b, f].
 
-    Features that tensor parallelism splits are summed over its ranks: a collective of them.
+    Features that tensor parallelism splits are summed over its ranks: a collective of them, one for all outputs.
     """
-    wide = torch.promote_types(target.dtype, torch.float32)
-    parts = [select(site, target, heads, -1).to(wide).square().flatten(2).mean(-1) for site in sites]
-    found = torch.stack(parts, dim=-1)
+    wide = torch.promote_types(outputs[0].dtype, torch.float32)
+    found = torch.stack(
+        [
+            torch.stack([select(site, output, heads, -1).to(wide).square().flatten(2).mean(-1) for site in sites], -1)
+            for output in outputs
+        ]
+    )
     if sites[0].split == 0 and tp.size() > 1:
         dist.all_reduce(found, group=tp)
         found /= tp.size()
     return found
 
 
-def relative_weight(token_weight: Tensor, energy: Tensor, typical: Tensor) -> Tensor:
-    """[s, b, k]: token_weight [s, b] divided by each token's energy [s, b, k], or by the site's typical one [k] where
-    that is larger."""
-    weight = token_weight.unsqueeze(-1) / energy.maximum(typical.to(energy)).clamp_min(_NOTHING)
-    return weight.where(typical > _NOTHING, 0.0)
+def relative_weights(token_weight: Tensor, error: Tensor, energy: Tensor, typical: Tensor) -> tuple[Tensor, Tensor]:
+    """What the squared errors of a token count with in the loss, and in its gradient, each [s, b, k].
+
+    token_weight: [s, b]. error: [s, b, k], mean over a site's features of the squared error. energy: [s, b, k].
+    typical: [k], of the site, which replaces a token's energy where it is larger.
+    """
+    scale = energy.maximum(typical.to(energy)).clamp_min(_NOTHING)
+    bound = (error / scale).clamp_min(1).sqrt()  # 1 below Huber's threshold
+    in_gradient = (token_weight.unsqueeze(-1) / (scale * bound)).where(typical > _NOTHING, 0.0)
+    return in_gradient * (2 - 1 / bound), in_gradient
 
 
 class TypicalEnergy:

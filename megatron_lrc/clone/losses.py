@@ -44,8 +44,9 @@ class CloneLoss(torch.autograd.Function):
     be carried to the last pipeline stage: it acts where its layer lives.
 
     student, target: [s, b, f]; either may need a gradient (the target of o and down is the teacher's output times P).
-    token_weight: [s, b, k], 0 for masked tokens: one for each of the sites, or k = 1 for all. place: int64 [f], which
-    of the k weighs a feature; None where k is 1. inverse_width: [f], 0 for features whose site is off.
+    weights: what a token's squared error counts with in the loss and in its gradient, each [s, b, k], 0 for masked
+    tokens: one for each of the sites, or k = 1 for all. place: int64 [f], which of the k weighs a feature; None where
+    k is 1. inverse_width: [f], 0 for features whose site is off.
     scale: what the main loss is multiplied by before backward, times alpha.
 
     Nothing of the pair's size is made in forward: both are kept, and subtracted again in backward.
@@ -56,14 +57,14 @@ class CloneLoss(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         target: Tensor,
-        token_weight: Tensor,
+        weights: tuple[Tensor, Tensor],
         place: Tensor | None,
         inverse_width: Tensor,
         scale: Tensor | float,
     ) -> tuple[Tensor, Tensor]:
-        weight = token_weight.to(inverse_width.dtype)
-        per_feature = _squared_error(student, target, weight, place, inverse_width)
-        ctx.save_for_backward(student, target, weight, place, inverse_width)
+        in_loss, in_gradient = (weight.to(inverse_width.dtype) for weight in weights)
+        per_feature = _squared_error(student, target, in_loss, place, inverse_width)
+        ctx.save_for_backward(student, target, in_gradient, place, inverse_width)
         ctx.scale = scale
         ctx.mark_non_differentiable(per_feature)
         return student.view_as(student), per_feature

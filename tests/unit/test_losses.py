@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lrc.clone import vocab_parallel
-from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weight
+from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weights
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths, place_of_features
 from megatron_lrc.clone.products import wide_product
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
@@ -124,7 +124,7 @@ def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tol
     mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
 
     widths = inverse_widths(sites, heads, 40, 1).to(dtype)
-    attached, per_feature = CloneLoss.apply(student, target, mask.unsqueeze(-1), None, widths, 0.2)
+    attached, per_feature = CloneLoss.apply(student, target, (mask.unsqueeze(-1),) * 2, None, widths, 0.2)
     assert torch.equal(attached, student)
     grads = torch.autograd.grad(attached.sin().sum(), (student, target))
 
@@ -150,7 +150,7 @@ def test_each_site_of_a_fused_output_has_tokens_weights_of_its_own():
     student.requires_grad_()
     weight = torch.rand(5, 2, 2, generator=generator, dtype=torch.float64)
     widths, place = inverse_widths(sites, heads, 40, 1), place_of_features(sites, heads, 40)
-    attached, per_feature = CloneLoss.apply(student, target, weight, place, widths, 0.2)
+    attached, per_feature = CloneLoss.apply(student, target, (weight, weight), place, widths, 0.2)
     (grad,) = torch.autograd.grad(attached.sum(), student)
 
     def weighted_mse(number, site):
@@ -169,19 +169,31 @@ def test_a_massive_token_and_a_tiny_one_weigh_no_more_than_others():
     target[0], target[1] = 1000.0, 0.001
     weight = torch.ones(101, 1)
     weight[2] = 0.0  # masked
-    energy = energies(target, sites, heads, None)
+    energy, error = energies([target, 0.1 * target], sites, heads, None)
     typical = TypicalEnergy(3, torch.device("cpu"))
     typical.add(torch.tensor([1]), energy[:50], weight[:50])
     typical.add(torch.tensor([1]), energy[50:], weight[50:])
     assert typical.result().tolist() == pytest.approx([0.0, 1.0, 0.0])
-    found = relative_weight(weight, energy, typical.result()[[1]])[:, 0, 0]
-    assert found[:4].tolist() == pytest.approx([1e-6, 1.0, 0.0, 1.0])
-    assert relative_weight(weight, energy, torch.zeros(1)).eq(0).all()  # no token was seen
+    for found in relative_weights(weight, error, energy, typical.result()[[1]]):
+        assert found[:4, 0, 0].tolist() == pytest.approx([1e-6, 1.0, 0.0, 1.0])
+    no_token_was_seen = torch.zeros(1)
+    assert all(found.eq(0).all() for found in relative_weights(weight, error, energy, no_token_was_seen))
+
+
+def test_a_token_whose_error_is_massive_pulls_no_more_than_one_that_misses_its_target():
+    """The student's own massive activation, where the teacher has none: Huber's loss of the relative distance."""
+    energy = torch.ones(4, 1, 1)
+    distance = torch.tensor([0.5, 1.0, 2.0, 30.0]).view(4, 1, 1)
+    weights = relative_weights(torch.ones(4, 1), distance.square(), energy, torch.ones(1))
+    loss, gradient = (weight * distance.square() for weight in weights)
+    assert loss.flatten().tolist() == pytest.approx([0.25, 1.0, 3.0, 59.0])
+    assert (gradient / distance).flatten().tolist() == pytest.approx([0.5, 1.0, 1.0, 1.0])
 
 
 def test_a_branch_beside_an_activation_gets_its_losses_gradient():
     activation, branch = (torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
-    with_loss, _ = CloneLoss.apply(branch, torch.zeros(3, 2, 4), torch.ones(3, 2, 1), None, torch.full((4,), 0.25), 0.5)
+    weights = (torch.ones(3, 2, 1),) * 2
+    with_loss, _ = CloneLoss.apply(branch, torch.zeros(3, 2, 4), weights, None, torch.full((4,), 0.25), 0.5)
     grads = torch.autograd.grad(CarryLoss.apply(activation, with_loss).sin().sum(), (activation, branch))
     torch.testing.assert_close(grads[0], activation.cos())
     torch.testing.assert_close(grads[1], 0.5 * 2 * branch.detach() / 4)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
-from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weight
+from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weights
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths, place_of_features
 from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
 from megatron_lrc.config import CLONE_TERMS
@@ -156,14 +156,21 @@ class CloneLosses(LayerLosses):
         for place in self._places():
             target = self._micro_batch.activations[place.layer, place.linear]
             token_weight = self._of_this_rank(place, self._micro_batch.token_weight)
-            found = energies(target, place.sites, self._stage.heads, self._stage.groups.tp)
+            (found,) = energies([target], place.sites, self._stage.heads, self._stage.groups.tp)
             calibration[place.layer].add(self._indexes(place, found.device), found, token_weight)
 
-    def _relative_weight(self, place: Place, target: Tensor, token_weight: Tensor) -> Tensor:
-        """[s, b, k] from a teacher's output [s, b, f] and the weight of its tokens [s, b]: a weight for each site."""
-        energy = energies(target, place.sites, self._stage.heads, self._stage.groups.tp)
-        indexes = self._indexes(place, target.device)
-        return relative_weight(token_weight, energy, self._typical[place.layer].index_select(0, indexes))
+    def _weights(
+        self, place: Place, teacher: Tensor, pair: tuple[Tensor, Tensor], token_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weights that `CloneLoss` takes. teacher: its output. pair: the two that are compared."""
+        if not self._typical:
+            weight = token_weight.unsqueeze(-1)
+            return weight, weight
+        with torch.no_grad():
+            outputs = [teacher, pair[0] - pair[1]]
+            energy, error = energies(outputs, place.sites, self._stage.heads, self._stage.groups.tp)
+        typical = self._typical[place.layer].index_select(0, self._indexes(place, teacher.device))
+        return relative_weights(token_weight, error, energy, typical)
 
     def _of_this_rank(self, place: Place, token_weight: Tensor) -> Tensor:
         """Of the tokens' weight [s, b] that of those [s/tp, b] whose outputs this rank has there."""
@@ -230,15 +237,16 @@ class CloneLosses(LayerLosses):
     ) -> tuple[Tensor, Any]:
         """Compare a student's linear output with the teacher's of the same place, and hang the loss on it."""
         assert self._micro_batch is not None
-        micro_batch, target = self._micro_batch, self._teacher_output(place)
-        compared, token_weight = output[0], self._of_this_rank(place, micro_batch.token_weight)
-        weight = self._relative_weight(place, target, token_weight) if self._typical else token_weight.unsqueeze(-1)
+        micro_batch, teacher = self._micro_batch, self._teacher_output(place)
+        compared, target = output[0], teacher
         if place.sites[0].projected == "output":
-            compared, target = self._output_pair(place, inputs[0], output[0], target)  # [s/tp, b, d or D]
+            compared, target = self._output_pair(place, inputs[0], output[0], teacher)  # [s/tp, b, d or D]
+        token_weight = self._of_this_rank(place, micro_batch.token_weight)
+        weights = self._weights(place, teacher, (compared, target), token_weight)
         scale = self._settings.loss.alpha * self._stage.main_loss_scale()
         inverse_width, site_of = self._of_features(place, compared)
         compared, per_feature = CloneLoss.apply(
-            compared, target, weight, site_of if weight.shape[-1] > 1 else None, inverse_width, scale
+            compared, target, weights, site_of if weights[0].shape[-1] > 1 else None, inverse_width, scale
         )
         if not micro_batch.is_recomputing:  # the first forward pass has counted it
             sums = self._stage.sums.clone[place.layer]

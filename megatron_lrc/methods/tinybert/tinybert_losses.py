@@ -86,8 +86,9 @@ class TinyBertLosses(LayerLosses):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         width = target.shape[-1]
         inverse_width = torch.full((width,), 1 / width, dtype=wide, device=target.device)
+        weights = (token_weight.unsqueeze(-1),) * 2  # in the loss, and in its gradient
         mapped, per_feature = CloneLoss.apply(
-            hidden @ self.maps[name], target, token_weight.unsqueeze(-1), None, inverse_width, self._scale
+            hidden @ self.maps[name], target, weights, None, inverse_width, self._scale
         )
         self._stage.sums.clone[layer, term] += per_feature.sum()
         attached = CarryLoss.apply(hidden, mapped)
