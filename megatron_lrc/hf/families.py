@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
+from megatron_lrc.data.pretrained import load_config
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
 from megatron_lrc.hf.teacher_checks import check_features, check_weight_files, find_family, read_config_file
 
@@ -138,7 +139,9 @@ def describe_teacher(
         check_weight_files(path, role)
     family = find_family(path, values, role)
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        config = load_config(path)
+    except ConfigError:
+        raise
     except Exception as error:  # each transformers version has validation errors of its own
         reason = " ".join(str(error).split())
         raise ConfigError(

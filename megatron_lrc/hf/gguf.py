@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from megatron_lrc.config import CONVERTED, ConfigError
+from megatron_lrc.data.pretrained import load_causal_model
 from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.exported_tokenizer import find_other_ids, label_tokenizer
 from megatron_lrc.hf.families import describe_teacher
@@ -73,9 +74,7 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
         check_gguf_tokenizer(path, contents)
         with _alone(path) as file:
             tokenizer = read_gguf_tokenizer(file, contents)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
-            )
+            model = load_causal_model(file.parent, gguf_file=file.name, dtype=torch.float32)
     except ConfigError:
         raise
     except Exception as error:  # each part of transformers has errors of its own

@@ -13,12 +13,12 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_lrc.config import ConfigError, ModelRole
+from megatron_lrc.data.pretrained import refuse_adapter, refuse_code
 from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, Family
 from megatron_lrc.json_files import read_json
 
 #: Where tools/convert_from_hf.py puts a megatron-core checkpoint; Megatron-LM's name for converted weights.
 CHECKPOINT_FOLDER = "release"
-_ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # as PEFT names them
 
 
 def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
@@ -46,21 +46,13 @@ def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
         raise ConfigError(f"{config_file} is not valid JSON ({error}). Correct it, or download it again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{config_file} holds no JSON object. Download or copy it again.")
+    refuse_code(path, given=f"{role.flag} {path}")
     return values
-
-
-def check_no_adapter(path: Path, role: ModelRole) -> None:
-    """Refuse weights with a PEFT adapter beside them, which transformers would load and this code does not."""
-    if found := [name for name in _ADAPTER_FILES if (path / name).is_file()]:
-        raise ConfigError(
-            f"{role.flag} {path} holds {' and '.join(found)} beside the weights: transformers would load this adapter "
-            "too, here it would be left out. Merge it (PEFT's merge_and_unload, then save_pretrained), or move it away."
-        )
 
 
 def check_weight_files(path: Path, role: ModelRole) -> None:
     """Refuse directories whose weights are neither safetensors nor a converted checkpoint."""
-    check_no_adapter(path, role)
+    refuse_adapter(path, given=f"{role.flag} {path}")
     if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
         return
     if (path / CHECKPOINT_FOLDER).is_dir():
