@@ -24,7 +24,7 @@ from typing import Any
 from megatron_lrc import __version__
 from megatron_lrc.checkpoints.files import FileSum
 from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
-from megatron_lrc.json_files import read_json
+from megatron_lrc.json_files import read_object
 from megatron_lrc.plain_files import file_beside
 
 STATE_FILE = "run.json"
@@ -111,11 +111,7 @@ def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """Of JSON's values. ValueError where it is damaged, OSError where it cannot be read."""
-    record = read_json(path / STATE_FILE)
-    if not isinstance(record, dict):
-        raise ValueError("it holds no JSON object")
-    return record
+    return read_object(path / STATE_FILE)
 
 
 # ------------------------------------------------------------------------------------------------ whether it is whole

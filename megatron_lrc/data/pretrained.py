@@ -76,7 +76,7 @@ def refuse_adapter(directory: Path, *, given: str = "") -> None:
 
 
 def _code_of(path: Path) -> str:
-    """What a JSON file asks for that would be code, to complete a sentence; "" for none, or where there is no object."""
+    """What a JSON file asks for that would be code, to complete a sentence; "" for none, or no object."""
     try:
         values = read_json(path)
     except (OSError, ValueError):
