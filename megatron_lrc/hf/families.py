@@ -24,7 +24,13 @@ from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, S
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
 from megatron_lrc.data.pretrained import load_config
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
-from megatron_lrc.hf.teacher_checks import check_features, check_weight_files, find_family, read_config_file
+from megatron_lrc.hf.teacher_checks import (
+    check_features,
+    check_sizes,
+    check_weight_files,
+    find_family,
+    read_config_file,
+)
 
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
@@ -187,6 +193,7 @@ def rope_inverse_frequencies(description: TeacherDescription) -> Tensor:
 
 
 def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> ModelShape:
+    check_sizes(path, config, role)
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups or head_dim % 2:

@@ -21,6 +21,15 @@ from megatron_lrc.json_files import read_json
 CHECKPOINT_FOLDER = "release"
 
 
+#: The largest sizes in config.json that are followed, far above those of any model.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 1 << 20),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 1 << 31),
+}
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+
+
 def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
     """config.json as plain values; refuses what is not a Hugging Face directory on this machine."""
     if path.suffix == ".gguf":
@@ -92,6 +101,18 @@ def find_family(path: Path, values: Mapping[str, Any], role: ModelRole) -> Famil
         )
     exact = [one for one in candidates if all(values.get(name) == value for name, value in one.config.items())]
     return max(exact or candidates[:1], key=lambda family: len(family.config))
+
+
+def check_sizes(path: Path, config: PretrainedConfig, role: ModelRole) -> None:
+    """Refuse sizes that are no numbers, or that no model has: everything else counts, multiplies or allocates them."""
+    for name, most in _MOST.items():
+        size = getattr(config, name, None)
+        if (size is None and name in _OPTIONAL) or (type(size) is int and 1 <= size <= most):
+            continue
+        raise ConfigError(
+            f"{role.flag} {path}: config.json has {name} {str(size)[:50]}. A whole number from 1 to {most:,} is "
+            "expected. Correct config.json, or download it again."
+        )
 
 
 def check_features(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> None:
