@@ -3,6 +3,7 @@
 `folder / name` leaves the folder where the name has a separator, is `..`, begins with a root, or is a link.
 """
 
+import stat
 from pathlib import Path
 
 
@@ -15,9 +16,13 @@ def file_beside(folder: Path, name: object) -> Path:
     if not isinstance(name, str) or name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise ValueError(f"names the file {str(name)[:200]!r}, where plain file names beside it are expected")
     path = folder / name
-    if not path.exists():
-        raise FileNotFoundError(2, "No such file", str(path))
-    if not path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a name too long for any file, a folder that may not be entered
+        raise ValueError(f"names {name[:200]}, which cannot be opened ({error.strerror})") from error
+    if not stat.S_ISREG(mode):
         raise ValueError(f"names {name}, which is no regular file")
     if path.is_symlink() and path.resolve().parent not in _own_folders(folder.resolve()):
         raise ValueError(f"names {name}, which is a link to {path.resolve()}, outside of its folder")

@@ -149,7 +149,7 @@ def describe_teacher(
     except ConfigError:
         raise
     except Exception as error:  # each transformers version has validation errors of its own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise ConfigError(
             f"{role.flag} {path}: transformers refuses config.json ({reason}). A plain {family.name} config "
             "is expected. Correct config.json."

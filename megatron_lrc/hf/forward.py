@@ -133,7 +133,7 @@ def load_pretrained(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     except ConfigError:
         raise
     except Exception as error:  # whatever transformers raises, a user cannot load the directory either
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"transformers cannot load {directory} ({type(error).__name__}: {reason}).") from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -78,7 +78,7 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
     except ConfigError:
         raise
     except Exception as error:  # each part of transformers has errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise ConfigError(
             f"{path}: transformers cannot read this GGUF file ({reason}). A complete file of a supported "
             "architecture is expected. Convert the model's original Hugging Face directory."

@@ -71,7 +71,7 @@ def names_of_an_object_elsewhere(checkpoint: Path, bomb: Path) -> list[str]:
     (checkpoint / "link").symlink_to(elsewhere / "objects")
     os.mkfifo(checkpoint / "pipe")
     names = ["sub/objects", "../elsewhere/objects", str(elsewhere / "objects"), "./sub/../sub/objects", "link", "pipe"]
-    return [*names, "..", ".", "", "sub", "objects\0", "sub\\objects"]
+    return [*names, "..", ".", "", "sub", "objects\0", "sub\\objects", "x" * 300]
 
 
 def test_an_index_names_plain_files_of_its_own_folder(checkpoint: Path, tmp_path: Path) -> None:
