@@ -242,7 +242,7 @@ SOURCES = """
   input: web.jsonl
 """
 CONFIG = """
-preset: lrc-1.5b-reference
+preset: lrc-1.5b
 student-hidden-size: 1536
 model:
   teacher: models/teacher

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("gguf")
 PROGRAM = Path(__file__).parents[1] / "fuzz_process.py"
 SECONDS, PATIENCE = 10.0, 240.0  # of the processor for one case; on the clock, where the machine is busy with others
 
