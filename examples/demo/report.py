@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from megatron_lrc.data.pretrained import load_causal_model, load_tokenizer_files
 from megatron_lrc.evaluation.questions import Question, padded, read_questions
 from megatron_lrc.report.chart_files import write_charts
 from megatron_lrc.report.charts import Chart, Series
@@ -118,7 +119,7 @@ def measure(
     prompt: str,
     tokens: int,
 ) -> Result:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_causal_model(directory, dtype=torch.float32).eval()
     loss = lm_loss(model, blocks)
     return Result(
         directory=str(directory),
@@ -272,7 +273,7 @@ def write_text(path: Path, text: str) -> None:
 def report(args: argparse.Namespace) -> None:
     """Measures the three models and writes everything; report.txt last, as the sign that all of it is there."""
     training, validation = read_run(args.run)
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    tokenizer = load_tokenizer_files(AutoTokenizer, args.teacher)
     blocks = heldout_blocks(args.heldout, tokenizer, block=args.block, max_tokens=args.max_tokens)
     questions = read_questions(args.questions) if args.questions else []
     models = {"teacher": args.teacher, "untrained student": args.untrained, "trained student": args.student}

@@ -24,6 +24,8 @@ from typing import Any
 from megatron_lrc import __version__
 from megatron_lrc.checkpoints.files import FileSum
 from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
+from megatron_lrc.json_files import read_object
+from megatron_lrc.plain_files import file_beside
 
 STATE_FILE = "run.json"
 AUTO = "auto"  # --load: the newest checkpoint of --save
@@ -109,7 +111,7 @@ def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    return read_object(path / STATE_FILE)
 
 
 # ------------------------------------------------------------------------------------------------ whether it is whole
@@ -122,7 +124,7 @@ def find_missing(path: Path) -> str | None:
         if record.get("crc32", _crc32_of(record)) != _crc32_of(record):
             return f"{STATE_FILE} is not what was written"
         for name, expected in _sums(record).items():
-            size = (path / name).stat().st_size
+            size = file_beside(path, name).stat().st_size
             if size != expected.size:
                 return f"{name} has {size} bytes, not {expected.size}"
     except FileNotFoundError as error:
@@ -138,7 +140,7 @@ def find_changed(path: Path, *, part: int = 0, parts: int = 1) -> str | None:
     def damage_of(entry: tuple[str, FileSum]) -> str | None:
         name, expected = entry
         try:
-            found = FileSum.of(path / name)
+            found = FileSum.of(file_beside(path, name))
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if found != expected:

@@ -5,7 +5,6 @@ them the way the user called this one: as files of tools/, `megatron-lrc`, or `p
 cannot know stands in it in capitals, as in the README.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_lrc.config import Config
 from megatron_lrc.console import say
 from megatron_lrc.data.blends import plan_data
+from megatron_lrc.json_files import read_object
 from megatron_lrc.methods import method_of
 
 if TYPE_CHECKING:  # it loads torch, and --help answers without
@@ -67,7 +67,7 @@ def after_indexing(prefixes: Sequence[str]) -> list[Command]:
     """Training on datasets; the teacher is the model whose tokenizer has made them, where that is known."""
     teacher = _tokenizer_of(prefixes[0])
     sizes = _read_json(Path(teacher) / "config.json") if teacher else {}
-    width, longest = sizes.get("hidden_size"), sizes.get("max_position_embeddings")
+    width, longest = (_positive(sizes.get(name)) for name in ("hidden_size", "max_position_embeddings"))
     flags = ["--teacher", teacher if width else "TEACHER", "--student-hidden-size", width // 2 if width else "N"]
     flags += ["--seq-length", longest] if longest and longest < Config().training.seq_length else []
     run = Path("runs") / Path(prefixes[0]).name.removesuffix("_document")
@@ -113,11 +113,21 @@ def after_evaluation(model: Path) -> list[Command]:
 
 def _tokenizer_of(prefix: str) -> str | None:
     """What the manifest beside a dataset names."""
-    return _read_json(Path(f"{prefix}.json")).get("tokenizer", {}).get("model")
+    tokenizer = _read_json(Path(f"{prefix}.json")).get("tokenizer")
+    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
+    return model if isinstance(model, str) else None
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Of a file that only helps to say more."""
+    try:
+        return read_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def _positive(value: object) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _shown(path: object) -> str:

@@ -100,7 +100,7 @@ def num_layers_of(teacher: Path) -> int:
     """Of a Hugging Face directory; 1 where its configuration does not say it, as a run will complain."""
     try:
         return int(read_json(teacher / "config.json")["num_hidden_layers"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 1
 
 

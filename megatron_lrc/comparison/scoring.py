@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_lrc.json_files import read_json
+from megatron_lrc.json_files import read_json, read_object
 from megatron_lrc.whole_files import write_whole
 
 EVALUATION = "evaluation.json"
@@ -56,7 +56,7 @@ class Scoring:
 def read_evaluation(record: Path) -> dict[str, Any]:
     """Part -> what was asked and found; empty where nothing has been measured."""
     try:
-        return read_json(record)
+        return read_object(record)
     except (OSError, ValueError):
         return {}
 

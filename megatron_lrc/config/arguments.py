@@ -190,7 +190,7 @@ def read_yaml(path: str | Path, errors: list[str]) -> dict[str, Any]:
     except OSError as problem:
         errors.append(f"--config {path} cannot be read: {problem.strerror}")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
         errors.append(f"--config {path} is not valid YAML: {' '.join(str(problem).split())}")
         return {}
     values: dict[str, Any] = {}
@@ -231,7 +231,7 @@ def read_mapping(
         else:
             try:
                 values[name] = convert(SETTINGS[name], loader.construct_document(value_node))
-            except (ValueError, yaml.YAMLError) as problem:
+            except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as problem:
                 values[name] = None  # seen: a second one is still reported
                 errors.append(f"{where}: {key}: {' '.join(str(problem).split())}")
 

@@ -41,7 +41,9 @@ _BEFORE_A_CUT = re.compile(rf"[{_BLANK}](?=[{_BLANK}][^{_BLANK}])")
 _CLASSES = (r"\p{L}", r"\p{N}", r"\s", r"(?i:[strevmld])")
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
-_LONG_BLANK = re.compile(r"\s{50000}")  # tiktoken's engine overflows its stack on some hundred thousand
+# tiktoken's engine overflows its stack on some hundred thousand. Looked for from the start of a run only: to look from
+# each of its places would take time with the square of its length.
+_LONG_BLANK = re.compile(r"(?<!\s)\s{50000}")
 _MOST_EXCEPTIONS = 10000
 
 

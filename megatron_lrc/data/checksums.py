@@ -10,8 +10,11 @@ CRC-32 finds what disks and interrupted copies do to a file, at 4 GB/s on one co
 import json
 import os
 import zlib
+from pathlib import Path
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.json_files import read_object
+from megatron_lrc.plain_files import file_beside
 
 FILE_NAME = "checksums.json"
 
@@ -32,8 +35,12 @@ def check_checksums(folder: str) -> None:
     Reads all of them."""
     for name, expected in _read(folder).items():
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ConfigError(f"{path} is missing. {_remedy(folder)}")
+        try:
+            file_beside(Path(folder), name)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is missing. {_remedy(folder)}") from None
+        except ValueError as error:
+            raise ConfigError(f"{os.path.join(folder, FILE_NAME)} {error}. {_remedy(folder)}") from None
         if _measure(path) != expected:
             raise ConfigError(f"{path} is damaged: its size or checksum is not what was written. {_remedy(folder)}")
 
@@ -41,8 +48,7 @@ def check_checksums(folder: str) -> None:
 def _read(folder: str) -> dict[str, list[int]]:
     path = os.path.join(folder, FILE_NAME)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_object(Path(path))
         owner, measured = found["folder"], dict(found["files"])
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is missing or damaged. {_remedy(folder)}") from error

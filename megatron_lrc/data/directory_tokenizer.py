@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoders import BackendEncode
+from megatron_lrc.data.pretrained import load_tokenizer_files
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
 from megatron_lrc.json_files import read_json
 
@@ -199,7 +200,9 @@ def _check_follows(tokenizer: Any, encode: Any, file: str, texts: Iterable[str])
 
 def _load(tokenizer_class: Any, path: str) -> Any:
     try:
-        return tokenizer_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return load_tokenizer_files(tokenizer_class, path)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

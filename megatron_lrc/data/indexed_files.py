@@ -10,23 +10,34 @@ is in pieces: memory does not grow with the dataset.
 """
 
 import difflib
-import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
+from megatron_lrc.json_files import read_object
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
 TOKEN_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _COUNTS = struct.Struct("<QQ")  # end of the header: sequences, documents + 1
 _PIECE = 1 << 22  # entries of the .idx, or token ids, looked at together
+#: Of the entries of a manifest that are not looked at otherwise: what they may be, if they are there.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("documents", "tokens", "empty_documents", "bad_lines"), (int,)),
+    **{"rows": (dict,), "sources": (list,), "options": (dict, type(None)), "dtype": (str, type(None))},
+}
+_KINDS_OF_TOKENIZER: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "type"), (str, type(None))),
+    "tiktoken": (dict, type(None)),
+}
+_KINDS_OF_OPTIONS: dict[str, tuple[type, ...]] = {"filters": (list, type(None)), "max_tokens": (int, type(None))}
 _REMEDY = "Copy both files again, or write the dataset again with tools/preprocess_data.py."
 
 
@@ -131,13 +142,16 @@ def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = read_object(Path(path))
         documents, tokens = manifest["documents"], manifest["tokens"]
         identity_of(manifest)
+        _check_kinds(manifest, _KINDS)
+        _check_kinds(manifest["tokenizer"], _KINDS_OF_TOKENIZER)
+        _check_kinds(manifest.get("options") or {}, _KINDS_OF_OPTIONS)
+        _check_kinds(manifest.get("rows", {}), dict.fromkeys(manifest.get("rows", {}), (int,)))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is not a manifest of tools/preprocess_data.py. Move it away, or write the dataset again."
+            f"{path} is not a manifest of tools/preprocess_data.py ({error}). Move it away, or write the dataset again."
         ) from error
     found = (len(lengths), int(lengths.sum(dtype=numpy.int64)))
     if found != (documents, tokens):
@@ -149,16 +163,27 @@ def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None
     return manifest
 
 
+def _check_kinds(values: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """TypeError where an entry that is there is of another kind than whoever reads it expects."""
+    for name, kind in kinds.items():
+        if name in values and not isinstance(values[name], kind):
+            raise TypeError(f"{name} is of another kind")
+
+
 def identity_of(manifest: dict[str, Any]) -> TokenizerIdentity:
-    """The tokenizer that a manifest names."""
+    """The tokenizer that a manifest names. KeyError, TypeError where it names none."""
     tokenizer = manifest["tokenizer"]
-    return TokenizerIdentity(
+    identity = TokenizerIdentity(
         fingerprint=tokenizer["fingerprint"],
         vocab_size=tokenizer["vocab_size"],
         eod=tokenizer["eod"],
         kind=tokenizer.get("kind", "tokenizers"),
         probes=tokenizer.get("probes", ""),
     )
+    texts, numbers = (identity.fingerprint, identity.kind, identity.probes), (identity.vocab_size, identity.eod or 0)
+    if not (all(isinstance(one, str) for one in texts) and all(type(one) is int for one in numbers)):
+        raise TypeError("the tokenizer's entries are of other kinds")
+    return identity
 
 
 def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:

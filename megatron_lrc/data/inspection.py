@@ -81,9 +81,10 @@ def describe_selection(manifest: Mapping[str, Any]) -> list[str]:
     options, rows = manifest.get("options") or {}, manifest.get("rows") or {}
     lines = []
     if rows.get("filtered") or rows.get("not_sampled"):
-        filters = ", ".join(options.get("filters") or ["filters"])
-        left_out = f"{rows['filtered']:,} left out by {filters}, {rows['not_sampled']:,} by sampling"
-        lines.append(f"rows         {rows['kept']:,} kept, {left_out}")
+        filters = ", ".join(map(str, options.get("filters") or ["filters"]))
+        kept, filtered, not_sampled = (rows.get(name, 0) for name in ("kept", "filtered", "not_sampled"))
+        left_out = f"{filtered:,} left out by {filters}, {not_sampled:,} by sampling"
+        lines.append(f"rows         {kept:,} kept, {left_out}")
     if options.get("max_tokens"):
         lines.append(f"capped       at the document by which there were {options['max_tokens']:,} tokens")
     return lines

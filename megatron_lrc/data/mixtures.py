@@ -15,7 +15,6 @@ same command, after a stop, reads only what is left.
 """
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from megatron_lrc.data.preparation import (
 )
 from megatron_lrc.data.token_counts import parse_token_count
 from megatron_lrc.data.tokenizers import load_tokenizer
+from megatron_lrc.json_files import read_object
 
 _KEYS = ("name", "input", "json_keys", "filter", "sample_fraction", "max_tokens")
 
@@ -108,7 +108,7 @@ def _load_yaml(path: str) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--sources {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of an impossible number or date
         raise ConfigError(f"--sources {path} is not valid YAML ({' '.join(str(error).split())}).") from error
 
 
@@ -190,7 +190,7 @@ def _report_shortfall(preparation: Preparation, tokens: dict[str, int], report: 
 
 
 def _tokens_of(prefix: str) -> int:
-    return json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["tokens"]
+    return read_object(Path(f"{prefix}.json"))["tokens"]
 
 
 def _named(options: IndexingOptions, report: Callable[[str], None]) -> Callable[[str], None]:

@@ -9,10 +9,13 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_lrc.json_files import read_object
 
 SECONDS_BETWEEN = 5.0
 
@@ -43,6 +46,19 @@ class Done:
     is_complete: bool = False  # only the final names are wanting
 
 
+def _sum(values: dict[str, Any]) -> int:
+    """Journals of earlier versions have none."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _is_sound(done: Done) -> bool:
+    """Whether all of it is of the kinds that were written; numbers that are none would fail later."""
+    numbers = [*asdict(done.position).values(), *done.rows.values(), done.bad_lines, done.text_bytes, done.disk_bytes]
+    numbers += [count for counts in done.counts.values() for count in counts.values()]
+    is_text = isinstance(done.first_bad_line, str) and isinstance(done.is_complete, bool)
+    return is_text and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+
+
 class Journal:
     """identity: whatever decides the output's bytes; a journal of another identity is not gone on from."""
 
@@ -54,12 +70,13 @@ class Journal:
     def read(self) -> Done | None:
         """What an earlier process did for the same output; None if there is nothing, or nothing of use."""
         try:
-            with open(self.path, encoding="utf-8") as file:
-                values = json.load(file)
-            if values.pop("identity") != self._identity:
+            values = read_object(Path(self.path))
+            identity, crc32 = values.pop("identity"), values.pop("crc32", None)
+            if identity != self._identity or crc32 not in (None, _sum(values)):
                 return None
-            return Done(**{**values, "position": Position(**values["position"])})
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            done = Done(**{**values, "position": Position(**values["position"])})
+            return done if _is_sound(done) else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def is_due(self) -> bool:
@@ -70,7 +87,8 @@ class Journal:
         sync()
         partial = f"{self.path}.partial"
         with open(partial, "w", encoding="utf-8") as file:
-            json.dump({"identity": self._identity, **asdict(done)}, file)
+            values = asdict(done)
+            json.dump({"identity": self._identity, "crc32": _sum(values), **values}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path)

@@ -15,7 +15,6 @@ encodings by name are not offered.
 
 import base64
 import itertools
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data.encoders import spelled_bytes
 from megatron_lrc.data.loaded_tokenizer import Tokenizer
 from megatron_lrc.data.split_patterns import LLAMA3, MEGATRON_V1, TEKKEN
+from megatron_lrc.json_files import parse_json
 
 PATTERNS = {"v1": MEGATRON_V1, "v2": TEKKEN, "llama3": LLAMA3}  # v1 and v2 are Megatron-LM's names
 # Megatron-LM's, in its order
@@ -231,9 +231,9 @@ def _read_lines(path: str, content: bytes) -> list[tuple[bytes, int]]:
 def _read_json(path: str, content: bytes) -> list[tuple[bytes, int]]:
     entries: list[tuple[bytes, int]] = []
     try:
-        for entry in json.loads(content):
+        for entry in parse_json(content):
             entries.append(_make_entry(entry["token_bytes"], entry["rank"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f'Entry {len(entries)} of {path!r} is not {{"rank": ..., "token_bytes": BASE64, "token_str": ...}}, so it '
             "is not Megatron-LM's JSON vocabulary. Give --tokenizer-model such a file, or one in tiktoken's format."

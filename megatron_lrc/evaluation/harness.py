@@ -71,6 +71,7 @@ def run_tasks(
     lm_eval, datasets = map(import_module, ("lm_eval", "datasets"))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions that know scripts of data sets ask otherwise
     tokenizer = open_tokenizer(directory)
     known = _known_tasks(tuple(tasks))
     members = {task: list(_leaves(known.task_index, task)) for task in tasks}

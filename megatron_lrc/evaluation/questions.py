@@ -6,7 +6,6 @@ A continuation's likelihood is the product over its tokens; prompt and continuat
 tokens added as the tokenizer does it by itself. Of equally likely ones the first is preferred.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,15 @@ class Continuation:
 def read_questions(path: Path) -> list[Question]:
     """ConfigError that names the line for anything but items."""
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8 ({error}). A JSON line for each item is expected.") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line)
             question = Question(item["prompt"], tuple(item["choices"]), item["answer"])
             texts = (question.prompt, *question.choices)
             if not all(isinstance(text, str) for text in texts) or len(question.choices) < 2:

@@ -25,7 +25,7 @@ from megatron_lrc.checkpoints.run_directory import (
 )
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import EvaluationOptions, Report, check_options, evaluate
-from megatron_lrc.json_files import read_json
+from megatron_lrc.json_files import parse_json, read_object
 from megatron_lrc.methods import method_of
 from megatron_lrc.whole_files import write_whole
 
@@ -67,9 +67,10 @@ def _new_ones(run: Path, failed: set[Key]) -> Iterator[tuple[Path, Key]]:
 def _key_of(checkpoint: Path) -> Key | None:
     """None where it is gone, or cannot be read."""
     try:
-        return step_of(checkpoint), read_json(checkpoint / STATE_FILE).get("crc32")
-    except (OSError, ValueError, AttributeError):
+        crc32 = read_object(checkpoint / STATE_FILE).get("crc32")
+    except (OSError, ValueError):
         return None
+    return step_of(checkpoint), crc32 if isinstance(crc32, int) else None
 
 
 def _score(options: EvaluationOptions, checkpoint: Path, key: Key, report: Report) -> bool:
@@ -119,14 +120,16 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
         lines = (run / EVALUATIONS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    return [record for record in map(_parsed, lines) if isinstance(record, dict)]
+    return [record for record in map(_parsed, lines) if record is not None]
 
 
-def _parsed(line: str) -> Any:
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
+    is_record = isinstance(record, dict) and all(isinstance(record.get(name, 0), int) for name in ("step", "crc32"))
+    return record if is_record else None
 
 
 def write_evaluations(run: Path, records: list[dict[str, Any]]) -> None:

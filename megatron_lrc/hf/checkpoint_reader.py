@@ -31,6 +31,7 @@ from megatron_lrc.hf.sampled_hash import is_sampled, sampled_files
 from megatron_lrc.hf.teacher import WEIGHT_FILES, TeacherReader
 from megatron_lrc.hf.teacher_checks import CHECKPOINT_FOLDER
 from megatron_lrc.json_files import read_json
+from megatron_lrc.plain_files import file_beside
 
 RECORD_FILE = "megatron_lrc.json"
 
@@ -155,14 +156,16 @@ class CheckpointReader(Reader):
     def _check_files(self) -> None:
         """Refuse a checkpoint whose files are not those that were written."""
         for name, size in self._record.files.items():
-            path = self._folder / name
-            if not path.is_file():
-                fault = "is missing"
-            elif path.stat().st_size != size:
-                fault = f"has {path.stat().st_size} bytes, {size} were written"
-            else:
-                continue
-            raise ConfigError(f"{self.description.given}: {path} {fault}. Copy or convert it again.")
+            path, fault = self._folder / name, ""
+            try:
+                if (found := file_beside(self._folder, name).stat().st_size) != size:
+                    fault = f"{path} has {found} bytes, {size} were written"
+            except FileNotFoundError:
+                fault = f"{path} is missing"
+            except ValueError as error:
+                fault = f"{RECORD_FILE} {error}"
+            if fault:
+                raise ConfigError(f"{self.description.given}: {fault}. Copy or convert it again.")
         if self._record.is_sampled and sampled_files(self._folder, self._record.files) != self._record.samples_sha256:
             self._refuse_contents("the files")
 

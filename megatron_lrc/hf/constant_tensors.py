@@ -4,7 +4,6 @@
 together what was found. Norm gains that are all one and biases that are all zero are as they should be.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy
+
+from megatron_lrc.json_files import parse_json
 
 _FEW = 1024  # elements, of which a tensor that is not zero has one that is not
 
@@ -89,7 +90,7 @@ def _is_hole(size: int, pieces: Mapping[str, Piece]) -> bool:
 def _parsed(path: Path, size: int, modified: int) -> tuple[Span, ...]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     spans = []
     for name, entry in header.items():
         if name == "__metadata__":

@@ -18,13 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
+from megatron_lrc.data.pretrained import load_config
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
-from megatron_lrc.hf.teacher_checks import check_features, check_weight_files, find_family, read_config_file
+from megatron_lrc.hf.teacher_checks import (
+    check_features,
+    check_sizes,
+    check_weight_files,
+    find_family,
+    read_config_file,
+)
 
 #: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
@@ -141,9 +148,11 @@ def describe_teacher(
         check_weight_files(path, role)
     family = find_family(path, values, role)
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        config = load_config(path)
+    except ConfigError:
+        raise
     except Exception as error:  # each transformers version has validation errors of its own
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise ConfigError(
             f"{role.flag} {path}: transformers refuses config.json ({reason}). A plain {family.name} config "
             "is expected. Correct config.json."
@@ -194,6 +203,7 @@ def rope_inverse_frequencies(description: TeacherDescription) -> Tensor:
 
 
 def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> ModelShape:
+    check_sizes(path, config, role)
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups or head_dim % 2:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.pretrained import load_causal_model
 from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.teacher import WEIGHT_FILES, files_of_tensors
 from megatron_lrc.json_files import read_json
@@ -128,11 +129,11 @@ def load_pretrained(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     """
     try:
         with _without_progress_bars():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            loaded = load_causal_model(directory, dtype=dtype, output_loading_info=True)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever transformers raises, a user cannot load the directory either
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"transformers cannot load {directory} ({type(error).__name__}: {reason}).") from error
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

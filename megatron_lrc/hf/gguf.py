@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from megatron_lrc.config import CONVERTED, ConfigError
+from megatron_lrc.data.pretrained import load_causal_model
 from megatron_lrc.hf.architectures import FAMILIES
 from megatron_lrc.hf.exported_tokenizer import find_other_ids, label_tokenizer
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.gguf_header import check_header, check_sizes
 from megatron_lrc.hf.gguf_tokenizer import check_gguf_tokenizer, read_gguf_tokenizer
 from megatron_lrc.hf.narrowing import narrowed
 from megatron_lrc.hf.teacher import TeacherReader
@@ -68,18 +70,17 @@ def read_gguf(path: Path) -> tuple[Any, Any]:
             f"{' '.join(missing)}"
         )
     try:
+        check_header(path)
         contents = importlib.import_module("gguf").GGUFReader(path)
-        _check_architecture(path, contents)
+        check_sizes(contents, _check_architecture(path, contents))
         check_gguf_tokenizer(path, contents)
         with _alone(path) as file:
             tokenizer = read_gguf_tokenizer(file, contents)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
-            )
+            model = load_causal_model(file.parent, gguf_file=file.name, dtype=torch.float32)
     except ConfigError:
         raise
     except Exception as error:  # each part of transformers has errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise ConfigError(
             f"{path}: transformers cannot read this GGUF file ({reason}). A complete file of a supported "
             "architecture is expected. Convert the model's original Hugging Face directory."
@@ -121,13 +122,14 @@ def saveable(source: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _check_architecture(path: Path, contents: Any) -> None:
-    """Refuse what cannot be a teacher before it is dequantised."""
+def _check_architecture(path: Path, contents: Any) -> str:
+    """Refuse what cannot be a teacher before it is dequantised. The name of its architecture."""
     architecture, supported = contents.fields["general.architecture"].contents(), {one.model_type for one in FAMILIES}
     if architecture not in supported:
         raise ConfigError(
             f"{path} holds a {architecture} model. Supported: {', '.join(sorted(supported))}. Choose another teacher."
         )
+    return architecture
 
 
 def _check_nothing_is_lost(path: Path, contents: Any, model: Any) -> None:

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from megatron_lrc.data.pretrained import load_causal_model, load_tokenizer_files
 from megatron_lrc.hf.gguf import read_gguf, save_gguf_tokenizer, saveable
 
 SAMPLE = (
@@ -49,8 +50,8 @@ def write_teacher(gguf: Path, output: Path) -> None:
 @torch.no_grad()
 def check_teacher(directory: Path, source: LlamaForCausalLM) -> None:
     """Reads the directory back as any user would; refuses it unless it is the GGUF file's model and tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(directory).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = load_causal_model(directory).eval()
+    tokenizer = load_tokenizer_files(AutoTokenizer, directory)
     config = model.config
     ids = tokenizer(SAMPLE, return_tensors="pt")["input_ids"]
     prediction = model(ids, labels=ids)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import split_patterns
 from megatron_lrc.data.directory_tokenizer import spell_as_sentencepiece
+from megatron_lrc.data.pretrained import load_tokenizer_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def check_gguf_tokenizer(path: Path, contents: Any) -> None:
 
 def read_gguf_tokenizer(path: Path, contents: Any) -> Any:
     """The transformers tokenizer of a GGUF file that lies alone in its folder and has passed the check."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    tokenizer = load_tokenizer_files(AutoTokenizer, path.parent, gguf_file=path.name)
     if _field(contents, "model") == "gpt2":
         RULES[_field(contents, "pre")].apply_to(tokenizer.backend_tokenizer)
     else:

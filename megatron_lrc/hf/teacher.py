@@ -26,6 +26,7 @@ from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weight
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.sampled_hash import sampled_fingerprint
 from megatron_lrc.json_files import read_json
+from megatron_lrc.plain_files import file_beside
 
 SINGLE_FILE, INDEX_FILE = WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json"
 
@@ -164,16 +165,22 @@ def _file_names(directory: Path) -> list[str]:
             "load. Move away what does not belong to the model."
         )
     for name in names:
-        if Path(name).name != name or "\\" in name:  # an index must not reach outside its directory
-            raise ConfigError(
-                f"{directory / INDEX_FILE} names the file {name!r}. Plain file names beside the index are "
-                "expected. Download the index again from a source you trust."
-            )
-        if not (directory / name).is_file():
-            raise ConfigError(
-                f"{directory / INDEX_FILE} names {name}, which is not there. Download or copy the missing file."
-            )
+        _check_name(directory, name)
     return names
+
+
+def _check_name(directory: Path, name: str) -> None:
+    try:
+        file_beside(directory, name)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{directory / INDEX_FILE} names {name}, which is not there. Download or copy the missing file."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(
+            f"{directory / INDEX_FILE} {error}. Download the model again from a source you trust, or copy the file "
+            "itself there."
+        ) from None
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

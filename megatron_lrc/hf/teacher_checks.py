@@ -13,12 +13,21 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_lrc.config import ConfigError, ModelRole
+from megatron_lrc.data.pretrained import refuse_adapter, refuse_code
 from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, Family
 from megatron_lrc.json_files import read_json
 
 #: Where tools/convert_from_hf.py puts a megatron-core checkpoint; Megatron-LM's name for converted weights.
 CHECKPOINT_FOLDER = "release"
-_ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # as PEFT names them
+
+
+#: The largest sizes in config.json that are followed, far above those of any model.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 1 << 20),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 1 << 31),
+}
+_OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
@@ -46,21 +55,13 @@ def read_config_file(path: Path, role: ModelRole) -> dict[str, Any]:
         raise ConfigError(f"{config_file} is not valid JSON ({error}). Correct it, or download it again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{config_file} holds no JSON object. Download or copy it again.")
+    refuse_code(path, given=f"{role.flag} {path}")
     return values
-
-
-def check_no_adapter(path: Path, role: ModelRole) -> None:
-    """Refuse weights with a PEFT adapter beside them, which transformers would load and this code does not."""
-    if found := [name for name in _ADAPTER_FILES if (path / name).is_file()]:
-        raise ConfigError(
-            f"{role.flag} {path} holds {' and '.join(found)} beside the weights: transformers would load this adapter "
-            "too, here it would be left out. Merge it (PEFT's merge_and_unload, then save_pretrained), or move it away."
-        )
 
 
 def check_weight_files(path: Path, role: ModelRole) -> None:
     """Refuse directories whose weights are neither safetensors nor a converted checkpoint."""
-    check_no_adapter(path, role)
+    refuse_adapter(path, given=f"{role.flag} {path}")
     if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
         return
     if (path / CHECKPOINT_FOLDER).is_dir():
@@ -100,6 +101,18 @@ def find_family(path: Path, values: Mapping[str, Any], role: ModelRole) -> Famil
         )
     exact = [one for one in candidates if all(values.get(name) == value for name, value in one.config.items())]
     return max(exact or candidates[:1], key=lambda family: len(family.config))
+
+
+def check_sizes(path: Path, config: PretrainedConfig, role: ModelRole) -> None:
+    """Refuse sizes that are no numbers, or that no model has: everything else counts, multiplies or allocates them."""
+    for name, most in _MOST.items():
+        size = getattr(config, name, None)
+        if (size is None and name in _OPTIONAL) or (type(size) is int and 1 <= size <= most):
+            continue
+        raise ConfigError(
+            f"{role.flag} {path}: config.json has {name} {str(size)[:50]}. A whole number from 1 to {most:,} is "
+            "expected. Correct config.json, or download it again."
+        )
 
 
 def check_features(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> None:

@@ -13,6 +13,8 @@ import signal
 import time
 from pathlib import Path
 
+from megatron_lrc.json_files import read_object
+
 _FINAL_EXIT_CODE = "megatron_lrc_exit_code"
 _PR_SET_PDEATHSIG = 1
 
@@ -65,9 +67,9 @@ def final_failure() -> tuple[str, int] | None:
     attempts = Path(path).parents[2]
     for file in sorted(attempts.glob(f"attempt_{restarts() - 1}/*/error.json")):
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_object(file)
             if _FINAL_EXIT_CODE in values:
                 return values["message"]["message"], int(values[_FINAL_EXIT_CODE])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue  # half written: the process was killed
     return None

@@ -121,10 +121,9 @@ def load_weights(path: Path, stages: Sequence[PipelineStage], optimizer: StageOp
 
 def _load(path: Path, state: dict) -> dict:
     try:
-        refuse_code(path)  # megatron-core's loader would run it
+        stored = refuse_code(path).state_dict_metadata  # megatron-core's loader would run it
     except UnsafeCheckpoint as error:
         raise ConfigError(f"{error}, so it is not loaded. Give a checkpoint that megatron_lrc wrote.") from None
-    stored = read_index(path).state_dict_metadata
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and value.key not in stored:
             value.key = _stored_name(value.key, stored)

@@ -93,7 +93,8 @@ class Curves:
         for color, model in enumerate(("teacher", "student")):
             for record, style in ((measured[-1], "line"), (measured[0], "dashed")):
                 ranks = record["effective_rank"].get(model)
-                if ranks and (style == "line" or (record is not measured[-1] and model == "student")):
+                is_wanted = style == "line" or (record is not measured[-1] and model == "student")
+                if isinstance(ranks, list) and ranks and is_wanted:
                     name = model if style == "line" else f"{model} at step {record['step']}"
                     series.append(Series(name, list(enumerate(ranks)), color, style))
         title = f"Effective rank at step {measured[-1]['step']}"

@@ -1,10 +1,8 @@
 """What a run directory says about its run, whole or in progress; any of the files may be missing."""
 
-import math
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +77,7 @@ class RunFiles:
 
 def read_run(path: Path) -> RunFiles:
     """Read a run directory; a ConfigError if it is none."""
-    found = sorted(path.glob("iter_[0-9]*[0-9]/run.json"))
+    found = [file for file in path.glob("iter_*/run.json") if file.parent.name.removeprefix("iter_").isdecimal()]
     known = [path / "metrics.jsonl", path / "validation.jsonl", path / STARTS_FILE]
     if not path.is_dir() or not (found or any(file.is_file() for file in known)):
         what = "holds no run" if path.is_dir() else "is not a directory"
@@ -104,11 +102,10 @@ def read_run(path: Path) -> RunFiles:
 
 
 def _add_record(run: RunFiles, record: dict[str, Any]) -> None:
-    by_layer = record.pop("clone_by_layer", None)
-    given = by_layer if isinstance(by_layer, Mapping) else {}
+    given = {term: row for term, row in record.pop("clone_by_layer", {}).items() if isinstance(row, list)}
     for term in {*run.clone_by_layer, *given}:
         rows = run.clone_by_layer.setdefault(term, [array("f")] * len(run.records))
-        rows.append(array("f", [math.nan if value is None else value for value in given.get(term, [])]))
+        rows.append(array("f", given.get(term, [])))
     run.records.append(record)
 
 
@@ -124,7 +121,9 @@ def _read_config(run: RunFiles) -> None:
 
 
 def parse_time(text: Any) -> datetime | None:
+    """With its time zone; UTC where it names none."""
     try:
-        return datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
+        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
     except (ValueError, TypeError):
         return None

@@ -49,9 +49,8 @@ LOSSES = ("loss", "lm_loss", "kl_loss", "clone_loss", "teacher_lm_loss")
 def last_validation(run: Path, step: int) -> dict[str, float]:
     """The losses of the last validation at or before `step`; empty where the run has none that can be read."""
     try:
-        lines = (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [record for record in map(json.loads, lines) if record["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError):
+        records = [record for record in read_records(run / "validation.jsonl") if record["step"] <= step]
+    except OSError:
         return {}
     found = records[-1] if records else {}
     return {name: found[name] for name in LOSSES if isinstance(found.get(name), float)}

@@ -41,7 +41,8 @@ def lost_work(records: Iterable[dict[str, Any]], resume_at: int) -> tuple[int, f
     for record in records:
         if record["step"] > resume_at:
             since = record["step"] - max(before, resume_at)
-            steps, seconds = steps + since, seconds + since * record["step_seconds"]
+            took = record.get("step_seconds")  # a record may be damaged, or of another version
+            steps, seconds = steps + since, seconds + since * (took if isinstance(took, (int, float)) else 0.0)
         before = record["step"]
     return steps, seconds
 

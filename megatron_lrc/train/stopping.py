@@ -74,7 +74,7 @@ class Stopping:
         """When the state is saved: remove the stop file. The words to end with, if the run is to be continued."""
         stop_file = self._stop_file()
         if stop_file and self._groups.is_main_rank and self._heard[REASONS.index(f"the file {STOP_FILE}")]:
-            stop_file.unlink(missing_ok=True)
+            _remove(stop_file)
         step, steps, save = self._state.step, self._config.train_iters, self._config.checkpoint.save
         if not self.is_asked or step == steps:
             return None
@@ -92,11 +92,18 @@ class Stopping:
         if not self._groups.is_main_rank:  # one clock and one look at the file system are enough
             return [*signals, False, False]
         is_late = minutes is not None and time.monotonic() - self._start >= 60 * minutes
-        return [*signals, is_late, stop_file is not None and stop_file.exists()]
+        return [*signals, is_late, stop_file is not None and stop_file.is_file()]
 
     def _stop_file(self) -> Path | None:
         save = self._config.checkpoint.save
         return Path(save) / STOP_FILE if save else None
+
+
+def _remove(stop_file: Path) -> None:
+    try:
+        stop_file.unlink(missing_ok=True)
+    except OSError as error:
+        _say(f"{stop_file} could not be removed ({error.strerror}): remove it, or the next start stops at once")
 
 
 class SignalWatch:

@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from checkpoints import write_run
 from megatron_lrc.checkpoints.index import INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
@@ -293,7 +294,23 @@ def put_in_an_object(path: Path, bomb: Bomb) -> None:
     (path / INDEX_FILE).write_bytes(pickle.dumps(index))
 
 
-@pytest.mark.parametrize("put", [put_in_the_index, put_in_the_common_file, put_in_an_object])
+def put_in_another_folder(path: Path, bomb: Bomb) -> None:
+    """An object by the name of a harmless file of the checkpoint, in another folder, which the index names. The run
+    asks for a tensor by the name of this object."""
+    index = read_index(path)
+    place = next(place for place in index.storage_data if place.fqn.startswith("projections."))
+    elsewhere = path.parents[1] / "elsewhere"
+    elsewhere.mkdir()
+    for folder, content in ((path, [None]), (elsewhere, [bomb])):
+        torch.save(content, folder / "objects", _use_new_zipfile_serialization=False)  # bytes behind it do no harm
+        os.truncate(folder / "objects", 4096)
+    index.state_dict_metadata[place.fqn] = BytesStorageMetadata()
+    index.storage_data = {key: stored for key, stored in index.storage_data.items() if key.fqn != place.fqn}
+    index.storage_data[MetadataIndex(place.fqn)] = _StorageInfo("../../elsewhere/objects", 0, 4096)
+    (path / INDEX_FILE).write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("put", [put_in_the_index, put_in_the_common_file, put_in_an_object, put_in_another_folder])
 def test_a_checkpoint_that_would_run_code_is_refused_before_it_can(tiny_llama, tiny_text, tmp_path, put):
     """Sizes and checksums do not help against someone who writes a checkpoint: here they fit."""
     config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=1)
@@ -309,4 +326,6 @@ def test_a_checkpoint_that_would_run_code_is_refused_before_it_can(tiny_llama, t
         refuse_code(path)
     with pytest.raises(AssertionError, match="so it is not loaded"):
         train(continued(config, steps=2))
+    with pytest.raises(AssertionError, match="so it is not loaded"):
+        train(saving(config, save=str(tmp_path / "new"), pretrained_checkpoint=str(path)))
     assert not traces.exists()

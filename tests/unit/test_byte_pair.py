@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import time
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_a_text_of_blanks_too_long_for_tiktoken_is_left_to_the_hugging_face_toke
     ours, theirs = both("gpt2")
     texts = [" " * 1_000_000 + "a", "\n" * 99_999]
     assert ours(texts) == theirs(texts)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u3000"])
+def test_long_runs_of_blanks_take_no_more_time_than_short_ones(blank: str) -> None:
+    """Of as many characters in all. Processor time, the least of three, so that a busy machine does not show."""
+    ours, _ = both("llama3")
+
+    def seconds(run: int) -> float:
+        text, found = ("a" + blank * run) * (192_000 // run), []
+        for _ in range(3):
+            start = time.process_time()
+            assert ours._encode(text) is not None
+            found.append(time.process_time() - start)
+        return min(found)
+
+    assert seconds(48_000) < 4 * seconds(3_000)  # 16 times as long a run
 
 
 def test_the_encoder_pickles_to_workers() -> None:

@@ -113,6 +113,29 @@ def test_truncated_gguf_is_refused(tmp_path: Path, capsys, size: int) -> None:
     assert f"{source}: transformers cannot read this GGUF file" in refused_conversion(capsys, source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (8, 2**62, "its header is longer than the file"),
+        (16, 2**62, "its header is longer than the file"),
+        (b"tokenizer.ggml.tokens", 2**62, "its header is longer than the file"),
+        (b"llama.block_count", 10**9, "llama.block_count is 1000000000, and its tensors have another size"),
+    ],
+    ids=["tensors", "fields", "tokens", "layers"],
+)
+def test_gguf_that_claims_more_than_it_has_is_refused_at_once(tmp_path: Path, capsys, place, value, words) -> None:
+    """The package gguf would go on reading behind the file's end, transformers would make the layers."""
+    source, _ = write_gguf_model(tmp_path, "llama")
+    content = bytearray(source.read_bytes())
+    if isinstance(place, bytes):  # a name, the type of its value; of an array, that of its elements
+        place = content.index(place) + len(place) + (8 if b"tokens" in place else 4)
+    size = 4 if value < 2**32 else 8
+    content[place : place + size] = value.to_bytes(size, "little")
+    source.write_bytes(content)
+    message = refused_conversion(capsys, source, tmp_path / "output")
+    assert f"{source}: transformers cannot read this GGUF file" in message and words in message
+
+
 def test_absent_models_are_refused(tmp_path: Path, capsys) -> None:
     assert "No such file" in refused_conversion(capsys, tmp_path / "absent.gguf", tmp_path / "output")
     assert f"--hf-model {tmp_path / 'absent'} does not exist" in refused_conversion(

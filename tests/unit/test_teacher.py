@@ -205,17 +205,24 @@ def test_truncated_file_is_refused(damaged: Path, size: int) -> None:
     ("index", "words"),
     [
         ({"weight_map": {"model.norm.weight": "absent.safetensors"}}, "names absent.safetensors, which is not there"),
-        ({"weight_map": {"model.norm.weight": "../outside.safetensors"}}, "Plain file names beside the index"),
-        ({"weight_map": {"model.norm.weight": "/outside.safetensors"}}, "Plain file names beside the index"),
+        (
+            {"weight_map": {"model.norm.weight": "../outside.safetensors"}},
+            "where plain file names beside it are expected",
+        ),
+        (
+            {"weight_map": {"model.norm.weight": "/outside.safetensors"}},
+            "where plain file names beside it are expected",
+        ),
         ({"weight_map": {"model.norms.weight": "part.safetensors"}}, "which does not hold it"),
         ({"weight_map": {"model.norm.weight": 3}}, "is not a safetensors index"),
         ({"weight_map": {}}, "is not a safetensors index"),
         ([], "is not a safetensors index"),
     ],
-    ids=["absent", "parent", "absolute", "other tensor", "no name", "empty", "list"],
+    ids=["absent", "parent", "absolute", "link", "other tensor", "no name", "empty", "list"],
 )
 def test_bad_index_is_refused(damaged: Path, index: object, words: str) -> None:
     shutil.copy(damaged / "model.safetensors", damaged.parent / "outside.safetensors")
+    (damaged / "link.safetensors").symlink_to(damaged.parent / "outside.safetensors")
     (damaged / "model.safetensors").rename(damaged / "part.safetensors")
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
     assert words in refusal(damaged)

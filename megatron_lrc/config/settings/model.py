@@ -150,8 +150,8 @@ class LossConfig:
     clone_normalization: Literal["none", "token"] = setting(
         "none",
         "none: squared errors as they are (the paper). token: each token's, divided by the mean square of its own "
-        "target, or by the site's typical one where that is larger, and beyond 1 as Huber's loss: teachers and students "
-        "have tokens of massive activations, which otherwise are most of the loss.",
+        "target, or by the site's typical one where that is larger, and from 1 on as Huber's loss: teachers and "
+        "students have tokens of massive activations, which otherwise are most of the loss.",
     )
     detach_clone_targets: bool = setting(
         False, "Keep the targets o_T P_o and o_ffn_T P_down from passing gradients to their projection."
