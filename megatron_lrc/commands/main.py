@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from megatron_lrc import __version__
+from megatron_lrc import __version__, console
 from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain
 
@@ -68,8 +69,15 @@ def usage(program: str) -> str:
 def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
     """The command's exit code. program: what the user called, for messages."""
     module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
-    if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
-        return module.run(argv, program, only_checks=command == "check")
+    try:
+        if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
+            return module.run(argv, program, only_checks=command == "check")
+        return _run(module, argv, program)
+    finally:
+        console.finish()
+
+
+def _run(module: ModuleType, argv: Sequence[str], program: str) -> int:
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
+from uuid import uuid4
 
 import numpy
 import torch.distributed as dist
@@ -144,7 +145,7 @@ class Request:
 
     def _fill_cache(self) -> bool:
         folder = self.folder
-        temporary = f"{folder}.tmp-{os.getpid()}"
+        temporary = f"{folder}.tmp-{uuid4().hex}"
         try:
             os.makedirs(self.parent, exist_ok=True)
             if os.path.isdir(folder):
