@@ -13,6 +13,7 @@ from types import ModuleType
 from megatron_lrc import __version__, console
 from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain
+from megatron_lrc.os_errors import explain, raise_file_limit
 
 #: Group -> name of the command -> (module of this package, summary).
 COMMANDS = {
@@ -68,6 +69,7 @@ def usage(program: str) -> str:
 
 def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
     """The command's exit code. program: what the user called, for messages."""
+    raise_file_limit()
     module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
     try:
         if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
@@ -81,7 +83,7 @@ def _run(module: ModuleType, argv: Sequence[str], program: str) -> int:
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in (explain(error) if isinstance(error, OSError) else str(error)).splitlines():
             complain(f"{program}: {line}")
         return 2
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import os
 import zlib
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.os_errors import explained
 
 FILE_NAME = "checksums.json"
 
@@ -27,14 +28,17 @@ def write_checksums(folder: str, *, name: str) -> None:
         json.dump({"folder": name, "files": measured}, file, indent=1)
 
 
+@explained()
 def check_checksums(folder: str) -> None:
     """ConfigError if a file is missing or other than `write_checksums` has found it, or all are another folder's.
     Reads all of them."""
     for name, expected in _read(folder).items():
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ConfigError(f"{path} is missing. {_remedy(folder)}")
-        if _measure(path) != expected:
+        try:
+            found = _measure(path)
+        except (FileNotFoundError, IsADirectoryError):
+            raise ConfigError(f"{path} is missing. {_remedy(folder)}") from None
+        if found != expected:
             raise ConfigError(f"{path} is damaged: its size or checksum is not what was written. {_remedy(folder)}")
 
 

@@ -19,6 +19,7 @@ import numpy
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import HEADER, MAGIC, TOKEN_DTYPES, pieces
 from megatron_lrc.locks import FileLock
+from megatron_lrc.os_errors import explain
 
 
 class DatasetWriter:
@@ -200,7 +201,7 @@ def explain_os_error(error: OSError, prefix: str) -> str:
     """One sentence for what the system refused while the files of --output-prefix were written."""
     where = error.filename or f"the files of {prefix}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}: {error.strerror or error}."
+        return explain(error, str(where))
     folder = os.path.dirname(os.path.abspath(prefix))
     return (
         f"{error.strerror}: {where} could not be written. Make room in {folder}, or use another "
