@@ -37,6 +37,6 @@ def _map_file(path: str) -> numpy.ndarray:
         raise OSError(number, os.strerror(number), path)
     content = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(content, _LIBC.munmap, address, size).atexit = False  # the process takes it along
-    array = numpy.frombuffer(content, dtype=numpy.uint8)
+    array = numpy.frombuffer(memoryview(content), dtype=numpy.uint8)
     array.flags.writeable = False
     return array

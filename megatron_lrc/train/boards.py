@@ -89,7 +89,7 @@ class TensorBoard:
 
     def _append(self, **event: Any) -> None:
         # Slow to import, and wanted by one rank only.
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         record = io.BytesIO()

@@ -44,18 +44,18 @@ class LogFiles:
             say(f"warning: the run ends, and {left} lines of its records could not be written")
 
     def _catch_up(self) -> None:
-        failure = next(filter(None, [self._work_off(path) for path in self._waiting]), None)
-        if failure and not self._is_failing:
-            what = f"{failure.filename or 'the run directory'} cannot be written ({failure.strerror or failure})"
+        failures = {path: failure for path in self._waiting if (failure := self._work_off(path))}
+        if failures and not self._is_failing:
+            path, failure = next(iter(failures.items()))
             say(
-                f"warning: {what}: the run goes on; up to {MOST_WAITING:,} lines of each of its records wait in "
-                "memory, and are written when that is mended"
+                f"warning: {path} cannot be written ({failure.strerror or failure}): the run goes on; up to "
+                f"{MOST_WAITING:,} lines of each of its records wait in memory, and are written when that is mended"
             )
-        elif self._is_failing and not failure:
+        elif self._is_failing and not failures:
             lost = f"{self._num_lost:,} lines are lost" if self._num_lost else "nothing is lost"
             say(f"the run's records can be written again, and what waited is; {lost}")
             self._num_lost = 0
-        self._is_failing = failure is not None
+        self._is_failing = bool(failures)
 
     def _work_off(self, path: Path) -> OSError | None:
         waiting = self._waiting[path]
@@ -76,7 +76,7 @@ def append(path: Path, content: bytes) -> None:
     try:
         with open(path, "ab") as file:
             file.write(content)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             os.truncate(path, size)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

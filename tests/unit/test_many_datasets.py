@@ -37,10 +37,18 @@ def files_left(count: int) -> Iterator[None]:
     """This process may open so many files more."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(map(int, os.listdir("/proc/self/fd"))) + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most + count, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most + count + 1, before[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
     try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(taken[0]))
+        for _ in range(count):
+            os.close(taken.pop())
         yield
     finally:
+        for descriptor in taken:
+            os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
@@ -53,7 +61,7 @@ def test_a_blend_of_many_datasets_needs_few_descriptors(prefixes):
         assert train and valid and len(train) >= NUM_DATASETS
         seen = {int(dataset[0]["tokens"][0]) // 400 for dataset in train._datasets}
         assert seen == set(range(NUM_DATASETS)) and len(valid[0]["tokens"]) == 16
-        assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_merging_and_inspecting_many_datasets_needs_few_descriptors(prefixes, tmp_path):
