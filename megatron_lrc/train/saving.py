@@ -100,7 +100,8 @@ class Saving:
         self._step, self._failure = None, failure
         again = ""
         if self._interval:
-            self._retry_at = self._state.step + max(1, self._interval // RETRIES)
-            again = f"; the run goes on, and tries again every {max(1, self._interval // RETRIES)} steps"
+            steps = max(1, self._interval // RETRIES)
+            self._retry_at = self._state.step + steps
+            again = f"; the run goes on, and tries again after {'the next step' if steps == 1 else f'{steps} steps'}"
         if is_first:
             self._say(f"warning: {failure}; earlier checkpoints are untouched{again}")

@@ -113,7 +113,7 @@ def test_a_writer_that_dies_fails_its_save_and_not_the_run(tiny_llama, tiny_text
     assert steps_on_disk(tmp_path) == [4, 5]
     assert [line for line in lines if "could not be saved" in line] == [
         "warning: step 2 could not be saved: the process that wrote it died, perhaps for want of memory; "
-        "earlier checkpoints are untouched"
+        "earlier checkpoints are untouched; the run goes on, and tries again after the next step"
     ]
     assert not list(tmp_path.glob("*.partial-*"))
 
