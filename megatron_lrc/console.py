@@ -6,6 +6,7 @@ so does everything with NO_COLOR (no-color.org) or TERM=dumb.
 
 import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 WARNING, ERROR = "warning: ", "error: "
@@ -24,7 +25,17 @@ def complain(line: str) -> None:
 
 
 def _write(line: str, colour: str, file: TextIO) -> None:
-    print(f"{colour}{line}{_PLAIN}" if colour and _has_colours(file) else line, file=file, flush=True)
+    with suppress(OSError):  # a log file on a full disk, or a pipe that nobody reads: no run ends for a line
+        print(f"{colour}{line}{_PLAIN}" if colour and _has_colours(file) else line, file=file, flush=True)
+
+
+def finish() -> None:
+    """Before the process ends: what a full disk has not taken is lost, or Python would make an exit code of it."""
+    for file in (sys.stdout, sys.stderr):
+        try:
+            file.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def _has_colours(file: TextIO) -> bool:

@@ -4,13 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_lrc.config import ConfigError
+from megatron_lrc.os_errors import explain
+
 #: Far beyond what any of the formats here has: tokenizers nest to a dozen, their files are some 40 MB.
 DEEPEST, LARGEST_BYTES, LONGEST_NUMBER = 100, 1 << 28, 300
 
 
+class Unreadable(ConfigError):
+    """The system does not let a file be read, which says nothing of what is in it."""
+
+
 def read_json(path: Path) -> Any:
     """What a file in UTF-8 holds. FileNotFoundError where there is none; ValueError, with the reason to complete a
-    sentence, where it cannot be read or is not JSON that is worth following (`parse_json`).
+    sentence, where it is not JSON that is worth following (`parse_json`); `Unreadable`, which is one too, where the
+    system refuses it.
 
     A byte order mark is refused, although it could be skipped: transformers and tokenizers, which read the same
     files, do not.
@@ -24,7 +32,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
+        raise Unreadable(explain(error, str(path))) from error
     if text.startswith("\ufeff"):
         raise ValueError("it begins with a UTF-8 byte order mark; save it as UTF-8 without one")
     return parse_json(text)

@@ -17,6 +17,7 @@ import shutil
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,8 @@ def remove_leftovers(run: str | Path) -> None:
             continue
         final = path.with_name(match[1])
         if match[2] == "replaced" and not final.exists():
-            os.replace(path, final)  # its successor never got the name
+            with suppress(OSError):  # read-only now
+                os.replace(path, final)  # its successor never got the name
         else:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from megatron_lrc import __version__
+from megatron_lrc import __version__, console
 from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain
+from megatron_lrc.os_errors import explain, raise_file_limit
 
 #: Group -> name of the command -> (module of this package, summary).
 COMMANDS = {
@@ -67,13 +69,21 @@ def usage(program: str) -> str:
 
 def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
     """The command's exit code. program: what the user called, for messages."""
+    raise_file_limit()
     module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
-    if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
-        return module.run(argv, program, only_checks=command == "check")
+    try:
+        if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
+            return module.run(argv, program, only_checks=command == "check")
+        return _run(module, argv, program)
+    finally:
+        console.finish()
+
+
+def _run(module: ModuleType, argv: Sequence[str], program: str) -> int:
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in (explain(error) if isinstance(error, OSError) else str(error)).splitlines():
             complain(f"{program}: {line}")
         return 2
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from megatron_lrc.comparison.scoring import Scoring, read_evaluation
 from megatron_lrc.comparison.smollm2 import described_smollm2, make_smollm2
 from megatron_lrc.comparison.workload import Workload
 from megatron_lrc.config import ConfigError, parse_config, validate
+from megatron_lrc.locks import FileLock
 from megatron_lrc.methods import method_of
 from megatron_lrc.report.chart_files import write_charts
 from megatron_lrc.whole_files import write_whole
@@ -170,7 +171,12 @@ class Comparing:
 def compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
     """Do what is not done yet and write the figures. ConfigError before any run starts, or if none finished."""
     contestants.check(contestants.choose(options.names, options.added, options.rates))
-    options.output.mkdir(parents=True, exist_ok=True)
+    output, remedy = options.output, "Wait until it has ended, or give another folder."
+    with FileLock(output / ".lock", place=f"--output {output}", remedy=remedy):
+        return _compare(options, say)
+
+
+def _compare(options: Options, say: Callable[[str], None]) -> tables.Comparison:
     comparing = Comparing(options, _material(options, say), say)
     comparing.check_flags()
     runner = comparing.runner

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
+from uuid import uuid4
 
 import yaml
 
@@ -298,10 +299,14 @@ def apply(config: Config, values: Mapping[str, Any]) -> None:
 def save_yaml(config: Config, path: str | Path) -> None:
     """Writes every setting, by section. The file appears complete or not at all."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
     body = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=False)
-    partial.write_text(f"# Resolved configuration, megatron_lrc {__version__}. Read it back with --config.\n{body}")
-    os.replace(partial, path)
+    head = f"# Resolved configuration, megatron_lrc {__version__}. Read it back with --config.\n"
+    try:
+        partial.write_text(head + body)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def describe_changes(config: Config, sections: Collection[str] | None = None) -> list[str]:

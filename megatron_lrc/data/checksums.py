@@ -13,7 +13,8 @@ import zlib
 from pathlib import Path
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.json_files import read_object
+from megatron_lrc.json_files import Unreadable, read_object
+from megatron_lrc.os_errors import explained
 from megatron_lrc.plain_files import file_beside
 
 FILE_NAME = "checksums.json"
@@ -30,18 +31,19 @@ def write_checksums(folder: str, *, name: str) -> None:
         json.dump({"folder": name, "files": measured}, file, indent=1)
 
 
+@explained()
 def check_checksums(folder: str) -> None:
     """ConfigError if a file is missing or other than `write_checksums` has found it, or all are another folder's.
     Reads all of them."""
     for name, expected in _read(folder).items():
         path = os.path.join(folder, name)
         try:
-            file_beside(Path(folder), name)
+            found = _measure(str(file_beside(Path(folder), name)))
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing. {_remedy(folder)}") from None
         except ValueError as error:
             raise ConfigError(f"{os.path.join(folder, FILE_NAME)} {error}. {_remedy(folder)}") from None
-        if _measure(path) != expected:
+        if found != expected:
             raise ConfigError(f"{path} is damaged: its size or checksum is not what was written. {_remedy(folder)}")
 
 
@@ -50,6 +52,8 @@ def _read(folder: str) -> dict[str, list[int]]:
     try:
         found = read_object(Path(path))
         owner, measured = found["folder"], dict(found["files"])
+    except Unreadable:
+        raise
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is missing or damaged. {_remedy(folder)}") from error
     if owner != os.path.basename(folder):

@@ -142,7 +142,7 @@ def _load_base_tokenizer(config: Config, tokenizer: Tokenizer, where: str) -> To
 
 
 def _check_token_ids(file: IndexedFile, vocab_size: int, noun: str) -> None:
-    tokens = numpy.memmap(f"{file.prefix}.bin", dtype=file.dtype, mode="r")
+    tokens = file.tokens
     for start in range(0, len(tokens), _SCAN_TOKENS):
         piece = tokens[start : start + _SCAN_TOKENS]
         lowest, highest = int(piece.min()), int(piece.max())

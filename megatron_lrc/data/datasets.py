@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
+from uuid import uuid4
 
 import numpy
 import torch.distributed as dist
@@ -27,8 +28,10 @@ from megatron_lrc.data.checksums import check_checksums, write_checksums
 from megatron_lrc.data.data_checks import flags_that_need_eod
 from megatron_lrc.data.indexed_files import identity_of, read_indexed_file
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
+from megatron_lrc.data.mapped_files import map_array
 from megatron_lrc.data.sample_order import SampleOrder, digest_of
 from megatron_lrc.data.tokenizers import load_tokenizer
+from megatron_lrc.os_errors import explain
 
 T = TypeVar("T")
 
@@ -144,7 +147,7 @@ class Request:
 
     def _fill_cache(self) -> bool:
         folder = self.folder
-        temporary = f"{folder}.tmp-{os.getpid()}"
+        temporary = f"{folder}.tmp-{uuid4().hex}"
         try:
             os.makedirs(self.parent, exist_ok=True)
             if os.path.isdir(folder):
@@ -159,8 +162,8 @@ class Request:
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise ConfigError(
-                f"The dataset's index maps cannot be kept in {self.parent} ({error.strerror or error}). Give "
-                "--data-cache-path a folder that can be written and that every node sees."
+                f"The dataset's index maps cannot be kept in {self.parent}: {explain(error)} Give --data-cache-path a "
+                "folder that can be written and that every node sees."
             ) from error
         return False
 
@@ -199,7 +202,7 @@ class Request:
                 maps = {kind: self.load(f"{name}-{index}-{kind}") for kind in ("documents", "samples", "shuffle")}
                 datasets.append(
                     RepeatedDataset(
-                        source.file.prefix,
+                        source.file,
                         source.documents,
                         maps,
                         gpt_config,
@@ -216,13 +219,16 @@ class Request:
         """An array of the filled cache, memory-mapped; objects would be pickles. ConfigError for anything else."""
         path = os.path.join(self.folder, f"{name}.npy")
         try:
-            return numpy.load(path, mmap_mode="r")
+            array = numpy.load(path, mmap_mode="r")  # which looks at its header, and keeps a descriptor
+            return map_array(path, array.dtype, array.shape, array.offset)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{path} is not there, where rank 0 should have written it: ranks that have their data in folders of "
                 "their own need one for the index maps that all see. Give it with --data-cache-path."
             ) from error
-        except (OSError, ValueError, EOFError) as error:
+        except OSError as error:
+            raise ConfigError(explain(error, path)) from error
+        except (ValueError, EOFError, AttributeError) as error:  # AttributeError: no array, but an archive of them
             raise ConfigError(
                 f"{path} is not an index map ({error}). Remove {self.folder}; the next start builds it again."
             ) from error

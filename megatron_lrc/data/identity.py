@@ -14,6 +14,7 @@ from typing import Any
 from megatron_lrc.config import Config
 from megatron_lrc.data.blends import plan_data
 from megatron_lrc.data.indexed_files import read_indexed_file
+from megatron_lrc.os_errors import explained
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a .bin, evenly spread, both ends among them
 _SHOWN = 16  # hexadecimal digits
@@ -31,6 +32,7 @@ def describe_data(config: Config) -> dict[str, str]:
     return found
 
 
+@explained()
 def index_digest(prefix: str) -> str:
     """sha256 of the .idx. Read once by a process, as long as the file stays the same: some have 400 MB."""
     path = f"{prefix}.idx"
@@ -54,6 +56,7 @@ def _describe_dataset(prefix: str) -> str:
     return ", ".join(f"{suffix} {digest[:_SHOWN]}" for suffix, digest in digests.items())
 
 
+@explained()
 def _digest_of_samples(path: str) -> str:
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())

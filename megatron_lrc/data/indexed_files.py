@@ -11,9 +11,11 @@ is in pieces: memory does not grow with the dataset.
 
 import difflib
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
-from megatron_lrc.json_files import read_object
+from megatron_lrc.data.mapped_files import map_array
+from megatron_lrc.json_files import Unreadable, read_object
+from megatron_lrc.os_errors import explained
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
@@ -54,6 +58,11 @@ class IndexedFile:
     def num_tokens(self) -> int:
         return int(self.lengths.sum(dtype=numpy.int64))
 
+    @cached_property
+    def tokens(self) -> numpy.ndarray:
+        """[num_tokens]: the .bin, memory-mapped."""
+        return map_array(f"{self.prefix}.bin", self.dtype, (self.num_tokens,))
+
     def documents(self, bounds: tuple[float, float]) -> range:
         """The documents of a part, cut where megatron-core's BlendedMegatronDatasetBuilder cuts."""
         return range(*(int(round(bound * float(len(self.lengths)))) for bound in bounds))
@@ -79,7 +88,8 @@ class Index(IndexedFile):
         """[tokens of the document]: its token ids, the sequences joined."""
         first, last = int(self.bounds[number]), int(self.bounds[number + 1])
         count = int(self.lengths[first:last].sum(dtype=numpy.int64))
-        return numpy.fromfile(f"{self.prefix}.bin", self.dtype, count, offset=int(self.pointers[first]))
+        start = int(self.pointers[first]) // self.dtype.itemsize
+        return self.tokens[start : start + count]
 
 
 def pieces(length: int) -> Iterator[slice]:
@@ -87,11 +97,13 @@ def pieces(length: int) -> Iterator[slice]:
     return (slice(start, min(start + _PIECE, length)) for start in range(0, length, _PIECE))
 
 
+@explained()
 def read_indexed_file(prefix: str) -> IndexedFile:
-    """Reads the .idx (lengths memory-mapped) and compares the sizes of both files with it."""
+    """Reads the .idx (lengths memory-mapped) and compares the sizes of both files with it. ConfigError also for what
+    the system refuses (`os_errors.py`)."""
     idx_path, bin_path = f"{prefix}.idx", f"{prefix}.bin"
     for path in (idx_path, bin_path):
-        if not os.path.isfile(path):
+        if not _is_file(path):
             raise ConfigError(
                 f"There is no {path}{_similar(prefix)}. A dataset is named by its prefix, PREFIX of PREFIX.bin and "
                 "PREFIX.idx: correct the data path, or write the dataset with tools/preprocess_data.py."
@@ -108,7 +120,7 @@ def read_indexed_file(prefix: str) -> IndexedFile:
     if num_sequences == 0:
         raise ConfigError(f"{idx_path} holds no document. Write it again from text with tools/preprocess_data.py.")
     _check_size(idx_path, HEADER.size + 12 * num_sequences + 8 * num_bounds, "its header says", may_be_longer=True)
-    lengths = numpy.memmap(idx_path, dtype=numpy.int32, mode="r", offset=HEADER.size, shape=(num_sequences,))
+    lengths = map_array(idx_path, numpy.int32, (num_sequences,), HEADER.size)
     dtype = numpy.dtype(TOKEN_DTYPES[dtype_code])
     _check_size(bin_path, int(lengths.sum(dtype=numpy.int64)) * dtype.itemsize, f"{idx_path} says")
     return IndexedFile(prefix=prefix, dtype=dtype, lengths=lengths, manifest=_read_manifest(prefix, lengths))
@@ -127,6 +139,14 @@ def _similar(prefix: str) -> str:
     return f"; was {' or '.join(os.path.join(folder, other) for other in close[:3])} meant?" if close else ""
 
 
+def _is_file(path: str) -> bool:
+    """os.path.isfile calls absent what it may not look at."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _check_size(path: str, expected: int, who_says: str, *, may_be_longer: bool = False) -> None:
     size = os.path.getsize(path)
     if size < expected or (size > expected and not may_be_longer):
@@ -139,7 +159,7 @@ def _check_size(path: str, expected: int, who_says: str, *, may_be_longer: bool 
 def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None:
     """The manifest beside an .idx, or None if there is no such file."""
     path = f"{prefix}.json"
-    if not os.path.isfile(path):
+    if not _is_file(path):
         return None
     try:
         manifest = read_object(Path(path))
@@ -149,6 +169,8 @@ def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None
         _check_kinds(manifest["tokenizer"], _KINDS_OF_TOKENIZER)
         _check_kinds(manifest.get("options") or {}, _KINDS_OF_OPTIONS)
         _check_kinds(manifest.get("rows", {}), dict.fromkeys(manifest.get("rows", {}), (int,)))
+    except Unreadable:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is not a manifest of tools/preprocess_data.py ({error}). Move it away, or write the dataset again."
@@ -186,6 +208,7 @@ def identity_of(manifest: dict[str, Any]) -> TokenizerIdentity:
     return identity
 
 
+@explained()
 def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
     """Reads an .idx and checks every entry. Raises a ConfigError that names the file and what is wrong with it.
 
@@ -194,7 +217,7 @@ def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
     """
     file = read_indexed_file(prefix)
     path, lengths = f"{prefix}.idx", file.lengths
-    start = int(lengths.offset)  # type: ignore[attr-defined]  # a memmap's position in its file
+    start = HEADER.size
     with open(path, "rb") as stream:
         stream.seek(start - _COUNTS.size)
         num_sequences, num_bounds = _COUNTS.unpack(stream.read(_COUNTS.size))
@@ -206,15 +229,18 @@ def read_index(prefix: str, *, allow_empty_documents: bool = False) -> Index:
             f"{_REMEDY}"
         )
     start += lengths.nbytes
-    pointers = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start, shape=(num_sequences,))
-    bounds = numpy.memmap(path, dtype=numpy.int64, mode="r", offset=start + pointers.nbytes, shape=(num_bounds,))
-    index = Index(**vars(file), pointers=pointers, bounds=bounds)
+    pointers = map_array(path, numpy.int64, (num_sequences,), start)
+    bounds = map_array(path, numpy.int64, (num_bounds,), start + pointers.nbytes)
+    index = Index(
+        prefix=prefix, dtype=file.dtype, lengths=lengths, manifest=file.manifest, pointers=pointers, bounds=bounds
+    )
     _check_manifest(index)
     _check_sequences(index)
     _check_documents(index, may_be_empty=allow_empty_documents and file.manifest is None)
     return index
 
 
+@explained()
 def check_token_ids(index: Index, vocab_size: int | None) -> int:
     """Looks at every token id: none below 0, none at or above `vocab_size` (None: not known). Gives the largest."""
     position = largest = 0
@@ -235,15 +261,9 @@ def check_token_ids(index: Index, vocab_size: int | None) -> int:
 
 
 def _check_manifest(index: Index) -> None:
-    """What is read of it has the right types, and the same dtype: uint16 and int16 are told apart by nothing else."""
+    """It says the same dtype: uint16 and int16 are told apart by nothing else."""
     if index.manifest is None:
         return
-    tokenizer = index.manifest["tokenizer"]
-    if not isinstance(tokenizer["fingerprint"], str) or not isinstance(tokenizer["vocab_size"], int):
-        raise ConfigError(
-            f"{index.prefix}.json names no tokenizer by fingerprint and vocabulary size: it is damaged. Move "
-            "it away, or write the dataset again."
-        )
     said, found = index.manifest.get("dtype"), index.dtype.name
     if said not in (None, found):
         raise ConfigError(

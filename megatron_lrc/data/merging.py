@@ -15,7 +15,7 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import Index, read_index
 from megatron_lrc.data.loaded_tokenizer import are_alike, describe_unlike
 from megatron_lrc.data.selection import ROW_COUNTS
-from megatron_lrc.data.writing import IndexPart, make_folder_of, write_index, write_manifest
+from megatron_lrc.data.writing import IndexPart, lock_of_dataset, make_folder_of, write_index, write_manifest
 
 _SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
 _COPY_BYTES = 1 << 24
@@ -27,6 +27,20 @@ def merge_datasets(inputs: list[str], output_prefix: str, *, report: Callable[[s
     check_alike(indexes)
     check_output(inputs, output_prefix)
     manifest = merged_manifest(indexes)
+    with lock_of_dataset(output_prefix):
+        _write(indexes, output_prefix, manifest, report)
+    report(f"wrote {output_prefix}.bin, .idx{', .json' if manifest else ''}")
+    if manifest is None:
+        missing = next(index.prefix for index in indexes if index.manifest is None)
+        report(f"no manifest was written: {missing}.json does not exist")
+    elif manifest["options"] is None:
+        report("the inputs were made with different options: see the manifest")
+
+
+def _write(
+    indexes: list[Index], output_prefix: str, manifest: dict[str, Any] | None, report: Callable[[str], None]
+) -> None:
+    """All files under temporary names, then the final ones."""
     temporary = {suffix: f"{output_prefix}{suffix}.tmp-{os.getpid()}" for suffix in _SUFFIXES}
     try:
         with open(temporary[".bin"], "wb") as output:
@@ -41,12 +55,6 @@ def merge_datasets(inputs: list[str], output_prefix: str, *, report: Callable[[s
     finally:
         for path in temporary.values():
             Path(path).unlink(missing_ok=True)
-    report(f"wrote {output_prefix}.bin, .idx{', .json' if manifest else ''}")
-    if manifest is None:
-        missing = next(index.prefix for index in indexes if index.manifest is None)
-        report(f"no manifest was written: {missing}.json does not exist")
-    elif manifest["options"] is None:
-        report("the inputs were made with different options: see the manifest")
 
 
 def check_alike(indexes: list[Index]) -> None:

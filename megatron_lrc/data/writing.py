@@ -7,7 +7,6 @@ one stands, all is there.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import struct
@@ -19,6 +18,8 @@ import numpy
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.indexed_files import HEADER, MAGIC, TOKEN_DTYPES, pieces
+from megatron_lrc.locks import FileLock
+from megatron_lrc.os_errors import explain
 
 
 class DatasetWriter:
@@ -34,21 +35,19 @@ class DatasetWriter:
         counts = counts or {}
         self.documents, self.tokens = counts.get("documents", 0), counts.get("tokens", 0)
         self.empty = counts.get("empty", 0)
+        self._lock = lock_of_dataset(prefix)
+        self._lock.take()
         self._partial = {suffix: f"{prefix}{suffix}.partial" for suffix in (".bin", ".lengths", ".json", ".idx")}
-        self._bin = self._open(".bin", self.tokens * numpy.dtype(self.dtype).itemsize)
-        self._lengths = self._open(".lengths", self.documents * 4)
+        try:
+            self._bin = self._open(".bin", self.tokens * numpy.dtype(self.dtype).itemsize)
+            self._lengths = self._open(".lengths", self.documents * 4)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _open(self, suffix: str, size: int) -> Any:
-        """The partial file, `size` bytes of it kept, for this process alone."""
+        """The partial file, `size` bytes of it kept."""
         file = open(self._partial[suffix], "ab")  # noqa: SIM115  open until `close`
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        except OSError:
-            file.close()
-            raise ConfigError(
-                f"{self._partial[suffix]} is being written by another process. Wait for it, or use another "
-                "--output-prefix."
-            ) from None
         if os.path.getsize(file.name) < size:
             file.close()
             raise ConfigError(
@@ -88,12 +87,13 @@ class DatasetWriter:
         for file in (self._bin, self._lengths):
             with contextlib.suppress(OSError):  # a full disk: what is known to be good is there already
                 file.close()
+        self._lock.release()
 
     def discard(self) -> None:
         """Removes whatever is not under a final name."""
-        self.close()
         for path in self._partial.values():
             Path(path).unlink(missing_ok=True)
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,13 @@ def publish(prefix: str) -> None:
     Path(f"{prefix}.lengths.partial").unlink(missing_ok=True)
 
 
+def lock_of_dataset(prefix: str) -> FileLock:
+    """For whoever writes PREFIX.bin, .idx and .json."""
+    path = Path(prefix)
+    remedy = "Wait until it has ended, or use another --output-prefix."
+    return FileLock(path.with_name(f".{path.name}.lock"), place=prefix, remedy=remedy)
+
+
 def make_folder_of(prefix: str) -> None:
     """ConfigError if the folder that --output-prefix lies in cannot be made."""
     folder = os.path.dirname(prefix)
@@ -194,7 +201,7 @@ def explain_os_error(error: OSError, prefix: str) -> str:
     """One sentence for what the system refused while the files of --output-prefix were written."""
     where = error.filename or f"the files of {prefix}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}: {error.strerror or error}."
+        return explain(error, str(where))
     folder = os.path.dirname(os.path.abspath(prefix))
     return (
         f"{error.strerror}: {where} could not be written. Make room in {folder}, or use another "

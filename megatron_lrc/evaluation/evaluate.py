@@ -19,6 +19,7 @@ from megatron_lrc.evaluation.language_modeling import Figures, figures_of, measu
 from megatron_lrc.evaluation.nine_tasks import NINE_TASKS, PUBLISHED_AVERAGES, average_of, published_averages
 from megatron_lrc.evaluation.task_files import read_source
 from megatron_lrc.evaluation.task_scores import TaskScore
+from megatron_lrc.whole_files import write_whole
 
 Report = Callable[[str], None]
 
@@ -71,7 +72,7 @@ def evaluate(options: EvaluationOptions, report: Report) -> dict[str, Any]:
             found["tasks"] = _tasks(options, model, directory, report)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(options.output, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return found
 
 

@@ -87,7 +87,7 @@ def read_indexed(prefixes: list[str], split: str, part: Part, tokenizer_director
                 f"The {part} part of --split {split} of {prefix} has {stop - start} tokens ({len(documents)} "
                 f"of {len(lengths)} documents). Use another --split, or --eval-split."
             )
-        corpora.append(Corpus(prefix, numpy.memmap(f"{prefix}.bin", dtype=file.dtype, mode="r")[start:stop]))
+        corpora.append(Corpus(prefix, file.tokens[start:stop]))
     return corpora
 
 

@@ -25,6 +25,7 @@ from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
 from megatron_lrc.evaluation.questions import accuracy, encode_questions, in_batches, padded, read_questions
 from megatron_lrc.png_charts import check_matplotlib, png_chart
+from megatron_lrc.whole_files import write_whole
 
 Report = Callable[[str], None]
 #: Figures of one model under one condition: accuracy, and on text also lm_loss.
@@ -90,7 +91,7 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
         report(line)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.output, json.dumps(result, indent=2) + "\n")
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(options.plot, result)

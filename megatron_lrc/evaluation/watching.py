@@ -26,10 +26,12 @@ from megatron_lrc.checkpoints.run_directory import (
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import EvaluationOptions, Report, check_options, evaluate
 from megatron_lrc.json_files import parse_json, read_object
+from megatron_lrc.locks import FileLock
 from megatron_lrc.methods import method_of
 from megatron_lrc.whole_files import write_whole
 
 EVALUATIONS_FILE = "evaluations.jsonl"  # report/run_files.py reads it
+LOCK_FILE = ".evaluations.lock"
 Key = tuple[int, int | None]  # step and CRC-32 of a checkpoint
 
 
@@ -44,15 +46,22 @@ def watch(
     check_options(options)
     if (options.model / STATE_FILE).is_file():
         raise ConfigError(f"--watch {options.model} is a checkpoint. Give the run directory that it lies in.")
-    failed: set[Key] = set()
-    while True:
-        for path, key in list(_new_ones(options.model, failed)):
-            if not _score(options, path, key, report):
-                failed.add(key)
-        if is_finished(options.model) and not list(_new_ones(options.model, failed)):
-            report(f"{options.model}: its last checkpoint is scored, in {options.model / EVALUATIONS_FILE}")
-            return
+    while not options.model.is_dir():
         wait(seconds)
+    failed: set[Key] = set()
+    with FileLock(
+        options.model / LOCK_FILE,
+        place=str(options.model / EVALUATIONS_FILE),
+        remedy="One watching process is enough for a run: wait until it has ended, or stop it.",
+    ):
+        while True:
+            for path, key in list(_new_ones(options.model, failed)):
+                if not _score(options, path, key, report):
+                    failed.add(key)
+            if is_finished(options.model) and not list(_new_ones(options.model, failed)):
+                report(f"{options.model}: its last checkpoint is scored, in {options.model / EVALUATIONS_FILE}")
+                return
+            wait(seconds)
 
 
 def _new_ones(run: Path, failed: set[Key]) -> Iterator[tuple[Path, Key]]:

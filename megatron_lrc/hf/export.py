@@ -19,7 +19,7 @@ from megatron_lrc.hf.exported_tokenizer import find_fault, write_tokenizer
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
 from megatron_lrc.hf.narrowing import is_finite, narrowed
-from megatron_lrc.hf.output_folder import complete_or_absent
+from megatron_lrc.hf.output_folder import complete_or_absent, write_manifest
 from megatron_lrc.hf.safetensors_writer import write_model
 from megatron_lrc.hf.student_config import Arch, student_config, student_family
 
@@ -89,6 +89,7 @@ def export_model(
             (partial / "README.md").write_text(model_card, encoding="utf-8")
         if verify:
             check_export(partial, base, source)
+        write_manifest(partial)
 
 
 def check_export(directory: Path, teacher: TeacherDescription, source: Source | None = None) -> None:

@@ -9,8 +9,6 @@ it gets its final name.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_lrc.data.pretrained import load_causal_model, load_tokenizer_files
 from megatron_lrc.hf.gguf import read_gguf, save_gguf_tokenizer, saveable
+from megatron_lrc.hf.output_folder import complete_or_absent
 
 SAMPLE = (
     "The sea was calm that morning, and the fishermen had already left the harbour when the sun came up behind the "
@@ -39,12 +38,10 @@ def write_teacher(gguf: Path, output: Path) -> None:
     source, tokenizer = read_gguf(gguf)
     if source.config.model_type != "llama":
         raise ValueError(f"--gguf {gguf} holds a {source.config.model_type} model; a Llama model is expected.")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    saveable(source).save_pretrained(partial)
-    save_gguf_tokenizer(tokenizer, partial, gguf)
-    check_teacher(partial, source)
-    os.replace(partial, output)
+    with complete_or_absent(output, source=gguf) as partial:
+        saveable(source).save_pretrained(partial)
+        save_gguf_tokenizer(tokenizer, partial, gguf)
+        check_teacher(partial, source)
 
 
 @torch.no_grad()

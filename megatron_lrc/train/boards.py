@@ -8,7 +8,10 @@ The W&B run goes on after a resume: its id is kept in RUN/wandb_run_id. Its x ax
 and done again are there twice. A W&B that fails costs a warning, not the run: every record is in metrics.jsonl.
 """
 
+import io
+import socket
 import statistics
+import time
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +19,8 @@ from typing import Any
 
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.console import say
+from megatron_lrc.train.log_files import LogFiles
+from megatron_lrc.whole_files import write_whole
 
 #: Parts of a record that are lists over layers: their name on the boards, and what makes one number of a list.
 LAYERED = {"clone_by_layer": ("clone", sum), "effective_rank": ("effective_rank", statistics.fmean)}
@@ -64,29 +69,32 @@ def _of_layers(
     return found
 
 
-def open_boards(config: Config, run: Path | None, *, resume_at: int) -> "list[TensorBoard | WeightsAndBiases]":
-    """TensorBoard in the run directory, if there is one, and W&B if it is asked for."""
-    boards: list[TensorBoard | WeightsAndBiases] = [TensorBoard(run, resume_at=resume_at)] if run else []
-    if config.logging.wandb_project:
-        boards.append(WeightsAndBiases(config, run))
-    return boards
-
-
 class TensorBoard:
-    """Shows numbers by step in RUN/tensorboard; what was shown past `resume_at` is hidden."""
+    """Shows numbers by step in RUN/tensorboard; what was shown past `resume_at` is hidden.
 
-    def __init__(self, run: Path, *, resume_at: int):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and wanted by one rank only
+    Rejected: torch's SummaryWriter. Its thread dies of a full disk, with half a record in the file, behind which
+    TensorBoard reads nothing.
+    """
 
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
+    def __init__(self, run: Path, files: LogFiles, *, resume_at: int):
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{uuid.uuid4().hex[:8]}"
+        self._path, self._files = run / "tensorboard" / name, files
+        self._append(file_version="brain.Event:2")
+        if resume_at:
+            self._append(step=resume_at + 1, session_log={"status": "START"})
 
     def add(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        shown = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._append(step=step, summary={"value": shown})
 
-    def close(self) -> None:
-        self._writer.close()
+    def _append(self, **event: Any) -> None:
+        # Slow to import, and wanted by one rank only.
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+        self._files.append(self._path, record.getvalue())
 
 
 class WeightsAndBiases:
@@ -136,5 +144,5 @@ def _wandb_id(run: Path | None) -> str:
         return uuid.uuid4().hex[:12]
     path = run / WANDB_ID_FILE
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12] + "\n")
+        write_whole(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text().strip()

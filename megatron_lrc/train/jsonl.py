@@ -31,15 +31,19 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_records_after(path: Path, step: int) -> None:
-    """Keep the records up to `step`. Replaces the file whole, so that a crash loses nothing."""
+    """Cut the file behind the last record up to `step`: that needs no room, and a crash loses nothing."""
     if not path.exists():
         return
-    partial = path.with_name(path.name + ".partial")
-    with open(path, encoding="utf-8", errors="replace") as file, open(partial, "w", encoding="utf-8") as kept:
+    end = position = 0
+    with open(path, "rb") as file:
         for line in file:
-            if (record := _parsed(line)) is not None and record["step"] <= step:
-                kept.write(line)
-    os.replace(partial, path)
+            position += len(line)
+            record = _parsed(line.decode("utf-8", errors="replace"))
+            if record is not None and record["step"] > step:
+                break
+            if record is not None and line.endswith(b"\n"):
+                end = position
+    os.truncate(path, end)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ from megatron_lrc.config import (
     describe_departures,
     describe_schedule,
     describe_training,
-    save_yaml,
 )
 from megatron_lrc.console import say
 from megatron_lrc.data.batches import BatchIterator
@@ -38,8 +37,7 @@ from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
-from megatron_lrc.train.alike import check_alike
-from megatron_lrc.train.checkpoint_checks import CONFIG_FILE
+from megatron_lrc.train.alike import check_alike, lock_of_run
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.garbage import collect_everything, collect_only_new_objects
 from megatron_lrc.train.guard import Guard
@@ -63,15 +61,16 @@ def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState
     choose_determinism(config)
     check_machine(config)
     meeting = distributed.meet(config)
-    checked = check_alike(config, meeting)
-    groups = distributed.start(config, meeting)
-    distributed.watch_peers(groups)
-    checked = _fall_back_past_damage(config, checked, meeting)
-    checked.warnings.extend(describe_departures(checked.config, presets))
-    start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
-    trainer = Trainer(checked.config, checked, groups)
-    trainer.train()
-    stop_userbuffers(config)
+    with lock_of_run(config) as lock:
+        checked = check_alike(config, meeting, lock)
+        groups = distributed.start(config, meeting)
+        distributed.watch_peers(groups)
+        checked = _fall_back_past_damage(config, checked, meeting)
+        checked.warnings.extend(describe_departures(checked.config, presets))
+        start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
+        trainer = Trainer(checked.config, checked, groups)
+        trainer.train()
+        stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
     is_finished = trainer.state.step == checked.config.train_iters
     return (checked.config, trainer.state) if is_finished else None
@@ -82,7 +81,7 @@ def _fall_back_past_damage(config: Config, checked: Checked, meeting: Meeting) -
     damaged: dict[Path, str] = {}
     while checked.resume_from and (damage := damage_on_any_rank(checked.resume_from)):
         damaged[checked.resume_from] = damage
-        checked = check_alike(config, meeting, damaged, checked.contents)
+        checked = check_alike(config, meeting, None, damaged, checked.contents)
     if checked.weights_from and (damage := damage_on_any_rank(checked.weights_from)):
         raise ConfigError(f"{checked.weights_from} is damaged ({damage}). Give an older checkpoint of that run.")
     return checked
@@ -188,7 +187,7 @@ class Trainer:
                 self._save()  # first, since a validation may take too long
             if is_last or (_is_due(state.step, config.logging.eval_interval) and not self.stopping.is_urgent):
                 self._validate(log)
-            if _is_due(state.step, config.checkpoint.save_interval):
+            if _is_due(state.step, config.checkpoint.save_interval) or self.saving.is_to_retry:
                 self._save()
             if self.stopping.is_asked:
                 return
@@ -302,7 +301,7 @@ class Trainer:
     def _open_log(self) -> RunLog | None:
         if not self.groups.is_main_rank:
             return None
-        log = RunLog(
+        return RunLog(
             self.config,
             self._throughput(),
             resume_at=self.state.step,
@@ -310,9 +309,6 @@ class Trainer:
             weights=self._read_weights,
             world_size=distributed.world_size(),
         )
-        if self.config.checkpoint.save:
-            save_yaml(self.config, Path(self.config.checkpoint.save) / CONFIG_FILE)
-        return log
 
     def _throughput(self) -> Throughput:
         shapes, world_size = self.run.stages[0].shapes, distributed.world_size()

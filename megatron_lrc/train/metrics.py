@@ -8,6 +8,9 @@
                             where the student has become worse than at the first validation (`rises.py`)
     RUN/tensorboard/        the same numbers, lists over layers as one (`boards.py`)
     RUN/starts.jsonl        a line per start of the run (`starts.py`)
+    RUN/config.yaml         all settings
+
+Where they cannot be written for a while, they are later (`log_files.py`).
 
 Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
 not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and
@@ -30,16 +33,19 @@ the slowest rank (`stragglers.py`). `time` is UTC.
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_lrc.config import Config
+from megatron_lrc.config import Config, save_yaml
 from megatron_lrc.console import say
-from megatron_lrc.train.boards import open_boards, scalars
+from megatron_lrc.train.boards import TensorBoard, WeightsAndBiases, scalars
+from megatron_lrc.train.checkpoint_checks import CONFIG_FILE
 from megatron_lrc.train.jsonl import drop_records_after, read_records
+from megatron_lrc.train.log_files import LogFiles
 from megatron_lrc.train.progress import Progress, agreement_text, losses_text
 from megatron_lrc.train.rises import Rises
-from megatron_lrc.train.starts import lost_work, note_start, now
+from megatron_lrc.train.starts import STARTS_FILE, lost_work, now, start_record
 from megatron_lrc.train.throughput import Throughput
 
 #: Records' losses, the sum first.
@@ -76,25 +82,27 @@ class RunLog:
         self.throughput = throughput
         save = config.checkpoint.save
         self._run = Path(save) if save else None
+        self._files = LogFiles()
+        # A run without a step validates when it starts, and so once more when it starts again.
+        resume_after = {"metrics.jsonl": resume_at, "validation.jsonl": resume_at or -1}
+        validations = []
         if self._run:
-            self._run.mkdir(parents=True, exist_ok=True)
             lost = lost_work(read_records(self._run / "metrics.jsonl"), resume_at)
-            drop_records_after(self._run / "metrics.jsonl", resume_at)
-            # A run without a step validates when it starts, and so once more when it starts again.
-            drop_records_after(self._run / "validation.jsonl", resume_at or -1)
-            note_start(
-                self._run,
-                config,
-                step=resume_at,
-                checkpoint=checkpoint,
-                weights=weights,
-                world_size=world_size,
-                lost=lost,
+            for name, step in resume_after.items():
+                path = self._run / name
+                self._files.do(path, partial(drop_records_after, path, step))
+            start = start_record(
+                config, step=resume_at, checkpoint=checkpoint, weights=weights, world_size=world_size, lost=lost
             )
-        before = read_records(self._run / "validation.jsonl") if self._run else ()
+            self._append(STARTS_FILE, start)
+            path = self._run / CONFIG_FILE
+            self._files.do(path, partial(save_yaml, config, path))
+            validations = read_records(self._run / "validation.jsonl")
+        before = (record for record in validations if record["step"] <= resume_after["validation.jsonl"])
         self._rises = Rises(config, before)
         self._with_layers = config.logging.log_layers_to_tensorboard
-        self._boards = open_boards(config, self._run, resume_at=resume_at)
+        self._tensorboard = TensorBoard(self._run, self._files, resume_at=resume_at) if self._run else None
+        self._wandb = WeightsAndBiases(config, self._run) if config.logging.wandb_project else None
 
     def step(self, record: dict[str, Any]) -> None:
         """Write a training record. It has `step_seconds`; what follows from them is added."""
@@ -111,15 +119,19 @@ class RunLog:
             say(f"warning: {warning}")
 
     def close(self) -> None:
-        for board in self._boards:
-            board.close()
+        self._files.close()
+        if self._wandb:
+            self._wandb.close()
 
     def _write(self, name: str, tag: str, record: dict[str, Any]) -> None:
-        if self._run:
-            with open(self._run / name, "a") as file:
-                file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
-        for board in self._boards:
+        self._append(name, record)
+        for board in filter(None, (self._tensorboard, self._wandb)):
             board.add(scalars(tag, record, with_layers=self._with_layers), record["step"])
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if self._run:
+            line = json.dumps(_without_nan(record), allow_nan=False) + "\n"
+            self._files.append(self._run / name, line.encode())
 
 
 def _without_nan(value: Any) -> Any:

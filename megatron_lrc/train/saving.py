@@ -1,7 +1,7 @@
 """When a run's state is saved, and what the run does about a save that fails.
 
-A failed save (a full disk) costs no more than itself: the run says so, goes on, and saves again when the next save is
-due. Only where it would be the last one does the run end with an error.
+A failed save (a full disk) costs no more than itself: the run says so once, goes on, and tries again RETRIES times as
+often as saves are due, until one succeeds. Only where it would be the last one does the run end with an error.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,9 @@ from megatron_lrc.config import Config, RunStopped
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter, SaveFailed
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.train.step import Run, Votes
+
+#: Tries between two saves that are due, after one that has failed.
+RETRIES = 10
 
 
 class Saving:
@@ -31,10 +34,17 @@ class Saving:
         self._is_async = config.checkpoint.async_save
         self._step = saved_step  # of the last save that has not failed
         self._failure: str | None = None  # of the last save, if it has
+        self._retry_at: int | None = None  # step
+        self._interval = config.checkpoint.save_interval
 
     @property
     def is_writing(self) -> bool:
         return self._writer is not None and self._writer.is_writing
+
+    @property
+    def is_to_retry(self) -> bool:
+        """After a save that has failed; alike on every rank, as failures are."""
+        return self._retry_at is not None and self._state.step >= self._retry_at
 
     def after_step(self, votes: Votes) -> None:
         """Finish a save that all ranks have written. votes: summed over the ranks."""
@@ -48,7 +58,7 @@ class Saving:
         self.finish()  # one at a time
         try:
             self._writer.start(self._state, self._run.stages, self._run.optimizer)
-            self._step, self._failure = self._state.step, None
+            self._step, self._retry_at = self._state.step, None
         except SaveFailed as error:
             self._note(f"step {self._state.step} could not be saved: {error}")
         if not self._is_async:
@@ -60,6 +70,7 @@ class Saving:
             return
         try:
             if path := self._writer.finish():
+                self._failure = None
                 self._say(f"saved {path}")
         except SaveFailed as error:
             self._note(str(error))
@@ -85,5 +96,12 @@ class Saving:
             self._writer.close()
 
     def _note(self, failure: str) -> None:
+        is_first = self._failure is None
         self._step, self._failure = None, failure
-        self._say(f"warning: {failure}; earlier checkpoints are untouched")
+        again = ""
+        if self._interval:
+            steps = max(1, self._interval // RETRIES)
+            self._retry_at = self._state.step + steps
+            again = f"; the run goes on, and tries again after {'the next step' if steps == 1 else f'{steps} steps'}"
+        if is_first:
+            self._say(f"warning: {failure}; earlier checkpoints are untouched{again}")

@@ -27,6 +27,7 @@ from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
 from megatron_lrc.hf.teacher_identity import said_if_slow, warn_of_samples, warn_of_suspicious
+from megatron_lrc.launch import torchrun
 from megatron_lrc.mcore.gpt_models import check_pipeline_layout
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
@@ -78,7 +79,7 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     check_pipeline_layout(config, teacher.shape)
     tokenizer_fingerprint = check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
-        _check_writable(Path(config.checkpoint.save))
+        warnings += _refuse_read_only(Path(config.checkpoint.save))
     resume_from, passed_over = find_checkpoint(config, damaged)
     warnings += passed_over
     state = check_method(resume_from, method) if resume_from else RunState()
@@ -184,9 +185,13 @@ def _open_base(method: Method) -> tuple[TeacherDescription, Reader]:
     return base, InitialWeights(base, shape, std=std, seed=config.training.seed)
 
 
-def _check_writable(run: Path) -> None:
-    """Refuse a run directory that could not be made or written to, before hours are spent on what it should hold."""
+def _refuse_read_only(run: Path) -> Iterator[str]:
+    """Refuse a run directory that could not be made or written to, before hours are spent on what it should hold. One
+    that has become so under a run that torchrun has started again is a warning: it may be mended meanwhile."""
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = "is not writable" if existing.is_dir() else "is a file"
-        raise ConfigError(f"--save {run}: {existing} {why}. Give a directory that can be made and written to.")
+        refusal = f"--save {run}: {existing} {why}. Give a directory that can be made and written to."
+        if not torchrun.restarts():
+            raise ConfigError(refusal)
+        yield refusal

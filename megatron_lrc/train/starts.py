@@ -14,7 +14,6 @@ How the process before ended shows in the steps: without lost steps it saved bef
 are lost too, but nobody counted them.
 """
 
-import json
 import os
 import platform
 import socket
@@ -47,8 +46,7 @@ def lost_work(records: Iterable[dict[str, Any]], resume_at: int) -> tuple[int, f
     return steps, seconds
 
 
-def note_start(
-    run: Path,
+def start_record(
     config: Config,
     *,
     step: int,
@@ -56,10 +54,10 @@ def note_start(
     weights: str | None,
     world_size: int,
     lost: tuple[int, float],
-) -> None:
-    """Append this start's line."""
+) -> dict[str, Any]:
+    """This start's line."""
     parallel = config.parallel
-    line = {
+    return {
         "time": now(),
         "step": step,
         "train_iters": config.train_iters,
@@ -83,8 +81,6 @@ def note_start(
             "python": platform.python_version(),
         },
     }
-    with open(run / STARTS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def version_of(package: str) -> str | None:

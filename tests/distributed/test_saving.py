@@ -1,6 +1,8 @@
 """Saving of real runs: in the background as at once, shared by ranks, when it fails, and what is kept."""
 
+import contextlib
 import errno
+import io
 import multiprocessing
 import os
 import resource
@@ -27,7 +29,18 @@ from megatron_lrc.mcore import checkpoint_writer
 from megatron_lrc.train import loop
 from megatron_lrc.train.start_checks import check
 from ranks import run_ranks
-from runs import assert_same_parameters, make_config, make_trainer, on_layout, records, saving, train, without_times
+from runs import (
+    assert_same_parameters,
+    continued,
+    make_config,
+    make_trainer,
+    on_layout,
+    records,
+    saving,
+    train,
+    without_times,
+)
+from small_disks import fill_disk, small_disk_at
 
 pytestmark = pytest.mark.distributed
 
@@ -100,7 +113,7 @@ def test_a_writer_that_dies_fails_its_save_and_not_the_run(tiny_llama, tiny_text
     assert steps_on_disk(tmp_path) == [4, 5]
     assert [line for line in lines if "could not be saved" in line] == [
         "warning: step 2 could not be saved: the process that wrote it died, perhaps for want of memory; "
-        "earlier checkpoints are untouched"
+        "earlier checkpoints are untouched; the run goes on, and tries again after the next step"
     ]
     assert not list(tmp_path.glob("*.partial-*"))
 
@@ -269,6 +282,46 @@ def train_with_a_full_disk_from_step_three(config: Config) -> str:
     except loop.RunStopped as error:
         return str(error)
     return "done"
+
+
+def test_a_run_goes_on_over_a_full_disk_and_saves_when_there_is_room_again(tiny_llama, tiny_text, tmp_path):
+    """Also one that is started on it. Each look at a step comes before its record and its save."""
+    with small_disk_at(tmp_path / "disk", size="16m") as disk:
+        config = make_config(tiny_llama(), tiny_text, disk / "run", steps=8)
+        config.checkpoint.save_interval = 3
+        said = run_ranks(1, train_on_a_disk_that_is_full_meanwhile, config.resolved(1), 2, 5)[0]
+        assert steps_on_disk(disk / "run") == [5, 6, 8]
+        fill_disk(disk, 0)
+        config = continued(config, steps=11)
+        said += run_ranks(1, train_on_a_disk_that_is_full_meanwhile, config.resolved(1), None, 10)[0]
+        assert steps_on_disk(disk / "run") == [5, 6, 8, 10, 11]
+        assert [record["step"] for record in records(disk / "run")] == list(range(1, 12))
+        assert len(records(disk / "run", "starts.jsonl")) == 2
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    first = "step {} could not be saved: it takes 0.00 GB and {} has 0.00 GB free"
+    assert sum(first.format(3, disk / "run") in line for line in warnings) == 1
+    assert sum(first.format(9, disk / "run") in line for line in warnings) == 1
+    assert sum("cannot be written (No space left on device): the run goes on" in line for line in warnings) == 2
+    assert len(warnings) == 4
+
+
+def train_on_a_disk_that_is_full_meanwhile(config: Config, full_at: int | None, free_at: int) -> str:
+    """From one step to another. What was printed."""
+    run = Path(config.checkpoint.save or "")
+    trainer = make_trainer(config)
+    look = trainer._look_at
+
+    def look_and_fill(report: object) -> None:
+        look(report)
+        if trainer.state.step == full_at:
+            fill_disk(run.parent, 0)
+        if trainer.state.step == free_at:
+            (run.parent / "ballast").unlink()
+
+    trainer._look_at = look_and_fill
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        trainer.train()
+    return printed.getvalue()
 
 
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tiny_llama, tiny_text, tmp_path):

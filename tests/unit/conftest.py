@@ -1,12 +1,12 @@
 """Fixtures of several modules: a tokenizer, a disk that can be filled, a configuration with nothing wrong."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_lrc.config import Config
+from small_disks import small_disk_at
 from tiny_data import write_tokenizer
 
 
@@ -19,17 +19,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own, of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk_at(tmp_path / "disk", size="1m") as disk:
+        yield disk
 
 
 @pytest.fixture

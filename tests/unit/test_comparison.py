@@ -14,8 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_lrc.commands.compare_methods import options_of, read_flags
+from megatron_lrc.comparison import compare, contestants, figures, results, runner
 from megatron_lrc.comparison import comparison_page as page
-from megatron_lrc.comparison import contestants, figures, results, runner
 from megatron_lrc.comparison import result_tables as tables
 from megatron_lrc.comparison import run_plan as plan
 from megatron_lrc.comparison.ablations import ABLATED, PAPER, with_layers
@@ -29,6 +30,7 @@ from megatron_lrc.comparison.score_tables import score_sections
 from megatron_lrc.comparison.scoring import Scoring, score
 from megatron_lrc.comparison.smollm2 import described_smollm2, make_smollm2
 from megatron_lrc.config import ConfigError
+from megatron_lrc.locks import FileLock
 from megatron_lrc.report.chart_files import write_charts
 
 SIZES = Sizes(
@@ -349,3 +351,13 @@ def test_the_file_of_curves_has_the_page_s_charts(found, tmp_path):
     drawn = {shape.get("d") for shape in ElementTree.parse(tmp_path / "curves.svg").iter() if shape.get("d")}
     on_page = re.findall(r'<path class="[^"]*" d="([^"]*)"', page.render(found, datetime.now(timezone.utc)))
     assert len(on_page) > 6 and drawn >= set(on_page)
+
+
+def test_a_second_comparison_in_the_folder_is_refused(tmp_path):
+    """It would set aside the runs of the first."""
+    options = options_of(read_flags(["--output", str(tmp_path)], "compare"))
+    with (
+        FileLock(tmp_path / ".lock", place="", remedy=""),
+        pytest.raises(ConfigError, match=f"--output {tmp_path} is being written by another process"),
+    ):
+        compare.compare(options, print)

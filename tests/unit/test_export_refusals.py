@@ -1,5 +1,7 @@
 """An export that must not be kept leaves nothing, and replaces nothing."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.export import export_model
 from megatron_lrc.hf.families import TeacherDescription, Weight, describe_teacher
 from megatron_lrc.hf.forward import fixed_tokens
+from megatron_lrc.hf.student_weights import StudentWeights
 from megatron_lrc.hf.teacher import TeacherReader
 from students import State, export_student, random_student
 
@@ -131,17 +134,14 @@ def test_only_force_replaces_an_earlier_export_and_only_by_a_complete_one(
     output.mkdir()  # empty: nothing to lose
     export_student(teacher=teacher, projections=projections, norms=norms, student_hidden_size=28, output=output)
     first = load_file(output / "model.safetensors")
-    (output / "extra.txt").write_text("of the first export")
     assert "--force" in refuse(tmp_path, teacher, (projections, norms))
 
     broken = projections | {"embed": projections["embed"] * float("nan")}
     refuse(tmp_path, teacher, (broken, norms), force=True)
-    assert (output / "extra.txt").is_file()
     assert torch.equal(load_file(output / "model.safetensors")["lm_head.weight"], first["lm_head.weight"])
 
     doubled = projections | {"lm_head": projections["lm_head"] * 2}
     export_student(teacher=teacher, projections=doubled, norms=norms, student_hidden_size=28, output=output, force=True)
-    assert not (output / "extra.txt").exists()
     assert torch.equal(load_file(output / "model.safetensors")["lm_head.weight"], first["lm_head.weight"] * 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
 
@@ -154,3 +154,84 @@ def test_force_never_replaces_what_is_no_export(tmp_path: Path, teacher: Teacher
         assert "--force does not replace it" in refuse(tmp_path, teacher, state, output=output, force=True)
     (tmp_path / "file").write_text("")
     assert "is a file" in refuse(tmp_path, teacher, state, output=tmp_path / "file", force=True)
+
+
+def own_file(output: Path) -> None:
+    (output / "notes.txt").write_text("mine")
+
+
+def own_folder(output: Path) -> None:
+    (output / "results").mkdir()
+
+
+def own_weights(output: Path) -> None:
+    """Trained further, in the same place: a file of the same name and size."""
+    content = bytearray((output / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (output / "model.safetensors").write_bytes(content)
+
+
+def own_link(output: Path) -> None:
+    (output / "README.md").rename(output.parent / "card.md")
+    (output / "README.md").symlink_to(output.parent / "card.md")
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (own_file, "notes.txt"),
+        (own_folder, "results"),
+        (own_weights, "model.safetensors"),
+        (own_link, "README.md"),
+    ],
+)
+def test_force_never_replaces_what_an_export_has_not_written(tmp_path: Path, teacher, change, name: str) -> None:
+    state, output = random_student(teacher, 28, has_lm_head=True), tmp_path / "student"
+    arguments = {"student_hidden_size": 28, "verify": False, "model_card": "# A student"}
+    export_student(teacher=teacher, projections=state[0], norms=state[1], output=output, **arguments)
+    change(output)
+    before = {path: path.is_file() and path.read_bytes() for path in output.rglob("*")}
+    assert f"holds {name}, which no export has written" in refuse(tmp_path, teacher, state, force=True, **arguments)
+    assert {path: path.is_file() and path.read_bytes() for path in output.rglob("*")} == before
+
+
+def test_force_never_replaces_a_model_that_is_no_export(tmp_path: Path, teacher: TeacherDescription) -> None:
+    """A user's own, with the very files that an export has."""
+    shutil.copytree(teacher.directory, tmp_path / "own")
+    state = random_student(teacher, 28, has_lm_head=True)
+    assert "is not an earlier export" in refuse(tmp_path, teacher, state, output=tmp_path / "own", force=True)
+
+
+def test_two_exports_to_one_place_do_not_mix(tmp_path: Path, teacher: TeacherDescription) -> None:
+    """The second is refused while the first writes; one that began before the first was done does not replace it."""
+    state, output, refusals = random_student(teacher, 28, has_lm_head=True), tmp_path / "student", []
+    arguments = {"student_hidden_size": 28, "verify": False, "output": output}
+
+    def second(_: Path) -> None:
+        with pytest.raises(ConfigError) as caught:
+            export_student(teacher=teacher, projections=state[0], norms=state[1], **arguments)
+        refusals.append(str(caught.value))
+
+    shape = replace(teacher.shape, hidden_size=28)
+    weights = StudentWeights(teacher, shape, projections=state[0], norms=state[1])
+    how = {"dtype": torch.float32, "output": output, "verify": False}
+    export_model(base=teacher, shape=shape, weight_of=weights, write_extra=second, **how)
+    assert refusals and f"--output {output} is being written by another process" in refusals[0]
+    assert (output / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
+
+
+def test_what_has_come_to_the_place_meanwhile_is_not_replaced(tmp_path: Path, teacher: TeacherDescription) -> None:
+    state, output = random_student(teacher, 28, has_lm_head=True), tmp_path / "student"
+    shape = replace(teacher.shape, hidden_size=28)
+    weights = StudentWeights(teacher, shape, projections=state[0], norms=state[1])
+
+    def put_a_file_there(_: Path) -> None:
+        output.mkdir()
+        (output / "mine").write_text("kept")
+
+    how = {"dtype": torch.float32, "output": output, "verify": False}
+    with pytest.raises(ConfigError, match="is not empty"):
+        export_model(base=teacher, shape=shape, weight_of=weights, write_extra=put_a_file_there, **how)
+    assert (output / "mine").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]

@@ -11,6 +11,7 @@ import tiny_data
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data import indexed_files, merging
 from megatron_lrc.data.indexed_files import read_indexed_file
+from megatron_lrc.data.writing import DatasetWriter
 from preprocess_tool import file_names
 from tiny_data import read_documents, write_sequences
 from tools_path import tool_main
@@ -164,3 +165,12 @@ def test_inputs_made_with_different_options_are_merged_and_said(prepared, tmp_pa
     manifest = json.loads((tmp_path / "all.json").read_text())
     assert manifest["options"] is None
     assert [part["options"]["append_eod"] for part in manifest["merged"]] == [False, True]
+
+
+def test_a_merge_waits_for_nobody_who_writes_the_same_dataset(prepared, tmp_path, capsys):
+    writer = DatasetWriter(str(tmp_path / "all"), 300)
+    assert merge(prepared, tmp_path / "all") == 2
+    assert f"{tmp_path / 'all'} is being written by another process" in capsys.readouterr().err
+    writer.discard()
+    assert merge(prepared, tmp_path / "all") == 0
+    assert file_names(tmp_path) == {"all.bin", "all.idx", "all.json"}

@@ -16,8 +16,9 @@ from megatron_lrc.checkpoints.run_directory import STATE_FILE, checkpoint_path, 
 from megatron_lrc.commands.evaluate_model import read_flags
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.evaluate import EvaluationOptions
-from megatron_lrc.evaluation.watching import EVALUATIONS_FILE, read_evaluations, watch
+from megatron_lrc.evaluation.watching import EVALUATIONS_FILE, LOCK_FILE, read_evaluations, watch
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.locks import FileLock
 from students import random_student
 
 LAST_STEP = 3
@@ -130,3 +131,15 @@ def test_one_model_or_one_run_is_expected(flags: list[str], capsys: pytest.Captu
     with pytest.raises(SystemExit):
         read_flags(flags, "evaluate.py")
     assert "evaluate.py: error: " in capsys.readouterr().err
+
+
+def test_a_second_watching_process_is_refused(source: Path, tmp_path: Path) -> None:
+    """Each would replace the other's lines."""
+    (tmp_path / "run").mkdir()
+    with (
+        FileLock(tmp_path / "run" / LOCK_FILE, place="the first", remedy=""),
+        pytest.raises(
+            ConfigError, match="evaluations.jsonl is being written by another process .* One watching process"
+        ),
+    ):
+        watch(options_of(source, tmp_path / "run"), lambda line: None, seconds=1)
