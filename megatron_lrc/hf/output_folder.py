@@ -50,17 +50,17 @@ def complete_or_absent(output: Path, *, source: Path, force: bool | None = None)
 
     force: replace an earlier export; None where there is no --force. What holds `source` is never replaced.
     """
-    output = output.resolve()
-    _check_output(output, source=source.resolve(), force=force)
+    output, source = output.resolve(), source.resolve()
     partial, replaced, lock = (output.with_name(f".{output.name}.{end}") for end in ("partial", "replaced", "lock"))
     with FileLock(lock, place=f"--output {output}", remedy="Wait until it is done, or give another directory."):
         if replaced.exists() and not output.exists():
             replaced.rename(output)  # an export that was killed between its two renamings
+        _check_output(output, source=source, force=force)
         shutil.rmtree(partial, ignore_errors=True)  # of one that was killed before
         partial.mkdir(parents=True)
         try:
             yield partial
-            _check_output(output, source=source.resolve(), force=force)  # which somebody may have made meanwhile
+            _check_output(output, source=source, force=force)  # which somebody may have made meanwhile
             if output.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 output.rename(replaced)
