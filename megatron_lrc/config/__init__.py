@@ -39,3 +39,4 @@ from .validation import (
     validate,
     validate_against_teacher,
 )
+from .yaml_limits import check_yaml

@@ -221,15 +221,9 @@ def check_token_ids(index: Index, vocab_size: int | None) -> int:
 
 
 def _check_manifest(index: Index) -> None:
-    """What is read of it has the right types, and the same dtype: uint16 and int16 are told apart by nothing else."""
+    """It has the same dtype: uint16 and int16 are told apart by nothing else."""
     if index.manifest is None:
         return
-    tokenizer = index.manifest["tokenizer"]
-    if not isinstance(tokenizer["fingerprint"], str) or not isinstance(tokenizer["vocab_size"], int):
-        raise ConfigError(
-            f"{index.prefix}.json names no tokenizer by fingerprint and vocabulary size: it is damaged. Move "
-            "it away, or write the dataset again."
-        )
     said, found = index.manifest.get("dtype"), index.dtype.name
     if said not in (None, found):
         raise ConfigError(
