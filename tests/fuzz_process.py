@@ -57,7 +57,7 @@ def what_happens(one: Format, place: Path) -> str:
         chain = "".join(traceback.format_exception(error))
         if any(words in chain for words in _OF_MEMORY):
             return f"memory: {chain[-1500:]}"
-        return f"no sentence: {str(error)[:3000]}" if len(str(error)) > 1500 else ""
+        return ""
     except BaseException:  # a library in Rust panics with one that is no Exception
         return traceback.format_exc()[-3000:]
     return ""

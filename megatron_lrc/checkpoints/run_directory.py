@@ -18,13 +18,13 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_lrc import __version__
 from megatron_lrc.checkpoints.files import FileSum
-from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape
+from megatron_lrc.config import CheckpointConfig, Config, ConfigError, ModelShape, check_kinds
 from megatron_lrc.json_files import read_object
 from megatron_lrc.plain_files import file_beside
 
@@ -91,16 +91,25 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
     """run.json of a checkpoint: counters, the configuration it was trained with, the student's shape."""
     try:
         values = _read_record(path)
-        return (
-            RunState(**with_names_of_today(values["state"])),
-            Config.from_dict(values["config"]),
-            ModelShape(**values["student_shape"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state, config = RunState(**with_names_of_today(values["state"])), Config.from_dict(values["config"])
+        shape = ModelShape(**values["student_shape"])
+        for one in (state, shape):
+            _check_kinds(one)
+        check_kinds(config)
+        return state, config, shape
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path / STATE_FILE} cannot be read ({error}): written by another version, or damaged. "
             "Use a checkpoint of this version of megatron_lrc, or an older one of the same run."
         ) from None
+
+
+def _check_kinds(values: RunState | ModelShape | FileSum) -> None:
+    """TypeError unless every field is of the kind that it is declared as."""
+    for one in fields(values):
+        value = getattr(values, one.name)
+        if not isinstance(value, (int, float) if one.type is float else one.type):  # type: ignore[arg-type]
+            raise TypeError(f"{one.name} is of another kind")
 
 
 def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +169,11 @@ def _crc32_of(record: dict[str, Any]) -> int:
 
 
 def _sums(record: dict[str, Any]) -> dict[str, FileSum]:
-    return {name: FileSum(**values) for name, values in record["files"].items()}
+    """TypeError, KeyError, AttributeError where there is no such list."""
+    sums = {name: FileSum(**values) for name, values in record["files"].items()}
+    for found in sums.values():
+        _check_kinds(found)
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------ coming and going

@@ -26,7 +26,7 @@ from .precision_checks import check_precision
 from .presets import PRESETS, PUBLISHED_RUNS
 from .rates import describe_rate, recommended_lr, start_of
 from .schedule import DEFAULT_WARMUP_FRACTION, check_schedule, describe_jump, describe_schedule
-from .schema import SETTINGS, convert, suggest
+from .schema import SETTINGS, check_kinds, convert, suggest
 from .settings import CLONE_TERMS, TINYBERT_TERMS, CheckpointConfig, LossConfig, ProjectionConfig, PruningConfig
 from .validation import (
     check_directory,
@@ -39,3 +39,4 @@ from .validation import (
     validate,
     validate_against_teacher,
 )
+from .yaml_limits import check_yaml

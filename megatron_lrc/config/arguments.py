@@ -26,6 +26,7 @@ from .counts import exact_count
 from .presets import PRESETS, PUBLISHED_RUNS
 from .schedule import ALTERNATIVES
 from .schema import SECTIONS, SETTINGS, Setting, convert, parse_number, suggest
+from .yaml_limits import check_yaml
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-(inf|nan)")
 
@@ -186,7 +187,9 @@ def read_yaml(path: str | Path, errors: list[str]) -> dict[str, Any]:
     """The values in a YAML file. Read node by node rather than by safe_load: that keeps line numbers, and a repeated
     key does not silently win over the first."""
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        check_yaml(text)
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
     except OSError as problem:
         errors.append(f"--config {path} cannot be read: {problem.strerror}")
@@ -222,8 +225,7 @@ def read_mapping(
         elif name in values:
             errors.append(f"{where}: {key} is set twice")
         elif section is None and name == "preset":
-            given = loader.construct_document(value_node)
-            values[name] = list(map(str, given)) if isinstance(given, list) else str(given).split()
+            values[name] = _presets(loader, value_node, where, errors)
         elif name not in SETTINGS:
             known = [*SETTINGS, *SECTIONS, "preset"] if section is None else list(SETTINGS)
             errors.append(f"{where}: unknown key {key}{suggest(name, known)}")
@@ -235,6 +237,15 @@ def read_mapping(
             except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as problem:
                 values[name] = None  # seen: a second one is still reported
                 errors.append(f"{where}: {key}: {' '.join(str(problem).split())}")
+
+
+def _presets(loader: yaml.SafeLoader, node: yaml.Node, where: str, errors: list[str]) -> list[str]:
+    try:
+        given = loader.construct_document(node)
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as problem:
+        errors.append(f"{where}: preset: {' '.join(str(problem).split())}")
+        return []
+    return list(map(str, given)) if isinstance(given, list) else str(given).split()
 
 
 # ---------------------------------------------------------------------------------------------------------- Config

@@ -70,6 +70,17 @@ SETTINGS = {setting.name: setting for setting in iterate_settings()}
 SECTIONS = tuple(section.name for section in fields(Config))
 
 
+def check_kinds(config: Config) -> None:
+    """TypeError where a value, as an earlier process stored it, is of another kind than its setting's."""
+    for setting in SETTINGS.values():
+        value = getattr(getattr(config, setting.section), setting.name)
+        if value is None or (setting.kind == list[str] and isinstance(value, list)):
+            continue
+        kinds = {bool: bool, int: (int, float), float: (int, float)}.get(setting.kind, str)
+        if not isinstance(value, kinds):
+            raise TypeError(f"{setting.name} is of another kind")
+
+
 def convert(setting: Setting, value: Any) -> Any:
     """`value`, from YAML or as the text of a flag, as the setting's type; ValueError with the expectation otherwise."""
     if value is None and setting.is_optional:

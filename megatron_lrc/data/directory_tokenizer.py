@@ -22,6 +22,7 @@ from megatron_lrc.json_files import read_json
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _VOCABULARY_FILE = "vocab.json"
 _OBJECTS = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", _VOCABULARY_FILE)  # JSON files of one object
+_MOST_IDS = 1 << 24  # the largest vocabularies have a million
 _IN_ALL_PLACES = 8  # added tokens that are tried in every place of a text
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -45,6 +46,8 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Any:
     objects = {name: _read_object(path, name) for name in _OBJECTS}
     if os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
         return _of_tokenizer_json(path, objects)
+    for name in (_VOCABULARY_FILE, "added_tokens.json"):
+        _check_ids(objects[name], os.path.join(path, name))
     tokenizer = auto_tokenizer(path)
     _check_vocabulary(tokenizer, objects[_VOCABULARY_FILE], os.path.join(path, _VOCABULARY_FILE))
     if os.path.isfile(os.path.join(path, MODEL_FILE)) and getattr(tokenizer, "backend_tokenizer", None) is not None:
@@ -106,6 +109,9 @@ def _of_tokenizer_json(path: str, objects: Mapping[str, dict[str, Any]]) -> Any:
             f"{file} is no tokenizer that tokenizers {tokenizers.__version__} reads ({reason}). Download or copy it "
             "again, or install a version of tokenizers that knows it."
         ) from error
+    _check_ids(
+        own.get_vocab(), file
+    )  # before anybody writes it out: the library goes through all ids up to the largest
     if getattr(own.model, "dropout", None):
         raise ConfigError(
             f"{file} leaves out merges by chance (dropout {own.model.dropout:g}), so that a text gets other ids each "
@@ -118,6 +124,15 @@ def _of_tokenizer_json(path: str, objects: Mapping[str, dict[str, Any]]) -> Any:
     own.no_padding()
     _check_follows(tokenizer, BackendEncode(own), file, [*PLAIN_TEXTS, *texts_with_added_tokens(own)])
     return tokenizer
+
+
+def _check_ids(vocabulary: Mapping[str, Any], file: str) -> None:
+    for token, token_id in vocabulary.items():
+        if type(token_id) is not int or not 0 <= token_id < _MOST_IDS:
+            raise ConfigError(
+                f"{file} gives {token[:100]!r} the id {str(token_id)[:50]}. A number from 0 to {_MOST_IDS - 1:,} is "
+                "expected. Download or copy it again."
+            )
 
 
 def texts_with_added_tokens(backend: Any) -> list[str]:

@@ -261,7 +261,7 @@ def check_token_ids(index: Index, vocab_size: int | None) -> int:
 
 
 def _check_manifest(index: Index) -> None:
-    """It says the same dtype: uint16 and int16 are told apart by nothing else."""
+    """It has the same dtype: uint16 and int16 are told apart by nothing else."""
     if index.manifest is None:
         return
     said, found = index.manifest.get("dtype"), index.dtype.name

@@ -354,7 +354,5 @@ def test_a_manifest_without_a_usable_tokenizer_is_refused(copied):
     manifest = json.loads(path.read_text())
     manifest["tokenizer"]["vocab_size"] = "many"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(
-        ConfigError, match=r"c\.json is not a manifest of .* \(the tokenizer's entries are of other kinds\)"
-    ):
+    with pytest.raises(ConfigError, match=r"c\.json is not a manifest of"):
         indexed_files.read_index(copied)
