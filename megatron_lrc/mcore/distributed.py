@@ -125,7 +125,8 @@ def watch_peers(groups: Groups) -> None:
         return
     message = torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8, device=groups.device)
     if groups.is_main_rank:
-        hub = Hub(is_one_machine=os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size()))
+        num_local = os.environ.get("LOCAL_WORLD_SIZE")
+        hub = Hub(dist.get_world_size(), is_one_machine=num_local == str(dist.get_world_size()))
         address = json.dumps(hub.address).encode()
         message[: len(address)] = torch.tensor(list(address), dtype=torch.uint8)
         hub.start()
