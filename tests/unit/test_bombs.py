@@ -1,0 +1,81 @@
+"""Small inputs that stand for huge ones: each is a sentence, in little memory and time."""
+
+import bz2
+import gzip
+import lzma
+import zlib
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from bounded_memory import call_within
+from megatron_lrc.config import ConfigError
+from megatron_lrc.data import encoding, input_files, lines, records
+from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    """A line may have 1 MiB."""
+    for module in (lines, encoding, input_files, records):
+        monkeypatch.setattr(module, "LONGEST_LINE", MIB)
+
+
+def packed(path: Path, text: bytes) -> Path:
+    """One stream, as a packer writes one for what it is piped."""
+    if path.suffix == ".zst":
+        with open(path, "wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as file:
+            file.write(text)
+    else:
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lambda text: lzma.compress(text, preset=0)}
+        path.write_bytes(pack[path.suffix](text))
+    return path
+
+
+def read_all(path: Path) -> list[tuple[int, str]]:
+    """What is wrong with its lines."""
+    encoder = ChunkEncoder(keys=["text"], encode_batch=lambda texts: [[1] for _ in texts], vocab_size=2)
+    return [bad for chunk in read_chunks([str(path)], ["text"]) for bad in encoder(chunk).bad_lines]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_a_line_without_end_is_a_bad_line_like_others(tmp_path, short_lines, suffix):
+    good = b'{"text": "word1"}\n'
+    text = good + b"a" * 48 * MIB + b"\n" + good + b"b" * (MIB + 1)
+    path = tmp_path / f"a.jsonl{suffix}"
+    if suffix:
+        packed(path, text)
+        assert path.stat().st_size < MIB
+    else:
+        path.write_bytes(text)
+    bad = call_within(40 * MIB, read_all, path)
+    assert [line for line, _ in bad] == [1, 3 if suffix else 1]  # of the chunk
+    assert bad[0][1].startswith("longer than 1 MiB")
+
+
+def test_a_packed_text_that_grows_as_no_text_does_is_refused(tmp_path, short_lines):
+    path = packed(tmp_path / "a.txt.xz", b"a" * 48 * MIB)
+    with pytest.raises(ConfigError, match="unpacks to a document of more than 1048576, which is no text"):
+        call_within(40 * MIB, read_all, path)
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".xz"])
+def test_a_small_file_that_asks_for_gigabytes_to_be_unpacked_with_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    if suffix == ".zst":
+        wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=30)
+        with open(path, "wb") as raw, zstandard.ZstdCompressor(compression_params=wide).stream_writer(raw) as file:
+            file.write(b'{"text": "word1"}\n')
+    else:
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
+        stored = bytearray(lzma.compress(b'{"text": "word1"}\n', filters=filters))
+        size = stored.index(b"\x21\x01") + 2  # of the dictionary, in the block's header: a filter, a byte of properties
+        stored[size] = 38  # 2 GiB
+        header = stored[12 : 12 + 4 * stored[12]]
+        stored[12 + len(header) : 16 + len(header)] = zlib.crc32(bytes(header)).to_bytes(4, "little")
+        path.write_bytes(stored)
+    with pytest.raises(ConfigError, match=r"a\.jsonl\S+ takes more than 128 MiB of memory to unpack"):
+        read_all(path)
