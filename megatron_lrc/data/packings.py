@@ -26,7 +26,7 @@ PACKINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 _PACKED_BYTES, _UNPACKED_BYTES = 1 << 15, 1 << 20  # at a time
 #: Of zstd given to its decompressor at a time, whose output has no other bound: 4 bytes may stand for 128 KiB.
 _ZSTD_BYTES = 1 << 8
-#: Bytes that a packed file may ask for to be unpacked with: zstd's own bound unless --long is given; and zstd's largest.
+#: Bytes that a packed file may ask for to be unpacked with: zstd's bound without --long, and its largest.
 _LEAST_WINDOW, _LARGEST_WINDOW = 1 << 27, 1 << 31
 
 

@@ -3,6 +3,8 @@
 import bz2
 import gzip
 import lzma
+import resource
+import signal
 import zlib
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import zstandard
 
 from bounded_memory import call_within
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data import encoding, input_files, lines, records
+from megatron_lrc.data import chat_template, encoding, input_files, lines, records
+from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
+from tiny_data import write_tokenizer
 
 MIB = 1 << 20
 
@@ -79,3 +83,32 @@ def test_a_small_file_that_asks_for_gigabytes_to_be_unpacked_with_is_refused(tmp
         path.write_bytes(stored)
     with pytest.raises(ConfigError, match=r"a\.jsonl\S+ takes more than 128 MiB of memory to unpack"):
         read_all(path)
+
+
+LONG = "{% for a in range(90000) %}{% for b in range(90000) %}"
+BOMBS = {
+    "silent-loops": (LONG + "{% endfor %}{% endfor %}", r"takes more than 0\.1 s"),
+    "printing-loops": (LONG + "{{ 'x' * 1000000 }}{% endfor %}{% endfor %}", "takes more than (64 MiB|0.1 s)"),
+    "a-product": ("{{ 'x' * 10 ** 10 }}", "takes more than 64 MiB of memory"),
+    "a-list": ("{{ ([0] * 10 ** 10) | length }}", "takes more than 64 MiB of memory"),
+    "a-power": ("{{ 10 ** (10 ** 8) > 3 }}", r"takes more than (64 MiB|0\.1 s)"),
+    "a-width": ("{{ '%1000000000d' % 1 }}", "takes more than 64 MiB of memory"),
+    "long-text": ("{{ 'x' * 3000000 }}", "takes 3000000 characters, and 1048576 are allowed"),
+    "only-of-this-chat": (
+        "{% if messages[0].content == 'word1' %}" + LONG + "{% endfor %}{% endfor %}{% endif %}",
+        r"takes more than 0\.1 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("template, reason", BOMBS.values(), ids=BOMBS)
+def test_a_chat_template_without_end_is_refused_in_little_time_and_memory(tmp_path, monkeypatch, template, reason):
+    monkeypatch.setattr(chat_template, "LONGEST_LINE", MIB)
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.1)
+    monkeypatch.setattr(chat_template, "_MEMORY", 64 * MIB)
+    chat = ChatTemplate(write_tokenizer(tmp_path), {"default": template})
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"the tokenizer's chat template {reason}"):
+            chat([{"role": "user", "content": "word1"}])
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
