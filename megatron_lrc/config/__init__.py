@@ -39,3 +39,4 @@ from .validation import (
     validate,
     validate_against_teacher,
 )
+from .yaml_aliases import refuse_aliases

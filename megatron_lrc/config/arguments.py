@@ -25,6 +25,7 @@ from .counts import exact_count
 from .presets import PRESETS, PUBLISHED_RUNS
 from .schedule import ALTERNATIVES
 from .schema import SECTIONS, SETTINGS, Setting, convert, parse_number, suggest
+from .yaml_aliases import refuse_aliases
 
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|-(inf|nan)")
 
@@ -185,7 +186,9 @@ def read_yaml(path: str | Path, errors: list[str]) -> dict[str, Any]:
     """The values in a YAML file. Read node by node rather than by safe_load: that keeps line numbers, and a repeated
     key does not silently win over the first."""
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        refuse_aliases(text)
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
     except OSError as problem:
         errors.append(f"--config {path} cannot be read: {problem.strerror}")

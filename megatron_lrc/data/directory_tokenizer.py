@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.config_counts import check_counts
 from megatron_lrc.data.encoders import BackendEncode
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, find_difference, with_special_tokens
 from megatron_lrc.json_files import read_json
@@ -41,6 +42,7 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Any:
             f"There is no tokenizer directory {path!r}. A local directory with tokenizer.json or tokenizer.model is "
             "needed (nothing is downloaded): give --tokenizer-model such a directory."
         )
+    check_counts(path)
     objects = {name: _read_object(path, name) for name in _OBJECTS}
     if os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
         return _of_tokenizer_json(path, objects)

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from megatron_lrc.config import ConfigError, suggest
+from megatron_lrc.config import ConfigError, refuse_aliases, suggest
 from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import parse_filter
 from megatron_lrc.data.indexing import write_datasets
@@ -105,7 +105,9 @@ def read_sources(path: str, common: IndexingOptions) -> list[IndexingOptions]:
 
 def _load_yaml(path: str) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        refuse_aliases(text)
+        return yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--sources {path} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
+from megatron_lrc.data.config_counts import check_counts
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
 from megatron_lrc.hf.teacher_checks import check_features, check_weight_files, find_family, read_config_file
 
@@ -134,6 +135,7 @@ def describe_teacher(
     """
     path = Path(directory)
     values = read_config_file(path, role)
+    check_counts(path)
     if needs_weights:
         check_weight_files(path, role)
     family = find_family(path, values, role)

@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import resource
+import shutil
 import signal
 import zlib
 from pathlib import Path
@@ -12,10 +14,14 @@ import pytest
 import zstandard
 
 from bounded_memory import call_within
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import ConfigError, load_yaml
 from megatron_lrc.data import chat_template, encoding, input_files, lines, records
 from megatron_lrc.data.chat_template import ChatTemplate
+from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
+from megatron_lrc.data.mixtures import read_sources
+from megatron_lrc.data.preparation import IndexingOptions
+from megatron_lrc.hf.families import describe_teacher
 from tiny_data import write_tokenizer
 
 MIB = 1 << 20
@@ -112,3 +118,35 @@ def test_a_chat_template_without_end_is_refused_in_little_time_and_memory(tmp_pa
         with pytest.raises(ConfigError, match=f"the tokenizer's chat template {reason}"):
             chat([{"role": "user", "content": "word1"}])
     assert resource.getrlimit(resource.RLIMIT_AS) == limits and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+def laughs(key: str) -> str:
+    """YAML of 30 lines that means 10^10 items."""
+    lists = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11))
+    return f"a0: &a0 x\n{lists}{key}: *a10\n"
+
+
+def test_yaml_aliases_that_multiply_are_refused(tmp_path):
+    (file := tmp_path / "config.yaml").write_text(laughs("preset"))
+    with pytest.raises(ConfigError, match=r"is not valid YAML: \*a1 in line 3 stands for a list or a mapping"):
+        load_yaml(file)
+    (file := tmp_path / "sources.yaml").write_text("- " + laughs("filter").replace("\n", "\n  "))
+    with pytest.raises(ConfigError, match=r"is not valid YAML \(\*a1 in line 3 stands for a list or a mapping"):
+        read_sources(str(file), IndexingOptions(input=[], output_prefix="o", tokenizer_model="t"))
+
+
+def test_a_value_may_have_an_alias(tmp_path):
+    (file := tmp_path / "config.yaml").write_text("seq_length: &size 64\nglobal_batch_size: *size\n")
+    assert load_yaml(file).training.global_batch_size == 64
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"num_labels": 10**9}, {"x_config": {"n_layers": 1e300}}]
+)
+def test_counts_beyond_reason_in_config_json_are_refused_before_they_are_followed(tiny_llama, tmp_path, changes):
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "teacher"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    for read in (describe_teacher, open_tokenizer):
+        with pytest.raises(ConfigError, match=r"config\.json has n\w+ 1\S*, and 10,000 at most are taken"):
+            read(folder)
