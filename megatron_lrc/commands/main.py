@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
@@ -67,18 +68,24 @@ def usage(program: str) -> str:
 
 def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
     """The command's exit code. program: what the user called, for messages."""
-    module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
-    if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
-        return module.run(argv, program, only_checks=command == "check")
+    module = None
+    try:
+        module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
+        if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
+            return module.run(argv, program, only_checks=command == "check")
+        return _run(module, argv, program)
+    except KeyboardInterrupt:
+        complain(f"{program}: {getattr(module, 'INTERRUPTED', 'interrupted')}")
+        return 130
+
+
+def _run(module: Any, argv: Sequence[str], program: str) -> int:
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:
         for line in str(error).splitlines():
             complain(f"{program}: {line}")
         return 2
-    except KeyboardInterrupt:
-        complain(f"{program}: {getattr(module, 'INTERRUPTED', 'interrupted')}")
-        return 130
 
 
 def run_tool(command: str, file: str) -> None:
