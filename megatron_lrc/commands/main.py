@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc import __version__
-from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain
 
 #: Group -> name of the command -> (module of this package, summary).
@@ -80,6 +79,8 @@ def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
 
 
 def _run(module: Any, argv: Sequence[str], program: str) -> int:
+    from megatron_lrc.config import ConfigError  # by now imported: before, Ctrl-C would find nobody who answers it
+
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:

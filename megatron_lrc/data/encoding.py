@@ -236,6 +236,16 @@ def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
     return _worker_encoder(chunk)
 
 
+@contextlib.contextmanager
+def _keeping_ctrl_c() -> Iterator[None]:
+    """What is started meanwhile does not get SIGINT, also while it imports; this thread gets it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def encode_chunks(
     chunks: Iterable[Chunk], encoder: ChunkEncoder, *, workers: int
 ) -> Generator[EncodedChunk, None, None]:
@@ -248,7 +258,8 @@ def encode_chunks(
     pending: deque[Future[EncodedChunk]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            with _keeping_ctrl_c():
+                pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) > CHUNKS_AHEAD_PER_WORKER * workers:
                 yield pending.popleft().result()
         while pending:

@@ -141,13 +141,21 @@ class SignalWatch:
                 self._note(signal.Signals(number))
 
     def _note(self, number: signal.Signals) -> None:
-        now, copies_within = time.monotonic(), KEYS_WITHIN if number == signal.SIGINT else COPIES_WITHIN
+        now = time.monotonic()
         is_first = number not in self.received
-        if now - self.received.setdefault(number, now) >= copies_within:
+        self.received.setdefault(number, now)
+        if self._is_again(number, now):
             _say(f"{number.name} again: ends at once, without saving")
             os._exit(128 + number)
         if is_first:
-            _say(f"{number.name}: the run stops after this step; again after {copies_within:.0f} s: at once")
+            within = KEYS_WITHIN if number == signal.SIGINT else COPIES_WITHIN
+            _say(f"{number.name}: the run stops after this step; again after {within:.0f} s: at once")
+
+    def _is_again(self, number: signal.Signals, now: float) -> bool:
+        typed = self.received.get(signal.SIGINT, now)
+        if number in (signal.SIGINT, signal.SIGTERM) and now - typed >= KEYS_WITHIN:
+            return True  # torchrun answers a second Ctrl-C with SIGTERM
+        return number != signal.SIGINT and now - self.received[number] >= COPIES_WITHIN
 
 
 #: The watch that is on, if any: what a forked child has to be rid of.
