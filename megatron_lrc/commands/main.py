@@ -8,12 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from megatron_lrc import __version__, console
-from megatron_lrc.config import ConfigError
 from megatron_lrc.console import complain
-from megatron_lrc.os_errors import explain, raise_file_limit
 
 #: Group -> name of the command -> (module of this package, summary).
 COMMANDS = {
@@ -69,26 +67,37 @@ def usage(program: str) -> str:
 
 def run_command(command: str, argv: Sequence[str], *, program: str) -> int:
     """The command's exit code. program: what the user called, for messages."""
-    raise_file_limit()
-    module = import_module(f"megatron_lrc.commands.{MODULES[command]}")
+    module = None
     try:
+        module = _prepare(command)
         if command in ("train", "check"):  # they answer to torchrun and to the other ranks as well
             return module.run(argv, program, only_checks=command == "check")
         return _run(module, argv, program)
+    except KeyboardInterrupt:
+        complain(f"{program}: {getattr(module, 'INTERRUPTED', 'interrupted')}")
+        return 130
     finally:
         console.finish()
 
 
-def _run(module: ModuleType, argv: Sequence[str], program: str) -> int:
+def _prepare(command: str) -> Any:
+    """The command's module, in a process that may open as many files as the system lets it."""
+    from megatron_lrc.os_errors import raise_file_limit  # while nothing is imported, Ctrl-C would find no answer
+
+    raise_file_limit()
+    return import_module(f"megatron_lrc.commands.{MODULES[command]}")
+
+
+def _run(module: Any, argv: Sequence[str], program: str) -> int:
+    from megatron_lrc.config import ConfigError
+    from megatron_lrc.os_errors import explain
+
     try:
         return module.run(argv, program)
     except (ConfigError, OSError) as error:
         for line in (explain(error) if isinstance(error, OSError) else str(error)).splitlines():
             complain(f"{program}: {line}")
         return 2
-    except KeyboardInterrupt:
-        complain(f"{program}: {getattr(module, 'INTERRUPTED', 'interrupted')}")
-        return 130
 
 
 def run_tool(command: str, file: str) -> None:

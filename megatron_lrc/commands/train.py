@@ -5,7 +5,7 @@ what another rank has to say goes into torchrun's error file, which torchrun quo
 stderr where there is no torchrun. Exit codes: 0 done, or stopped on request with its state saved
 (`train/stopping.py`), 1 a run that stopped itself (one line), a bug or a failing machine (with a traceback),
 another rank's failure or absence (one line that names it, `launch/peers.py`, `launch/agreement.py`), 2 the
-user's error, 128 + N ended at once by signal N.
+user's error, 128 + N ended at once by signal N, as by Ctrl-C before the first step.
 
 Processes that torchrun starts again (--max-restarts) go on from the newest checkpoint of --save. A user's
 error or a run that stopped itself would only come again: they end as before, without starting.
@@ -31,6 +31,8 @@ from megatron_lrc.config import (
 from megatron_lrc.console import complain, say
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.agreement import RanksMissing
+from megatron_lrc.launch.environment import check_environment
+from megatron_lrc.launch.interrupts import ended_by_ctrl_c
 from megatron_lrc.methods import method_of
 
 
@@ -40,7 +42,8 @@ def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
         if failure := torchrun.final_failure():
             report_final_failure(*failure)
             return failure[1]
-        train(argv, program, only_checks=only_checks)
+        with ended_by_ctrl_c(program):
+            train(argv, program, only_checks=only_checks)
     except ConfigError as error:
         report_final_failure(str(error), 2)
         return 2
@@ -64,6 +67,7 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     wanted, flags = (None, argv) if only_checks else take_dry_run(argv)
+    check_environment(is_to_start=not only_checks and not wanted)
     world_size = (wanted and wanted.gpus) or int(os.environ.get("WORLD_SIZE", "1"))
     usage, purpose = TRAINING
     config = parse_config(flags, (usage.replace("python -m megatron_lrc train", program), purpose))

@@ -9,9 +9,11 @@ A template prints a message's content either as a string or as a list of parts, 
 some do both, some take the first part only, also by role (Mistral Small 3.1's). Given another form it may print a
 Python list, or nothing, without an error. Which ones it prints is tried once for each role, and each content is given
 in a form that is printed (`_Renderer`).
+
+A template is a program of whoever wrote the tokenizer. Jinja's sandbox, in which transformers compiles it, keeps it
+from files and from Python, but not from loops without end: so time, memory and the text it gives are bounded.
 """
 
-import contextlib
 import functools
 import re
 from collections.abc import Iterator
@@ -22,9 +24,13 @@ from hashlib import sha256
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.limits import TakesTooMuch, limited
+from megatron_lrc.data.lines import LONGEST_LINE
 
 #: The date of chats unless --chat-date gives one. Llama's templates write it where no date can be had.
 DEFAULT_DATE = "2024-07-26"
+#: What a template may take to be compiled, or to render one chat, for which it takes milliseconds: seconds, bytes.
+_SECONDS, _MEMORY = 3.0, 1 << 28
 _DEFAULT_NAME = "default"  # of the template that apply_chat_template takes, too
 
 Content = str | list[dict[str, Any]]  # a string, or parts {"type": "text", "text": ...}
@@ -103,6 +109,11 @@ class ChatTemplate:
             )
         try:
             return _renderer(self.path, self.template, self.date)(messages)
+        except TakesTooMuch as error:
+            raise ConfigError(
+                f"the tokenizer's chat template takes {error} for it, perhaps in a loop without end; mend the "
+                "template, or choose another one with --chat-template-name"
+            ) from error
         except Exception as error:  # a template is a program: it may fail in any way, and raises what it likes
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"the tokenizer's chat template refuses it ({type(error).__name__}: {reason})") from error
@@ -121,22 +132,37 @@ class _Renderer:
 
     def __init__(self, path: str, template: str, date: str | None):
         self._tokenizer = _load_once(path)
-        self._source = _as_of(date or DEFAULT_DATE, template)
+        self._refused: TakesTooMuch | None = None  # to be compiled, or tried
+        self._source = self._compile(template, date or DEFAULT_DATE)
         # Llama's name for the date of a chat, and its format. A template that has a date of its own keeps it
         # unless one is asked for.
         self._variables = {"date_string": _clock(date)("%d %b %Y")} if date else {}
         self._forms: dict[str, set[str]] = {}  # by role
 
     def __call__(self, messages: list[dict[str, Any]]) -> str:
+        if self._refused:
+            raise self._refused
         in_form = [{**message, "content": self._in_form(message["role"], message["content"])} for message in messages]
         text = self._render(in_form)
         self._refuse_places_in_memory(text, messages)
         return text
 
+    def _compile(self, template: str, date: str) -> str:
+        try:
+            with limited(seconds=_SECONDS, num_bytes=_MEMORY):
+                return _as_of(date, template)
+        except TakesTooMuch as error:
+            self._refused = error
+            return ""
+
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, chat_template=self._source, tokenize=False, **self._variables
-        )
+        with limited(seconds=_SECONDS, num_bytes=_MEMORY):
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._source, tokenize=False, **self._variables
+            )
+        if len(text) > LONGEST_LINE:
+            raise TakesTooMuch(f"{len(text)} characters, and {LONGEST_LINE} are allowed,")
+        return text
 
     def _refuse_places_in_memory(self, text: str, messages: list[dict[str, Any]]) -> None:
         """A chat about Python may hold some itself."""
@@ -173,11 +199,20 @@ class _Renderer:
                 tried if other == role else {"role": other, "content": self._in_form(other, "a")}
                 for other in _PLACES[role]
             ]
-            with contextlib.suppress(Exception):
-                text = self._render(chat)
-                # Printed as Python or JSON a part would have its key before the text.
-                if all(mark in text for mark in _MARKS[form]) and not _PRINTED_PART.search(text):
-                    yield form
+            text = self._try(chat)
+            # Printed as Python or JSON a part would have its key before the text.
+            if all(mark in text for mark in _MARKS[form]) and not _PRINTED_PART.search(text):
+                yield form
+
+    def _try(self, messages: list[dict[str, Any]]) -> str:
+        """The text, or none where the template fails. TakesTooMuch for good."""
+        try:
+            return self._render(messages)
+        except TakesTooMuch as error:
+            self._refused = error
+            raise
+        except Exception:
+            return ""
 
 
 _renderer = functools.cache(_Renderer)

@@ -31,6 +31,7 @@ from megatron_lrc.data.encoders import Encode
 from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import Filter
 from megatron_lrc.data.input_files import Source, is_divisible
+from megatron_lrc.data.lines import LONGEST_LINE, lines_of, pass_line
 from megatron_lrc.data.records import as_text, check_ids, parse_record, values_of
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.selection import ROW_COUNTS, Outcome, Selection
@@ -56,6 +57,8 @@ class Chunk:
             return self.lines
         with open(self.source, "rb") as file:
             file.seek(self.start)
+            if self.num_bytes > LONGEST_LINE:
+                return list(lines_of(file, self.start + self.num_bytes))
             text = file.read(self.num_bytes)
         if len(text) < self.num_bytes:
             raise ConfigError(f"{self.source} became shorter while it was read. Start again when nothing writes to it.")
@@ -188,7 +191,7 @@ def _divide(path: str, start: int) -> Iterator[Chunk]:
     with open(path, "rb") as file:
         while True:  # at least once: an empty file has a last chunk too
             file.seek(max(min(start + CHUNK_BYTES, size) - 1, start))
-            file.readline()
+            pass_line(file)
             end = file.tell()
             yield Chunk(source=path, start=start, num_bytes=end - start, disk_bytes=end - start, is_last=end >= size)
             if end >= size:
@@ -233,6 +236,16 @@ def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
     return _worker_encoder(chunk)
 
 
+@contextlib.contextmanager
+def _keeping_ctrl_c() -> Iterator[None]:
+    """What is started meanwhile does not get SIGINT, also while it imports; this thread gets it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def encode_chunks(
     chunks: Iterable[Chunk], encoder: ChunkEncoder, *, workers: int
 ) -> Generator[EncodedChunk, None, None]:
@@ -245,7 +258,8 @@ def encode_chunks(
     pending: deque[Future[EncodedChunk]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            with _keeping_ctrl_c():
+                pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) > CHUNKS_AHEAD_PER_WORKER * workers:
                 yield pending.popleft().result()
         while pending:

@@ -1,7 +1,8 @@
 """Where documents come from: which files an --input means, and how each kind of file gives raw JSON lines.
 
 Whatever the kind, workers receive chunks of JSON lines (`encoding.py`), so there is one place where text is parsed and
-one kind of message. Reading is a stream: memory stays flat, but for a .txt file, which is a document.
+one kind of message. Reading is a stream: memory stays flat, but for a .txt file, which is a document. Of a packed
+one it is bounded by the size of the file: text seldom grows as much as `_TEXT_GROWS` times.
 """
 
 import codecs
@@ -12,14 +13,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import IO
 
 from megatron_lrc.config import ConfigError
 from megatron_lrc.data.file_kinds import KINDS, is_hidden, kind_of, other_kind_of, suffixes_of
 from megatron_lrc.data.filters import Filter
+from megatron_lrc.data.lines import LONGEST_LINE, lines_of
 from megatron_lrc.data.packings import PACKINGS, damage_named, unpacked
 from megatron_lrc.data.tables import row_lines
 
 _SUFFIXES_NAMED = 8  # of files that are passed over
+_TEXT_GROWS = 20
 
 
 def find_files(inputs: Iterable[str], report: Callable[[str], None]) -> list[str]:
@@ -168,10 +172,20 @@ class Source:
             self._position = raw.tell
             file = unpacked(self.path, raw)
             if kind == ".txt":
-                yield _as_json_line(file.read(), self._keys[0])
+                yield _as_json_line(self._read_document(file), self._keys[0])
             else:
-                yield from file
+                yield from lines_of(file)
             self._position = lambda: self.size  # the file is about to be closed
+
+    def _read_document(self, file: IO[bytes]) -> bytes:
+        longest = max(LONGEST_LINE, _TEXT_GROWS * self.size)
+        text = file.read(longest + 1)
+        if len(text) > longest:
+            raise ConfigError(
+                f"{self.path}, of {self.size} bytes, unpacks to a document of more than {longest}, which is no text. "
+                "Leave it out, or unpack it first if it should be."
+            )
+        return text
 
     def _table_lines(self) -> Iterator[bytes]:
         for share, lines in row_lines(self.path, self._keys, self._filters):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.config_counts import check_counts
 from megatron_lrc.json_files import read_json
 
 _OURS = {"local_files_only": True, "trust_remote_code": False}
@@ -22,6 +23,7 @@ def load_config(directory: Path) -> Any:
     """The PretrainedConfig of config.json. Raises what transformers raises."""
     from transformers import AutoConfig
 
+    check_counts(directory)
     refuse_code(directory)
     return AutoConfig.from_pretrained(str(directory), **_OURS)
 
@@ -29,6 +31,7 @@ def load_config(directory: Path) -> Any:
 def load_tokenizer_files(tokenizer_class: Any, directory: str | os.PathLike[str], **how: Any) -> Any:
     """`tokenizer_class.from_pretrained`: AutoTokenizer or a class of it. Raises what transformers raises, and
     ConfigError where only code of the directory's own could load it."""
+    check_counts(os.fspath(directory))  # transformers looks for the tokenizer's class in config.json
     try:
         return tokenizer_class.from_pretrained(os.fspath(directory), **_OURS, **how)
     except ValueError as error:
@@ -44,6 +47,7 @@ def load_causal_model(directory: Path, **how: Any) -> Any:
     """AutoModelForCausalLM.from_pretrained, of safetensors. Raises what transformers raises."""
     from transformers import AutoModelForCausalLM
 
+    check_counts(directory)
     refuse_code(directory)
     refuse_adapter(directory)
     kind = {} if "gguf_file" in how else {"use_safetensors": True}

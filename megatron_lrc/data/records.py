@@ -12,6 +12,7 @@ from megatron_lrc.config import ConfigError
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.chats import read_chat
 from megatron_lrc.data.json_kinds import kind_named
+from megatron_lrc.data.lines import LONGEST_LINE, TOO_LONG
 
 _ONE_PER_LINE = "; an object on each line is expected, not one JSON document over the whole file"
 _MARK = "\ufeff"
@@ -19,6 +20,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair as \ud8
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
+    if line == TOO_LONG:
+        raise ConfigError(
+            f"longer than {LONGEST_LINE >> 20} MiB{_ONE_PER_LINE}. Split the document, or leave out what is damaged"
+        )
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -22,7 +22,8 @@ from typing import Any
 
 from megatron_lrc.console import complain
 from megatron_lrc.launch import torchrun
-from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Connection, Verdict, keep_alive
+from megatron_lrc.launch.connections import Connection, introduce
+from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Verdict
 
 CONNECT_WITHIN = 10.0  # seconds, to rank 0
 #: Seconds within which a main thread notices by itself, if ever; and that it then has to end the process.
@@ -134,15 +135,10 @@ def _connect(address: dict[str, Any], rank: int) -> Connection:
     host, port, this_host = address["host"], address["port"], socket.gethostname()
     names = [*(["127.0.0.1"] if host == this_host else []), host, os.environ.get("MASTER_ADDR", host)]
     for name in dict.fromkeys(names):
-        with contextlib.suppress(OSError, ValueError):
-            end = socket.create_connection((name, port), timeout=CONNECT_WITHIN)
-            connection = Connection(end)
-            connection.send(rank=rank, host=this_host, token=address["token"])
-            if (connection.receive() or [])[:1] == [{"welcome": True}]:
-                end.settimeout(None)
-                keep_alive(end)
-                return connection
-            connection.close()  # somebody else's port, or machine
+        with contextlib.suppress(OSError):
+            connection = introduce(name, port, address["token"], within=CONNECT_WITHIN)
+            connection.send(rank=rank, host=this_host)
+            return connection
     raise OSError(f"no answer from rank 0 at {' or '.join(dict.fromkeys(names))}, port {port}")
 
 

@@ -20,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_lrc.config import Config
 from megatron_lrc.console import say
 from megatron_lrc.launch import peers, torchrun
+from megatron_lrc.launch.agreement import RanksMissing
+from megatron_lrc.launch.environment import RESOLVED_WITHIN, await_name
 from megatron_lrc.launch.peer_hub import Hub
 from megatron_lrc.mcore import cpu
 
@@ -74,9 +76,29 @@ def meet(config: Config) -> Meeting:
         return Meeting(_get_default_store(), dist.get_rank(), dist.get_world_size())
     if "RANK" not in os.environ:
         return Meeting(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
-    store, rank, size = next(rendezvous("env://", timeout=_timeout(config)))
+    store, rank, size = _come_together(_timeout(config))
     # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.
     return Meeting(PrefixStore(f"attempt_{torchrun.restarts()}", store), rank, size)
+
+
+def _come_together(timeout: timedelta) -> tuple[Store, int, int]:
+    """RanksMissing, with the cause, where the store cannot be found or reached in time."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    place = f"the store at which the ranks meet, MASTER_ADDR {host}, MASTER_PORT {port}"
+    if reason := await_name(host, min(RESOLVED_WITHIN, timeout.total_seconds())):
+        raise RanksMissing(
+            f"Rank {os.environ['RANK']} cannot find {place}: this machine does not know the name ({reason}). Set "
+            "MASTER_ADDR to a name or an address by which every node reaches the first one."
+        )
+    try:
+        return next(rendezvous("env://", timeout=timeout))
+    except RuntimeError as error:  # torch's DistError is one
+        reason = " ".join(str(error).partition("\nException raised from")[0].split())[:300]
+        raise RanksMissing(
+            f"Rank {os.environ['RANK']} cannot meet the others in {place} ({reason}). The wait ends after "
+            f"--distributed-timeout-minutes ({timeout.total_seconds() / 60:g}). See whether the first node has started "
+            "and its port is free, and can be reached from here."
+        ) from error
 
 
 def start(config: Config, meeting: Meeting | None = None) -> Groups:
@@ -125,7 +147,8 @@ def watch_peers(groups: Groups) -> None:
         return
     message = torch.zeros(_ADDRESS_BYTES, dtype=torch.uint8, device=groups.device)
     if groups.is_main_rank:
-        hub = Hub(is_one_machine=os.environ.get("LOCAL_WORLD_SIZE") == str(dist.get_world_size()))
+        num_local = os.environ.get("LOCAL_WORLD_SIZE")
+        hub = Hub(dist.get_world_size(), is_one_machine=num_local == str(dist.get_world_size()))
         address = json.dumps(hub.address).encode()
         message[: len(address)] = torch.tensor(list(address), dtype=torch.uint8)
         hub.start()

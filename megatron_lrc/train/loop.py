@@ -69,7 +69,7 @@ def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState
         checked.warnings.extend(describe_departures(checked.config, presets))
         start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
         trainer = Trainer(checked.config, checked, groups)
-        trainer.train()
+        trainer.train(ends_process=True)
         stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
     is_finished = trainer.state.step == checked.config.train_iters
@@ -133,7 +133,7 @@ class Trainer:
         if self.train_data:
             self.state.data_order = self.train_data.order.identity
 
-    def train(self) -> None:
+    def train(self, *, ends_process: bool = False) -> None:
         """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
         with collect_only_new_objects(is_on=self.config.checkpoint.async_save), self.stopping:
@@ -144,6 +144,7 @@ class Trainer:
             self.run.optimizer.await_parameters()
             self.saving.save_last()
             self.saving.close()
+            self.stopping.note_saved(ends_process=ends_process)
             self.heartbeat.stop()
             if last_words := self.stopping.finish():
                 self._say(last_words)

@@ -1,4 +1,5 @@
-"""Stopping a run on request: SIGTERM, SIGUSR1, a time limit, a step, or a file named `stop` in the run directory.
+"""Stopping a run on request: SIGTERM, SIGINT (Ctrl-C), SIGHUP (a terminal that is gone), SIGUSR1, a time limit, a
+step, or a file named `stop` in the run directory.
 
 A signal reaches one process or all, at any moment, and all of them have to stop after the same step. So each has a vote
 for every reason, and the votes are summed in the all-reduce of the loss sums that every step has anyway; they are read
@@ -7,7 +8,8 @@ which may take long, the processes ask each other once more, in a collective of 
 
 The first signal is noted and the step finished. The same one again, at least COPIES_WITHIN seconds later, ends the
 process at once; sooner it is a copy, since a scheduler may signal torchrun and the processes that torchrun forwards
-it to. A thread takes note, not a Python handler: that would run only when the main thread comes back from a collective.
+it to. When all is saved no signal matters any more. A thread takes note, not a Python handler: that would run only
+when the main thread comes back from a collective.
 
 torchrun signals a process's whole group: what a training process has started must not die of it, or the step or the
 checkpoint fails. Forked children (data loaders, checkpoint writers) leave the group, and end by SIGTERM as any process
@@ -26,12 +28,12 @@ from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.train.step import Votes
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOP_FILE = "stop"
 #: What `Votes.stop` counts; the first one with a vote is the one named.
 REASONS = (*(number.name for number in SIGNALS), "--exit-duration-in-mins", f"the file {STOP_FILE}")
-#: Seconds within which a repeated signal is taken for a copy of the first.
-COPIES_WITHIN = 3.0
+#: Seconds within which a repeated signal is taken for a copy of the first; of Ctrl-C, which somebody types, fewer.
+COPIES_WITHIN, KEYS_WITHIN = 3.0, 1.0
 
 
 class Stopping:
@@ -49,6 +51,10 @@ class Stopping:
 
     def __exit__(self, *_: object) -> None:
         self._watch.stop()
+
+    def note_saved(self, *, ends_process: bool) -> None:
+        """From here on a signal asks for nothing: neither while this is entered nor, if the process ends, after it."""
+        self._watch.is_saved, self._watch.is_last = True, ends_process
 
     def after_step(self, votes: Votes) -> None:
         """Take note of all processes' votes, summed in the step that is done; alike on every rank."""
@@ -107,10 +113,14 @@ def _remove(stop_file: Path) -> None:
 
 
 class SignalWatch:
-    """Notes SIGNALS from `start` to `stop`, which the main thread calls; `received`: signal -> when it first came."""
+    """Notes SIGNALS from `start` to `stop`, which the main thread calls; `received`: signal -> when it first came.
+
+    is_saved: they are of no account any more. is_last: after `stop` they are ignored, since the process only ends.
+    """
 
     def __init__(self) -> None:
         self.received: dict[int, float] = {}
+        self.is_saved = self.is_last = False
 
     def start(self) -> None:
         self._read, self._write = os.pipe()
@@ -119,13 +129,13 @@ class SignalWatch:
         self._thread.start()
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # The handlers do nothing: C writes the signal's number to the pipe as it arrives.
-        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in _heeded()}
         _watching.append(self)
 
     def stop(self) -> None:
         _watching.remove(self)
         for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.is_last else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.write(self._write, b"\0")
         self._thread.join()
@@ -134,21 +144,35 @@ class SignalWatch:
 
     def _run(self) -> None:
         while number := os.read(self._read, 1)[0]:
-            if number in SIGNALS:
+            if number in SIGNALS and not self.is_saved:
                 self._note(signal.Signals(number))
 
     def _note(self, number: signal.Signals) -> None:
         now = time.monotonic()
         is_first = number not in self.received
-        if now - self.received.setdefault(number, now) >= COPIES_WITHIN:
+        self.received.setdefault(number, now)
+        if self._is_again(number, now):
             _say(f"{number.name} again: ends at once, without saving")
             os._exit(128 + number)
         if is_first:
-            _say(f"{number.name}: the run stops after this step; again after {COPIES_WITHIN:.0f} s: at once")
+            within = KEYS_WITHIN if number == signal.SIGINT else COPIES_WITHIN
+            _say(f"{number.name}: the run stops after this step; again after {within:.0f} s: at once")
+
+    def _is_again(self, number: signal.Signals, now: float) -> bool:
+        typed = self.received.get(signal.SIGINT, now)
+        if number in (signal.SIGINT, signal.SIGTERM) and now - typed >= KEYS_WITHIN:
+            return True  # torchrun answers a second Ctrl-C with SIGTERM
+        return number != signal.SIGINT and now - self.received[number] >= COPIES_WITHIN
 
 
 #: The watch that is on, if any: what a forked child has to be rid of.
 _watching: list[SignalWatch] = []
+
+
+def _heeded() -> list[signal.Signals]:
+    """Without SIGHUP under nohup, whose purpose is that a terminal may go."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (number == signal.SIGHUP and is_nohup)]
 
 
 def _say(line: str) -> None:
@@ -156,14 +180,15 @@ def _say(line: str) -> None:
 
 
 def _be_an_ordinary_child() -> None:
-    """In a forked child: out of the process group; SIGTERM ends it, SIGUSR1 is not meant for it."""
+    """In a forked child: out of the process group; SIGTERM ends it, the others are not meant for it."""
     if not _watching:
         return
     _watching.clear()
     os.setpgid(0, 0)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 os.register_at_fork(after_in_child=_be_an_ordinary_child)

@@ -1,7 +1,8 @@
 """A rank that dies, fails or hangs ends the whole run soon, and every rank's log says which one it was."""
 
 import contextlib
-import json
+import os
+import resource
 import signal
 import socket
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lrc.launch import peers
+from megatron_lrc.launch import connections, peers
+from megatron_lrc.launch.connections import Connection, introduce
 from megatron_lrc.launch.peer_hub import ANSWER_WITHIN, Hub, _Rank
 from runs import steps_of
 from waiting import wait_until
@@ -158,51 +160,126 @@ def test_a_rank_that_is_through_is_no_failure(tiny_llama, tiny_text, tmp_path, l
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    hub = Hub(is_one_machine=True)
+    """Of a run of four, of whom one does not come."""
+    hub = Hub(4, is_one_machine=True)
     hub.start()
     yield hub
-    with hello(hub, 0) as end:
-        end.sendall(b'{"bye": true}\n')
-        hub.join(10)
+    hello(hub, 0).send(bye=True)
+    hub.join(10)
     assert not hub.is_alive()
 
 
-def hello(hub: Hub, rank: int, **changes: object) -> socket.socket:
-    """A connection that introduces itself as a rank's."""
+def hello(hub: Hub, rank: int, host: str = "") -> Connection:
+    """A rank's connection."""
+    connection = introduce("127.0.0.1", hub.address["port"], hub.address["token"], within=10)
+    connection.send(rank=rank, host=host or f"node{rank}")
+    return connection
+
+
+def stranger_of(hub: Hub, words: bytes = b"") -> socket.socket:
     end = socket.create_connection(("127.0.0.1", hub.address["port"]), timeout=10)
-    message = {"rank": rank, "host": f"node{rank}", "token": hub.address["token"], **changes}
-    end.sendall(json.dumps(message).encode() + b"\n")
-    assert end.recv(100) == (b"" if changes.get("token") else b'{"welcome": true}\n')
+    with contextlib.suppress(OSError):  # cut off already
+        end.sendall(words)
     return end
+
+
+def is_cut_off(end: socket.socket) -> bool:
+    """Within 10 s."""
+    with end, contextlib.suppress(ConnectionResetError):
+        return end.recv(1) == b""
+    return True
 
 
 @pytest.mark.parametrize(
     "words",
-    [b"GET / HTTP/1.1\r\n\r\n", b'{"failed": "x"}\n', b"[]\n", b"x" * 20_000, b"\xff\n"],
-    ids=["http", "failure", "list", "endless", "bytes"],
+    [
+        b"GET / HTTP/1.1\r\nHost: node0.example\r\n\r\n",
+        b'{"failed": "x", "is_waiting": false}\n',
+        b"[" * 60_000 + b"\n",
+        b"[" * 1_000_000,
+        b"\xff" * 100,
+        b"0" * connections.TOKEN_BYTES + b'\n{"bye": true}\n',
+    ],
+    ids=["http", "failure", "nested", "endless", "bytes", "guessed-token"],
 )
-def test_a_stranger_is_cut_off_and_cannot_end_a_run(hub, words):
-    with hello(hub, 1) as rank, hello(hub, 2, token="guessed"):
-        with socket.create_connection(("127.0.0.1", hub.address["port"]), timeout=10) as stranger:
-            stranger.sendall(words)
-            with contextlib.suppress(ConnectionResetError):
-                assert stranger.recv(1) == b""
-        rank.settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            rank.recv(1)
-        rank.sendall(b'{"bye": true}\n')
+def test_a_stranger_is_cut_off_unparsed_and_cannot_end_a_run(hub, words):
+    rank = hello(hub, 1)
+    assert is_cut_off(stranger_of(hub, words))
+    rank.send(bye=True)
+    assert rank.receive() is None  # closed: the thread is there, and has heard of no failure
+
+
+def test_strangers_who_say_too_little_have_little_time(hub, monkeypatch):
+    monkeypatch.setattr(connections, "STRANGER_FOR", 0.3)
+    strangers = [stranger_of(hub), stranger_of(hub, b"[]\n"), stranger_of(hub, hub.address["token"][:-1].encode())]
+    since = time.monotonic()
+    assert all(map(is_cut_off, strangers)) and time.monotonic() - since < 5
+
+
+def test_held_connections_take_few_files_and_keep_no_rank_out(hub):
+    before = len(os.listdir("/proc/self/fd"))
+    strangers = [stranger_of(hub) for _ in range(400)]
+    ranks = [hello(hub, rank) for rank in (1, 2)]
+    of_hub = len(os.listdir("/proc/self/fd")) - before - len(strangers) - len(ranks)
+    assert of_hub <= connections.MOST_STRANGERS + 4 + len(ranks)
+    for end in strangers:
+        end.close()
+    for rank in ranks:
+        rank.send(bye=True)
+
+
+def test_too_many_open_files_leave_the_hub_alive(hub):
+    rank = hello(hub, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    stranger = socket.socket()  # before there are too many
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        stranger.connect(("127.0.0.1", hub.address["port"]))
+        time.sleep(0.2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    stranger.sendall(b"x" * 100)
+    assert is_cut_off(stranger)
+    rank.send(bye=True)
+    assert rank.receive() is None
+
+
+def test_the_port_is_closed_when_all_ranks_have_come():
+    hub = Hub(2, is_one_machine=True)
+    hub.start()
+    ranks = [hello(hub, rank) for rank in (0, 1)]
+    with pytest.raises(ConnectionRefusedError):
+        while True:
+            stranger_of(hub).close()
+    for rank in reversed(ranks):
+        rank.send(bye=True)
+    hub.join(10)
+    assert not hub.is_alive()
+
+
+@pytest.mark.parametrize("words", [b"[" * 60_000 + b"\n", b"[1]\n", b'{"failed": 3}\n', b"x" * 300_000])
+def test_a_rank_that_talks_nonsense_has_died_and_the_hub_says_so(words):
+    hub = Hub(2, is_one_machine=True)
+    hub.start()
+    rank_0, mad = hello(hub, 0), hello(hub, 1)
+    wait_until(lambda: sorted(rank.number for rank in hub._ranks.values()) == [0, 1], 10)
+    mad._end.sendall(words)
+    assert rank_0.receive() == [{"ask": True}]
+    rank_0.send(at="train/loop.py:1")
+    assert rank_0.receive() == [{"verdict": "rank 1 (node1) died", "ranks": [1]}]
 
 
 def test_a_host_that_goes_down_is_told_in_one_sentence_to_the_ranks_that_are_left():
-    hub = Hub(is_one_machine=True)
+    hub = Hub(12, is_one_machine=True)
     hub.start()
-    with hello(hub, 0) as left:
-        gone = [hello(hub, rank, host="node7") for rank in range(1, 12)]
-        for end in gone:
-            end.close()
-        lines = left.makefile().readline(), left.makefile().readline()
-        assert json.loads(lines[0]) == {"ask": True}
-        verdict = json.loads(lines[1])
+    left = hello(hub, 0)
+    for connection in [hello(hub, rank, "node7") for rank in range(1, 12)]:
+        connection.close()
+    lines: list[dict] = []
+    while len(lines) < 2:
+        lines += left.receive() or []
+    assert lines[0] == {"ask": True}
+    verdict = lines[1]
     assert sorted(verdict["ranks"]) == list(range(1, 12))
     *named, rest = verdict["verdict"].split("; ")
     assert named == [f"rank {rank} (node7) died" for rank in verdict["ranks"][:8]] and rest == "and 3 more ranks"
@@ -228,8 +305,8 @@ class NotedConnection:
 
 def test_rank_0_is_told_last_since_it_may_end_at_once_and_the_telling_with_it():
     told: list[int] = []
-    hub = Hub(is_one_machine=True)
+    hub = Hub(3, is_one_machine=True)
     hub._ranks = {NotedConnection(told, number): _Rank(number) for number in (0, 2, 1)}  # type: ignore[dict-item]
     hub._tell(verdict="rank 2 died", ranks=(2,))
-    hub._listener.close()
+    hub._entrance.close()
     assert told == [2, 1, 0]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lrc.config import Config
+from megatron_lrc.launch.interrupts import ended_by_ctrl_c
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.train import loop, stopping
@@ -36,6 +37,7 @@ from runs import (
     without_times,
 )
 from waiting import wait_until
+from worlds import World, training_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "examples/pretrain_lrc.sh")
@@ -101,9 +103,9 @@ def signal_its_group(number: int) -> None:
     "layout, rank, ask",
     [
         ({"pp": 2}, 1, partial(signal_this_process, signal.SIGUSR1)),
-        ({"dist_opt": True}, 0, partial(signal_its_group, signal.SIGTERM)),
+        ({"dist_opt": True}, 0, partial(signal_its_group, signal.SIGINT)),
     ],
-    ids=["SIGUSR1-to-one-stage", "SIGTERM-to-one-replica-and-its-data-loader"],
+    ids=["SIGUSR1-to-one-stage", "Ctrl-C-to-one-replica-and-its-data-loader"],
 )
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_run_goes_on_bit_for_bit(
     tiny_llama, tiny_text, tmp_path, layout, rank, ask
@@ -179,34 +181,94 @@ def test_the_time_limit_and_the_exit_interval_end_a_run_each_time_it_goes_on(tin
 def test_without_a_run_directory_it_stops_and_says_that_nothing_was_saved(tiny_llama, tiny_text, tmp_path):
     config = make_config(tiny_llama(), tiny_text, tmp_path / "run", steps=4)
     config.checkpoint.save = None
-    ask = partial(signal_this_process, signal.SIGTERM)
+    ask = partial(signal_this_process, signal.SIGHUP)
     ((step, line),) = run_ranks(1, train_and_ask, config.resolved(1), "step", 2, 0, ask)
-    assert (step, line) == (2, "stopped at step 2 of 4: SIGTERM; nothing was saved, for want of --save")
+    assert (step, line) == (2, "stopped at step 2 of 4: SIGHUP; nothing was saved, for want of --save")
 
 
 def wait_for_a_peer_that_never_comes(folder: str) -> None:
     stopping.COPIES_WITHIN = 1.0
     stopping.SignalWatch().start()
+    wait_in_a_library(folder)
+
+
+def wait_for_ctrl_c(folder: str) -> None:
+    """Before a run listens to signals by itself."""
+    with open(Path(folder, "said"), "w") as sys.stderr, ended_by_ctrl_c("train"):
+        wait_in_a_library(folder)
+
+
+def wait_in_a_library(folder: str) -> None:
     Path(folder, "ready").touch()
     dist.FileStore(f"{folder}/store", 2).wait(["never"], timedelta(seconds=60))  # type: ignore[attr-defined]  # as in a collective: not in Python
 
 
-@pytest.mark.distributed
-def test_the_same_signal_again_ends_even_a_hanging_process_at_once_but_a_copy_does_not(tmp_path):
+@contextlib.contextmanager
+def waiting_process(function: Callable[[str], None], folder: Path) -> Iterator[multiprocessing.process.BaseProcess]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=wait_for_a_peer_that_never_comes, args=(str(tmp_path),))
+    process = context.Process(target=function, args=(str(folder),))
     process.start()
-    wait_until((tmp_path / "ready").exists)
+    wait_until((folder / "ready").exists)
+    yield process
+    process.join(10)
+
+
+def send(process: multiprocessing.process.BaseProcess, *numbers: int) -> None:
     assert process.pid is not None
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # twice within a second, and another one
+    for number in numbers:
         os.kill(process.pid, number)
         time.sleep(0.1)
-    time.sleep(1.2)
-    assert process.is_alive()
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(10)
-    assert process.exitcode == 128 + signal.SIGTERM
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "first, again",
+    [
+        ((signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1), signal.SIGTERM),  # twice within a second, and another one
+        ((signal.SIGINT, signal.SIGINT), signal.SIGINT),
+        ((signal.SIGINT,), signal.SIGTERM),  # what torchrun makes of a second Ctrl-C
+    ],
+)
+def test_the_same_signal_again_ends_even_a_hanging_process_at_once_but_a_copy_does_not(tmp_path, first, again):
+    with waiting_process(wait_for_a_peer_that_never_comes, tmp_path) as process:
+        send(process, *first)
+        time.sleep(1.2)
+        assert process.is_alive()
+        send(process, again)
+    assert process.exitcode == 128 + again
+
+
+@pytest.mark.distributed
+def test_ctrl_c_before_there_is_anything_to_save_ends_even_a_hanging_process_at_once_in_a_line(tmp_path):
+    with waiting_process(wait_for_ctrl_c, tmp_path) as process:
+        send(process, signal.SIGINT)
+    assert process.exitcode == 130 and (tmp_path / "said").read_text() == "train: interrupted\n"
+
+
+def end_slowly(rank: int) -> None:
+    real = distributed.stop
+
+    def stop() -> None:
+        time.sleep(1)
+        real()
+
+    distributed.stop = stop
+    stopping.COPIES_WITHIN = stopping.KEYS_WITHIN = 0.01
+
+
+@pytest.mark.distributed
+def test_signals_after_the_save_change_nothing(tiny_llama, tiny_text, tmp_path):
+    run = tmp_path / "run"
+    with World(1, training_flags(tiny_llama(), tiny_text, run), tmp_path / "logs", end_slowly) as world:
+        wait_until(lambda: len(steps_of(run)) > 1)
+        world.signal(0, signal.SIGTERM)
+        wait_until(lambda: "go on with --load" in world.said(0))
+        while world.is_running:
+            for number in stopping.SIGNALS:
+                world.signal(0, number)
+            time.sleep(0.01)
+        assert world.wait(10) == [0] and "again" not in world.said(0).partition("go on with --load")[2]
 
 
 def start_a_child_while_watching() -> tuple[bool, bool, int | None]:
@@ -244,7 +306,7 @@ def test_a_data_loader_outlives_a_signal_to_its_parents_group_and_ends_when_it_i
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_torchrun_ends_in_a_checkpoint(tiny_llama, tiny_text, tmp_path, number):
     run = tmp_path / "run"
     flags = f"--teacher {tiny_llama()} --student-hidden-size 24 --data-path {tiny_text} --split 90,10,0 --save {run} "
@@ -254,10 +316,14 @@ def test_a_signal_to_torchrun_ends_in_a_checkpoint(tiny_llama, tiny_text, tmp_pa
     clean = {key: value for key, value in os.environ.items() if not key.startswith(launch)}
     settings = {**clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "2"}
     with open(tmp_path / "output", "w") as output:
-        torchrun = subprocess.Popen(["bash", SCRIPT, *flags.split()], env=settings, stdout=output, stderr=output)
+        command = ["bash", SCRIPT, *flags.split()]
+        torchrun = subprocess.Popen(command, env=settings, stdout=output, stderr=output, start_new_session=True)
         try:
             wait_until(lambda: torchrun.poll() is not None or len(steps_of(run)) > 1)
-            torchrun.send_signal(number)
+            if number == signal.SIGINT:
+                os.killpg(torchrun.pid, number)  # as a terminal does
+            else:
+                torchrun.send_signal(number)
             torchrun.wait(60)
         finally:
             torchrun.kill()

@@ -78,6 +78,17 @@ def test_what_ends_a_command_costs_a_line_each(failure, code, said, monkeypatch,
     assert capsys.readouterr().err == said.replace("P", "megatron-lrc report")
 
 
+def test_ctrl_c_while_a_command_is_imported_costs_a_line_too(monkeypatch, capsys):
+    def import_module(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "import_module", import_module)
+    assert commands.main(["train"]) == 130 and capsys.readouterr().err == "megatron-lrc train: interrupted\n"
+    imported = "import sys, megatron_lrc.commands.main; print('megatron_lrc.config' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True, env=here())
+    assert done.stdout == "False\n"  # nor before that
+
+
 def test_after_an_interruption_it_is_said_what_is_left(monkeypatch, capsys):
     def run(argv: list[str], program: str) -> int:
         raise KeyboardInterrupt

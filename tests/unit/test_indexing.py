@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,18 @@ def test_interrupt_removes_temporary_files(tmp_path, tokenizer_folder):
     with pytest.raises(KeyboardInterrupt):
         indexing.index_documents(options, report=interrupt)
     assert file_names(tmp_path) == {"a.jsonl"}
+
+
+def test_what_is_started_as_a_worker_does_not_hear_of_ctrl_c_while_it_imports():
+    waiting = [sys.executable, "-c", "print(flush=True); input()"]
+    with encoding._keeping_ctrl_c():
+        started = subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert started.stdout
+    started.stdout.readline()
+    started.send_signal(signal.SIGINT)
+    started.communicate("\n", timeout=30)
+    assert started.returncode == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_fingerprint_is_the_vocabulary_not_the_place(tmp_path, tokenizer_folder):

@@ -36,6 +36,8 @@ FOREIGN = {
     "--no-python": "torchrun",
     "--nodes": "Slurm's sbatch",
     "--flag": "stands for any flag",
+    "NCCL_SOCKET_IFNAME": "NCCL",
+    "GLOO_SOCKET_IFNAME": "torch",
     "safetensors": "the package of that name",
     "finalize_model_grads_func": "megatron-core",
     "flattened_range": "megatron-core",
