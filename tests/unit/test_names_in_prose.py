@@ -34,6 +34,7 @@ FOREIGN = {
     "PR_SET_PDEATHSIG": "Linux",
     "SignalException": "torch.distributed.elastic",
     "--no-python": "torchrun",
+    "--long": "zstd",
     "--nodes": "Slurm's sbatch",
     "--flag": "stands for any flag",
     "NCCL_SOCKET_IFNAME": "NCCL",
