@@ -175,6 +175,11 @@ class FileLock:
                 os.utime(self.path)
 
 
+def lock_of_run(run: Path) -> FileLock:
+    """RUN/.lock: for who trains there, or would move the directory."""
+    return FileLock(run / ".lock", place=f"--save {run}", remedy="Wait until it has ended, or save elsewhere.")
+
+
 #: Locks of this process.
 _held: set[FileLock] = set()
 

@@ -20,6 +20,7 @@ from megatron_lrc.comparison.material import last_step
 from megatron_lrc.comparison.run_plan import Run
 from megatron_lrc.comparison.scoring import EVALUATION, Kind, Scoring, score
 from megatron_lrc.config import ConfigError, load_yaml, parse_config
+from megatron_lrc.locks import lock_of_run
 from megatron_lrc.train.jsonl import read_records
 from megatron_lrc.train.progress import count, duration
 
@@ -183,7 +184,8 @@ class Runner:
     def _train(self, run: Run) -> Outcome:
         directory = self.directory(run)
         if directory.exists() and not self._can_go_on(run, directory):
-            self._set_aside(directory)
+            with lock_of_run(directory):  # a comparison that was killed leaves its runs behind
+                self._set_aside(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_lrc", "train", *flags_of(run, directory)]
         log = self._logs / f"{run.name}.log"

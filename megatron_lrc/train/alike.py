@@ -10,22 +10,19 @@ from megatron_lrc.config import Config
 from megatron_lrc.hf.reader import Contents
 from megatron_lrc.hf.shared_hash import Sharers
 from megatron_lrc.launch.agreement import Agreement
-from megatron_lrc.locks import FileLock
+from megatron_lrc.locks import FileLock, lock_of_run
 from megatron_lrc.mcore.distributed import Meeting
 from megatron_lrc.train.rank_identity import describe_device, describe_rank
 from megatron_lrc.train.start_checks import Checked, check_base, check_start, read_base, with_contents
 
-LOCK_FILE = ".lock"
-
 
 @contextmanager
-def lock_of_run(config: Config) -> Iterator[FileLock | None]:
+def open_lock(config: Config) -> Iterator[FileLock | None]:
     """RUN/.lock, which rank 0 takes in `check_alike` and which ends with this; None without --save."""
     if not config.checkpoint.save:
         yield None
         return
-    run = Path(config.checkpoint.save)
-    lock = FileLock(run / LOCK_FILE, place=f"--save {run}", remedy="Wait until it has ended, or save elsewhere.")
+    lock = lock_of_run(Path(config.checkpoint.save))
     try:
         yield lock
     finally:

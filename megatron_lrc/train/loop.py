@@ -37,7 +37,7 @@ from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
-from megatron_lrc.train.alike import check_alike, lock_of_run
+from megatron_lrc.train.alike import check_alike, open_lock
 from megatron_lrc.train.effective_rank import measure_effective_rank
 from megatron_lrc.train.garbage import collect_everything, collect_only_new_objects
 from megatron_lrc.train.guard import Guard
@@ -61,7 +61,7 @@ def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState
     choose_determinism(config)
     check_machine(config)
     meeting = distributed.meet(config)
-    with lock_of_run(config) as lock:
+    with open_lock(config) as lock:
         checked = check_alike(config, meeting, lock)
         groups = distributed.start(config, meeting)
         distributed.watch_peers(groups)

@@ -11,10 +11,9 @@ import pytest
 from megatron_lrc.config import Config
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
-from megatron_lrc.locks import FileLock
+from megatron_lrc.locks import lock_of_run
 from megatron_lrc.report.run_page import write_report
 from megatron_lrc.train import loop
-from megatron_lrc.train.alike import LOCK_FILE
 from megatron_lrc.train.boards import WANDB_ID_FILE
 from ranks import run_ranks
 from runs import continued, make_config, on_layout, records
@@ -71,7 +70,7 @@ def test_a_run_that_another_process_is_at_work_in_is_refused_on_every_rank_and_l
     run = Path(five_step_config.checkpoint.save or "")
     second = on_layout(continued(five_step_config, steps=7), pp=2)
     second.checkpoint.load = "auto"
-    with FileLock(run / LOCK_FILE, place="", remedy=""):
+    with lock_of_run(run):
         (run / "iter_0000003.partial-ab").mkdir()  # the first one's save, under way
         before = sorted(run.iterdir())
         with pytest.raises(AssertionError) as failure:
@@ -80,7 +79,7 @@ def test_a_run_that_another_process_is_at_work_in_is_refused_on_every_rank_and_l
     refusal = f"--save {run} is being written by another process (process {os.getpid()} on "
     assert f"ConfigError: {refusal}" in str(failure.value) and "rank 1: " in str(failure.value)
     train(second, 2)
-    assert [record["step"] for record in records(run)][-1] == 7 and not (run / LOCK_FILE).exists()
+    assert [record["step"] for record in records(run)][-1] == 7 and not (run / ".lock").exists()
 
 
 @pytest.mark.distributed

@@ -30,7 +30,7 @@ from megatron_lrc.comparison.score_tables import score_sections
 from megatron_lrc.comparison.scoring import Scoring, score
 from megatron_lrc.comparison.smollm2 import described_smollm2, make_smollm2
 from megatron_lrc.config import ConfigError
-from megatron_lrc.locks import FileLock
+from megatron_lrc.locks import FileLock, lock_of_run
 from megatron_lrc.report.chart_files import write_charts
 
 SIZES = Sizes(
@@ -361,3 +361,14 @@ def test_a_second_comparison_in_the_folder_is_refused(tmp_path):
         pytest.raises(ConfigError, match=f"--output {tmp_path} is being written by another process"),
     ):
         compare.compare(options, print)
+
+
+def test_a_run_that_a_killed_comparison_has_left_behind_is_not_removed_under_its_hands(tmp_path):
+    run = plan.make_run(CONTESTANTS["ordinary"], 1, 1, None, sizes=SIZES, material=MATERIAL)
+    one = runner.Runner(tmp_path, jobs=1, threads=1, material_time=0.0, say=print, scoring=SCORING)
+    with (
+        lock_of_run(one.directory(run)),
+        pytest.raises(ConfigError, match=f"--save {one.directory(run)} is being written by another process"),
+    ):
+        one.train([run])
+    assert one.directory(run).is_dir()
