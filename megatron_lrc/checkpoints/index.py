@@ -9,6 +9,7 @@ knowing torch's plain types and nothing else. Nothing of torch or megatron-core 
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -70,7 +71,7 @@ def refuse_code(folder: Path) -> Metadata:
     return index
 
 
-def _check_fields(index: Metadata) -> None:
+def _check_fields(index: Any) -> None:
     """ValueError unless the fields that loaders follow are what their types say."""
     _expect(type(index) is Metadata, f"it holds a {type(index).__name__}")
     _expect(type(index.state_dict_metadata) is dict and type(index.storage_data) is dict, "its tables are none")
@@ -79,6 +80,8 @@ def _check_fields(index: Metadata) -> None:
         _expect(type(entry) in (TensorStorageMetadata, BytesStorageMetadata), f"{name} is no tensor and no object")
         if type(entry) is TensorStorageMetadata:
             _expect(_is_tensor(entry), f"{name} is no tensor")
+    place: Any
+    stored: Any
     for place, stored in index.storage_data.items():
         _expect(type(place) is MetadataIndex and place.fqn in index.state_dict_metadata, "a place belongs to nothing")
         _expect(type(stored) is _StorageInfo, f"{place.fqn} lies nowhere")

@@ -58,7 +58,10 @@ class _Instructions(dict[int, Callable]):
         raise pickle.UnpicklingError(f"the instruction {code:#04x} does not belong there")
 
 
-class _Machine(pickle._Unpickler):  # type: ignore[name-defined]  (the one in Python, whose instructions can be chosen)
+_PythonMachine: Any = pickle._Unpickler  # type: ignore[attr-defined]  (pickle's own in Python: instructions can be chosen)
+
+
+class _Machine(_PythonMachine):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
@@ -89,7 +92,7 @@ class _Machine(pickle._Unpickler):  # type: ignore[name-defined]  (the one in Py
         super().load_setitems()
 
     dispatch = _Instructions(
-        {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}  # type: ignore[attr-defined]
+        {code[0]: _PythonMachine.dispatch[code[0]] for code in _OPCODES}
         | {pickle.NEWOBJ[0]: load_newobj, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build}
         | {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
     )

@@ -213,6 +213,7 @@ def test_truncated_file_is_refused(damaged: Path, size: int) -> None:
             {"weight_map": {"model.norm.weight": "/outside.safetensors"}},
             "where plain file names beside it are expected",
         ),
+        ({"weight_map": {"model.norm.weight": "link.safetensors"}}, "outside.safetensors, outside of its folder"),
         ({"weight_map": {"model.norms.weight": "part.safetensors"}}, "which does not hold it"),
         ({"weight_map": {"model.norm.weight": 3}}, "is not a safetensors index"),
         ({"weight_map": {}}, "is not a safetensors index"),
