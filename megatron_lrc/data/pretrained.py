@@ -1,8 +1,8 @@
 """The one door to the loaders of transformers: configurations, tokenizers and models of a local directory.
 
 Nothing is downloaded, no Python code that lies in the directory or that it names is run, and nobody is asked whether it
-should be. `trust_remote_code=False` alone does not give that: version 4 runs custom_generate/generate.py of a local
-directory all the same, and config.json can name a kernel of the Hub or other weights.
+should be. `trust_remote_code=False` alone does not give that: version 4 runs what lies in a local folder
+custom_generate all the same, and config.json can name a kernel of the Hub or other weights.
 """
 
 import os
