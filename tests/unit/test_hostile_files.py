@@ -44,6 +44,7 @@ def follow(process: subprocess.Popen) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_damaged_files_of_every_format_are_a_sentence(tmp_path: Path) -> None:
     """Some 4,000 files; about 100 seconds of one core. `fuzz_process.py` says how to repeat one case."""
     errors = open(tmp_path / "stderr", "w")  # noqa: SIM115  (it ends with the test)

@@ -27,12 +27,13 @@ PACKAGE = Path(__file__).parents[2] / "megatron_lrc"
 SAVED = Path(__file__).parents[1] / "fixtures/old_checkpoints/lrc/iter_0000003"
 DEEP = "[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 900 + "1" + "}" * 900
 
-#: What reads JSON by itself. Of ourselves: our other ranks, libraries in this process, text that a command here wrote.
+#: What reads JSON by itself. Of ourselves: our other ranks, libraries in this process, text that a command here wrote,
+#: an installed package.
 #: records.py: the lines of training data, of which there are billions.
 OTHERS = {
     *("data/records.py", "data/byte_pair.py", "data/directory_tokenizer.py", "hf/exported_tokenizer.py"),
     *("hf/shared_hash.py", "mcore/distributed.py"),
-    "comparison/material.py",
+    *("comparison/material.py", "evaluation/task_package.py"),
 }
 
 

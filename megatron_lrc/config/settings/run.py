@@ -243,8 +243,8 @@ class TrainingConfig:
     )
     exit_duration_in_mins: float | None = setting(
         None,
-        "Save and stop after the step that ends these minutes, counted from the start. Default: no limit. SIGTERM, "
-        "SIGUSR1 and a file named stop in --save do the same at any time.",
+        "Save and stop after the step that ends these minutes, counted from the start. Default: no limit. Ctrl-C, "
+        "SIGTERM, SIGHUP, SIGUSR1 and a file named stop in --save do the same at any time.",
         above=0,
     )
     spike_factor: float | None = setting(
