@@ -55,7 +55,10 @@ def report_failure(message: str, details: str, *, final_exit_code: int | None = 
     values: dict[str, object] = {"message": {"message": message, "extraInfo": extra}}
     if final_exit_code is not None:
         values[_FINAL_EXIT_CODE] = final_exit_code
-    with open(path, "w", encoding="utf-8") as file:
+    with (
+        contextlib.suppress(OSError),
+        open(path, "w", encoding="utf-8") as file,
+    ):  # a full disk hides no failure: it is printed too
         json.dump(values, file)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from megatron_lrc.checkpoints.run_directory import RunState
 from megatron_lrc.config import Config
+from megatron_lrc.console import say
 from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.train.step import Votes
 
@@ -176,7 +177,7 @@ def _heeded() -> list[signal.Signals]:
 
 
 def _say(line: str) -> None:
-    print(f"rank {os.environ.get('RANK', '0')}: {line}", file=sys.stderr, flush=True)
+    say(f"rank {os.environ.get('RANK', '0')}: {line}", sys.stderr)
 
 
 def _be_an_ordinary_child() -> None:
