@@ -27,8 +27,10 @@ def check_environment(environment: Mapping[str, str] = os.environ, *, is_to_star
     if rank is None and size not in (None, 1):
         raise ConfigError(f"WORLD_SIZE is {size}, but RANK, which of them this process is, is not set. {_REMEDY}")
     if rank is not None:
-        if lacking := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
-            raise ConfigError(f"RANK is {rank}, but {', '.join(lacking)} is not set. {_REMEDY}")
+        wanted = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if size != 1 else ()  # one alone meets nobody
+        if lacking := [name for name in wanted if not environment.get(name)]:
+            verb = "are" if len(lacking) > 1 else "is"
+            raise ConfigError(f"RANK is {rank}, but {' and '.join(lacking)} {verb} not set. {_REMEDY}")
         if size is not None and rank >= size:
             raise ConfigError(f"RANK is {rank} and WORLD_SIZE {size}; ranks are from 0 to {size - 1}. {_REMEDY}")
 

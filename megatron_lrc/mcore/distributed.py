@@ -74,7 +74,8 @@ def meet(config: Config) -> Meeting:
     already, has one of its own. Rank 0 waits for the others here only where no torchrun keeps the store."""
     if dist.is_initialized():
         return Meeting(_get_default_store(), dist.get_rank(), dist.get_world_size())
-    if "RANK" not in os.environ:
+    is_alone = os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
+    if "RANK" not in os.environ or is_alone:
         return Meeting(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
     store, rank, size = _come_together(_timeout(config))
     # torchrun's store outlives a restart, and in it are the addresses of processes that are gone.

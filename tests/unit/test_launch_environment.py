@@ -21,7 +21,7 @@ WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node
     [
         ({"RANK": None}, "WORLD_SIZE is 2, but RANK, which of them this process is, is not set"),
         ({"MASTER_ADDR": None}, "RANK is 1, but MASTER_ADDR is not set"),
-        ({"MASTER_PORT": "", "WORLD_SIZE": None}, "RANK is 1, but WORLD_SIZE, MASTER_PORT is not set"),
+        ({"MASTER_PORT": "", "WORLD_SIZE": None}, "RANK is 1, but WORLD_SIZE and MASTER_PORT are not set"),
         ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE 2; ranks are from 0 to 1"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; a whole number of at least 1 is expected"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; a whole number of at least 1"),
@@ -36,7 +36,10 @@ def test_variables_that_make_no_rank_of_a_run_are_refused_in_a_sentence(changes,
         check_environment(given, is_to_start=True)
 
 
-@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, WHOLE])
+ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, ALONE, WHOLE])
 def test_a_process_alone_and_one_of_a_launchers_may_start(given):
     check_environment(given, is_to_start=True)
 
@@ -56,6 +59,11 @@ def launched(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return launch
+
+
+def test_a_rank_without_others_needs_no_place_to_meet(launched):
+    launched(**ALONE)
+    assert (distributed.meet(Config()).rank, distributed.meet(Config()).world_size) == (0, 1)
 
 
 def test_train_says_it_in_a_line(launched, capsys):
