@@ -10,6 +10,7 @@ import io
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 from torch import Size
@@ -63,6 +64,8 @@ class _Instructions(dict[int, Callable]):
 
 class _Machine(_UNPICKLER):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
         return super().find_class(module, name)
@@ -73,7 +76,9 @@ class _Machine(_UNPICKLER):
 
     def load_reduce(self) -> None:
         """Calls what `find_class` gives. With plain values only: to hash nested tuples may take exponential time."""
-        _expect(all(_is_plain(argument) for argument in self.stack[-1]), "a call with more than plain values")
+        function, arguments = self.stack[-2:]
+        is_plain = function is _member or all(_is_plain(argument) for argument in arguments)
+        _expect(is_plain, "a call with more than plain values")
         super().load_reduce()
 
     def load_build(self) -> None:
@@ -96,6 +101,13 @@ class _Machine(_UNPICKLER):
         | {pickle.NEWOBJ[0]: load_newobj, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build}
         | {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
     )
+
+
+def _member(kind: object, name: object) -> Enum:
+    """In place of getattr, by which Python up to 3.11.3 pickles the member of an enumeration."""
+    _expect(isinstance(kind, type) and issubclass(kind, Enum), "getattr of something else than an enumeration")
+    _expect(isinstance(name, str) and name in kind.__members__, "getattr of something else than a member")  # type: ignore
+    return kind[name]  # type: ignore
 
 
 def _is_plain(value: object) -> bool:

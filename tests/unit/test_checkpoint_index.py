@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Size
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_lrc.checkpoints.index import FORMAT_FILE, INDEX_FILE, UnsafeCheckpoint, read_index, refuse_code
+from megatron_lrc.checkpoints.index_pickle import unpickle_index
 from megatron_lrc.checkpoints.run_directory import STATE_FILE, find_missing
 from megatron_lrc.plain_files import file_beside
 
@@ -51,6 +54,28 @@ def change(checkpoint: Path, edit: Callable[[Metadata], object]) -> None:
 
 def place_of_a_tensor(index: Metadata) -> MetadataIndex:
     return next(place for place in index.storage_data if place.fqn.startswith("projections."))
+
+
+class ByGetattr:
+    """Pickled as Python up to 3.11.3 pickles the member of an enumeration."""
+
+    def __init__(self, owner: object, name: object):
+        self.arguments = owner, name
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return getattr, self.arguments
+
+
+def test_members_of_enumerations_are_found_as_each_python_pickles_them() -> None:
+    for kind in (WriteItemType, _MEM_FORMAT_ENCODING):
+        for member in kind:
+            assert unpickle_index(pickle.dumps([ByGetattr(kind, member.name), member])) == [member, member]
+
+
+@pytest.mark.parametrize("arguments", [(Metadata, "__init__"), (WriteItemType, "mro"), ("text", "join"), (Size, 3)])
+def test_getattr_gives_nothing_else(arguments: tuple) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="getattr of something else"):
+        unpickle_index(pickle.dumps(ByGetattr(*arguments)))
 
 
 def test_checkpoints_of_every_kind_are_accepted() -> None:
