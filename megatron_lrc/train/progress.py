@@ -48,7 +48,7 @@ class Progress:
 def losses_text(record: dict[str, Any]) -> str:
     """`loss` and its terms, each in about five characters; beside the LM loss the teacher's on the same tokens."""
     if math.isnan(record["loss"]):
-        return "no loss: no step whose labels count has a finite one"
+        return "no loss: all labels are masked, or no loss was finite"
     terms = {name.removesuffix("_loss"): _loss(record[name]) for name in LOSS_TERMS if name in record}
     if record.get("teacher_lm_loss") is not None:
         terms["lm"] += f" (teacher {_loss(record['teacher_lm_loss'])})"
@@ -66,7 +66,7 @@ def steady_text(record: dict[str, Any]) -> str:
 
 def agreement_text(record: dict[str, Any]) -> str:
     """Of a validation with a teacher: KL from the teacher, and how often both hold the same token likeliest."""
-    if "teacher_kl" not in record:
+    if math.isnan(record.get("teacher_kl", math.nan)):
         return ""
     return f" | of the teacher: KL {_loss(record['teacher_kl'])} top-1 {record['top1_agreement']:.1%}"
 

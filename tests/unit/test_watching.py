@@ -19,7 +19,7 @@ from megatron_lrc.train.boards import check_boards, scalars
 from megatron_lrc.train.jsonl import drop_records_after, read_records
 from megatron_lrc.train.metrics import RunLog
 from megatron_lrc.train.process_memory import GIB, memory_bytes
-from megatron_lrc.train.progress import Progress, duration, gap_text, steady_text
+from megatron_lrc.train.progress import Progress, agreement_text, duration, gap_text, steady_text
 from megatron_lrc.train.starts import lost_work
 from megatron_lrc.train.stragglers import OwnTime, find_slowest
 from megatron_lrc.train.throughput import Throughput
@@ -147,6 +147,13 @@ def test_the_progress_line_of_a_large_run_is_short_and_has_the_teacher_beside_th
 @pytest.mark.parametrize("without", [{}, {"teacher_lm_loss": None}])  # no teacher; its logits not computed
 def test_without_a_teachers_loss_the_line_names_none(without):
     assert "| loss 3.457 lm 2.654 kl 0.312 clone 0.785 |" in Progress(23456).line(step_record(**without))
+
+
+def test_without_a_label_that_counts_a_line_has_no_nan():
+    losses = dict.fromkeys(("loss", "lm_loss", "kl_loss", "clone_loss"), math.nan)
+    line = Progress(20000).line(step_record(**losses, teacher_lm_loss=math.nan))
+    assert "| no loss: all labels are masked, or no loss was finite |" in line and "nan" not in line
+    assert agreement_text({"teacher_kl": math.nan, "top1_agreement": math.nan}) == ""
 
 
 def test_losses_of_any_size_stay_short():
