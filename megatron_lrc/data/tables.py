@@ -26,6 +26,8 @@ _FLOATS = {"halffloat", "float", "double"}
 _OTHER_JSON = {"bool", "null", *_FLOATS}
 #: What of them a filter's value of each kind (`Filter.kind`) compares with.
 _COMPARABLE = {"string": _TEXT, "number": _INTEGERS | _FLOATS, "bool": {"bool"}}
+#: Few: a file of a kilobyte can have the same 10 MB in every row.
+_ROWS_AT_ONCE = 8
 
 
 def check_table(path: str, keys: list[str], filters: Sequence[Filter] = ()) -> None:
@@ -45,7 +47,7 @@ def row_lines(path: str, keys: list[str], filters: Sequence[Filter] = ()) -> Ite
     columns = list(dict.fromkeys([*keys, *(condition.column for condition in filters)]))
     with _opened(path, keys, filters) as table:
         rows_read, num_rows = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=256, columns=columns):
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
             rows_read += batch.num_rows
             yield rows_read / num_rows, _filtered_lines(batch, filters) if filters else _lines_of(batch)
 

@@ -10,12 +10,13 @@ import signal
 import zlib
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from bounded_memory import call_within
 from megatron_lrc.config import ConfigError, load_yaml
-from megatron_lrc.data import chat_template, encoding, input_files, lines, records
+from megatron_lrc.data import chat_template, encoding, input_files, lines, records, tables
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
@@ -49,6 +50,17 @@ def read_all(path: Path) -> list[tuple[int, str]]:
     """What is wrong with its lines."""
     encoder = ChunkEncoder(keys=["text"], encode_batch=lambda texts: [[1] for _ in texts], vocab_size=2)
     return [bad for chunk in read_chunks([str(path)], ["text"]) for bad in encoder(chunk).bad_lines]
+
+
+def test_a_table_that_has_one_large_text_in_every_row_is_read_a_few_rows_at_a_time(tmp_path):
+    column = pyarrow.DictionaryArray.from_arrays([0] * 40, ["a" * (8 * MIB)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+
+    def count() -> int:
+        return sum(len(lines) for _, lines in tables.row_lines(str(tmp_path / "a.parquet"), ["text"]))
+
+    assert call_within(512 * MIB, count) == 40
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
