@@ -24,7 +24,7 @@ from hashlib import sha256
 from typing import Any
 
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.limits import TakesTooMuch, limited
+from megatron_lrc.data.limits import TakesTooMuch, call_within
 from megatron_lrc.data.lines import LONGEST_LINE
 
 #: The date of chats unless --chat-date gives one. Llama's templates write it where no date can be had.
@@ -149,17 +149,19 @@ class _Renderer:
 
     def _compile(self, template: str, date: str) -> str:
         try:
-            with limited(seconds=_SECONDS, num_bytes=_MEMORY):
-                return _as_of(date, template)
+            return call_within(lambda: _as_of(date, template), seconds=_SECONDS, num_bytes=_MEMORY)
         except TakesTooMuch as error:
             self._refused = error
             return ""
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        with limited(seconds=_SECONDS, num_bytes=_MEMORY):
-            text = self._tokenizer.apply_chat_template(
+        text: str = call_within(
+            lambda: self._tokenizer.apply_chat_template(
                 messages, chat_template=self._source, tokenize=False, **self._variables
-            )
+            ),
+            seconds=_SECONDS,
+            num_bytes=_MEMORY,
+        )
         if len(text) > LONGEST_LINE:
             raise TakesTooMuch(f"{len(text)} characters, and {LONGEST_LINE} are allowed,")
         return text

@@ -90,7 +90,8 @@ def _below(folder: str, inside: tuple[str, ...] = ()) -> Iterator[str]:
 def _counted(paths: Iterable[str]) -> str:
     """How many files of which suffixes: "12 files (.csv 9, .tar.gz 2, hidden 1)"."""
     counts = Counter("hidden" if is_hidden(path) else "".join(suffixes_of(path)) or "no suffix" for path in paths)
-    named = [f"{suffix} {count}" for suffix, count in counts.most_common(_SUFFIXES_NAMED)]
+    by_number = sorted(counts.items(), key=lambda item: (-item[1], item[0]))  # paths come in no order
+    named = [f"{suffix} {count}" for suffix, count in by_number[:_SUFFIXES_NAMED]]
     more = ["and others"] if len(counts) > _SUFFIXES_NAMED else []
     total = sum(counts.values())
     if not total:

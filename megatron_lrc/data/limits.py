@@ -1,13 +1,14 @@
 """A bound on what a program of somebody else's, such as a chat template, may take: time and memory."""
 
-import contextlib
 import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class TakesTooMuch(Exception):
@@ -18,51 +19,52 @@ class _TimeIsOver(BaseException):
     """Not an Exception, which the program may catch, as Jinja's compiler does."""
 
 
-@contextlib.contextmanager
-def limited(*, seconds: float, num_bytes: int) -> Iterator[None]:
-    """TakesTooMuch where the block takes more than this processor time, or memory beside what the process has.
+def call_within(function: Callable[[], Result], *, seconds: float, num_bytes: int) -> Result:
+    """The function's result. TakesTooMuch where it takes more than this processor time, or memory beside what the
+    process has.
 
     Time is this process's own, so that a busy machine changes nothing, and is kept in its main thread only. Memory is
     that of all its threads, on Linux only. Not for what opens files or calls libraries that end where memory does.
     """
     try:
-        with _limited_time(seconds), _limited_memory(num_bytes):
-            yield
+        # In this order: the time may be over at any moment within `_in_time`, a cleaning up of its callee's included.
+        return _in_memory(lambda: _in_time(function, seconds), num_bytes)
     except _TimeIsOver:
         raise TakesTooMuch(f"more than {seconds:g} s") from None
     except MemoryError:
         raise TakesTooMuch(f"more than {num_bytes >> 20} MiB of memory") from None
 
 
-@contextlib.contextmanager
-def _limited_time(seconds: float) -> Iterator[None]:
+def _in_time(function: Callable[[], Result], seconds: float) -> Result:
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+        return function()
+    is_running = True
 
-    def give_up(*_: Any) -> None:
-        raise _TimeIsOver
+    def give_up(*_: object) -> None:
+        if is_running:
+            raise _TimeIsOver
 
     before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
-        yield
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # once: what comes in the inner `finally` is the last
+        try:
+            return function()
+        finally:
+            is_running = False
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 
 
-@contextlib.contextmanager
-def _limited_memory(num_bytes: int) -> Iterator[None]:
+def _in_memory(function: Callable[[], Result], num_bytes: int) -> Result:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:
-        yield
-        return
+        return function()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     bounds = [pages * os.sysconf("SC_PAGE_SIZE") + num_bytes, soft, hard]
     resource.setrlimit(resource.RLIMIT_AS, (min(bound for bound in bounds if bound >= 0), hard))
     try:
-        yield
+        return function()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

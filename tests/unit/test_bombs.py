@@ -17,6 +17,7 @@ import zstandard
 from bounded_memory import call_within
 from megatron_lrc.config import ConfigError, load_yaml
 from megatron_lrc.data import chat_template, encoding, input_files, lines, records, tables
+from megatron_lrc.data import limits as limits_of_programs
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.data.encoding import ChunkEncoder, read_chunks
@@ -130,6 +131,19 @@ def test_a_chat_template_without_end_is_refused_in_little_time_and_memory(tmp_pa
         with pytest.raises(ConfigError, match=f"the tokenizer's chat template {reason}"):
             chat([{"role": "user", "content": "word1"}])
     assert resource.getrlimit(resource.RLIMIT_AS) == limits and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+def test_time_that_is_over_as_a_call_ends_leaves_nothing_behind():
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    ends = set()
+    for _ in range(80):
+        try:
+            limits_of_programs.call_within(lambda: sum(range(300_000)), seconds=4e-3, num_bytes=1 << 30)
+            ends.add("result")
+        except limits_of_programs.TakesTooMuch:
+            ends.add("too much")
+        assert signal.getsignal(signal.SIGVTALRM) == handler and resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert "too much" in ends
 
 
 def laughs(key: str) -> str:
