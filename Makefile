@@ -13,6 +13,10 @@ INPUTS := setup.py pyproject.toml constraints-cpu.txt
 .PHONY: help test test-slow check demo clean layout-report
 .DELETE_ON_ERROR:
 
+# pytest-timeout interrupts Python. A test that hangs in a library's C code for so many seconds ends with its process,
+# which says where every thread was.
+ended-after = -o faulthandler_timeout=$(1) -o faulthandler_exit_on_timeout=true
+
 # A target is listed with what stands after its `##`.
 help: ## this list
 	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -21,10 +25,10 @@ help: ## this list
 # One thread per process unless told otherwise: the tests start several processes.
 test test-slow: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test ## the CPU suite, about 10 minutes on two cores
-	$(PYTEST) -ra --durations=10 -m "not slow"
+	$(PYTEST) -ra --durations=10 -m "not slow" $(call ended-after,400)
 
 test-slow: $(VENV)/.installed-test ## what `make test` leaves out: four ranks, long forms
-	$(PYTEST) -ra --durations=10 -m slow
+	$(PYTEST) -ra --durations=10 -m slow $(call ended-after,1200)
 
 check: $(VENV)/.installed-check ## lint, types, unit tests
 	$(BIN)/ruff check .

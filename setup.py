@@ -57,7 +57,7 @@ setup(
         "watch": ["wandb"],  # --wandb-project
         "resiliency": ["nvidia-resiliency-ext"],  # ft_launcher, instead of torchrun
         "test": [
-            "pytest>=8",
+            "pytest>=9",  # faulthandler_exit_on_timeout
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
