@@ -46,7 +46,7 @@ def _in_time(function: Callable[[], Result], seconds: float) -> Result:
 
     before = signal.signal(signal.SIGVTALRM, give_up)
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # once: what comes in the inner `finally` is the last
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # once: one that comes when the function has ended is the last
         try:
             return function()
         finally:
