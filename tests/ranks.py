@@ -4,6 +4,7 @@ The processes meet through a file, so no port can be taken by another test; a wo
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -79,6 +80,7 @@ def _collect(pipes: list[Connection], processes: list[BaseProcess], deadline: fl
 
 def _run(rank: int, size: int, store: str, sender: Connection, function: Callable, args: tuple) -> None:
     os.setsid()
+    faulthandler.enable()  # where a rank was that dies in a library's C code
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # as of a launcher; they have met below by then
     try:
