@@ -20,28 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_lrc.clone.sites import HeadLayout, Site, select
+from megatron_lrc.clone.sites import Site
 
 #: Below this a site's typical energy is none: there is nothing to compare with, and no loss.
 _NOTHING = 1e-20
 
 
-def energies(outputs: list[Tensor], sites: list[Site], heads: HeadLayout, tp: ProcessGroup) -> Tensor:
-    """[len(outputs), s, b, k], in fp32 or better: mean over a site's features of squared outputs, each [s, b, f].
-
-    Features that tensor parallelism splits are summed over its ranks: a collective of them, one for all outputs.
-    """
-    wide = torch.promote_types(outputs[0].dtype, torch.float32)
-    found = torch.stack(
-        [
-            torch.stack([select(site, output, heads, -1).to(wide).square().flatten(2).mean(-1) for site in sites], -1)
-            for output in outputs
-        ]
-    )
+def summed_over_tp(partial: Tensor, sites: tuple[Site, ...], tp: ProcessGroup) -> Tensor:
+    """In place: `mean_squares` [..., s, b, k] of whole sites. A collective of the TP ranks where they split features,
+    one for all that is stacked."""
     if sites[0].split == 0 and tp.size() > 1:
-        dist.all_reduce(found, group=tp)
-        found /= tp.size()
-    return found
+        dist.all_reduce(partial, group=tp)
+    return partial
 
 
 def relative_weights(token_weight: Tensor, error: Tensor, energy: Tensor, typical: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""The activation-clone loss of one captured linear layer, attached to the student's activation.
+"""The activation-clone loss of one captured linear layer, and how it is hung on the student's activation.
 
-Algorithm 1 of arXiv 2505.12781. Its E is a mean over tokens and features, so each site contributes
-sum over tokens of (squared difference / the site's global width); the division by the global token count comes once per
-step, where all gradients are divided. Whatever this rank holds, a shard of the features or its own tokens, its value is
-a partial sum, and its gradient exact without any communication.
+Algorithm 1 of arXiv 2505.12781. Its E is a mean over tokens and features; here each site's is a sum over tokens of
+squared errors, averaged over the site's features. The division by the global token count comes once per step, where all
+gradients are divided. Whatever this rank holds, a shard of the features or its own tokens, its value is a partial sum,
+and its gradient exact without any communication.
 
-Notation: s sequence, b micro-batch, f features of the captured output on this rank.
+Notation: s sequence, b micro-batch, f features of the captured output on this rank, k sites in it that are compared.
 """
 
 from typing import Any
@@ -17,36 +17,45 @@ from megatron_lrc.clone.fusion import fused_on_cuda
 from megatron_lrc.clone.sites import HeadLayout, Site, select
 
 
-def inverse_widths(sites: list[Site], heads: HeadLayout, num_features: int, tp_size: int) -> Tensor:
-    """fp64 [f]: for each feature of a captured output, 1 / (number of features of its site over all ranks)."""
-    inverse = torch.zeros(num_features, dtype=torch.float64)
+@fused_on_cuda
+def squared_errors(student: Tensor, target: Tensor, sites: tuple[Site, ...], heads: HeadLayout, tp_size: int) -> Tensor:
+    """[s, b, k]: each token's squared error, as `mean_squares` gives it. student, target: [s, b, f]."""
+    return _mean_squares(student - target, sites, heads, tp_size)
+
+
+@fused_on_cuda
+def mean_squares(output: Tensor, sites: tuple[Site, ...], heads: HeadLayout, tp_size: int) -> Tensor:
+    """[s, b, k], in fp32 or better: mean over a site's features of a token's squares, given its output [s, b, f].
+
+    Of features that tensor parallelism splits, this rank's share of it: a partial sum over the tp_size ranks.
+    """
+    return _mean_squares(output, sites, heads, tp_size)
+
+
+def _mean_squares(output: Tensor, sites: tuple[Site, ...], heads: HeadLayout, tp_size: int) -> Tensor:
+    # A norm, because it is a sum of squares that needs no copy of what it squares.
+    wide = torch.promote_types(output.dtype, torch.float32)
+    shares = []
     for site in sites:
-        part = select(site, inverse, heads)
-        part.fill_(1.0 / (part.numel() * (tp_size if site.split == 0 else 1)))
-    return inverse
+        part = select(site, output, heads, -1)
+        norm = torch.linalg.vector_norm(part, dim=tuple(range(2, part.dim())), dtype=wide)
+        shares.append(norm.square() / _width(site, part, tp_size))
+    return torch.stack(shares, -1)
 
 
-def place_of_features(sites: list[Site], heads: HeadLayout, num_features: int) -> Tensor | None:
-    """int64 [f]: for each feature of a captured output, the place of its site among `sites`; None if there is one."""
-    if len(sites) == 1:
-        return None
-    places = torch.zeros(num_features, dtype=torch.int64)
-    for place, site in enumerate(sites):
-        select(site, places, heads).fill_(place)
-    return places
+def _width(site: Site, part: Tensor, tp_size: int) -> int:
+    """A site's features over all ranks. part: [s, b, ...], those that this rank has."""
+    return part.shape[2:].numel() * (tp_size if site.split == 0 else 1)
 
 
 class CloneLoss(torch.autograd.Function):
-    """Masked squared error of one captured output, summed over tokens, each site's features averaged.
-
-    Gives (student unchanged, the loss of each feature [f], for reporting and not differentiable, in fp32 or better).
-    Backward adds the gradient of `scale` times the loss to the student's, and gives it to the target. The loss need not
-    be carried to the last pipeline stage: it acts where its layer lives.
+    """Gives the student's output [s, b, f] unchanged; in backward it adds the gradient of its clone losses, times
+    `scale`, to the student's, and gives it to the target. So a loss need not be carried to the last pipeline stage: it
+    acts where its layer lives.
 
     student, target: [s, b, f]; either may need a gradient (the target of o and down is the teacher's output times P).
-    weights: what a token's squared error counts with in the loss and in its gradient, each [s, b, k], 0 for masked
-    tokens: one for each of the sites, or k = 1 for all. place: int64 [f], which of the k weighs a feature; None where
-    k is 1. inverse_width: [f], 0 for features whose site is off.
+    weight: [s, b, k], what a token's squared error counts with in the gradient; 0 for masked tokens. Features of other
+    sites than these get none.
     scale: what the main loss is multiplied by before backward, times alpha.
 
     Nothing of the pair's size is made in forward: both are kept, and subtracted again in backward.
@@ -57,57 +66,44 @@ class CloneLoss(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         target: Tensor,
-        weights: tuple[Tensor, Tensor],
-        place: Tensor | None,
-        inverse_width: Tensor,
+        weight: Tensor,
+        sites: tuple[Site, ...],
+        heads: HeadLayout,
+        tp_size: int,
         scale: Tensor | float,
-    ) -> tuple[Tensor, Tensor]:
-        in_loss, in_gradient = (weight.to(inverse_width.dtype) for weight in weights)
-        per_feature = _squared_error(student, target, in_loss, place, inverse_width)
-        ctx.save_for_backward(student, target, in_gradient, place, inverse_width)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(per_feature)
-        return student.view_as(student), per_feature
+    ) -> Tensor:
+        ctx.save_for_backward(student, target, weight)
+        ctx.places, ctx.scale = (sites, heads, tp_size), scale
+        return student.view_as(student)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        student, target, weight, place, inverse_width = ctx.saved_tensors
-        factor = inverse_width * (2.0 * ctx.scale)
-        if not ctx.needs_input_grad[1]:
-            return _add_error(grads[0], student, target, weight, place, factor), None, None, None, None, None
-        error = _error(student, target, weight, place, factor)
-        return grads[0] + error if ctx.needs_input_grad[0] else None, error.neg_(), None, None, None, None
-
-
-@fused_on_cuda
-def _squared_error(
-    student: Tensor, target: Tensor, weight: Tensor, place: Tensor | None, inverse_width: Tensor
-) -> Tensor:
-    """[f]: sum over tokens of weight * (student - target)^2, times inverse_width."""
-    difference = (student - target).to(inverse_width.dtype).flatten(0, 1)  # [s*b, f]
-    if place is None:
-        return (weight.flatten() @ difference.square_()) * inverse_width
-    sums = weight.flatten(0, 1).t() @ difference.square_()  # [k, f]
-    return sums.gather(0, place.unsqueeze(0))[0] * inverse_width
-
-
-def _of_features(weight: Tensor, place: Tensor | None) -> Tensor:
-    """[s, b, f], or [s, b, 1] for all."""
-    return weight if place is None else weight.index_select(-1, place)
-
-
-@fused_on_cuda
-def _error(student: Tensor, target: Tensor, weight: Tensor, place: Tensor | None, factor: Tensor) -> Tensor:
-    """(student - target) * weight * factor, [s, b, f], in the student's dtype."""
-    return (student - target).mul(_of_features(weight, place)).mul_(factor).to(student.dtype)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        student, target, weight = ctx.saved_tensors
+        to_student, to_target = ctx.needs_input_grad[:2]
+        weight = weight.to(torch.promote_types(student.dtype, torch.float32)) * (2.0 * ctx.scale)
+        if not to_target:
+            return _add_error(grads[0], student, target, weight, *ctx.places), *([None] * 6)
+        error = _add_error(torch.zeros_like(student), student, target, weight, *ctx.places)
+        return grads[0] + error if to_student else None, error.neg_(), *([None] * 5)
 
 
 @fused_on_cuda
 def _add_error(
-    grad: Tensor, student: Tensor, target: Tensor, weight: Tensor, place: Tensor | None, factor: Tensor
+    grad: Tensor,
+    student: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    sites: tuple[Site, ...],
+    heads: HeadLayout,
+    tp_size: int,
 ) -> Tensor:
-    """grad + `_error`."""
-    return (grad + (student - target).mul(_of_features(weight, place)).mul_(factor)).to(student.dtype)
+    """[s, b, f]: grad + (student - target) * weight / the width of its site, in grad's dtype."""
+    total, error = grad.clone(), student - target
+    for site, of_site in zip(sites, weight.unbind(-1), strict=True):
+        part, sum_of_both = (select(site, tensor, heads, -1) for tensor in (error, total))
+        of_token = (of_site / _width(site, part, tp_size)).reshape(*part.shape[:2], *[1] * (part.dim() - 2))
+        sum_of_both.add_(part * of_token)
+    return total
 
 
 class CarryLoss(torch.autograd.Function):

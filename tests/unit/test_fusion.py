@@ -8,6 +8,7 @@ import torch
 
 from megatron_lrc.clone import losses, vocab_parallel
 from megatron_lrc.clone.fusion import fused_on_cuda
+from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout
 
 HALF = torch.bfloat16
 
@@ -20,18 +21,18 @@ def arguments(name, n, v):
     student, teacher = logits(n, v), logits(n, v)
     tops = student.amax(1), teacher.amax(1)
     pair = torch.randn(n, 2, v).to(HALF), torch.randn(n, 2, v).to(HALF)
-    num_sites = 1 + n % 2  # one in the first of the sizes below, two in the second
-    place = torch.randint(num_sites, (v,)) if num_sites > 1 else None
-    weights = torch.rand(n, 2, num_sites), place, torch.rand(v)
+    linear = "self_attention.linear_qkv" if v % 4 == 0 else "mlp.linear_fc2"  # three sites, or one
+    sites = tuple(site for site in LAYER_SITES if site.linear == linear)
+    places = sites, HeadLayout(head_dim=v // 4, queries_per_group=2), 1
     return {
         "_student_sum": (student, tops[0]),
         "_student_gradient": (student, tops[0], torch.rand(n)),
         "_sums_of_both": (student, teacher, *tops, 40.0),
         "_gap_sum": (student, teacher, *tops),
         "_gradient_of_both": (student, teacher, *tops, torch.rand(3, n), 40.0),
-        "_squared_error": (*pair, *weights),
-        "_error": (*pair, *weights),
-        "_add_error": (torch.randn(n, 2, v).to(HALF), *pair, *weights),
+        "squared_errors": (*pair, *places),
+        "mean_squares": (pair[0], *places),
+        "_add_error": (torch.randn(n, 2, v).to(HALF), *pair, torch.rand(n, 2, len(sites)), *places),
     }[name]
 
 
@@ -57,7 +58,7 @@ def test_what_cannot_be_compiled_says_so_once_and_runs_as_it_is():
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("module, names", [
     (vocab_parallel, ("_student_sum", "_student_gradient", "_sums_of_both", "_gap_sum", "_gradient_of_both")),
-    (losses, ("_squared_error", "_error", "_add_error")),
+    (losses, ("squared_errors", "mean_squares", "_add_error")),
 ])  # fmt: skip
 def test_compiled_functions_equal_themselves(module, names):
     for name in names:

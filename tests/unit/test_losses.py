@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lrc.clone import vocab_parallel
-from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weights
-from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths, place_of_features
+from megatron_lrc.clone.energy import TypicalEnergy, relative_weights
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, mean_squares, squared_errors
 from megatron_lrc.clone.products import wide_product
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
@@ -117,59 +117,57 @@ def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_attached_clone_loss_adds_the_gradient_of_masked_mse_per_site(dtype, tolerance):
     heads = HeadLayout(head_dim=4, queries_per_group=3)
-    sites = [site for site in LAYER_SITES if site.name in "qkv"]
+    sites = tuple(site for site in LAYER_SITES if site.name in "qkv")
     generator = torch.Generator().manual_seed(1)
     student = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
     target = torch.randn(5, 2, 40, generator=generator, dtype=dtype).requires_grad_()
     mask = (torch.rand(5, 2, generator=generator) > 0.4).to(dtype)
 
-    widths = inverse_widths(sites, heads, 40, 1).to(dtype)
-    attached, per_feature = CloneLoss.apply(student, target, (mask.unsqueeze(-1),) * 2, None, widths, 0.2)
+    weight = mask.unsqueeze(-1).expand(5, 2, 3)
+    attached = CloneLoss.apply(student, target, weight, sites, heads, 1, 0.2)
     assert torch.equal(attached, student)
     grads = torch.autograd.grad(attached.sin().sum(), (student, target))
 
-    def masked_mse(site):
+    def squared_error(site):
         error = select(site, student, heads, -1) - select(site, target, heads, -1)
-        return (error.flatten(2).square().mean(-1) * mask).sum()
+        return error.flatten(2).square().mean(-1)
 
-    terms = [masked_mse(site) for site in sites]
-    expected = torch.autograd.grad(student.sin().sum() + 0.2 * sum(terms), (student, target))
-    for site, term in zip(sites, terms, strict=True):
-        torch.testing.assert_close(
-            select(site, per_feature, heads).sum(), term.detach(), rtol=tolerance, atol=tolerance
-        )
-    for grad, reference in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance)
+    errors = torch.stack([squared_error(site) for site in sites], -1)
+    loss = (errors * weight).sum()
+    expected = torch.autograd.grad(student.sin().sum() + 0.2 * loss, (student, target))
+    for found, reference in zip(
+        (squared_errors(student, target, sites, heads, 1), *grads), (errors, *expected), strict=True
+    ):
+        torch.testing.assert_close(found, reference, rtol=tolerance, atol=tolerance)
 
 
 def test_each_site_of_a_fused_output_has_tokens_weights_of_its_own():
     heads = HeadLayout(head_dim=4, queries_per_group=3)
-    sites = [site for site in LAYER_SITES if site.name in "qv"]  # k is off
+    sites = tuple(site for site in LAYER_SITES if site.name in "qv")  # k is off
     generator = torch.Generator().manual_seed(1)
     student, target = (torch.randn(5, 2, 40, generator=generator, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()
     weight = torch.rand(5, 2, 2, generator=generator, dtype=torch.float64)
-    widths, place = inverse_widths(sites, heads, 40, 1), place_of_features(sites, heads, 40)
-    attached, per_feature = CloneLoss.apply(student, target, (weight, weight), place, widths, 0.2)
+    attached = CloneLoss.apply(student, target, weight, sites, heads, 2, 0.2)  # half of the features are on this rank
     (grad,) = torch.autograd.grad(attached.sum(), student)
 
     def weighted_mse(number, site):
         error = select(site, student, heads, -1) - select(site, target, heads, -1)
-        return (error.flatten(2).square().mean(-1) * weight[..., number]).sum()
+        return (error.flatten(2).square().mean(-1) / 2 * weight[..., number]).sum()
 
     terms = [weighted_mse(number, site) for number, site in enumerate(sites)]
-    torch.testing.assert_close(per_feature.sum(), sum(terms).detach())
+    torch.testing.assert_close((squared_errors(student, target, sites, heads, 2) * weight).sum(), sum(terms))
     torch.testing.assert_close(grad, torch.autograd.grad(student.sum() + 0.2 * sum(terms), student)[0])
 
 
 def test_a_massive_token_and_a_tiny_one_weigh_no_more_than_others():
     """Relative to its own energy above what is typical, which neither of the two moves much; to that below it."""
-    heads, sites = HeadLayout(4, 1), [site for site in LAYER_SITES if site.name == "down"]
+    heads, sites = HeadLayout(4, 1), tuple(site for site in LAYER_SITES if site.name == "down")
     target = torch.ones(101, 1, 8)
     target[0], target[1] = 1000.0, 0.001
     weight = torch.ones(101, 1)
     weight[2] = 0.0  # masked
-    energy, error = energies([target, 0.1 * target], sites, heads, None)
+    energy, error = (mean_squares(output, sites, heads, 2) for output in (target, 0.1 * target))
     typical = TypicalEnergy(3, torch.device("cpu"))
     typical.add(torch.tensor([1]), energy[:50], weight[:50])
     typical.add(torch.tensor([1]), energy[50:], weight[50:])
@@ -192,8 +190,8 @@ def test_a_token_whose_error_is_massive_pulls_no_more_than_one_that_misses_its_t
 
 def test_a_branch_beside_an_activation_gets_its_losses_gradient():
     activation, branch = (torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
-    weights = (torch.ones(3, 2, 1),) * 2
-    with_loss, _ = CloneLoss.apply(branch, torch.zeros(3, 2, 4), weights, None, torch.full((4,), 0.25), 0.5)
+    sites = tuple(site for site in LAYER_SITES if site.name == "down")
+    with_loss = CloneLoss.apply(branch, torch.zeros(3, 2, 4), torch.ones(3, 2, 1), sites, HeadLayout(4, 1), 1, 0.5)
     grads = torch.autograd.grad(CarryLoss.apply(activation, with_loss).sin().sum(), (activation, branch))
     torch.testing.assert_close(grads[0], activation.cos())
     torch.testing.assert_close(grads[1], 0.5 * 2 * branch.detach() / 4)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
-from megatron_lrc.clone.energy import TypicalEnergy, energies, relative_weights
-from megatron_lrc.clone.losses import CarryLoss, CloneLoss, inverse_widths, place_of_features
-from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, select
+from megatron_lrc.clone.energy import TypicalEnergy, relative_weights, summed_over_tp
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, mean_squares, squared_errors
+from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site
 from megatron_lrc.config import CLONE_TERMS
 from megatron_lrc.mcore.distributed import sum_over_stage
 from megatron_lrc.mcore.gpt_models import layers_of
@@ -33,8 +33,8 @@ from megatron_lrc.mcore.kernels import own_precision
 from megatron_lrc.mcore.stages import Trained
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
 
-SITES_OF: dict[str, list[Site]] = {
-    linear: [site for site in LAYER_SITES if site.linear == linear] for linear in CAPTURED_LINEARS
+SITES_OF: dict[str, tuple[Site, ...]] = {
+    linear: tuple(site for site in LAYER_SITES if site.linear == linear) for linear in CAPTURED_LINEARS
 }
 
 
@@ -60,7 +60,7 @@ class Place:
     layer: int
     linear: str
     teacher_layer: nn.Module
-    sites: list[Site]
+    sites: tuple[Site, ...]
 
     @property
     def block(self) -> str:
@@ -82,7 +82,6 @@ class CloneLosses(LayerLosses):
         super().__init__(stage)
         self._settings, self._terms_of = stage.settings, terms_of
         self._micro_batch: MicroBatch | None = None  # the one in progress
-        self._features: dict[tuple, tuple[Tensor, Tensor | None]] = {}
         self._site_indexes: dict[tuple[str, ...], Tensor] = {}
         self._typical = self._make_typical_energies()
         self._calibration: dict[int, TypicalEnergy] | None = None
@@ -156,19 +155,20 @@ class CloneLosses(LayerLosses):
         for place in self._places():
             target = self._micro_batch.activations[place.layer, place.linear]
             token_weight = self._of_this_rank(place, self._micro_batch.token_weight)
-            (found,) = energies([target], place.sites, self._stage.heads, self._stage.groups.tp)
-            calibration[place.layer].add(self._indexes(place, found.device), found, token_weight)
+            groups = self._stage.groups
+            energy = mean_squares(target, place.sites, self._stage.heads, groups.tp.size())
+            energy = summed_over_tp(energy, place.sites, groups.tp)
+            calibration[place.layer].add(self._indexes(place, energy.device), energy, token_weight)
 
-    def _weights(
-        self, place: Place, teacher: Tensor, pair: tuple[Tensor, Tensor], token_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The weights that `CloneLoss` takes. teacher: its output. pair: the two that are compared."""
+    def _weights(self, place: Place, teacher: Tensor, errors: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What squared errors count with in the loss, and in its gradient, each [s, b, k]. teacher: its output.
+        errors: `squared_errors` of this place."""
         if not self._typical:
-            weight = token_weight.unsqueeze(-1)
+            weight = token_weight.unsqueeze(-1).expand_as(errors)
             return weight, weight
-        with torch.no_grad():
-            outputs = [teacher, pair[0] - pair[1]]
-            energy, error = energies(outputs, place.sites, self._stage.heads, self._stage.groups.tp)
+        tp = self._stage.groups.tp
+        energy = mean_squares(teacher, place.sites, self._stage.heads, tp.size())
+        energy, error = summed_over_tp(torch.stack([energy, errors]), place.sites, tp)
         typical = self._typical[place.layer].index_select(0, self._indexes(place, teacher.device))
         return relative_weights(token_weight, error, energy, typical)
 
@@ -187,7 +187,7 @@ class CloneLosses(LayerLosses):
         for index, _ in layers_of(self._stage.student):
             terms = self._terms_of(index)
             for linear in CAPTURED_LINEARS:
-                if sites := [site for site in SITES_OF[linear] if site.name in terms]:
+                if sites := tuple(site for site in SITES_OF[linear] if site.name in terms):
                     yield Place(index, linear, teacher_layers[index], sites)
 
     def _capture_activations(self) -> None:
@@ -236,25 +236,31 @@ class CloneLosses(LayerLosses):
         self, place: Place, module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]
     ) -> tuple[Tensor, Any]:
         """Compare a student's linear output with the teacher's of the same place, and hang the loss on it."""
-        assert self._micro_batch is not None
-        micro_batch, teacher = self._micro_batch, self._teacher_output(place)
+        teacher = self._teacher_output(place)
         compared, target = output[0], teacher
         if place.sites[0].projected == "output":
             compared, target = self._output_pair(place, inputs[0], output[0], teacher)  # [s/tp, b, d or D]
-        token_weight = self._of_this_rank(place, micro_batch.token_weight)
-        weights = self._weights(place, teacher, (compared, target), token_weight)
-        scale = self._settings.loss.alpha * self._stage.main_loss_scale()
-        inverse_width, site_of = self._of_features(place, compared)
-        compared, per_feature = CloneLoss.apply(
-            compared, target, weights, site_of if weights[0].shape[-1] > 1 else None, inverse_width, scale
-        )
-        if not micro_batch.is_recomputing:  # the first forward pass has counted it
-            sums = self._stage.sums.clone[place.layer]
-            for site in place.sites:
-                sums[LAYER_SITES.index(site)] += select(site, per_feature, self._stage.heads).sum()
+        compared = self._with_loss(place, compared, target, teacher)
         # At the teacher's width what is compared is not what the student goes on with, but hangs on it.
         is_beside = self._compares_at_teacher_width(place)
         return CarryLoss.apply(output[0], compared) if is_beside else compared, output[1]
+
+    def _with_loss(self, place: Place, compared: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
+        """What is compared, with its losses' gradient hung on it, once the losses have been added up.
+
+        compared, target: the pair. teacher: the teacher's output, from which the target is.
+        """
+        assert self._micro_batch is not None
+        places = place.sites, self._stage.heads, self._stage.groups.tp.size()
+        token_weight = self._of_this_rank(place, self._micro_batch.token_weight)
+        with torch.no_grad():
+            errors = squared_errors(compared, target, *places)
+            in_loss, in_gradient = self._weights(place, teacher, errors, token_weight)
+            if not self._micro_batch.is_recomputing:  # the first forward pass has counted it
+                sums = (in_loss * errors).sum((0, 1), dtype=torch.float64)
+                self._stage.sums.clone[place.layer].index_add_(0, self._indexes(place, sums.device), sums)
+        scale = self._settings.loss.alpha * self._stage.main_loss_scale()
+        return CloneLoss.apply(compared, target, in_gradient, *places, scale)
 
     def _compares_at_teacher_width(self, place: Place) -> bool:
         return place.sites[0].name == "o" and self._settings.loss.clone_attention_output == "teacher"
@@ -272,17 +278,6 @@ class CloneLosses(LayerLosses):
                 through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
             return through_teacher, target
         return student, target @ self._stage.projections.target(f"layers.{place.layer}.{site.name}")
-
-    def _of_features(self, place: Place, compared: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`inverse_widths` and `place_of_features` of a captured output."""
-        key = (place.linear, tuple(site.name for site in place.sites), compared.shape[-1])
-        if key not in self._features:
-            groups, heads, count = self._stage.groups, self._stage.heads, compared.shape[-1]
-            wide = torch.promote_types(compared.dtype, torch.float32)
-            widths = inverse_widths(place.sites, heads, count, groups.tp.size()).to(compared.device, wide)
-            site_of = place_of_features(place.sites, heads, count)
-            self._features[key] = widths, None if site_of is None else site_of.to(compared.device)
-        return self._features[key]
 
     def _indexes(self, place: Place, device: torch.device) -> Tensor:
         """int64 [k], of its sites in LAYER_SITES; on the device once, since to send it there makes the host wait."""

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_lrc.clone.losses import CarryLoss, CloneLoss
+from megatron_lrc.clone.losses import CarryLoss, CloneLoss, squared_errors
 from megatron_lrc.clone.seeds import generator_of
+from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import TINYBERT_TERMS
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.stages import MAPS, Trained
@@ -23,6 +24,9 @@ from megatron_lrc.methods.lrc.layer_losses import LayerLosses, TwoModels
 from megatron_lrc.methods.tinybert.attention_loss import AttentionLoss
 
 EMBEDDING, HIDDEN, ATTENTION = range(len(TINYBERT_TERMS))
+
+#: What is compared of a hidden state: all of it, which each rank has whole of its tokens.
+_HIDDEN_STATE = Site("hidden state", "output", "", 1)
 
 
 class TinyBertLosses(LayerLosses):
@@ -83,14 +87,11 @@ class TinyBertLosses(LayerLosses):
         tp, token_weight = self._stage.groups.tp, self._token_weight
         if self._stage.student.config.sequence_parallel:
             token_weight = token_weight.chunk(tp.size())[tp.rank()]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        width = target.shape[-1]
-        inverse_width = torch.full((width,), 1 / width, dtype=wide, device=target.device)
-        weights = (token_weight.unsqueeze(-1),) * 2  # in the loss, and in its gradient
-        mapped, per_feature = CloneLoss.apply(
-            hidden @ self.maps[name], target, weights, None, inverse_width, self._scale
-        )
-        self._stage.sums.clone[layer, term] += per_feature.sum()
+        mapped, places = hidden @ self.maps[name], ((_HIDDEN_STATE,), self._stage.heads, tp.size())
+        with torch.no_grad():
+            errors = squared_errors(mapped, target, *places)[..., 0]
+            self._stage.sums.clone[layer, term] += (token_weight * errors).sum(dtype=torch.float64)
+        mapped = CloneLoss.apply(mapped, target, token_weight.unsqueeze(-1), *places, self._scale)
         attached = CarryLoss.apply(hidden, mapped)
         return (attached, *output[1:]) if isinstance(output, tuple) else attached
 
