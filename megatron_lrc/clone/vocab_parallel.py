@@ -70,8 +70,13 @@ def lm_and_kl_loss(
     *,
     shard: VocabularyShard,
     settings: HeadLossSettings,
+    is_embedding: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(settings.lm * L_LM + settings.kl * L_KL, sums), over weighted tokens. The first has a gradient.
+
+    Where student_head has a `main_grad` in fp32 or better, its gradient is added there at once, chunk by chunk, and
+    autograd gets nothing of it. That takes backward to begin with settings.loss_scale, as megatron-core's schedules do.
+    is_embedding: the head is the embedding of this stage too, whose gradient autograd goes on to bring.
 
     sums [5]: L_LM, L_KL, the teacher's L_LM; and without gradients, as in a validation, how far the models
     agree: KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest.
@@ -82,7 +87,7 @@ def lm_and_kl_loss(
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
     models = (student_hidden, student_head, teacher_hidden, teacher_head)
-    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, torch.is_grad_enabled())
+    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, is_embedding, torch.is_grad_enabled())
 
 
 class _LmAndKl(torch.autograd.Function):
@@ -97,6 +102,7 @@ class _LmAndKl(torch.autograd.Function):
         token_weight: Tensor,
         shard: VocabularyShard,
         settings: HeadLossSettings,
+        is_embedding: bool,
         is_grad_enabled: bool,  # for the caller: here it is not, and ctx.needs_input_grad does not say so
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(student_hidden.dtype, torch.float32)
@@ -104,9 +110,7 @@ class _LmAndKl(torch.autograd.Function):
         weight = token_weight.to(wide)
         needs_grad = is_grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
-        head_grad = torch.empty_like(student_head, dtype=wide) if needs_grad else None
-        if head_grad is not None:  # rows of tokens are filled below
-            head_grad[shard.num_valid if len(labels) else 0 :].zero_()
+        head_grad = _HeadGradient(student_head, shard.num_valid, wide) if needs_grad else None
         is_teacher_wanted = settings.kl or not needs_grad
         sums = weight.new_zeros(5)
         for start in range(0, len(labels), settings.chunk_tokens):
@@ -133,10 +137,10 @@ class _LmAndKl(torch.autograd.Function):
                 narrow = student_logits.to(student_hidden.dtype)
                 del student_logits
                 hidden_grad[chunk] = narrow @ student_rows
-                rows = head_grad[: shard.num_valid]
-                add_product(rows, narrow.t(), student_hidden[chunk], is_first=start == 0)
+                head_grad.add(narrow.t(), student_hidden[chunk])
                 del narrow
         ctx.gradients = (hidden_grad, head_grad)  # made and used once: without save_for_backward's checks
+        ctx.is_embedding = is_embedding
         ctx.loss_scale = settings.loss_scale
         ctx.mark_non_differentiable(sums)
         return settings.lm * sums[0] + settings.kl * sums[1], sums
@@ -146,10 +150,43 @@ class _LmAndKl(torch.autograd.Function):
         hidden_grad, head_grad = ctx.gradients
         ctx.gradients = None
         factor = grads[0] / ctx.loss_scale  # the scale is in the gradients already
-        if factor.is_cuda or factor != 1:  # on CPU no wait, and a pass over a gradient saved
+        if not factor.is_cuda and factor == 1:  # on CPU no wait, and a pass over a gradient saved
+            factor = None
+        if factor is not None:
             hidden_grad.mul_(factor)
-            head_grad.mul_(factor)
-        return hidden_grad, head_grad.to(hidden_grad.dtype), *[None] * 7
+        return hidden_grad, head_grad.for_autograd(factor, ctx.is_embedding), *[None] * 8
+
+
+class _HeadGradient:
+    """The gradient of an LM head [v, d] as chunks of tokens add to it: in the head's `main_grad`, where it has one that
+    is wide enough, or in a matrix of its own."""
+
+    def __init__(self, head: Tensor, num_valid: int, wide: torch.dtype):
+        """num_valid: rows that get a gradient; that of the others is 0."""
+        main_grad = getattr(head, "main_grad", None)
+        self._head, self._num_valid = head, num_valid
+        self._is_in_main = main_grad is not None and main_grad.dtype == wide
+        self._total = main_grad if self._is_in_main else torch.empty_like(head, dtype=wide)
+        self._is_empty = not self._is_in_main
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """left [num_valid, n] @ right [n, d]."""
+        add_product(self._total[: self._num_valid], left, right, is_first=self._is_empty)
+        self._is_empty = False
+
+    def for_autograd(self, factor: Tensor | None, is_embedding: bool) -> Tensor | None:
+        """What `backward` gives for the head, times a factor; None is 1."""
+        if not self._is_in_main:
+            self._total[0 if self._is_empty else self._num_valid :].zero_()
+            total = self._total if factor is None else self._total.mul_(factor)
+            return total.to(self._head.dtype)
+        if factor is not None and not factor.is_cuda:
+            raise RuntimeError("backward has to begin with the loss scale that the head's gradient was made with")
+        if is_embedding:
+            return None
+        # As megatron-core's fused layers do: what autograd gets has the shape alone, and the hooks are told so.
+        self._head.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return self._head.new_zeros(()).expand_as(self._head)
 
 
 #: Logits of one model that are worked on at once on CPU: temporaries of 1 MiB stay in the processor's cache.

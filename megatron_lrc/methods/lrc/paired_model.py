@@ -268,6 +268,7 @@ class PairedModel(TwoModels):
                 chunk_tokens=self.settings.loss.loss_chunk_tokens,
                 loss_scale=self.main_loss_scale(),
             ),
+            is_embedding=self.pre_process and self.shapes.student.is_tied,
         )
         if self.groups.tp.rank() == 0:
             self.sums.add_main(sums, token_weight)

@@ -87,6 +87,7 @@ class SingleModel(PipelineStage):
             token_weight,
             shard=self.vocabulary,
             settings=HeadLossSettings(lm=1.0, kl=0.0, temperature=1.0, chunk_tokens=chunk, loss_scale=scale),
+            is_embedding=self.pre_process and self.shapes.student.is_tied,
         )
         if self.groups.tp.rank() == 0:
             self.sums.add_main(sums, token_weight)
