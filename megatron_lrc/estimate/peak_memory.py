@@ -138,11 +138,17 @@ def _fp8_weights(stage: Stage, shape: ModelShape) -> int:
 
 
 def _head_gradient(stage: Stage, tokens: int) -> float:
-    """What the last stage holds from its losses until backward: the head's gradient, and the hidden states'."""
+    """What the last stage holds from its losses until backward: the hidden states' gradient, and the head's unless that
+    is added to a buffer that is there anyway."""
     e, both = bytes_per_element(stage.config), stage.teacher.hidden_size + stage.student.hidden_size
     gathered = both if stage.tp > 1 else 0
     hidden = tokens * e * (stage.student.hidden_size + both / stage.tp + gathered)
-    return stage.vocab_rows * stage.student.hidden_size * FP32 + hidden
+    return hidden + (0 if _has_main_gradient_of_head(stage) else FP32) * stage.vocab_rows * stage.student.hidden_size
+
+
+def _has_main_gradient_of_head(stage: Stage) -> bool:
+    """In half precision always; in fp32 where both ends are trained themselves, in the buffer of data parallelism."""
+    return bytes_per_element(stage.config) < FP32 or EMBED.name in stage.own
 
 
 def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
@@ -151,12 +157,13 @@ def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
     models = 2 if stage.config.total_kl_weight else 1
     if on_cuda:
         return models * one
-    # Half-precision hidden states and rows of the head are widened.
+    # Half-precision hidden states and rows of the head are widened, and a chunk's gradient of the head is made apart.
     widened = FP32 * (min(loss.loss_chunk_tokens, tokens) + min(stage.vocab_rows, ROWS_AT_ONCE))
     is_narrow = bytes_per_element(stage.config) < FP32
     hidden_size = stage.teacher.hidden_size if models == 2 else stage.student.hidden_size
     beside = 0 if stage.tp == 1 else _LOGITS_BESIDE * models / 2
-    return (models + beside) * one + is_narrow * widened * hidden_size
+    apart = bytes_per_element(stage.config) * stage.vocab_rows * stage.student.hidden_size
+    return (models + beside) * one + is_narrow * (widened * hidden_size + apart)
 
 
 def _pull_back(stage: Stage, *, on_cuda: bool) -> float:
