@@ -65,7 +65,7 @@ def values(teacher: str) -> dict[str, bool]:
             stage.projections.set_matrix(name, matrix.to(torch.bfloat16))
         stage.compose()
     local, engine = both[LOCAL], both[ENGINE]
-    pairs = list(zip(local.cloned_weights, engine.cloned_weights, strict=True))
+    pairs = [pair for pair in zip(local.cloned_weights, engine.cloned_weights, strict=True) if not pair[0].is_looked_up]
     gains, engine_gains = norm_gains(local.teacher), norm_gains(engine.teacher)
     frozen = [
         (model.state_dict(), other.state_dict())

@@ -28,7 +28,7 @@ class Overlap:
         """Find out in each step when backward has completed a dW_S, and `pull_back` it then if that is of use.
 
         weights: name of a projection -> the student's weight that it makes; a fused weight has several.
-        with_target: those of the names whose gradient also comes through a target, told of by `watch_target`.
+        with_target: names whose gradient comes through a target, told of by `watch_target`; also, or only.
         """
 
     def watch_target(self, name: str, leaf: Tensor) -> None:

@@ -9,7 +9,9 @@ Sharding: P is (D, d); each tensor parallel rank holds D/tp rows, with their gra
 its rows.
 
 The clone loss projects the teacher's o and down outputs with the same P. That use goes through autograd:
-`target(name)` is a leaf that shares P's values, and what reaches it is added to dP by `pull_back`.
+`target(name)` is a leaf that shares P's values, and what reaches it is added to dP by `pull_back`. So does the
+embedding of a student whose head is another matrix: rows are looked up in the teacher's, and then projected, so
+that neither W_S nor dW_S of the vocabulary's size exists.
 
 Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 """
@@ -33,6 +35,7 @@ class ClonedWeight:
 
     projection: global name of the P that generates it (`embed` also for the LM head of a tied student).
     is_own: no longer, or never, generated: the student has it as its own.
+    is_looked_up: rows of the teacher's are projected as they are needed, through a target; the student's is not there.
     teacher, student: this rank's shards of the whole, maybe fused, matrices, which differ in one width.
     """
 
@@ -42,6 +45,11 @@ class ClonedWeight:
     student: nn.Parameter
     heads: HeadLayout
     is_own: bool = False
+    is_looked_up: bool = False
+
+    @property
+    def is_composed(self) -> bool:
+        return not (self.is_own or self.is_looked_up)
 
 
 def accumulate_in_fp32(parameter: Tensor) -> None:
@@ -135,7 +143,7 @@ class Projections(nn.Module):
         self.overlap = overlap
         made = {weight.projection: weight for weight in weights if not weight.is_own}
         overlap.watch_weights(
-            {name: weight.student for name, weight in made.items()},
+            {name: weight.student for name, weight in made.items() if weight.is_composed},
             [name for name, is_detached in self._are_detached.items() if not is_detached],
             lambda name: self.pull_back_one(made[name]),
         )
@@ -178,8 +186,8 @@ class Projections(nn.Module):
 
     @torch.no_grad()
     def compose(self, weights: Iterable[ClonedWeight]) -> None:
-        """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is not its own; and the
-        targets, whose gradients are forgotten."""
+        """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is composed; and the targets,
+        whose gradients are forgotten."""
         # Targets of projections that are fixed stay as the first composition has made them.
         self._targets = {name: leaf for name, leaf in self._targets.items() if not self.matrix(name).requires_grad}
         fixed = set(self._targets)
@@ -190,7 +198,7 @@ class Projections(nn.Module):
                 continue
             self.overlap.parameter_is_needed(self.matrix(name))
             projection = self.full(name)
-            if not weight.is_own:
+            if weight.is_composed:
                 student = select(weight.site, weight.student, weight.heads)
                 teacher = select(weight.site, weight.teacher, weight.heads)
                 student.copy_(compose(weight.site, teacher, projection))
@@ -213,15 +221,16 @@ class Projections(nn.Module):
     def pull_back_one(self, weight: ClonedWeight) -> None:
         """The same of one weight. Per rank a partial sum over tensor parallel ranks (each has a shard of W_T,
         and its own tokens' targets); summed here."""
-        shard, grad = self.matrix(weight.projection), gradient_of(weight.student)
-        if grad is not None:
+        shard, partials = self.matrix(weight.projection), []
+        if weight.is_composed and (grad := gradient_of(weight.student)) is not None:
             student_grad = select(weight.site, grad, weight.heads)
-            partial = pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
-            if weight.projection in self._targets:
-                target_grad = gradient_of(self._targets[weight.projection])
-                if target_grad is not None:
-                    partial += target_grad
-            self._add_gradient(shard, partial)
+            partials.append(pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad))
+        if weight.projection in self._targets:
+            target_grad = gradient_of(self._targets[weight.projection])
+            if target_grad is not None:
+                partials.append(target_grad)
+        if partials:
+            self._add_gradient(shard, partials[0].add_(partials[1]) if len(partials) > 1 else partials[0])
         self.overlap.gradient_is_complete(shard)
 
     def _add_gradient(self, shard: nn.Parameter, partial: Tensor) -> None:

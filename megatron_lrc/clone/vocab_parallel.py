@@ -163,11 +163,12 @@ class _HeadGradient:
 
     def __init__(self, head: Tensor, num_valid: int, wide: torch.dtype):
         """num_valid: rows that get a gradient; that of the others is 0."""
-        main_grad = getattr(head, "main_grad", None)
+        main_grad: Tensor | None = getattr(head, "main_grad", None)
         self._head, self._num_valid = head, num_valid
-        self._is_in_main = main_grad is not None and main_grad.dtype == wide
-        self._total = main_grad if self._is_in_main else torch.empty_like(head, dtype=wide)
-        self._is_empty = not self._is_in_main
+        if main_grad is not None and main_grad.dtype == wide:
+            self._total, self._is_in_main, self._is_empty = main_grad, True, False
+        else:
+            self._total, self._is_in_main, self._is_empty = torch.empty_like(head, dtype=wide), False, True
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """left [num_valid, n] @ right [n, d]."""

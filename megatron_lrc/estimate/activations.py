@@ -142,6 +142,7 @@ def stage_bytes(stage: Stage, *, on_cuda: bool) -> StageBytes:
     both = (stage.teacher.hidden_size + stage.student.hidden_size) * e / stage.tp
     chunks = config.num_chunks
     ends = both * (2 * chunks - stage.is_first - stage.is_last) + narrow * stage.is_first  # what came in and went out
+    ends += stage.looks_up * stage.teacher.hidden_size * e / stage.tp  # the teacher's embeddings, for dP
     return StageBytes(kept + ends, forward + ends, at_once + backward)
 
 

@@ -14,7 +14,7 @@ Notation: n tokens, D teacher hidden, d student hidden, s sequence, V vocabulary
 
 from dataclasses import dataclass
 
-from megatron_lrc.clone.sites import LAYER_SITES, LM_HEAD, Site
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
 from megatron_lrc.mcore.gpt_models import padded_vocab_size
@@ -25,9 +25,9 @@ from megatron_lrc.methods import Method, method_of
 class StepFlops:
     """FLOPs of one optimizer step over the whole job. Without a teacher (--method ordinary) its parts are 0.
 
-    teacher_forward: with its LM head. student_forward: with its LM head and the clone loss's products (o_T
-    P_o, o_ffn_T P_down; with --clone-attention-output teacher the student's attention through the teacher's
-    o). student_backward: of the same. projections: compose and pull back.
+    teacher_forward: with its LM head. student_forward: with its LM head, the projection of the teacher's embeddings of
+    the tokens, and the clone loss's products (o_T P_o, o_ffn_T P_down; with --clone-attention-output teacher the
+    student's attention through the teacher's o). student_backward: of the same. projections: compose and pull back.
     """
 
     teacher_forward: float
@@ -53,7 +53,8 @@ def step_flops(
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
     keys = (training.seq_length + 1) / 2
-    clone_forward, clone_backward = _clone_flops(method, teacher, student, own)
+    through_p = _looks_up(student, own) * method.has_teacher * 2.0 * teacher.hidden_size * student.hidden_size
+    clone_forward, clone_backward = (part + through_p for part in _clone_flops(method, teacher, student, own))
     student_layers = layer_flops(student, keys) * student.num_layers
     student_head = head_flops(student)
     teacher_layers = teacher_head = 0.0
@@ -83,14 +84,19 @@ def projection_flops(
     config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()
 ) -> float:
     """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded
-    vocabulary's. A tied student's matrix is composed at both ends of a pipeline."""
+    vocabulary's. A tied student's matrix is composed at both ends of a pipeline, an untied one's at its end only."""
     parallel = config.parallel
     elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * teacher.num_layers
     if LM_HEAD.name not in own:
-        ends = 1 if student.is_tied and parallel.pipeline_model_parallel_size == 1 else 2
+        ends = 2 if student.is_tied and parallel.pipeline_model_parallel_size > 1 else 1
         rows = padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size)
         elements += ends * rows * teacher.hidden_size
     return 2 * 2.0 * elements * student.hidden_size
+
+
+def _looks_up(student: ModelShape, own: frozenset[str]) -> bool:
+    """Whether embeddings are projected token by token, instead of the whole matrix."""
+    return not student.is_tied and EMBED.name not in own
 
 
 def _clone_flops(method: Method, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> tuple[float, float]:

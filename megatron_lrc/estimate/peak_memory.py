@@ -103,19 +103,20 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     config, e = stage.config, bytes_per_element(stage.config)
     trained = stage.trained_elements
     through = stage.projection_elements + stage.fixed_elements + stage.gain_elements(stage.student)
-    targets = len(stage.targets) * stage.projection_size
-    with_gradient = sum(name not in stage.own for name in stage.targets) * stage.projection_size
+    targets = (len(stage.targets) + stage.looks_up) * stage.projection_size
+    of_clone_loss = 0 if config.loss.detach_clone_targets else sum(name not in stage.own for name in stage.targets)
+    with_gradient = (of_clone_loss + stage.looks_up) * stage.projection_size
     state = trained * FP32 * (2 if e == FP32 else 3)
     if config.parallel.use_distributed_optimizer:
         state /= config.data_parallel_size(world_size) * config.parallel.context_parallel_size
     fp8_of_teacher, fp8_of_student = (_fp8_weights(stage, shape) for shape in (stage.teacher, stage.student))
     return MemoryParts(
         teacher=stage.weight_elements(stage.teacher) * e + config.compute.teacher_fp8 * fp8_of_teacher,
-        student=stage.weight_elements(stage.student) * e + 2 * fp8_of_student,
+        student=(stage.weight_elements(stage.student) - stage.absent_elements) * e + 2 * fp8_of_student,
         student_gradients=_gathered_elements(stage) * FP32,
         # With tensor parallelism the gathered P of the targets are kept.
         projections=through * e + (targets * e if stage.tp > 1 else 0),
-        projection_gradients=trained * FP32 + (0 if config.loss.detach_clone_targets else with_gradient * FP32),
+        projection_gradients=(trained + with_gradient) * FP32,
         optimizer=state,
         activations=0.0,
         temporaries=0.0,
@@ -126,7 +127,7 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
 def _gathered_elements(stage: Stage) -> int:
     """Of the student's composed matrices, whose gradients gather outside the optimizer's buffers."""
     own = stage.own_elements - (EMBED.name in stage.own) * stage.frozen_elements(stage.student)
-    return stage.matrix_elements(stage.student) - own
+    return stage.matrix_elements(stage.student) - own - stage.absent_elements
 
 
 def _fp8_weights(stage: Stage, shape: ModelShape) -> int:

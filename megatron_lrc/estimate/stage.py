@@ -82,6 +82,16 @@ class Stage:
         return method.own_matrices(has_changed=method.changes)
 
     @property
+    def looks_up(self) -> bool:
+        """Whether the student's embeddings are rows of the teacher's, projected: it has no matrix of its own there."""
+        return self.is_first and not self.student.is_tied and EMBED.name not in self.own
+
+    @property
+    def absent_elements(self) -> int:
+        """Of the student's matrix that is not there for that."""
+        return self.looks_up * self.site_elements(EMBED, self.student)
+
+    @property
     def own_elements(self) -> int:
         """Of what of the student is its own, norm gains left out."""
         layer = sum(self.site_elements(site, self.student) for site in LAYER_SITES if site.name in self.own)

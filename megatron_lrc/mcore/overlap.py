@@ -52,7 +52,9 @@ class BucketOverlap(Overlap):
         if not self._are_sums_overlapped:
             return
         self._pull_back = pull_back
-        self._sources = {name: {"weight", "target"} if name in with_target else {"weight"} for name in weights}
+        self._sources = {name: {"weight"} for name in weights}
+        for name in with_target:
+            self._sources.setdefault(name, set()).add("target")
         self.begin_step()
         names_of: dict[nn.Parameter, list[str]] = {}  # fused parameters have several
         for name, parameter in weights.items():

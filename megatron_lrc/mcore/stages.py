@@ -219,10 +219,16 @@ def count_trained(stages: Iterable[PipelineStage]) -> int:
     )
 
 
-def run_stage(model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
-    """[s/tp, b, h]: the residual stream after this stage; after the final norm on the last."""
+def run_stage(
+    model: GPTModel, batch: dict[str, Tensor], hidden: Tensor | None, embedded: Tensor | None = None
+) -> Tensor:
+    """[s/tp, b, h]: the residual stream after this stage; after the final norm on the last.
+
+    hidden: what the stage before has sent. embedded: on the first stage, its tokens' embeddings where they are not the
+    model's own; both [s/tp, b, h].
+    """
     model.set_input_tensor(hidden)
-    return model(batch["tokens"], batch["position_ids"], batch.get("documents"))
+    return model(batch["tokens"], batch["position_ids"], batch.get("documents"), decoder_input=embedded)
 
 
 def all_tokens(model: GPTModel, hidden: Tensor, *, is_trained: bool = True) -> Tensor:

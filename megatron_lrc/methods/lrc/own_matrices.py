@@ -6,7 +6,7 @@ that ordinary training gives them (`single_model.trained_parameters`); norm gain
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lrc.config import MATRICES, ModelShape
 from megatron_lrc.mcore.gpt_models import GPTModel, norm_gains
@@ -34,11 +34,21 @@ def renew_parameters(model: nn.Module) -> None:
             if old is None:
                 continue
             if id(old) not in renewed:  # what is tied stays so
-                new = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-                marks = {mark: value for mark, value in vars(old).items() if mark in _MARKS}
-                vars(new).update(marks)
-                renewed[id(old)] = new
+                renewed[id(old)] = replacement(old, old.detach().clone())
             module._parameters[name] = renewed[id(old)]
+
+
+def replacement(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter to stand in a module where another has been."""
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
+    vars(new).update({mark: value for mark, value in vars(old).items() if mark in _MARKS})
+    return new
+
+
+def give_up_memory(module: nn.Module) -> None:
+    """A module whose weight is not read keeps its place and shape, without any values."""
+    weight = module.get_parameter("weight")
+    module.weight = replacement(weight, weight.detach().to("meta"))  # type: ignore[assignment]
 
 
 #: What megatron-core and Transformer Engine say about a parameter when they make it, and read later.

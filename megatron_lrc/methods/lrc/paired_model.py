@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_lrc.checkpoints import layout
 from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32, gradient_of, zero_gradient
-from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, projection_names, select
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, compose, projection_names, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.mcore.distributed import Groups
@@ -33,7 +33,7 @@ from megatron_lrc.mcore.stages import (
     run_stage,
 )
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory, TwoModels
-from megatron_lrc.methods.lrc.own_matrices import own_parameters, renew_parameters
+from megatron_lrc.methods.lrc.own_matrices import give_up_memory, own_parameters, renew_parameters, replacement
 
 
 class PairedModel(TwoModels):
@@ -92,6 +92,8 @@ class PairedModel(TwoModels):
         )
         for name in targets:
             self.projections.add_target(name, is_detached=self.settings.loss.detach_clone_targets)
+        if self._looks_up:
+            self.projections.add_target(EMBED.name, is_detached=False)
         of_student = own_parameters(self.student, self.shapes.student, own)
         self._own_parameters = [*of_student, *self.layer_losses.trained()]
         self._trained_weights = TrainedWeights(self._own_parameters, self.projections)
@@ -103,11 +105,20 @@ class PairedModel(TwoModels):
         trains is new, and so has to be whatever trains it."""
         self._compose_now()
         before = self.projections
+        if self._looks_up and EMBED.name in own:
+            embedding = self.student.embedding.word_embeddings
+            rows = compose(EMBED, self.teacher.embedding.word_embeddings.weight, before.full(EMBED.name))
+            embedding.weight = replacement(embedding.weight, rows)
         renew_parameters(self.student)
         tie_ends(self.student, self.shapes.student)
         self._choose_trained(own)
         for name, _ in self.projections.named_matrices():
             self.projections.set_matrix(name, before.full(name))
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether the student's embeddings are the teacher's, projected. A tied student's matrix is there anyway."""
+        return self.pre_process and not self.shapes.student.is_tied and EMBED.name not in self.own
 
     def _has_own_head(self) -> bool:
         return self.post_process and not self.shapes.student.is_tied
@@ -116,12 +127,14 @@ class PairedModel(TwoModels):
         """Every student matrix on this stage, beside the teacher's and the name of its projection."""
         weights = []
 
-        def pair(projection: str, site: Site, teacher: nn.Module, student: nn.Module) -> None:
+        def pair(projection: str, site: Site, teacher: nn.Module, student: nn.Module, **how: bool) -> None:
             old, new = (model.get_parameter(f"{site.linear}.weight") for model in (teacher, student))
-            weights.append(ClonedWeight(projection, site, old, new, self.heads, is_own=site.name in self.own))
+            weights.append(ClonedWeight(projection, site, old, new, self.heads, is_own=site.name in self.own, **how))
 
+        if self._looks_up:
+            give_up_memory(self.student.embedding.word_embeddings)
         if self.pre_process:
-            pair(EMBED.name, EMBED, self.teacher, self.student)
+            pair(EMBED.name, EMBED, self.teacher, self.student, is_looked_up=self._looks_up)
         teacher_layers = dict(layers_of(self.teacher))
         for index, layer in layers_of(self.student):
             for site in LAYER_SITES:
@@ -136,7 +149,7 @@ class PairedModel(TwoModels):
         """The teacher is frozen. The student's matrices gather gradients, composed ones by themselves and its
         own in DDP's buffers; unless all are its own, its biases are the teacher's, unchanged."""
         self.teacher.requires_grad_(False)
-        composed = {id(weight.student): weight.student for weight in self.cloned_weights if not weight.is_own}
+        composed = {id(weight.student): weight.student for weight in self.cloned_weights if weight.is_composed}
         trained = {id(parameter) for parameter in self._trained_weights.parameters()}
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in composed or id(parameter) in trained)
@@ -178,14 +191,15 @@ class PairedModel(TwoModels):
 
     def matrix_gradients(self) -> Iterator[tuple[Site, int | None, Tensor]]:
         for weight in self.cloned_weights:
-            grad = gradient_of(weight.student)
+            has_weight = not weight.is_looked_up
+            grad = gradient_of(weight.student if has_weight else self.projections.target(weight.projection))
             if grad is not None:
                 layer = int(weight.projection.split(".")[1]) if weight.site in LAYER_SITES else None
                 yield weight.site, layer, select(weight.site, grad, self.heads)
 
     def zero_gradients(self) -> None:
         for weight in self.cloned_weights:
-            if not weight.is_own:
+            if weight.is_composed:
                 zero_gradient(weight.student)
         self.overlap.begin_step()
 
@@ -221,11 +235,16 @@ class PairedModel(TwoModels):
         token_weight = batch["loss_mask"].t().contiguous()
         self.layer_losses.begin(token_weight)
         teacher_in, student_in = self._split_input()
+        embedded = None  # the teacher's [s/tp, b, D], then the student's [s/tp, b, d]
         with torch.no_grad():
-            teacher_hidden = run_stage(self.teacher, batch, teacher_in)
+            if self._looks_up:
+                embedded = self.teacher.embedding(batch["tokens"], batch["position_ids"])
+            teacher_hidden = run_stage(self.teacher, batch, teacher_in, embedded)
         if self._is_to_compose:
             self._compose_now()
-        student_hidden = self.layer_losses.end(run_stage(self.student, batch, student_in))
+        if embedded is not None:
+            embedded = embedded @ self.projections.target(EMBED.name)
+        student_hidden = self.layer_losses.end(run_stage(self.student, batch, student_in, embedded))
         if not self.post_process:
             return torch.cat([teacher_hidden, student_hidden], dim=-1)
         return self._lm_and_kl(teacher_hidden, student_hidden, batch["labels"], token_weight)
