@@ -213,7 +213,7 @@ def _replace_by_gradient(
     needs_grad: bool,
 ) -> Tensor:
     """Some tokens' sums, as `lm_and_kl_loss` has them. With needs_grad it overwrites student_logits [n', v]
-    by the gradient of the weighted losses, and teacher_logits."""
+    by the gradient of the weighted losses."""
     # Softmax needs the largest logit of the whole vocabulary and sums over all of it: two reductions of [.,
     # n'] over the ranks. After them each rank has what it takes to turn its own logits into their gradient.
     temperature = settings.temperature
@@ -321,10 +321,10 @@ def _gradient_of_both(
     temperature: float,
 ) -> None:
     """student_logits <- a exp(z_S) + b (exp(z_S/tau) - exp(z_T/tau)) - c exp(z_T/tau), a, b, c the scales.
-    scales: [3, n']. Overwrites the teacher's logits."""
+    scales: [3, n']."""
     lm_scale, excess_scale, warm_scale = scales.unsqueeze(2)
     student = student_logits.sub_(student_top.unsqueeze(1))
-    teacher = teacher_logits.sub_(teacher_top.unsqueeze(1))
+    teacher = teacher_logits - teacher_top.unsqueeze(1)  # in place a GPU would write back what nobody reads
     warm, excess, _ = _warm_terms(student, teacher, temperature)
     student.exp_().mul_(lm_scale).addcmul_(excess, excess_scale).addcmul_(warm, warm_scale, value=-1.0)
 

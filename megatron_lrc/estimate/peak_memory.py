@@ -153,13 +153,13 @@ def _has_main_gradient_of_head(stage: Stage) -> bool:
 
 
 def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
-    loss = stage.config.loss
-    one = min(loss.loss_chunk_tokens, tokens) * stage.vocab_rows * FP32
+    chunk = min(stage.config.loss.chunk_tokens(on_cuda=on_cuda), tokens)
+    one = chunk * stage.vocab_rows * FP32
     models = 2 if stage.config.total_kl_weight else 1
     if on_cuda:
         return models * one
     # Half-precision hidden states and rows of the head are widened, and a chunk's gradient of the head is made apart.
-    widened = FP32 * (min(loss.loss_chunk_tokens, tokens) + min(stage.vocab_rows, ROWS_AT_ONCE))
+    widened = FP32 * (chunk + min(stage.vocab_rows, ROWS_AT_ONCE))
     is_narrow = bytes_per_element(stage.config) < FP32
     hidden_size = stage.teacher.hidden_size if models == 2 else stage.student.hidden_size
     beside = 0 if stage.tp == 1 else _LOGITS_BESIDE * models / 2

@@ -156,7 +156,15 @@ class LossConfig:
     detach_clone_targets: bool = setting(
         False, "Keep the targets o_T P_o and o_ffn_T P_down from passing gradients to their projection."
     )
-    loss_chunk_tokens: int = setting(512, "Tokens whose logits exist at once in the LM and KL losses.", at_least=1)
+    loss_chunk_tokens: int | None = setting(
+        None,
+        "Tokens whose logits exist at once in the LM and KL losses. Default: 512 on a CPU, 2,048 on a GPU, where each "
+        "chunk reads and writes the head's whole gradient.",
+        at_least=1,
+    )
+
+    def chunk_tokens(self, *, on_cuda: bool) -> int:
+        return self.loss_chunk_tokens or (2048 if on_cuda else 512)
 
     @property
     def is_relative(self) -> bool:

@@ -284,7 +284,7 @@ class PairedModel(TwoModels):
                 lm=self.settings.loss.lm_weight,
                 kl=self.settings.total_kl_weight,
                 temperature=self.settings.loss.kl_temperature,
-                chunk_tokens=self.settings.loss.loss_chunk_tokens,
+                chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=student_hidden.is_cuda),
                 loss_scale=self.main_loss_scale(),
             ),
             is_embedding=self.pre_process and self.shapes.student.is_tied,

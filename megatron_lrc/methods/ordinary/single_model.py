@@ -77,7 +77,7 @@ class SingleModel(PipelineStage):
         if not self.post_process:
             return hidden
         token_weight = batch["loss_mask"].t().flatten()
-        chunk, scale = self.settings.loss.loss_chunk_tokens, self.main_loss_scale()
+        chunk, scale = self.settings.loss.chunk_tokens(on_cuda=hidden.is_cuda), self.main_loss_scale()
         loss, sums = lm_and_kl_loss(
             all_tokens(self.student, hidden),  # [s*b, d]
             None,
