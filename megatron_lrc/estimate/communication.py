@@ -62,14 +62,14 @@ def _activations(stage: Stage, tokens: float) -> float:
 
     Attention and MLP each gather their input and scatter their output. In backward the student's do the reverse, and
     gather the input once more for the weights' gradients. At the ends: embeddings scattered, the head's inputs
-    gathered, and the student's gradients of these.
+    gathered, and the student's gradients of these; but a student that looks up the teacher's embeddings has none.
     """
     teacher, student = stage.teacher.hidden_size, stage.student.hidden_size
     e = bytes_per_element(stage.config)
     again = _blocks_run_again(stage)
     blocks = 2 * stage.num_layers
     width = blocks * (2 * teacher + 5 * student) + again * 2 * (teacher + student)
-    width += (stage.is_first + stage.is_last) * (teacher + 2 * student)
+    width += (stage.is_first + stage.is_last) * (teacher + 2 * student) - stage.looks_up * 2 * student
     head = 2 * _HEAD_SUMS * FP32 * tokens * stage.is_last  # an all-reduce
     return tokens * width * e + head
 
