@@ -1,8 +1,7 @@
 """The FLOPs that estimate/flops.py derives from shapes are those that torch counts in a real step.
 
-Two differences are put back to compare: torch counts attention as if each query met all keys, and the clone loss's
-sums over tokens as products with a row of weights. Its attention kernel for CPUs is not among those it counts, so
-attention runs as plain matrix products here.
+One difference is put back to compare: torch counts attention as if each query met all keys. Its attention kernel for
+CPUs is not among those it counts, so attention runs as plain matrix products here.
 """
 
 from dataclasses import dataclass, replace
@@ -70,20 +69,6 @@ def counter() -> FlopCounterMode:
         return 2 * left[0] * left[1] * right[1]
 
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
-
-
-def clone_sums(config: Config, teacher: ModelShape, student: ModelShape) -> float:
-    """2 FLOPs for each token and compared feature."""
-    training, features = config.training, 0
-    assert training.global_batch_size is not None
-    heads, groups = teacher.num_attention_heads * teacher.head_dim, teacher.num_query_groups * teacher.head_dim
-    at_o = teacher if config.loss.clone_attention_output == "teacher" else student
-    for layer in range(teacher.num_layers):
-        terms = method_of(config).terms_of(layer)
-        features += (heads + 2 * groups) if terms & {"q", "k", "v"} else 0  # q, k, v at once, and gate with up
-        features += 2 * teacher.ffn_hidden_size if terms & {"gate", "up"} else 0
-        features += (at_o.hidden_size if "o" in terms else 0) + (student.hidden_size if "down" in terms else 0)
-    return 2.0 * training.global_batch_size * training.seq_length * features
 
 
 def causal_saving(config: Config, shape: ModelShape) -> float:
@@ -168,9 +153,8 @@ def test_flops_of_a_step_are_those_that_torch_counts(tiny_llama, tiny_text, tmp_
     assert total.compose == total.pull_back
     has_kl = config.total_kl_weight > 0
     assert estimate.teacher_forward + saving == total.teacher + (head if has_kl else 0)
-    sums = clone_sums(config, teacher, student)
     # A validation makes both heads' logits in any case.
-    assert estimate.student_forward + saving + sums == total.forward - total.teacher - head
+    assert estimate.student_forward + saving == total.forward - total.teacher - head
     assert estimate.student_backward + 2 * saving == total.step - total.forward + (0 if has_kl else head)
 
 
