@@ -1,7 +1,7 @@
 """Matrix products of half-precision operands whose results are fp32 and were never narrower.
 
-CUDA has GEMMs for that, if torch has the operator (`has_wide_gemm`). Elsewhere operands are widened, a block of rows at a time where they are large.
-fp32 and fp64 operands take the plain way.
+CUDA has GEMMs for that, if torch has the operator (`has_wide_gemm`). Elsewhere operands are widened, a block of rows at
+a time where they are large. fp32 and fp64 operands take the plain way.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Whether torch.compile works on every rank of a run: found out at its start, before a model is built.
 
 megatron-core compiles its fused SwiGLU and bias-dropout when they are first called, in the middle of a forward pass,
-where a missing compiler ends the run. And a rank that computed them otherwise than its neighbours would round otherwise.
+where a missing compiler ends the run. A rank that computed them otherwise than its neighbours would round otherwise.
 """
 
 import socket

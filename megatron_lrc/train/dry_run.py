@@ -32,6 +32,8 @@ from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.spans import span
 from megatron_lrc.estimate.speed import DEFAULT_MFU, step_time
 from megatron_lrc.estimate.stage import parameter_count
+from megatron_lrc.mcore.engine import check_recipe_version
+from megatron_lrc.mcore.kernels import check_machine
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.method import describe_tying
 from megatron_lrc.train.start_checks import check
@@ -47,6 +49,9 @@ def dry_run(config: Config, wanted: DryRun, world_size: int, presets: Sequence[s
     method = method_of(config)
     if refusal := method.why_no_dry_run():
         raise ConfigError(refusal)
+    check_recipe_version(config)  # elsewhere too it is likely what is installed here
+    if not wanted.gpu and torch.cuda.is_available():
+        check_machine(config)
     checked = check(config, world_size)
     config, shape = checked.config, checked.teacher.shape
     method = method_of(config)

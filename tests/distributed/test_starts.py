@@ -4,14 +4,18 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from megatron_lrc.clone.fusion import why_nothing_is_compiled
 from megatron_lrc.config import Config
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.locks import lock_of_run
+from megatron_lrc.mcore.compiler import agree_on_compiler
 from megatron_lrc.report.run_page import write_report
 from megatron_lrc.train import loop
 from megatron_lrc.train.boards import WANDB_ID_FILE
@@ -42,6 +46,20 @@ def train_with_a_crash(config: Config, **environment: str) -> Path:
     shutil.rmtree(run / "iter_0000005")
     train(on_layout(continued(config, steps=7), pp=2), 2, **environment)
     return run
+
+
+def reasons_after(*problems_of_rank_1: str | None) -> list[str | None]:
+    reasons = []
+    for problem in problems_of_rank_1:
+        agree_on_compiler(problem if dist.get_rank() == 1 else None)
+        reasons.append(why_nothing_is_compiled())
+    return reasons
+
+
+@pytest.mark.distributed
+def test_where_one_rank_has_no_compiler_none_compiles():
+    first, second = run_ranks(2, reasons_after, "Failed to find C compiler", None)
+    assert first == second == [f"on rank 1 ({socket.gethostname()}): Failed to find C compiler", None]
 
 
 @pytest.mark.distributed
