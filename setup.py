@@ -50,10 +50,11 @@ setup(
         "zstandard",  # .zst input of tools/preprocess_data.py
     ],
     extras_require={
-        # The GPU path. With --no-build-isolation, after torch, setuptools, wheel, ninja and pybind11: Transformer Engine's
-        # extension is compiled during installation, and pip would otherwise compile it against a torch of its own
-        # choice. NVIDIA's PyTorch container has it already (docs/support.md). NVIDIA apex, if wanted (fused Adam without
-        # Transformer Engine), has no release on the package index: build it from source with --cpp_ext --cuda_ext.
+        # The GPU path. To be installed with --no-build-isolation, after torch, setuptools, wheel, ninja and pybind11:
+        # Transformer Engine's extension is compiled during installation, and pip would otherwise compile it against a
+        # torch of its own choice. NVIDIA's PyTorch container has it already (docs/support.md).
+        # NVIDIA apex, if wanted (fused Adam without Transformer Engine), has no release on the package index: build it
+        # from its source repository with --cpp_ext --cuda_ext.
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
         "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py

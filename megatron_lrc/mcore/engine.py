@@ -33,7 +33,7 @@ _REINSTALL = (
     "or use NVIDIA's PyTorch container (docs/support.md)."
 )
 
-#: FP8 recipe -> the first Transformer Engine with which megatron-core takes it, as `fp8_utils.get_fp8_recipe` compares.
+#: FP8 recipe -> the first Transformer Engine with which megatron-core takes it, as its get_fp8_recipe compares.
 #: Delayed scaling it takes with every version that it can import; with older ones it takes nothing else.
 _RECIPE_VERSIONS = {
     "tensorwise": Version("2.2.0.dev0"),

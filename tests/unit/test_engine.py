@@ -3,7 +3,9 @@
 It is not needed for that: a package of its name breaks as its sources (2.1 to 2.20) say that it breaks.
 """
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from config_cases import change
@@ -135,6 +138,18 @@ def test_each_recipe_has_its_first_version(valid_config, monkeypatch, recipe, ve
         return
     with pytest.raises(ConfigError, match=expected.replace("+", r"\+")):
         engine.check_recipe_version(valid_config)
+
+
+def test_pip_keeps_the_pre_releases_that_containers_have():
+    (found,) = re.findall(r"install_requires=(\[.*?\n    \])", (ROOT / "setup.py").read_text(), re.DOTALL)
+    needed = {(parsed := Requirement(text)).name: parsed.specifier for text in ast.literal_eval(found)}
+    for name, taken, refused in (
+        ("torch", ["2.6.0a0+ecf3bae40a.nv25.01", "2.8.0a0+5228986c39.nv25.06", "2.13.0"], ["2.5.1", "2.5.0a0+b465"]),
+        ("megatron-core", ["0.16.0rc0", "0.16.1", "0.19.2"], ["0.15.3", "0.20.0rc0", "0.20.0"]),
+    ):
+        assert all(needed[name].contains(version, prereleases=True) for version in taken)
+        assert not any(needed[name].contains(version, prereleases=True) for version in refused)
+        assert not needed[name].prereleases  # pip would take pre-releases from the index then
 
 
 def test_a_dry_run_refuses_a_recipe_that_the_installed_version_lacks(
