@@ -19,7 +19,7 @@ import warnings
 import torch
 from packaging.version import Version
 
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config
 
 _NAME, _EXTENSION = "transformer_engine", "transformer_engine_torch"
 
@@ -98,14 +98,15 @@ def installed_version() -> Version | None:
         return None
 
 
-def check_recipe_version(config: Config) -> None:
-    """ConfigError where Transformer Engine is installed and older than --fp8-recipe needs. Asks no GPU."""
+def too_old_for_recipe(config: Config) -> str | None:
+    """In a sentence, that Transformer Engine is installed and older than --fp8-recipe needs; None otherwise. Asks no
+    GPU."""
     compute, version = config.compute, installed_version()
     least = _RECIPE_VERSIONS[compute.fp8_recipe]
     if compute.fp8_format is None or version is None or version >= least:
-        return
+        return None
     possible = [name for name, needed in _RECIPE_VERSIONS.items() if version >= needed]
-    raise ConfigError(
+    return (
         f"--fp8-recipe {compute.fp8_recipe} needs Transformer Engine {least.base_version}; {version} is installed. "
         f"Install a newer one (docs/support.md), or use --fp8-recipe {' or '.join(possible)}."
     )

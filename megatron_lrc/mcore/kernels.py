@@ -25,7 +25,7 @@ from megatron.core.utils import get_te_version
 from megatron_lrc.clone.products import WIDE_GEMM_TORCH, has_wide_gemm
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.compiler import warn_of_compiler
-from megatron_lrc.mcore.engine import INSTALL, broken_engine, check_recipe_version
+from megatron_lrc.mcore.engine import INSTALL, broken_engine, too_old_for_recipe
 
 #: FP8 recipe -> compute capability from which on there are kernels for it, and a GPU that has it. Transformer Engine's
 #: own table (`quantization.py`), which it looks at in the first forward pass only.
@@ -202,7 +202,8 @@ def check_machine(config: Config) -> None:
             f"{needs[0]} needs the package transformer-engine, which is not installed here. {INSTALL} Or leave the "
             "flag out."
         )
-    check_recipe_version(config)
+    if problem := too_old_for_recipe(config):
+        raise ConfigError(problem)
     if config.parallel.tp_comm_overlap and not _has_userbuffers():
         raise ConfigError(
             f"--tp-comm-overlap needs Transformer Engine {_USERBUFFERS_VERSION}; {get_te_version()} is installed. "
