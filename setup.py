@@ -35,8 +35,10 @@ setup(
     package_data={"megatron_lrc.report": ["page.css", "page.js"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.6",
-        "megatron-core>=0.16,<0.20",  # tested: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (Python 3.12, 3.13)
+        # From 2.6 and 0.16 on, the pre-releases of these included, as containers have them (torch 2.6.0a0+....nv25.01,
+        # megatron-core 0.16.0rc0): ">=2.6" would make pip replace them, and ">=2.6.0a0" would ask it for pre-releases.
+        "torch>2.5.9999",
+        "megatron-core>0.15.9999,<0.20",  # tested: 0.16.1 (Python 3.10, 3.11) and 0.19.2 (Python 3.12, 3.13)
         "transformers>=5.0",
         "sentencepiece",
         "safetensors",
@@ -48,8 +50,11 @@ setup(
         "zstandard",  # .zst input of tools/preprocess_data.py
     ],
     extras_require={
-        # The GPU path. NVIDIA apex, if wanted (fused Adam without Transformer Engine), has no release on the package
-        # index: build it from its source repository with --cpp_ext --cuda_ext.
+        # The GPU path. To be installed with --no-build-isolation, after torch, setuptools, wheel, ninja and pybind11:
+        # Transformer Engine's extension is compiled during installation, and pip would otherwise compile it against a
+        # torch of its own choice. NVIDIA's PyTorch container has it already (docs/support.md).
+        # NVIDIA apex, if wanted (fused Adam without Transformer Engine), has no release on the package index: build it
+        # from its source repository with --cpp_ext --cuda_ext.
         "cuda": ["transformer-engine[pytorch]"],
         "parquet": ["pyarrow"],  # .parquet input of tools/preprocess_data.py
         "gguf": ["gguf", "accelerate"],  # GGUF input of tools/convert_from_hf.py

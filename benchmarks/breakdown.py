@@ -131,5 +131,5 @@ def _step(run: Run, batches: Iterator[dict[str, Tensor]], timeline: Timeline) ->
     part(COMPOSE, run.compose)
     part(BACKWARD, backward)
     part(PULL_BACK, run.pull_back)
-    tokens = run.stages[0].sums.main[-1]  # its last entry, see `LossSums`
+    tokens = run.stages[0].sums.main.tokens
     part(OPTIMIZER, update)

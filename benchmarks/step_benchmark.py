@@ -284,7 +284,8 @@ class Bench:
         }
 
     def summary(self, parts: dict[str, list[float]]) -> list[str]:
-        kernels = describe_kernels(self.config, self.dtype, "student")
+        first, *_ = self.runs.values()
+        kernels = describe_kernels(self.config, self.dtype, "student", first.optimizer.kind)
         training, student = self.config.training, self.student_shape.hidden_size
         lines = [
             "",

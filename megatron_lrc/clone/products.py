@@ -1,17 +1,23 @@
 """Matrix products of half-precision operands whose results are fp32 and were never narrower.
 
-CUDA has GEMMs for that (torch >= 2.8). Elsewhere operands are widened, a block of rows at a time where they are large.
-fp32 and fp64 operands take the plain way.
+CUDA has GEMMs for that, if torch has the operator (`has_wide_gemm`). Elsewhere operands are widened, a block of rows at
+a time where they are large. fp32 and fp64 operands take the plain way.
 """
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
-_HAS_WIDE_GEMM = TorchVersion(torch.__version__) >= "2.8"
+#: A torch release that has the operator, for messages. Versions do not tell: NVIDIA's 2.8.0a0 has it too.
+WIDE_GEMM_TORCH = "2.8"
 
 #: Rows of a head that are widened at once.
 ROWS_AT_ONCE = 8192
+
+
+def has_wide_gemm() -> bool:
+    """Whether torch has the operator that multiplies half-precision operands into an fp32 result. Only CUDA has a
+    kernel for it: torch 2.13's CPU build registers it too, and cannot run it."""
+    return "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _wide_gemm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,7 +29,7 @@ def wide_product(hidden: Tensor, rows: Tensor) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda and hidden.dtype == wide:
         return hidden @ rows.t()
-    if hidden.is_cuda and _HAS_WIDE_GEMM:
+    if hidden.is_cuda and has_wide_gemm():
         return _wide_gemm(hidden, rows.t(), wide)
     product, wide_hidden = _rows_apart(hidden, len(rows), wide), hidden.to(wide)
     at_once = max(1, len(rows)) if rows.dtype == wide else ROWS_AT_ONCE
@@ -49,7 +55,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
     elif is_first:
         total.zero_()
         add_product(total, left, right, is_first=False)
-    elif left.is_cuda and _HAS_WIDE_GEMM:
+    elif left.is_cuda and has_wide_gemm():
         total += _wide_gemm(left, right, total.dtype)
     else:
         total += left @ right
@@ -64,6 +70,6 @@ def product_with_gradient(matrix: Tensor, gradient: Tensor) -> Tensor:
     """
     if matrix.dtype == gradient.dtype:
         return matrix @ gradient
-    if matrix.is_cuda and matrix.dtype == torch.bfloat16 and _HAS_WIDE_GEMM:
+    if matrix.is_cuda and matrix.dtype == torch.bfloat16 and has_wide_gemm():
         return _wide_gemm(matrix, gradient.to(matrix.dtype), gradient.dtype)
     return matrix.to(gradient.dtype) @ gradient

@@ -15,8 +15,8 @@ Notation: n tokens, d and D hidden sizes, v this rank's part of the vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,41 @@ class HeadLossSettings:
     loss_scale: Tensor | float = 1.0
 
 
+Sums = TypeVar("Sums", bound="HeadSums")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSums:
+    """Sums over weighted tokens, scalars. They have names and no places, so that none can be taken for another;
+    only `stacked` and `of` know an order, for what goes through one tensor.
+
+    What is not computed is 0: the teacher's part in training without KL, which has no use for it, and what says how
+    far the models agree wherever there are gradients; a validation has none.
+    """
+
+    lm: Tensor
+    kl: Tensor
+    teacher_lm: Tensor
+    teacher_kl: Tensor  # KL(teacher || student) at temperature 1
+    same_top1: Tensor  # tokens whose likeliest successor is the same for both models
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls: type[Sums], stacked: Tensor) -> Sums:
+        """stacked [n]: what `stacked` gives, or a sum of such."""
+        return cls(**dict(zip(cls.names(), stacked, strict=True)))
+
+    def named(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names()}
+
+    def stacked(self) -> Tensor:
+        """[n], one entry for each name."""
+        return torch.stack(list(self.named().values()))
+
+
 def lm_and_kl_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor | None,
@@ -71,23 +106,21 @@ def lm_and_kl_loss(
     shard: VocabularyShard,
     settings: HeadLossSettings,
     is_embedding: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, HeadSums]:
     """(settings.lm * L_LM + settings.kl * L_KL, sums), over weighted tokens. The first has a gradient.
 
     Where student_head has a `main_grad` in fp32 or better, its gradient is added there at once, chunk by chunk, and
     autograd gets nothing of it. That takes backward to begin with settings.loss_scale, as megatron-core's schedules do.
     is_embedding: the head is the embedding of this stage too, whose gradient autograd goes on to bring.
 
-    sums [5]: L_LM, L_KL, the teacher's L_LM; and without gradients, as in a validation, how far the models
-    agree: KL(teacher || student) at temperature 1, and at how many tokens both hold the same one likeliest.
-    What is not computed is 0; so is the teacher's part in training without KL, which has no use for it.
-
     student_hidden [n, d], teacher_hidden [n, D]: all tokens on every rank. Heads [v, d], [v, D]: own rows. Without a
     teacher its arguments are None, and settings.kl is 0.
     labels [n]: global vocabulary ids. The sums are complete on every rank, in fp32 (fp64 for fp64 input).
     """
     models = (student_hidden, student_head, teacher_hidden, teacher_head)
-    return _LmAndKl.apply(*models, labels, token_weight, shard, settings, is_embedding, torch.is_grad_enabled())
+    how = (shard, settings, is_embedding, torch.is_grad_enabled())
+    loss, sums = _LmAndKl.apply(*models, labels, token_weight, *how)
+    return loss, HeadSums.of(sums)
 
 
 class _LmAndKl(torch.autograd.Function):
@@ -112,7 +145,7 @@ class _LmAndKl(torch.autograd.Function):
         hidden_grad = torch.zeros_like(student_hidden) if needs_grad else None
         head_grad = _HeadGradient(student_head, shard.num_valid, wide) if needs_grad else None
         is_teacher_wanted = settings.kl or not needs_grad
-        sums = weight.new_zeros(5)
+        sums = weight.new_zeros(len(HeadSums.names()))
         for start in range(0, len(labels), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
             student_logits = wide_product(student_hidden[chunk], student_rows)  # [n', v]
@@ -143,7 +176,8 @@ class _LmAndKl(torch.autograd.Function):
         ctx.is_embedding = is_embedding
         ctx.loss_scale = settings.loss_scale
         ctx.mark_non_differentiable(sums)
-        return settings.lm * sums[0] + settings.kl * sums[1], sums
+        named = HeadSums.of(sums)
+        return settings.lm * named.lm + settings.kl * named.kl, sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,7 +246,7 @@ def _replace_by_gradient(
     settings: HeadLossSettings,
     needs_grad: bool,
 ) -> Tensor:
-    """Some tokens' sums, as `lm_and_kl_loss` has them. With needs_grad it overwrites student_logits [n', v]
+    """Some tokens' `HeadSums`, stacked. With needs_grad it overwrites student_logits [n', v]
     by the gradient of the weighted losses."""
     # Softmax needs the largest logit of the whole vocabulary and sums over all of it: two reductions of [.,
     # n'] over the ranks. After them each rank has what it takes to turn its own logits into their gradient.
@@ -261,7 +295,8 @@ def _replace_by_gradient(
             _gradient_of_both(student_logits, teacher_logits, largest[0], largest[1], scales, temperature)
     if needs_grad and shard.num_valid:
         student_logits.scatter_add_(1, own_label, (-settings.lm * weight * is_here).unsqueeze(1))
-    return torch.stack([weight @ (student_sum.log() - student_label), kl, teacher_lm, teacher_kl, num_same])
+    lm = weight @ (student_sum.log() - student_label)
+    return HeadSums(lm=lm, kl=kl, teacher_lm=teacher_lm, teacher_kl=teacher_kl, same_top1=num_same).stacked()
 
 
 def _have_same_likeliest(both: list[Tensor], largest: Tensor, shard: VocabularyShard) -> Tensor:

@@ -299,6 +299,8 @@ def _on_first_rank(work: Callable[[], T]) -> T:
 
 
 def _require_compiled_helpers() -> None:
+    import megatron_lrc.mcore  # noqa: F401  before megatron-core, which a broken Transformer Engine would break
+
     try:
         import megatron.core.datasets.helpers_cpp  # noqa: F401
     except ImportError as error:

@@ -6,6 +6,8 @@ In a file of its own because it imports megatron-core, which `datasets.py` does 
 from typing import Any
 
 import numpy
+
+import megatron_lrc.mcore  # isort: skip  # noqa: F401  before megatron-core, which a broken Transformer Engine breaks
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_lrc.mcore.engine import hide_if_broken
+
 # torch 2.13's advice; the new names do not exist in the older versions that are supported.
 warnings.filterwarnings("ignore", message="`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated")
 # torch's advice to megatron-core, which each rank would repeat whenever a run goes on.
@@ -15,7 +17,9 @@ warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", cat
 # Of models that we do not build.
 warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    hide_if_broken()
+else:
     # Wherever Transformer Engine can be imported megatron-core takes its optimizer and its norms of gradients, which
     # need CUDA. Unless it is loaded already, megatron-core is not to find it.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from megatron_lrc.launch.agreement import RanksMissing
 from megatron_lrc.launch.environment import RESOLVED_WITHIN, await_name
 from megatron_lrc.launch.peer_hub import Hub
 from megatron_lrc.mcore import cpu
+from megatron_lrc.mcore.compiler import try_compiler
 
 _ADDRESS_BYTES = 512
 
@@ -103,7 +104,8 @@ def _come_together(timeout: timedelta) -> tuple[Store, int, int]:
 
 
 def start(config: Config, meeting: Meeting | None = None) -> Groups:
-    """Join the world of those that met and make megatron-core's groups for `config.parallel`. `stop()` undoes it."""
+    """Join the world of those that met, make megatron-core's groups for `config.parallel`, and on CUDA agree whether to
+    compile. `stop()` undoes it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -127,6 +129,7 @@ def start(config: Config, meeting: Meeting | None = None) -> Groups:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     torch.manual_seed(config.training.seed)
+    try_compiler(device)
     return Groups(
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_lrc.clone.fusion import why_nothing_is_compiled
 from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
@@ -107,6 +108,8 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
     recompute = config.parallel.recompute_granularity if is_trained else None
     parallel, compute = config.parallel, config.compute
     on_cpu = not torch.cuda.is_available()
+    # megatron-core's fused kernels are compiled just in time; without CUDA that only costs minutes.
+    is_compiled = not on_cpu and why_nothing_is_compiled() is None
     is_fp8 = compute.fp8_format is not None and (is_trained or compute.teacher_fp8)
     backend = compute.attention_backend if uses_engine_attention(config, dtype) else "auto"
     return TransformerConfig(
@@ -151,9 +154,8 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         perform_initialization=False,  # the teacher is read, the student composed
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,
-        # megatron-core's fused kernels compile just in time; without CUDA that only costs minutes.
-        bias_activation_fusion=not on_cpu,
-        bias_dropout_fusion=not on_cpu,
+        bias_activation_fusion=is_compiled,
+        bias_dropout_fusion=is_compiled,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # of megatron-core's linears; TE's: `fuse_weight_gradients`
         attention_backend=AttnBackend[backend],

@@ -2,7 +2,7 @@
 
 Transformer Engine joins each layer's two RMSNorms to the linear layers behind them, adds weight gradients to the fp32
 `main_grad` in the GEMM itself, and has FP8 GEMMs. The other modules that may not be installed (apex's or its fused
-Adam) megatron-core finds by itself.
+Adam) megatron-core finds by itself. On CUDA a run says at its start what was found, and warns of what is missing.
 
 FP8 weights: Transformer Engine quantises a weight when a module's `is_first_microbatch` says so and keeps the result
 beside the bf16 weight. megatron-core clears the flag after each forward pass, and its schedules set it, through the
@@ -11,16 +11,21 @@ quantised once for each time that they are composed, and the teacher's, whose fl
 """
 
 import contextlib
+import inspect
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.utils import get_te_version, is_te_min_version
+from megatron.core.utils import get_te_version
 
+from megatron_lrc.clone.products import WIDE_GEMM_TORCH, has_wide_gemm
 from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.mcore.compiler import warn_of_compiler
+from megatron_lrc.mcore.engine import INSTALL, broken_engine, too_old_for_recipe
 
 #: FP8 recipe -> compute capability from which on there are kernels for it, and a GPU that has it. Transformer Engine's
 #: own table (`quantization.py`), which it looks at in the first forward pass only.
@@ -32,8 +37,10 @@ _CAPABILITY = {
 }
 #: Blockwise GEMMs came with it (the same table).
 _BLOCKWISE_CUDA = (12, 9)
-#: `initialize_ub` has its present arguments from it on.
+#: A release from which on `initialize_ub` has its present arguments, for messages.
 _USERBUFFERS_VERSION = "2.7.0"
+#: torch's names of dtypes, in the words of the flags.
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def engine_version() -> str | None:
@@ -43,8 +50,13 @@ def engine_version() -> str | None:
 
 def uses_transformer_engine(config: Config) -> bool:
     """By --transformer-impl auto not in fp32, which its GEMMs round to TF32 (`cublaslt_gemm.cu`)."""
-    wanted, is_half = config.compute.transformer_impl, config.training.bf16 or config.training.fp16
-    return wanted == "transformer_engine" or (wanted == "auto" and is_half and HAVE_TE and torch.cuda.is_available())
+    return config.compute.transformer_impl == "transformer_engine" or (_would_use_engine(config) and HAVE_TE)
+
+
+def _would_use_engine(config: Config) -> bool:
+    """Whether --transformer-impl auto takes Transformer Engine where it is installed."""
+    is_half = config.training.bf16 or config.training.fp16
+    return config.compute.transformer_impl == "auto" and is_half and torch.cuda.is_available()
 
 
 def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
@@ -107,19 +119,60 @@ def stop_userbuffers(config: Config) -> None:
         base.destroy_ub()
 
 
-def describe_kernels(config: Config, dtype: torch.dtype, trained: str) -> str | None:
-    """For a run's first lines; None where megatron-core's own layers compute, as everywhere without a GPU.
-    trained: what the trained model is called, `student` or `model`."""
-    if not uses_transformer_engine(config):
+def describe_kernels(config: Config, dtype: torch.dtype, trained: str, optimizer: str) -> str | None:
+    """For a run's first lines: what computes layers, attention, matrix products and the optimizer's step. None without
+    CUDA, where there is no choice. trained: what the trained model is called, `student` or `model`. optimizer: its
+    kind."""
+    if not torch.cuda.is_available():
         return None
-    compute, attention = config.compute, "its own" if uses_engine_attention(config, dtype) else "torch's"
-    line = f"layers by Transformer Engine {get_te_version()}, {attention} attention"
-    if config.parallel.tp_comm_overlap:
-        line += ", the student's exchanges over TP beside its products"
-    if compute.fp8_format is None:
-        return line
-    models = "teacher and student" if compute.teacher_fp8 else trained
-    return f"{line}; {models} in FP8, {compute.fp8_format}, {compute.fp8_recipe}"
+    uses_engine = uses_transformer_engine(config)
+    layers = f"Transformer Engine {get_te_version()}" if uses_engine else "megatron-core's own modules"
+    attention = "its own" if uses_engine_attention(config, dtype) else "torch's"
+    overlap = ", the student's exchanges over TP beside its products" * config.parallel.tp_comm_overlap
+    products = _describe_products(config, dtype, trained)
+    return f"layers by {layers}, {attention} attention{overlap}; matrix products in {products}; {optimizer}"
+
+
+def _describe_products(config: Config, dtype: torch.dtype, trained: str) -> str:
+    name = _DTYPE_NAMES[dtype]
+    if dtype == torch.float32:
+        return f"{name}, rounded to TF32" if _rounds_to_tf32(config) else name
+    if config.compute.fp8_format is not None:
+        models = "teacher and student" if config.compute.teacher_fp8 else trained
+        name += f", in the layers of {models} in FP8 ({config.compute.fp8_format}, {config.compute.fp8_recipe})"
+    operands = _DTYPE_NAMES[dtype] if has_wide_gemm() else "widened"
+    return f"{name}, logits in fp32 from {operands} operands"
+
+
+def _rounds_to_tf32(config: Config) -> bool:
+    """Whether fp32 operands are: by cuBLAS's own variable, which wins, or torch's setting, or Transformer Engine."""
+    override = os.environ.get("NVIDIA_TF32_OVERRIDE")
+    if override in ("0", "1"):
+        return override == "1"
+    return uses_transformer_engine(config) or torch.get_float32_matmul_precision() != "highest"
+
+
+def warn_of_kernels(config: Config, dtype: torch.dtype) -> Iterator[str]:
+    """For a run's first lines: what makes it slower than the GPU could be, and the remedy. Nothing without CUDA."""
+    if not torch.cuda.is_available():
+        return
+    is_half = torch.finfo(dtype).bits == 16
+    if problem := broken_engine():
+        yield problem
+    elif _would_use_engine(config) and not HAVE_TE:
+        yield (
+            "Transformer Engine is not installed, so half precision computes slower: norms apart from the products "
+            "behind them, weight gradients added up in a pass of their own, torch's optimizer unless apex is there. "
+            f"{INSTALL} --transformer-impl local says that this is meant."
+        )
+    if is_half and not has_wide_gemm():
+        yield (
+            f"torch {torch.__version__} has no product of half-precision matrices with an fp32 result "
+            "(torch.ops.aten.mm.dtype), so logits and pull back are computed from operands widened to fp32, which "
+            f"is slower. Install torch {WIDE_GEMM_TORCH} or newer."
+        )
+    if problem := warn_of_compiler():
+        yield problem
 
 
 def choose_determinism(config: Config) -> None:
@@ -138,16 +191,20 @@ def check_machine(config: Config) -> None:
     needs += [f"--attention-backend {compute.attention_backend}"] * (compute.attention_backend not in ("auto", "local"))
     needs += [f"--fp8-format {compute.fp8_format}"] * (compute.fp8_format is not None)
     needs += ["--tp-comm-overlap"] * config.parallel.tp_comm_overlap
+    if needs and not torch.cuda.is_available():
+        raise ConfigError(f"{needs[0]} needs Transformer Engine and a CUDA GPU; there is no GPU here. Leave it out.")
+    if (problem := broken_engine()) and (needs or _would_use_engine(config)):
+        raise ConfigError(f"{problem} With --transformer-impl local a run does without it.")
     if not needs:
         return
-    if not torch.cuda.is_available():
-        raise ConfigError(f"{needs[0]} needs Transformer Engine and a CUDA GPU; there is no GPU here. Leave it out.")
     if not HAVE_TE:
         raise ConfigError(
-            f"{needs[0]} needs the package transformer-engine, which is not installed here (or cannot be imported). "
-            "Install it: pip install 'megatron-lrc[cuda]'; or leave the flag out."
+            f"{needs[0]} needs the package transformer-engine, which is not installed here. {INSTALL} Or leave the "
+            "flag out."
         )
-    if config.parallel.tp_comm_overlap and not is_te_min_version(_USERBUFFERS_VERSION):
+    if problem := too_old_for_recipe(config):
+        raise ConfigError(problem)
+    if config.parallel.tp_comm_overlap and not _has_userbuffers():
         raise ConfigError(
             f"--tp-comm-overlap needs Transformer Engine {_USERBUFFERS_VERSION}; {get_te_version()} is installed. "
             "Install a newer one, or leave the flag out."
@@ -155,6 +212,13 @@ def check_machine(config: Config) -> None:
     if compute.fp8_format is not None:
         device = int(os.environ.get("LOCAL_RANK", "0"))
         _check_capability(compute.fp8_recipe, torch.cuda.get_device_capability(device))
+
+
+def _has_userbuffers() -> bool:
+    """Whether `initialize_ub` takes what `start_userbuffers` gives. Development versions do not tell."""
+    from transformer_engine.pytorch.module import base  # type: ignore[import-not-found]
+
+    return "quantization_modes" in inspect.signature(base.initialize_ub).parameters
 
 
 def _check_capability(recipe: str, capability: tuple[int, int]) -> None:

@@ -145,6 +145,16 @@ class StageOptimizer:
             self.optimizer.grad_scaler.load_state_dict(scaler.state_dict())
 
     @property
+    def kind(self) -> str:
+        """Whose Adam takes the steps: megatron-core takes the first of three that it can import."""
+        inner = next(iter(compat.inner_optimizers(self.optimizer)), None)
+        if inner is None:  # a stage without anything to train
+            return "no optimizer"
+        package = type(inner).__module__.partition(".")[0]
+        owner = "Transformer Engine" if package == "transformer_engine" else package
+        return f"{owner}'s {type(inner).__name__}"
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]

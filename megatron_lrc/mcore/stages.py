@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
+from megatron_lrc.clone.vocab_parallel import HeadSums
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import GPTModel, build_stage
@@ -39,25 +40,37 @@ class Shapes:
     inverse_frequencies: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MainSums(HeadSums):
+    """The sums of `lm_and_kl_loss`, and the tokens that they are over."""
+
+    tokens: Tensor
+
+
 class LossSums:
     """Sums over tokens since `reset`, on the device, of what this rank holds: partial sums over the world.
 
-    main [6]: the sums of `lm_and_kl_loss`, and tokens; counted on one tensor parallel rank of the last stage.
+    main: counted on one tensor parallel rank of the last stage. main_values: it as one tensor, fp64 [n], to be reduced.
     clone [layers, terms]: rows of this stage's layers; complete after a sum over all ranks.
     terms: names of its columns.
     """
 
     def __init__(self, device: torch.device, num_layers: int = 0, terms: Sequence[str] = ()):
         self.terms = terms
-        self.main = torch.zeros(6, dtype=torch.float64, device=device)
+        self.main_values = torch.zeros(len(MainSums.names()), dtype=torch.float64, device=device)
         self.clone = torch.zeros(num_layers, len(terms), dtype=torch.float64, device=device)
 
-    def add_main(self, sums: Tensor, token_weight: Tensor) -> None:
-        """sums [5]: those of `lm_and_kl_loss`. token_weight: of the same tokens, of any shape."""
-        self.main += torch.cat([sums.double(), token_weight.sum().double().view(1)])
+    @property
+    def main(self) -> MainSums:
+        """Each a view, fp64."""
+        return MainSums.of(self.main_values)
+
+    def add_main(self, sums: HeadSums, token_weight: Tensor) -> None:
+        """sums: those of `lm_and_kl_loss`. token_weight: of the same tokens, of any shape."""
+        self.main_values += MainSums(**sums.named(), tokens=token_weight.sum()).stacked()
 
     def reset(self) -> None:
-        self.main.zero_()
+        self.main_values.zero_()
         self.clone.zero_()
 
 

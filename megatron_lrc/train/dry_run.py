@@ -32,6 +32,8 @@ from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.spans import span
 from megatron_lrc.estimate.speed import DEFAULT_MFU, step_time
 from megatron_lrc.estimate.stage import parameter_count
+from megatron_lrc.mcore.engine import too_old_for_recipe
+from megatron_lrc.mcore.kernels import check_machine
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.method import describe_tying
 from megatron_lrc.train.start_checks import check
@@ -47,12 +49,17 @@ def dry_run(config: Config, wanted: DryRun, world_size: int, presets: Sequence[s
     method = method_of(config)
     if refusal := method.why_no_dry_run():
         raise ConfigError(refusal)
+    is_for_here = not wanted.gpu and torch.cuda.is_available()
+    if is_for_here:
+        check_machine(config)
     checked = check(config, world_size)
     config, shape = checked.config, checked.teacher.shape
     method = method_of(config)
     student = method.student_shape(shape)
     gpu = gpu_named(wanted.gpu) if wanted.gpu else gpu_here()
     warnings = [*checked.warnings, *describe_departures(config, presets)]
+    if not is_for_here and (problem := too_old_for_recipe(config)):
+        warnings.append(f"{problem} So it is here; the GPUs' nodes may have another.")
     peaks, memory, time = [], iter(()), iter(())
     if method.is_estimated:
         peaks = peak_memory(config, shape, student, world_size=world_size)

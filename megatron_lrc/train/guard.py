@@ -94,9 +94,10 @@ def _faults(stage: PipelineStage) -> Iterator[tuple[tuple[int, int, int], str]]:
     """(place in the order of computation, description) of what is not finite on this rank: losses, then gradients."""
     for layer, index in (~stage.sums.clone.isfinite()).nonzero().tolist():
         yield (0, layer, index), f"the clone loss of layer {layer}, term {stage.sums.terms[index]},"
-    for index, name in enumerate(("LM", "KL")):
-        if not stage.sums.main[index].isfinite():
-            yield (1, 0, index), f"the {name} loss"
+    main = stage.sums.main
+    for order, (name, value) in enumerate({"LM": main.lm, "KL": main.kl}.items()):
+        if not value.isfinite():
+            yield (1, 0, order), f"the {name} loss"
     for site, layer, grad in stage.matrix_gradients():
         if not bool(grad.isfinite().all()):
             yield _place_of_gradient(site, layer)

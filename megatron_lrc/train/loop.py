@@ -32,6 +32,7 @@ from megatron_lrc.mcore.kernels import (
     describe_kernels,
     start_userbuffers,
     stop_userbuffers,
+    warn_of_kernels,
 )
 from megatron_lrc.mcore.optimizer import build_optimizer, parameter_dtype
 from megatron_lrc.mcore.stages import count_trained
@@ -326,9 +327,10 @@ class Trainer:
         self._say(self._describe_training())
         if self.config.decay_iters:
             self._say(describe_schedule(self.config.optimizer, self.config.decay_iters))
-        if kernels := describe_kernels(self.config, parameter_dtype(self.config), self.method.noun):
+        dtype = parameter_dtype(self.config)
+        if kernels := describe_kernels(self.config, dtype, self.method.noun, self.run.optimizer.kind):
             self._say(kernels)
-        for warning in checked.warnings:
+        for warning in (*warn_of_kernels(self.config, dtype), *checked.warnings):
             self._say(f"warning: {warning}")
         if checked.weights_from:
             self._say(f"starts from the weights of {checked.weights_from}")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from megatron_lrc.mcore.distributed import Groups, sum_over_world
 from megatron_lrc.mcore.gradient_norms import group_gradient_norms
 from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.mcore.schedules import forward_backward
-from megatron_lrc.mcore.stages import PipelineStage
+from megatron_lrc.mcore.stages import MainSums, PipelineStage
 from megatron_lrc.methods import Method
 
 Batches = Iterator[dict[str, Tensor]]
@@ -49,27 +49,20 @@ class Run:
             stage.pull_back()
 
 
-@dataclass(frozen=True, slots=True)
-class LossTotals:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTotals(MainSums):
     """Sums over the tokens of global batches, the same on every rank; fp64 on the device, read at log time only."""
 
-    lm: Tensor
-    kl: Tensor
-    teacher_lm: Tensor  # 0 where the teacher's logits are not computed: in training without KL
-    teacher_kl: Tensor  # at temperature 1; of validations, as the next one
-    same_top1: Tensor  # tokens whose likeliest successor is the same for both models
-    tokens: Tensor
     clone: Tensor  # [layers, terms]
 
     @staticmethod
     def zeros(shape: tuple[int, ...], device: torch.device) -> "LossTotals":
         """shape: (layers, terms)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return LossTotals(zero, zero, zero, zero, zero, zero, zero.new_zeros(shape))
+        return LossTotals(**dict.fromkeys(MainSums.names(), zero), clone=zero.new_zeros(shape))
 
     def __add__(self, other: "LossTotals") -> "LossTotals":
-        names = [field.name for field in fields(self)]
-        return LossTotals(*(getattr(self, name) + getattr(other, name) for name in names))
+        return LossTotals(**{name: value + getattr(other, name) for name, value in self.named().items()})
 
     @property
     def is_finite(self) -> Tensor:
@@ -88,9 +81,8 @@ class LossTotals:
     def means(self, method: Method) -> dict[str, float | None]:
         """`loss` and its terms, and the teacher's own LM loss, as means over tokens; without a teacher only what there
         is. Waits for the device."""
-        return method.losses(
-            *((value / self.tokens).item() for value in (self.lm, self.kl, self.clone.sum(), self.teacher_lm))
-        )
+        sums = {"lm": self.lm, "kl": self.kl, "clone": self.clone.sum(), "teacher_lm": self.teacher_lm}
+        return method.losses(**{name: (value / self.tokens).item() for name, value in sums.items()})
 
     def agreement(self, method: Method) -> dict[str, float]:
         """Of a validation: how far the student agrees with its teacher; empty without one. Waits for the device."""
@@ -234,10 +226,9 @@ def _reset_losses(stages: Sequence[PipelineStage]) -> None:
 
 def _reduce_losses(stages: Sequence[PipelineStage], votes: Tensor | None = None) -> tuple[LossTotals, Tensor]:
     """Sum over the world what each rank's stages have counted, and its votes [n], in one small collective."""
-    main = torch.stack([stage.sums.main for stage in stages]).sum(0)
+    main = torch.stack([stage.sums.main_values for stage in stages]).sum(0)
     clone = torch.stack([stage.sums.clone for stage in stages]).sum(0)
     votes = main.new_zeros(0) if votes is None else votes
     total = sum_over_world(torch.cat([main, clone.flatten(), votes]))
     main, clone_sums, votes = total.split([len(main), clone.numel(), len(votes)])
-    lm, kl, teacher_lm, teacher_kl, same_top1, tokens = main
-    return LossTotals(lm, kl, teacher_lm, teacher_kl, same_top1, tokens, clone_sums.view_as(clone)), votes
+    return LossTotals(**MainSums.of(main).named(), clone=clone_sums.view_as(clone)), votes

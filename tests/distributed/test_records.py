@@ -85,7 +85,8 @@ def test_a_step_with_more_tokens_weighs_more():
     def report(tokens: float, lm: float, *, is_finite: bool = True) -> StepReport:
         per_token = torch.tensor(lm, dtype=torch.float64)
         clone = per_token.expand(2, 7) * tokens
-        losses = LossTotals(per_token * tokens, *[per_token * 0] * 4, torch.tensor(tokens), clone)
+        others = dict.fromkeys(("kl", "teacher_lm", "teacher_kl", "same_top1"), per_token * 0)
+        losses = LossTotals(lm=per_token * tokens, **others, tokens=torch.tensor(tokens), clone=clone)
         return StepReport(losses, is_finite, 1.0, None, is_finite)
 
     interval, method = Interval((2, 7), torch.device("cpu")), method_of(Config())

@@ -1,22 +1,32 @@
 """Every start of a run leaves a line, lost work is counted, and what is shown elsewhere goes on where it was."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
+import socket
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megatron_lrc.clone.fusion import why_nothing_is_compiled
 from megatron_lrc.config import Config
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.locks import lock_of_run
+from megatron_lrc.mcore import kernels
+from megatron_lrc.mcore.compiler import agree_on_compiler
 from megatron_lrc.report.run_page import write_report
 from megatron_lrc.train import loop
 from megatron_lrc.train.boards import WANDB_ID_FILE
 from ranks import run_ranks
-from runs import continued, make_config, on_layout, records
+from runs import continued, make_config, make_trainer, on_layout, records
 
 
 @pytest.fixture
@@ -42,6 +52,46 @@ def train_with_a_crash(config: Config, **environment: str) -> Path:
     shutil.rmtree(run / "iter_0000005")
     train(on_layout(continued(config, steps=7), pp=2), 2, **environment)
     return run
+
+
+class TorchWithCuda(types.ModuleType):
+    """torch, but that there seems to be a GPU."""
+
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def lines_at_start(config: Config) -> list[str]:
+    kernels.torch = TorchWithCuda("torch")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        make_trainer(config)
+    return said.getvalue().splitlines()
+
+
+@pytest.mark.distributed
+def test_a_start_on_cuda_says_what_computes_and_what_is_missing(five_step_config):
+    """Models are built on the CPU here; `kernels` alone believes in a GPU."""
+    five_step_config.training.bf16 = True
+    (lines,) = run_ranks(1, lines_at_start, five_step_config.resolved(1))
+    own = "layers by megatron-core's own modules, torch's attention; matrix products in bf16, logits in fp32 from bf16"
+    assert f"{own} operands; torch's AdamW" in lines
+    assert len([line for line in lines if line.startswith("warning: Transformer Engine is not installed, so")]) == 1
+
+
+def reasons_after(*problems_of_rank_1: str | None) -> list[str | None]:
+    reasons = []
+    for problem in problems_of_rank_1:
+        agree_on_compiler(problem if dist.get_rank() == 1 else None)
+        reasons.append(why_nothing_is_compiled())
+    return reasons
+
+
+@pytest.mark.distributed
+def test_where_one_rank_has_no_compiler_none_compiles():
+    first, second = run_ranks(2, reasons_after, "Failed to find C compiler", None)
+    assert first == second == [f"on rank 1 ({socket.gethostname()}): Failed to find C compiler", None]
 
 
 @pytest.mark.distributed

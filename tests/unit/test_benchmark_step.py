@@ -16,6 +16,7 @@ from benchmarks.breakdown import PARTS
 from benchmarks.measured_models import add_teacher_flags, open_base
 from hf_teachers import WRITERS
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
+from megatron_lrc.mcore.optimizer import StageOptimizer
 from megatron_lrc.methods import METHODS
 from naive_variants import (
     Ending,
@@ -48,8 +49,16 @@ def row_of(out: str, name: str) -> str:
     return row
 
 
-def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys):
-    """Ratios are medians over rounds of the seconds in the file; a profile's parts are there and add up."""
+def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys, monkeypatch):
+    """Ratios are medians over rounds of the seconds in the file; a profile's parts are there and add up. Whatever is
+    measured divides its gradients by the tokens."""
+    counted, reduce = set(), StageOptimizer.reduce_gradients
+
+    def count(optimizer, tokens):
+        counted.add((optimizer.kind, tokens.item()))
+        reduce(optimizer, tokens)
+
+    monkeypatch.setattr(StageOptimizer, "reduce_gradients", count)
     file = tmp_path / "figures.json"
     flags = ["--teacher", tiny_llama(is_tied=True), *SIZES, "--repeats", "3", "--profile", "--json", str(file)]
     assert benchmark(["step", *flags]) == 0
@@ -71,7 +80,7 @@ def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys):
         of_peak = median(figures["contestants"][name]["flops"] / each / peak for each, peak in rates)
         assert f" {median(32 / each for each in own):,.0f} (" in row and f" {of_peak:,.3f} (" in row
 
-    assert list(figures["profile"]) == list(PARTS)
+    assert counted == {("torch's AdamW", 32)} and list(figures["profile"]) == list(PARTS)
     for name, values in figures["profile"].items():
         assert f" {median(values):,.3f} (" in row_of(out, name) and len(values) == 3
         assert name == "other" or min(values) > 0

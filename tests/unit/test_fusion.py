@@ -1,13 +1,14 @@
 """What is compiled on a GPU gives, compiled here for the CPU, what it gives as it stands; for every size in one go."""
 
+import functools
 import shutil
 import warnings
 
 import pytest
 import torch
 
-from megatron_lrc.clone import losses, vocab_parallel
-from megatron_lrc.clone.fusion import fused_on_cuda
+from megatron_lrc.clone import fusion, losses, vocab_parallel
+from megatron_lrc.clone.fusion import compile_nothing, compile_problem, fused_on_cuda
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout
 
 HALF = torch.bfloat16
@@ -52,6 +53,53 @@ def test_what_cannot_be_compiled_says_so_once_and_runs_as_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(doubled(x), 2 * x)
+
+
+def test_more_kinds_of_arguments_than_torch_compiles_for_end_no_run():
+    """torch's exception for that is none of TorchDynamoException's."""
+
+    @fused_on_cuda
+    def doubled(x):
+        return 2 * x
+
+    x = torch.ones(3).as_subclass(OnGpu)
+    with (
+        torch._dynamo.config.patch(recompile_limit=0),
+        pytest.warns(UserWarning, match=r"^doubled is not compiled .* more kinds than torch._dynamo.config.recompile"),
+    ):
+        assert torch.equal(doubled(x), 2 * x)
+
+
+def test_where_nothing_is_compiled_nothing_is_tried(monkeypatch):
+    monkeypatch.setattr(fusion, "_compiled", lambda _: pytest.fail("something was compiled"))
+    doubled = fused_on_cuda(lambda x: 2 * x)
+    compile_nothing("on rank 0: no compiler")
+    try:
+        assert doubled(torch.ones(3).as_subclass(OnGpu)).sum() == 6
+    finally:
+        compile_nothing(None)
+
+
+def without_c_compiler(function, **_):
+    def call(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    return call
+
+
+@pytest.mark.parametrize("compiler, expected", [
+    (functools.partial(torch.compile, backend="eager"), None),
+    (without_c_compiler, "Failed to find C compiler. Please specify via CC environment variable."),
+])  # fmt: skip
+def test_the_probe_compiles_and_says_in_a_line_what_is_missing(monkeypatch, compiler, expected):
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert compile_problem.__wrapped__(torch.device("cpu")) == expected
+
+
+def test_a_compilers_message_is_told_without_its_backends_name():
+    inner = "backend='inductor' raised:\nRuntimeError: Failed to find C compiler.\n\nSet TORCHDYNAMO_VERBOSE=1"
+    assert fusion.first_line(RuntimeError(inner)) == "RuntimeError: Failed to find C compiler."
+    assert fusion.first_line(AssertionError()) == "AssertionError"
 
 
 @pytest.mark.slow  # compiling takes 20 s

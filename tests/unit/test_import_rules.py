@@ -90,6 +90,13 @@ def test_only_mcore_and_data_import_megatron_core():
             assert is_within(importer, "megatron_lrc.mcore") or through_data, (importer, imported)
 
 
+def test_versions_are_compared_in_one_module_only():
+    """A version does not say what a pre-release or a build of a container has: `2.8.0a0+...nv25.06` is not 2.8."""
+    for importer, imported in imports_of():
+        if is_within(imported, "packaging", "torch.torch_version") or imported.endswith("_min_version"):
+            assert importer == "megatron_lrc.mcore.engine", (importer, imported)
+
+
 def test_only_hf_data_and_evaluation_import_transformers():
     folders = ("hf", "data", "evaluation")
     for importer, imported in imports_of():

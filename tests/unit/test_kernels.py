@@ -1,18 +1,24 @@
 """Kernels and FP8 where there is neither Transformer Engine nor a GPU: what is refused, and fused gradients."""
 
 import re
+import sys
+import types
+from collections.abc import Callable
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from config_cases import SMOLLM2, change, errors_of
+from megatron_lrc.clone.fusion import compile_nothing
 from megatron_lrc.clone.projections import accumulate_in_fp32, gradient_of, zero_gradient
 from megatron_lrc.commands.main import main
-from megatron_lrc.config import ConfigError, validate, validate_against_teacher
+from megatron_lrc.config import Config, ConfigError, validate, validate_against_teacher
 from megatron_lrc.estimate.peak_memory import peak_memory
-from megatron_lrc.mcore import kernels
+from megatron_lrc.mcore import engine, kernels
 from megatron_lrc.mcore.compat import set_step
+from megatron_lrc.mcore.gpt_models import transformer_config
 from megatron_lrc.methods import method_of
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said where there is no GPU")
@@ -133,6 +139,131 @@ def test_a_dry_run_of_fp8_needs_no_gpu(tiny_llama, tiny_text, capsys):
     flags = "--train-iters 1 --fp8-format e4m3 --bf16 --teacher-fp8 --transformer-impl transformer_engine --dry-run"
     assert main(["train", *common.split(), *flags.split()]) == 0
     assert "nothing was started" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- what is said at the start, as if on CUDA
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, valid_config):
+    """A configuration in bf16 on a machine that has a GPU, as far as anybody asks torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return changed(valid_config, bf16=True)
+
+
+def changed(config: Config, **values: object) -> Config:
+    change(config, **values)
+    return config
+
+
+def with_engine(monkeypatch, version: str, initialize_ub: Callable = lambda: None) -> None:
+    """Transformer Engine of some version, as far as megatron-core and `kernels` ask for it."""
+    monkeypatch.setattr(kernels, "HAVE_TE", True)
+    monkeypatch.setattr(kernels, "get_te_version", lambda: Version(version))
+    monkeypatch.setattr(engine, "installed_version", lambda: Version(version))
+    for name in ("", ".pytorch", ".pytorch.module"):
+        monkeypatch.setitem(sys.modules, f"transformer_engine{name}", types.ModuleType("fake"))
+    module = types.SimpleNamespace(base=types.SimpleNamespace(initialize_ub=initialize_ub))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", module)
+
+
+def test_a_start_on_cuda_says_what_computes_without_transformer_engine(on_gpu, monkeypatch):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    own = "layers by megatron-core's own modules, torch's attention; matrix products in"
+    line = kernels.describe_kernels(on_gpu, torch.bfloat16, "student", "torch's AdamW")
+    assert line == f"{own} bf16, logits in fp32 from bf16 operands; torch's AdamW"
+    change(on_gpu, bf16=False)
+    line = kernels.describe_kernels(on_gpu, torch.float32, "student", "apex's FusedAdam")
+    assert line == f"{own} fp32; apex's FusedAdam"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert f"{own} fp32, rounded to TF32; " in str(kernels.describe_kernels(on_gpu, torch.float32, "student", "x"))
+
+
+def test_a_start_on_cuda_says_what_computes_with_transformer_engine(on_gpu, monkeypatch):
+    with_engine(monkeypatch, "2.4.0+3cd6870")
+    line = kernels.describe_kernels(on_gpu, torch.bfloat16, "student", "Transformer Engine's FusedAdam")
+    assert line == (
+        "layers by Transformer Engine 2.4.0+3cd6870, its own attention; matrix products in bf16, logits in fp32 from "
+        "bf16 operands; Transformer Engine's FusedAdam"
+    )
+    change(on_gpu, fp8_format="hybrid", attention_backend="local")
+    line = str(kernels.describe_kernels(on_gpu, torch.bfloat16, "student", "x"))
+    assert "torch's attention; matrix products in bf16, in the layers of student in FP8 (hybrid, tensorwise), " in line
+    assert list(kernels.warn_of_kernels(on_gpu, torch.bfloat16)) == []
+
+
+@without_gpu
+def test_without_cuda_there_is_nothing_to_say(valid_config):
+    assert kernels.describe_kernels(valid_config, torch.float32, "student", "torch's AdamW") is None
+    assert list(kernels.warn_of_kernels(changed(valid_config, bf16=True), torch.bfloat16)) == []
+
+
+def test_half_precision_without_transformer_engine_is_a_warning_with_the_remedy(on_gpu):
+    (warning,) = kernels.warn_of_kernels(on_gpu, torch.bfloat16)
+    assert "is not installed" in warning and "pip install --no-build-isolation 'megatron-lrc[cuda]'" in warning
+    assert list(kernels.warn_of_kernels(changed(on_gpu, transformer_impl="local"), torch.bfloat16)) == []
+    change(on_gpu, transformer_impl="auto", bf16=False)
+    assert list(kernels.warn_of_kernels(on_gpu, torch.float32)) == []
+
+
+def test_a_torch_without_wide_products_is_a_warning(on_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "has_wide_gemm", lambda: False)
+    change(on_gpu, transformer_impl="local")
+    (warning,) = kernels.warn_of_kernels(on_gpu, torch.bfloat16)
+    assert warning.startswith(f"torch {torch.__version__} has no product") and warning.endswith("2.8 or newer.")
+    assert "logits in fp32 from widened operands" in str(kernels.describe_kernels(on_gpu, torch.bfloat16, "model", "x"))
+    assert list(kernels.warn_of_kernels(changed(on_gpu, bf16=False), torch.float32)) == []
+
+
+def test_without_a_compiler_both_fusions_are_off_and_that_is_said(on_gpu):
+    change(on_gpu, transformer_impl="local")
+
+    def fusions() -> tuple[bool, bool]:
+        built = transformer_config(on_gpu, SMOLLM2, torch.bfloat16, is_trained=True)
+        return built.bias_activation_fusion, built.bias_dropout_fusion
+
+    assert fusions() == (True, True)
+    compile_nothing("on rank 3 (host-b): Failed to find C compiler")
+    try:
+        assert fusions() == (False, False)
+        (warning,) = kernels.warn_of_kernels(on_gpu, torch.bfloat16)
+    finally:
+        compile_nothing(None)
+    assert warning.startswith("torch.compile does not work on rank 3 (host-b): Failed to find C compiler. So")
+
+
+def test_a_broken_transformer_engine_is_refused_wherever_it_would_be_used(on_gpu, monkeypatch):
+    monkeypatch.setattr(engine, "_problem", "Transformer Engine 2.4.0 is installed but broken.")
+    for flags in ({}, {"bf16": False, "transformer_impl": "transformer_engine"}):
+        with pytest.raises(ConfigError, match="but broken. With --transformer-impl local a run does without it"):
+            kernels.check_machine(changed(on_gpu, **flags))
+    change(on_gpu, bf16=True, transformer_impl="local")
+    kernels.check_machine(on_gpu)
+    assert list(kernels.warn_of_kernels(on_gpu, torch.bfloat16)) == [
+        "Transformer Engine 2.4.0 is installed but broken."
+    ]
+
+
+def test_what_needs_transformer_engine_says_how_to_install_it(on_gpu):
+    with pytest.raises(ConfigError, match=r"^--fp8-format hybrid needs .* pip install --no-build-isolation"):
+        kernels.check_machine(changed(on_gpu, fp8_format="hybrid"))
+
+
+def test_a_recipe_that_is_newer_than_transformer_engine_is_refused_at_start(on_gpu, monkeypatch):
+    with_engine(monkeypatch, "2.2.0")
+    with pytest.raises(
+        ConfigError, match=r"^--fp8-recipe blockwise needs Transformer Engine 2.3.0; 2.2.0 is installed"
+    ):
+        kernels.check_machine(changed(on_gpu, fp8_format="hybrid", fp8_recipe="blockwise"))
+
+
+def test_userbuffers_are_asked_for_their_arguments_and_not_for_a_version(on_gpu, monkeypatch):
+    change(on_gpu, **TP_OVERLAP)
+    with_engine(monkeypatch, "2.7.0.dev0+5fdd7bb", lambda shape, tp_size, quantization_modes: None)
+    kernels.check_machine(on_gpu)
+    with_engine(monkeypatch, "2.6.0", lambda shape, tp_size, use_fp8: None)
+    with pytest.raises(ConfigError, match=r"^--tp-comm-overlap needs Transformer Engine 2.7.0; 2.6.0 is installed"):
+        kernels.check_machine(on_gpu)
 
 
 def test_fp8_copies_of_the_layers_are_part_of_the_memory(valid_config):

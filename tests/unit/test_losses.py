@@ -9,7 +9,8 @@ from megatron_lrc.clone.energy import TypicalEnergy, relative_weights
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, mean_squares, squared_errors
 from megatron_lrc.clone.products import wide_product
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, HeadSums, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.mcore.stages import LossSums
 
 TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 13, 6, 9, 21, 32
 
@@ -42,7 +43,7 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
     student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(
         torch.float64, scale=3.0
     )
-    total, (lm, kl, teacher_lm, *_) = lm_and_kl_loss(
+    total, sums = lm_and_kl_loss(
         student_hidden,
         teacher_hidden,
         student_head,
@@ -64,11 +65,11 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
     expected = torch.autograd.grad(
         (lm_weight * expected_lm + kl_weight * expected_kl) * 0.7, (student_hidden, student_head)
     )
-    torch.testing.assert_close(lm, expected_lm)
+    torch.testing.assert_close(sums.lm, expected_lm)
     if kl_weight:
-        torch.testing.assert_close(kl, expected_kl)
+        torch.testing.assert_close(sums.kl, expected_kl)
         own = F.cross_entropy(teacher_hidden @ teacher_head[:VOCAB].t(), labels, reduction="none") @ weight
-        torch.testing.assert_close(teacher_lm, own)
+        torch.testing.assert_close(sums.teacher_lm, own)
     for grad, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-9, atol=1e-11)
 
@@ -88,10 +89,24 @@ def test_a_validation_makes_no_gradients_and_has_the_teachers_loss_and_agreement
             student, teacher, *heads, labels, weight, shard=VocabularyShard.of(vocab, vocab, None), settings=settings
         )
     logits = [hidden[:30] @ head.t() for hidden, head in zip((student, teacher), heads, strict=True)]
-    assert sums[2].item() == pytest.approx(F.cross_entropy(logits[1], labels[:30], reduction="sum").item())
+    assert sums.teacher_lm.item() == pytest.approx(F.cross_entropy(logits[1], labels[:30], reduction="sum").item())
     own, others = (each.log_softmax(-1) for each in logits)
-    assert sums[3].item() == pytest.approx(F.kl_div(own, others, log_target=True, reduction="sum").item())
-    assert 0 < sums[4].item() == (logits[0].argmax(1) == logits[1].argmax(1)).sum().item() < 30
+    assert sums.teacher_kl.item() == pytest.approx(F.kl_div(own, others, log_target=True, reduction="sum").item())
+    num_same = (logits[0].argmax(1) == logits[1].argmax(1)).sum().item()
+    assert 0 < sums.same_top1.item() == num_same < 30
+
+
+def test_sums_are_found_by_name_only():
+    scalars = dict(zip(HeadSums.names(), torch.arange(1.0, 6.0), strict=True))
+    sums = LossSums(torch.device("cpu"))
+    for _ in range(2):
+        sums.add_main(HeadSums(**scalars), torch.ones(3, 2))
+    found = {name: value.item() for name, value in sums.main.named().items()}
+    assert found == {"lm": 2, "kl": 4, "teacher_lm": 6, "teacher_kl": 8, "same_top1": 10, "tokens": 12}
+    with pytest.raises(TypeError):
+        sums.main[3]
+    sums.reset()
+    assert not sums.main.tokens and not sums.main_values.any()
 
 
 def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
@@ -100,7 +115,7 @@ def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
     results = []
     for student_hidden, student_head, teacher_hidden, teacher_head, labels, weight in (wide, narrow):
         student_hidden = student_hidden.detach().requires_grad_()
-        _, (lm, kl, *_) = lm_and_kl_loss(
+        _, sums = lm_and_kl_loss(
             student_hidden,
             teacher_hidden,
             student_head,
@@ -110,7 +125,7 @@ def test_kl_at_temperature_40_keeps_its_digits_in_fp32():
             shard=VocabularyShard.of(VOCAB, PADDED, None),
             settings=HeadLossSettings(1.0, 1.0, 40.0, 5),
         )
-        results.append((lm.double(), kl.double()))
+        results.append((sums.lm.double(), sums.kl.double()))
     torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=0)
 
 
