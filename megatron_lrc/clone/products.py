@@ -4,6 +4,8 @@ CUDA has GEMMs for that, if torch has the operator (`has_wide_gemm`). Elsewhere 
 a time where they are large. fp32 and fp64 operands take the plain way.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,25 @@ def has_wide_gemm() -> bool:
 
 def _wide_gemm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(left, right, out_dtype=dtype)  # type: ignore[call-overload]
+
+
+def _add_wide_gemm(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if _adds_in_the_gemm(total.device):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+    else:
+        total += _wide_gemm(left, right, total.dtype)
+
+
+@functools.cache
+def _adds_in_the_gemm(device: torch.device) -> bool:
+    """Whether torch adds such a product to a wide matrix. The first releases with the operator take a narrow one only,
+    and no schema says so: it is tried once."""
+    narrow, wide = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+    try:
+        torch.addmm(wide, narrow, narrow, out_dtype=wide.dtype, out=wide)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def wide_product(hidden: Tensor, rows: Tensor) -> Tensor:
@@ -56,7 +77,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
         total.zero_()
         add_product(total, left, right, is_first=False)
     elif left.is_cuda and has_wide_gemm():
-        total += _wide_gemm(left, right, total.dtype)
+        _add_wide_gemm(total, left, right)
     else:
         total += left @ right
 

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lrc.clone import products
 
@@ -35,6 +36,7 @@ def test_the_operator_is_asked_and_not_the_version(monkeypatch, version, has_ope
         return (left.double() @ right.double()).to(dtype)
 
     monkeypatch.setattr(module, "_wide_gemm", wide_gemm)
+    monkeypatch.setattr(module, "_adds_in_the_gemm", lambda _: False)
     half, wide = torch.randn(4, 4).bfloat16().as_subclass(OnGpu), torch.zeros(4, 4)
     module.wide_product(half, half)
     module.add_product(wide, half, half, is_first=True)
@@ -46,3 +48,23 @@ def test_on_cpu_the_operator_is_not_used_though_torch_may_register_it():
     half = torch.randn(3, 5).bfloat16()
     expected = half.double() @ half.double().t()
     torch.testing.assert_close(products.wide_product(half, half).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_is_added_without_a_temporary_where_torch_can():
+    """On the meta device, which has the operators of CUDA and no numbers."""
+    products._adds_in_the_gemm.cache_clear()
+    device, called = torch.device("meta"), []
+    half = torch.empty(16, 16, dtype=torch.bfloat16, device=device).as_subclass(OnGpu)
+    wide = torch.empty(16, 16, device=device)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    is_possible = products._adds_in_the_gemm(device)
+    with Seen():
+        products.add_product(wide, half, half, is_first=False)
+    aten = torch.ops.aten
+    assert called == ([aten.addmm.dtype_out] if is_possible else [aten.mm.dtype, aten.add_.Tensor])
+    assert is_possible or TorchVersion(torch.__version__) < "2.13"
