@@ -25,7 +25,12 @@ from torch.distributed import ProcessGroup
 from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
-from megatron_lrc.mcore.kernels import fuse_weight_gradients, uses_engine_attention, uses_transformer_engine
+from megatron_lrc.mcore.kernels import (
+    fuse_weight_gradients,
+    fuses_rotary_embedding,
+    uses_engine_attention,
+    uses_transformer_engine,
+)
 
 VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
 
@@ -154,6 +159,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         # megatron-core's fused kernels compile just in time; without CUDA that only costs minutes.
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
+        apply_rope_fusion=fuses_rotary_embedding(config, dtype),
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # of megatron-core's linears; TE's: `fuse_weight_gradients`
         attention_backend=AttnBackend[backend],
