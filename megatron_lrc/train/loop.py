@@ -297,6 +297,7 @@ class Trainer:
             consumed_samples=consumed_samples,
             device=self.groups.device,
             num_workers=self.config.data.num_workers,
+            finds_documents=self.config.data.reset_attention_mask,
         )
 
     def _open_log(self) -> RunLog | None:

@@ -397,6 +397,30 @@ def test_batches_have_shape_dtype_and_only_the_known_keys(tmp_path):
     }
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_documents_are_found_before_the_copy_to_the_device(workers):
+    """On the device, here one that holds no values, they could not be found without waiting for it."""
+    positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2], [0, 1, 2, 3], [0, 1, 0, 1]])
+    samples = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), row) for row in positions]
+    batches = BatchIterator(
+        samples,  # type: ignore[arg-type]
+        micro_batch_size=2,
+        global_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        consumed_samples=0,
+        device=torch.device("meta"),
+        num_workers=workers,
+        finds_documents=True,
+    )
+    found = list(batches)
+    assert [batch.pop("documents").tolist() for batch in found] == [
+        [[0, 0, 3], [0, 3, 4], [1, 0, 1], [1, 1, 4]],
+        [[0, 0, 4], [1, 0, 2], [1, 2, 4]],
+    ]
+    assert {tensor.device.type for batch in found for tensor in batch.values()} == {"meta"}
+
+
 @pytest.mark.parametrize("dp_size, micro", [(1, 2), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2)])
 def test_global_batches_do_not_depend_on_the_layout(train_dataset, dp_size, micro):
     expected = tokens_of(iterate(train_dataset, micro=1))

@@ -216,7 +216,7 @@ class PairedModel(TwoModels):
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `find_documents`' documents if wanted.
+        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `documents` of `find_documents` if wanted.
         Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens."""
         token_weight = batch["loss_mask"].t().contiguous()
         self.layer_losses.begin(token_weight)
