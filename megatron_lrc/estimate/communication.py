@@ -44,14 +44,14 @@ def traffic(stage: Stage, *, world_size: int) -> Traffic:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     e, num_microbatches = bytes_per_element(config), config.num_microbatches(world_size)
     tokens = config.training.micro_batch_size * config.training.seq_length / cp
-    widths = stage.teacher.hidden_size + stage.student.hidden_size
-    # Of a micro-batch each chunk's result goes forward, but the last one's; its gradient back, but the first's.
-    sends = 2 * len(stage.layers) - stage.is_first - stage.is_last
+    # Of a micro-batch each chunk's result goes forward, but the last one's; the student's gradient back, but the first's.
+    forward, back = len(stage.layers) - stage.is_last, len(stage.layers) - stage.is_first
+    widths = forward * (stage.teacher.hidden_size + stage.student.hidden_size) + back * stage.student.hidden_size
     return Traffic(
         tensor=num_microbatches * _activations(stage, tokens) * (tp - 1) / tp,
         projections=_projections(stage) * (tp - 1) / tp,
         context=num_microbatches * _keys_and_values(stage, tokens) * (cp - 1),
-        pipeline=num_microbatches * sends * tokens * widths * e / tp,
+        pipeline=num_microbatches * tokens * widths * e / tp,
         data=_gradients(stage, config.data_parallel_size(world_size) * cp),
         ends=_tied(stage),
     )

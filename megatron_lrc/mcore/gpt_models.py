@@ -143,6 +143,9 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         # silently wrong from the third micro-batch on: the interleaved schedule sends each tensor by itself.
         overlap_p2p_comm=config.num_chunks > 1,
         batch_p2p_comm=config.num_chunks == 1,
+        # It would wait for the whole device after each exchange, for the sake of torch before 1.13, whose requests
+        # did not wait for theirs (pytorch/pytorch#82450).
+        batch_p2p_sync=False,
         sequence_parallel=parallel.is_sequence_parallel and parallel.tensor_model_parallel_size > 1,
         tp_comm_overlap=parallel.tp_comm_overlap and is_trained,
         recompute_granularity=recompute,

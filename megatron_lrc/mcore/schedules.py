@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.config import Config
+from megatron_lrc.mcore.messages import own_messages
 from megatron_lrc.mcore.stages import PipelineStage
 
 Batch = dict[str, Tensor]
@@ -46,6 +47,7 @@ def forward_backward(
         seq_length=config.training.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
+        **own_messages(stages[0].config, stages[0].groups.pp, stages[0].frozen_width),
     )
 
 
