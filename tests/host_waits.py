@@ -16,15 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from megatron_lrc.mcore import cpu
 
 _WAITING = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
-    "lift_fresh",
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "_unique2",
-    "unique",
-}
 
 
 class HostWaits(TorchDispatchMode):

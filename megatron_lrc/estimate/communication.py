@@ -44,7 +44,8 @@ def traffic(stage: Stage, *, world_size: int) -> Traffic:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     e, num_microbatches = bytes_per_element(config), config.num_microbatches(world_size)
     tokens = config.training.micro_batch_size * config.training.seq_length / cp
-    # Of a micro-batch each chunk's result goes forward, but the last one's; the student's gradient back, but the first's.
+    # Of a micro-batch each chunk's result goes forward, but the last one's; back goes the student's gradient, but the
+    # first one's.
     forward, back = len(stage.layers) - stage.is_last, len(stage.layers) - stage.is_first
     widths = forward * (stage.teacher.hidden_size + stage.student.hidden_size) + back * stage.student.hidden_size
     return Traffic(

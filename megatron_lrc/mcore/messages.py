@@ -1,8 +1,8 @@
 """What pipeline stages send each other: forward the hidden states of all models, back the student's gradient alone.
 
-megatron-core's schedules give both directions one shape and one tensor, so that gradients of the teacher's hidden state,
-which are zeros that nobody reads, would be the larger part of every message back: D of its D + d features. Here they
-are left out where they are sent and put back, as zeros, where they arrive.
+megatron-core's schedules give both directions one shape and one tensor, so that the gradient of the teacher's hidden
+state, zeros that nobody reads, would be the larger part of every message back: D of its D + d features. Here it is left
+out where gradients are sent, and put back, as zeros, where they arrive.
 """
 
 import copy

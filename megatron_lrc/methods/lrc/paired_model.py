@@ -1,8 +1,9 @@
 """PairedModel: one pipeline stage of the teacher and of the student, and what of the student is trained.
 
 What travels between stages is [teacher_hidden, student_hidden] side by side; the configuration that
-megatron-core's schedules see has hidden_size D + d, so their buffers fit. Back travels the gradient of the
-student's alone (`mcore/messages.py`). The teacher runs first, without autograd; losses between layers are attached as the student meets what it has left behind (`layer_losses.py`).
+megatron-core's schedules see has hidden_size D + d, so their buffers fit. Back travels the student's gradient
+alone (`mcore/messages.py`). The teacher runs first, without autograd; losses between layers are attached as the
+student meets what it has left behind (`layer_losses.py`).
 
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split over tensor parallelism.
 """
