@@ -26,6 +26,7 @@ class BatchIterator:
     (int64), loss_mask (fp32). Stops where no full global batch is left in the dataset, on every rank alike.
     `consumed_samples` counts the samples of all ranks.
 
+    num_workers: processes that read; None: `default_workers`.
     finds_documents: whether each also has `find_documents`' `documents`, which stay on the CPU.
     """
 
@@ -39,13 +40,14 @@ class BatchIterator:
         dp_size: int,
         consumed_samples: int,
         device: torch.device,
-        num_workers: int,
+        num_workers: int | None,
         finds_documents: bool = False,
     ):
         self._samples_per_micro_batch = micro_batch_size * dp_size
         assert global_batch_size % self._samples_per_micro_batch == 0
         self.consumed_samples = consumed_samples
         self._device = device
+        num_workers = default_workers(device) if num_workers is None else num_workers
         left = max(len(dataset) - consumed_samples, 0)  # type: ignore[arg-type]
         end = consumed_samples + left // global_batch_size * global_batch_size
         starts = range(consumed_samples + dp_rank * micro_batch_size, end, self._samples_per_micro_batch)
@@ -69,6 +71,12 @@ class BatchIterator:
         self.consumed_samples += self._samples_per_micro_batch
         documents = {key: batch.pop(key) for key in ("documents",) if key in batch}
         return documents | {key: tensor.to(self._device, non_blocking=True) for key, tensor in batch.items()}
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that read data: on a GPU, which waits while its process reads, Megatron-LM's number; on a CPU they
+    would only take the cores that compute."""
+    return 2 if device.type == "cuda" else 0
 
 
 def find_documents(position_ids: torch.Tensor) -> torch.Tensor:

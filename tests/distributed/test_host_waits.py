@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from built_stages import build_stages
-from gradient_cases import Layout, Sizes, Variant, global_batch, gradient_config, own_micro_batches
+from gradient_cases import Layout, Sizes, Variant, gradient_config, own_micro_batches
 from host_waits import HostWaits
 from megatron_lrc.clone.initialization import initialize_random
 from megatron_lrc.config import Config
-from megatron_lrc.data.batches import find_documents
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed

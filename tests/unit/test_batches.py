@@ -15,7 +15,7 @@ import tiny_data
 from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data import datasets
-from megatron_lrc.data.batches import BatchIterator
+from megatron_lrc.data.batches import BatchIterator, default_workers
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
@@ -395,6 +395,10 @@ def test_batches_have_shape_dtype_and_only_the_known_keys(tmp_path):
         "loss_mask": (torch.float32, (2, 16)),
         "position_ids": (torch.int64, (2, 16)),
     }
+
+
+def test_others_read_where_a_gpu_would_wait():
+    assert [default_workers(torch.device(name)) for name in ("cuda", "cpu")] == [2, 0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
