@@ -25,6 +25,7 @@ class HostWaits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self._tolist, self._causal_lower_right = Tensor.tolist, bias.causal_lower_right
+        self._synchronize = cpu._CudaOnCpu.synchronize
 
     def __enter__(self) -> "HostWaits":
         waits = self
@@ -38,6 +39,10 @@ class HostWaits(TorchDispatchMode):
             with _disable_current_modes():
                 return waits._causal_lower_right(*sizes)
 
+        def synchronize(device: Any = None) -> None:  # megatron-core's torch.cuda's
+            waits.found.append(f"synchronize: {_place()}")
+
+        cpu._CudaOnCpu.synchronize = staticmethod(synchronize)
         Tensor.tolist = tolist  # type: ignore[method-assign]
         bias.causal_lower_right = causal_lower_right
         return super().__enter__()
@@ -45,6 +50,7 @@ class HostWaits(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         Tensor.tolist = self._tolist  # type: ignore[method-assign]
         bias.causal_lower_right = self._causal_lower_right
+        cpu._CudaOnCpu.synchronize = staticmethod(self._synchronize)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -58,7 +58,7 @@ def waits_of_a_step(config: Config) -> tuple[dict[str, int], dict[str, int]]:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "layout",
-    [Layout(cp=2, micro=12, recompute="full"), Layout(pp=2, chunks=2, micro=12)],
+    [Layout(cp=2, micro=12, recompute="full"), Layout(pp=2, micro=12)],
     ids=str,
 )
 def test_nothing_waits_before_all_micro_batches_are_enqueued(tiny_llama, layout):
