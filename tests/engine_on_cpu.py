@@ -48,6 +48,7 @@ quantization.torch.device = lambda name: torch.device("cpu" if name == "cuda" el
 quantization.get_device_compute_capability = lambda: (9, 0)
 sys.modules["transformer_engine.pytorch.optimizers"] = None  # type: ignore[assignment]  # megatron-core uses torch's
 
+from megatron.core.extensions import transformer_engine as extensions  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -143,8 +144,18 @@ def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=True)
 
 
+def _turn(t: Tensor, freqs: Tensor, *, tensor_format: str, interleaved: bool, fused: bool) -> Tensor:
+    """RoPE of [s, b, heads, c] by one table of angles [s, 1, 1, c], in fp32 and rounded once, as the kernel does."""
+    assert fused and not interleaved and tensor_format == "sbhd"
+    assert freqs.shape == (len(t), 1, 1, t.shape[-1]) and freqs.dtype == torch.float32
+    wide = t.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()).to(t.dtype)
+
+
 def stand_in() -> None:
     """Let Transformer Engine's modules compute on the CPU."""
+    extensions.apply_rotary_pos_emb = _turn
     te.Linear.forward, te.LayerNormLinear.forward, te.RMSNorm.forward = _linear, _norm_and_linear, _norm
     te.distributed.checkpoint = _checkpoint
     quantization.check_fp8_support = lambda: (True, "")

@@ -15,6 +15,7 @@ from megatron_lrc.clone.initialization import initialize_random
 from megatron_lrc.clone.projections import Projections
 from megatron_lrc.clone.sites import select
 from megatron_lrc.config import Config, validate
+from megatron_lrc.data.batches import find_documents
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
@@ -135,7 +136,9 @@ def own_micro_batches(config: Config, groups: distributed.Groups, sizes: Sizes):
     """This replica's share of the global batch, in micro-batches."""
     size = config.training.micro_batch_size
     for start in range(groups.dp.rank() * size, sizes.batch, size * groups.dp.size()):
-        yield {name: value[start : start + size].contiguous() for name, value in global_batch(sizes).items()}
+        batch = {name: value[start : start + size].contiguous() for name, value in global_batch(sizes).items()}
+        documents = {"documents": find_documents(batch["position_ids"])} if config.data.reset_attention_mask else {}
+        yield batch | documents
 
 
 def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, dict]:

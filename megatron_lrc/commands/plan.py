@@ -5,8 +5,9 @@
 
 Other flags are those of `megatron-lrc train`; of the teacher only config.json is read, and for a preset of a
 published run no teacher is needed. For --method lrc and logits. Layouts are searched over TP, PP, CP,
-micro-batch size, recomputation and the distributed optimizer, whatever the flags say of them. Memory and
-speed are estimates (megatron_lrc/estimate/): --mfu and the speed of links are assumptions.
+micro-batch size, recomputation and the distributed optimizer, whatever the flags say of them, over several
+nodes with both --overlap flags. Memory and speed are estimates (megatron_lrc/estimate/): --mfu and the speed of
+links are assumptions.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def run(argv: Sequence[str], program: str) -> int:
     for line in (
         f"{len(plans)} layouts fit on {options.gpus} x {gpu.name} ({gpu.memory / GIB:.1f} GiB each); the fastest:",
         *table(shown),
-        f"assumed: {options.mfu:.0%} of the peak; links at 70% of theirs, not overlapped. Flags of the first:",
+        f"assumed: {options.mfu:.0%} of the peak; links at 70% of theirs. Flags of the first:",
         f"  {shown[0].flags()}",
         *describe_budget(plans[0], presets_of(flags)),
         *compare_with_next(plans),

@@ -62,10 +62,7 @@ def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
 
 
 def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
-    # Megatron's overlap of TP communication with computation needs one hardware queue. CUDA reads this when it
-    # starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
+    _prepare_cuda()
     wanted, flags = (None, argv) if only_checks else take_dry_run(argv)
     check_environment(is_to_start=not only_checks and not wanted)
     world_size = (wanted and wanted.gpus) or int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,6 +92,16 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
         finished = loop.train(config, presets)
         if finished and os.environ.get("RANK", "0") == "0":
             say_next(program, after_training(*finished))
+
+
+def _prepare_cuda() -> None:
+    """What CUDA and torch's allocator read of the environment when they start, unless the user has set it."""
+    # Megatron's overlap of TP communication with computation needs one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Otherwise blocks of many sizes (chunks of logits, validations, a student that is opened) leave gaps that nothing
+    # fits into. torch before 2.9 knows the first name only.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def checkpoint_to_restart_from(config: Config) -> str | None:

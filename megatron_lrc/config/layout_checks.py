@@ -86,9 +86,13 @@ def check_batches(config: Config, world_size: int, presets: Sequence[str] = ()) 
         return
     at_once = micro_batch * data_parallel
     if global_batch % at_once:
+        remedy = propose_batches(config, global_batch, at_once, presets)
+        if global_batch % data_parallel == 0:  # the batch need not change
+            share = global_batch // data_parallel
+            remedy = f"Use --micro-batch-size {max(size for size in divisors(share) if size < micro_batch)}"
         yield (
             f"--global-batch-size {global_batch} is not divisible by --micro-batch-size {micro_batch} times "
-            f"{data_parallel} data-parallel replicas. {propose_batches(config, global_batch, at_once, presets)}."
+            f"{data_parallel} data-parallel replicas. {remedy}."
         )
         return
     pp, micro_batches = config.parallel.pipeline_model_parallel_size, global_batch // at_once

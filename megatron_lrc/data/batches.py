@@ -11,6 +11,7 @@ samples.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -24,6 +25,9 @@ class BatchIterator:
     Each is a dict of tensors [micro_batch_size, seq_length] on `device`: tokens, labels, position_ids
     (int64), loss_mask (fp32). Stops where no full global batch is left in the dataset, on every rank alike.
     `consumed_samples` counts the samples of all ranks.
+
+    num_workers: processes that read; None: `default_workers`.
+    finds_documents: whether each also has `find_documents`' `documents`, which stay on the CPU.
     """
 
     def __init__(
@@ -36,12 +40,14 @@ class BatchIterator:
         dp_size: int,
         consumed_samples: int,
         device: torch.device,
-        num_workers: int,
+        num_workers: int | None,
+        finds_documents: bool = False,
     ):
         self._samples_per_micro_batch = micro_batch_size * dp_size
         assert global_batch_size % self._samples_per_micro_batch == 0
         self.consumed_samples = consumed_samples
         self._device = device
+        num_workers = default_workers(device) if num_workers is None else num_workers
         left = max(len(dataset) - consumed_samples, 0)  # type: ignore[arg-type]
         end = consumed_samples + left // global_batch_size * global_batch_size
         starts = range(consumed_samples + dp_rank * micro_batch_size, end, self._samples_per_micro_batch)
@@ -51,7 +57,7 @@ class BatchIterator:
             num_workers=num_workers,
             # Forked, whatever Python's default: `train/stopping.py` relies on it.
             multiprocessing_context="fork" if num_workers else None,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, finds_documents=finds_documents),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the default one is the training's: drawing from it would change the run
         )
@@ -63,7 +69,24 @@ class BatchIterator:
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches)
         self.consumed_samples += self._samples_per_micro_batch
-        return {key: tensor.to(self._device, non_blocking=True) for key, tensor in batch.items()}
+        documents = {key: batch.pop(key) for key in ("documents",) if key in batch}
+        return documents | {key: tensor.to(self._device, non_blocking=True) for key, tensor in batch.items()}
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that read data: on a GPU, which waits while its process reads, Megatron-LM's number; on a CPU they
+    would only take the cores that compute."""
+    return 2 if device.type == "cuda" else 0
+
+
+def find_documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """[documents, 3], int64: (row, first token, end) of each document in a batch, in order. position_ids: [b, s], of
+    the whole sequence, 0 at the first token of each document and only there. Attention on the host has to know where
+    they are, so this is for a batch that is not on the device yet: on one it would wait for all that is enqueued."""
+    starts = (position_ids == 0).nonzero()
+    first, length = starts[:, 1], position_ids.shape[1]
+    end = first.roll(-1).where(first.roll(-1) > 0, length)  # the next document's start, or the row's end
+    return torch.column_stack([starts, end])
 
 
 @dataclass(frozen=True)
@@ -81,5 +104,6 @@ class _MicroBatches:
         return len(self.starts)
 
 
-def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return default_collate([{key: sample[key] for key in _BATCH_KEYS} for sample in samples])
+def _collate(samples: list[dict[str, torch.Tensor]], *, finds_documents: bool) -> dict[str, torch.Tensor]:
+    batch = default_collate([{key: sample[key] for key in _BATCH_KEYS} for sample in samples])
+    return {**batch, "documents": find_documents(batch["position_ids"])} if finds_documents else batch

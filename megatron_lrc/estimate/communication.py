@@ -23,15 +23,22 @@ class Traffic:
 
     tensor: activations, and what LM and KL need of the vocabulary's parts. projections: P gathered by compose, its
     gradient scattered by pull back, gains' gradients. Both go over TP. ends: a tied P's gradient and value, between the
-    first and the last stage.
+    first and the last stage. gradients: summed over the replicas, without the distributed optimizer all of the
+    all-reduce. parameters: what of them the distributed optimizer gathers.
     """
 
     tensor: float
     projections: float
     context: float
     pipeline: float
-    data: float
+    gradients: float
+    parameters: float
     ends: float
+
+    @property
+    def data(self) -> float:
+        """Between replicas."""
+        return self.gradients + self.parameters
 
     @property
     def over_tp(self) -> float:
@@ -44,15 +51,16 @@ def traffic(stage: Stage, *, world_size: int) -> Traffic:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     e, num_microbatches = bytes_per_element(config), config.num_microbatches(world_size)
     tokens = config.training.micro_batch_size * config.training.seq_length / cp
-    widths = stage.teacher.hidden_size + stage.student.hidden_size
-    # Of a micro-batch each chunk's result goes forward, but the last one's; its gradient back, but the first's.
-    sends = 2 * len(stage.layers) - stage.is_first - stage.is_last
+    # Of a micro-batch each chunk's result goes forward, but the last one's; back goes the student's gradient, but the
+    # first one's.
+    forward, back = len(stage.layers) - stage.is_last, len(stage.layers) - stage.is_first
+    widths = forward * (stage.teacher.hidden_size + stage.student.hidden_size) + back * stage.student.hidden_size
     return Traffic(
         tensor=num_microbatches * _activations(stage, tokens) * (tp - 1) / tp,
         projections=_projections(stage) * (tp - 1) / tp,
         context=num_microbatches * _keys_and_values(stage, tokens) * (cp - 1),
-        pipeline=num_microbatches * sends * tokens * widths * e / tp,
-        data=_gradients(stage, config.data_parallel_size(world_size) * cp),
+        pipeline=num_microbatches * tokens * widths * e / tp,
+        **_between_replicas(stage, config.data_parallel_size(world_size) * cp),
         ends=_tied(stage),
     )
 
@@ -100,9 +108,11 @@ def _keys_and_values(stage: Stage, tokens: float) -> float:
     return 3 * tokens * features * bytes_per_element(stage.config) * stage.num_layers
 
 
-def _gradients(stage: Stage, replicas: int) -> float:
-    back = bytes_per_element(stage.config) if stage.config.parallel.use_distributed_optimizer else FP32
-    return stage.trained_elements * (FP32 + back) * (replicas - 1) / replicas
+def _between_replicas(stage: Stage, replicas: int) -> dict[str, float]:
+    passed_on = stage.trained_elements * (replicas - 1) / replicas
+    if not stage.config.parallel.use_distributed_optimizer:
+        return {"gradients": 2 * FP32 * passed_on, "parameters": 0.0}
+    return {"gradients": FP32 * passed_on, "parameters": bytes_per_element(stage.config) * passed_on}
 
 
 def _tied(stage: Stage) -> float:

@@ -18,12 +18,12 @@ from megatron_lrc.config import (
     propose_batches,
     validate_against_teacher,
 )
-from megatron_lrc.estimate.devices import GIB, Gpu
+from megatron_lrc.estimate.devices import GIB, GPUS_PER_NODE, Gpu
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.speed import StepTime, step_time
 from megatron_lrc.methods import method_of
 
-MICRO_BATCHES = (1, 2, 4, 8, 16)
+MICRO_BATCHES = (1, 2, 3, 4, 8, 16)
 #: Share of a step that a pipeline may wait before a larger batch is looked at.
 LARGE_BUBBLE = 0.05
 #: How many times larger a batch is tried.
@@ -72,13 +72,19 @@ class Plan:
         """What the search has chosen, as flags."""
         parallel, training = self.config.parallel, self.config.training
         sizes = {name: getattr(parallel, name) for name in SIZES}
-        chosen = [f"--{name.replace('_', '-')} {size}" for name, size in sizes.items() if size > 1]
+        chosen = [
+            f"--{name.replace('_', '-')} {size}"
+            for name, size in sizes.items()
+            if size > 1 or name == "tensor_model_parallel_size"  # which presets set
+        ]
         chosen += [f"--micro-batch-size {training.micro_batch_size}"]
         if parallel.recompute_granularity:
             chosen.append(f"--recompute-granularity {parallel.recompute_granularity}")
         if parallel.recompute_granularity == "selective":
             chosen.append(f"--recompute-modules {' '.join(parallel.recompute_modules)}")
         chosen.append(f"--{'' if parallel.use_distributed_optimizer else 'no-'}use-distributed-optimizer")
+        overlaps = ("overlap_grad_reduce", "overlap_param_gather")
+        chosen += [f"--{name.replace('_', '-')}" for name in overlaps if getattr(parallel, name)]
         return " ".join(chosen)
 
     def numbers(self) -> dict[str, Any]:
@@ -179,7 +185,8 @@ def _rank(plan: Plan) -> tuple:
 def candidates(
     config: Config, teacher: ModelShape, world_size: int, micro_batches: Sequence[int] = MICRO_BATCHES
 ) -> Iterator[Config]:
-    """Every allowed layout: TP within a node, PP, CP, micro-batch size, recomputation, distributed optimizer."""
+    """Every allowed layout: TP within a node, PP, CP, micro-batch size, recomputation, distributed optimizer; over
+    nodes with the overlap flags."""
     tensor = [size for size in divisors(world_size) if size <= 8]
     pipeline = [size for size in divisors(world_size) if size <= teacher.num_layers]
     context = [size for size in divisors(world_size) if size <= 8]
@@ -192,8 +199,21 @@ def candidates(
         if not _is_allowed(layout, teacher, world_size):
             continue
         shardings = (True, False) if world_size > tp * pp else (False,)
-        for recompute, is_sharded in itertools.product(RECOMPUTATION, shardings):
-            yield replace(layout, parallel=replace(parallel, **recompute, use_distributed_optimizer=is_sharded))
+        for is_sharded in shardings:
+            sharded = replace(layout, parallel=replace(parallel, use_distributed_optimizer=is_sharded))
+            sharded = _overlapped(sharded, teacher, world_size)
+            for recompute in RECOMPUTATION:
+                yield replace(sharded, parallel=replace(sharded.parallel, **recompute))
+
+
+def _overlapped(config: Config, teacher: ModelShape, world_size: int) -> Config:
+    """With what replicas exchange beside the computation, where they are on several nodes and it is allowed."""
+    parallel = config.parallel
+    if world_size // parallel.pipeline_model_parallel_size <= GPUS_PER_NODE:
+        return config
+    gathers = parallel.use_distributed_optimizer
+    overlapped = replace(config, parallel=replace(parallel, overlap_grad_reduce=True, overlap_param_gather=gathers))
+    return overlapped if _is_allowed(overlapped, teacher, world_size) else config
 
 
 def _is_allowed(config: Config, teacher: ModelShape, world_size: int) -> bool:

@@ -1,34 +1,33 @@
 """How long a step may take: FLOPs at a stated share of the peak, the pipeline's bubble, and communication by volume.
 
-An estimate to compare layouts with, not a promise: the share (--mfu) is an assumption, and so are the links' speeds.
-Communication counts as not overlapped with computation, as without the --overlap flags. Recomputation counts as one
-more forward pass of the student's and the teacher's recomputed blocks.
+An estimate to compare layouts with, not a promise: the share (--mfu) is an assumption, and so are the links' speeds
+(`links.py`). Of communication only what the --overlap flags hide between replicas counts as overlapped. Recomputation
+counts as one more forward pass of the student's and the teacher's recomputed blocks.
 """
 
 from dataclasses import dataclass
 
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.communication import traffic
-from megatron_lrc.estimate.devices import GPUS_PER_NODE, Gpu
-from megatron_lrc.estimate.flops import head_flops, layer_flops, step_flops
+from megatron_lrc.estimate.devices import Gpu
+from megatron_lrc.estimate.flops import StepFlops, head_flops, layer_flops, step_flops
+from megatron_lrc.estimate.links import neighbour_speed, ring_speed
 from megatron_lrc.estimate.stage import Stage, stages_of
 
 #: Share of the peak at which the GEMMs and everything between them are assumed to run, where nothing else is known.
 DEFAULT_MFU = 0.35
-#: Share of a link's speed that collectives reach; assumed.
-LINK_EFFICIENCY = 0.7
-#: Bytes per second and direction between nodes, for each GPU: one 400 Gbit/s adapter. Assumed.
-NODE_LINK = 50e9
 SECONDS_PER_DAY = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one optimizer step. compute: at --mfu of the peak. bubble: GPUs waiting for the pipeline to fill."""
+    """Seconds of one optimizer step. compute: at --mfu of the peak. bubble: GPUs waiting for the pipeline to fill.
+    communication: what a rank waits for. overlapped: what runs beside computation, not part of the total."""
 
     compute: float
     bubble: float
     communication: float
+    overlapped: float
     tokens: int
 
     @property
@@ -59,10 +58,15 @@ def step_time(
     slowest = per_gpu * _imbalance(config, teacher, student)
     num_microbatches = config.num_microbatches(world_size)
     bubble = (parallel.pipeline_model_parallel_size - 1) / (num_microbatches * config.num_chunks) * slowest
+    beside = _Beside.of(flops, config, world_size, speed)
+    communication, overlapped = max(
+        _communication(stage, world_size, gpu, beside) for stage in stages_of(config, teacher, student)
+    )
     return StepTime(
         compute=per_gpu + flops.projections / world_size / speed,
         bubble=bubble + slowest - per_gpu,
-        communication=max(_communication(stage, world_size, gpu) for stage in stages_of(config, teacher, student)),
+        communication=communication,
+        overlapped=overlapped,
         tokens=training.global_batch_size * training.seq_length,
     )
 
@@ -90,22 +94,40 @@ def _imbalance(config: Config, teacher: ModelShape, student: ModelShape) -> floa
     return max(work) / (sum(work) / len(work))
 
 
-def _communication(stage: Stage, world_size: int, gpu: Gpu) -> float:
-    """Seconds of a rank's collectives and sends: volume over the speed of the link that the group crosses."""
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Seconds of a rank's computation that its replicas' exchanges may run beside. sums: of gradients, the last
+    micro-batch's backward pass and the pull back. gathers: of parameters, the teacher's first pass, and compose; where
+    a pipeline fills that pass comes behind compose."""
+
+    sums: float
+    gathers: float
+
+    @classmethod
+    def of(cls, flops: StepFlops, config: Config, world_size: int, speed: float) -> "_Beside":
+        num_microbatches, per_rank = config.num_microbatches(world_size), world_size * speed
+        backward, teacher = (work / num_microbatches for work in (flops.student_backward, flops.teacher_forward))
+        compose = pull_back = flops.projections / 2
+        is_whole = config.parallel.pipeline_model_parallel_size == 1
+        return cls(sums=(backward + pull_back) / per_rank, gathers=(is_whole * teacher + compose) / per_rank)
+
+
+def _communication(stage: Stage, world_size: int, gpu: Gpu, beside: _Beside) -> tuple[float, float]:
+    """(seconds of a rank's collectives and sends that it waits for, seconds of those that overlap)."""
     sent = traffic(stage, world_size=world_size)
     parallel = stage.config.parallel
-    tp = parallel.tensor_model_parallel_size
-    with_cp = tp * parallel.context_parallel_size
-    with_dp = with_cp * stage.config.data_parallel_size(world_size)
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    replicas = stage.config.data_parallel_size(world_size) * cp
+    between_replicas = ring_speed(replicas, tp, gpu)
+    sums, gathers = sent.gradients / between_replicas, sent.parameters / between_replicas
+    # The last bucket is complete when nothing is left that it could be summed beside.
+    last = min(_bucket_elements(stage.config, replicas) / max(stage.trained_elements, 1), 1.0) * sums
+    waits = max(sums - beside.sums, last) if parallel.overlap_grad_reduce else sums
+    waits += max(gathers - beside.gathers, 0.0) if parallel.overlap_param_gather else gathers
+    others = sent.over_tp / ring_speed(tp, 1, gpu) + sent.context / ring_speed(cp, tp, gpu)
+    others += (sent.pipeline + sent.ends) / neighbour_speed(world_size, gpu)
+    return others + waits, sums + gathers - waits
 
-    def over(volume: float, reach: int) -> float:
-        """reach: over how many neighbouring ranks the group extends."""
-        link = gpu.nvlink if reach <= GPUS_PER_NODE else NODE_LINK
-        return volume / (link * LINK_EFFICIENCY)
 
-    return (
-        over(sent.over_tp, tp)
-        + over(sent.context, with_cp)
-        + over(sent.data, with_dp)
-        + over(sent.pipeline + sent.ends, world_size)
-    )
+def _bucket_elements(config: Config, replicas: int) -> int:
+    return config.parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * replicas)  # megatron-core's

@@ -17,15 +17,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
-def find_documents(position_ids: Tensor) -> Tensor:
-    """[documents, 3], int64 on the CPU: (row, first token, end) of each document in a batch, in order.
-    position_ids: [b, s], of the whole sequence, 0 at the first token of each document and only there."""
-    starts = (position_ids == 0).nonzero().cpu()  # the host has to know how many there are
-    first, length = starts[:, 1], position_ids.shape[1]
-    end = first.roll(-1).where(first.roll(-1) > 0, length)  # the next document's start, or the row's end
-    return torch.column_stack([starts, end])
-
-
 class ScaledDotProductAttention(nn.Module):
     """Causal attention of megatron-core's core_attention interface, by torch's fused kernels."""
 
@@ -57,12 +48,12 @@ class ScaledDotProductAttention(nn.Module):
     ) -> Tensor:
         """query [s, b, heads/tp, c], key and value [s, b, groups/tp, c] -> [s, b, heads/tp * c]; always causal.
 
-        attention_mask: `find_documents`, or None where tokens attend to other documents too. As an argument it takes
-        megatron-core's own way through recomputation, which has no other.
+        attention_mask: of `data.batches.find_documents`, on the CPU; None where tokens attend to other documents too.
+        As an argument it takes megatron-core's own way through recomputation, which has no other.
         With context parallelism s is this rank's part of the sequence, in two pieces (`own_part_of_sequence`).
         """
         assert attention_bias is None and packed_seq_params is None
-        documents = attention_mask
+        documents = None if attention_mask is None else attention_mask.tolist()
         if documents is not None and len(documents) == query.shape[1]:
             documents = None  # no row holds more than one
         if self.cp_group.size() == 1:
@@ -72,21 +63,23 @@ class ScaledDotProductAttention(nn.Module):
         pieces = ((query[:piece], rank), (query[piece:], 2 * size - 1 - rank))
         return torch.cat([self._attend_piece(part, key, value, place * piece, documents) for part, place in pieces])
 
-    def _attend_piece(self, query: Tensor, key: Tensor, value: Tensor, begin: int, documents: Tensor | None) -> Tensor:
+    def _attend_piece(
+        self, query: Tensor, key: Tensor, value: Tensor, begin: int, documents: list[list[int]] | None
+    ) -> Tensor:
         """Attention of the queries of a piece of the sequence that begins at `begin`; keys are of all of it."""
         end = begin + len(query)  # what comes later is not attended to
         if documents is None:
             return self._attend(query, key[:end], value[:end])
-        inside = documents[(documents[:, 1] < end) & (documents[:, 2] > begin)]
         rows = []
         split_rows = zip(query.split(1, dim=1), key.split(1, dim=1), value.split(1, dim=1), strict=True)
         for row, (queries, keys, values) in enumerate(split_rows):
-            first, last = inside[inside[:, 0] == row, 1:].clamp_max(end).unbind(1)
-            num_keys, num_queries = (last - first).tolist(), (last - first.clamp_min(begin)).tolist()
+            inside = [(first, min(last, end)) for of, first, last in documents if of == row and begin < last]
+            inside = [(first, last) for first, last in inside if first < end]
+            num_keys = [last - first for first, last in inside]
             of_documents = zip(
-                queries.split(num_queries),
-                keys[first[0] : end].split(num_keys),
-                values[first[0] : end].split(num_keys),
+                queries.split([last - max(first, begin) for first, last in inside]),
+                keys[inside[0][0] : end].split(num_keys),
+                values[inside[0][0] : end].split(num_keys),
                 strict=True,
             )
             rows.append(torch.cat([self._attend(*of_document) for of_document in of_documents]))
@@ -116,10 +109,9 @@ class ScaledDotProductAttention(nn.Module):
         """Keys and values of the whole sequence, in its order, from every context parallel rank's two pieces."""
         both = torch.cat([key, value], dim=-1)
         gathered = gather_from_sequence_parallel_region(both, group=self.cp_group)  # backward: reduce-scatter
-        size = self.cp_group.size()
-        pieces = gathered.unflatten(0, (2 * size, -1))  # pieces 0, 2 cp - 1, 1, 2 cp - 2, ...
-        order = [2 * place if place < size else 2 * (2 * size - 1 - place) + 1 for place in range(2 * size)]
-        key, value = pieces[order].flatten(0, 1).chunk(2, dim=-1)
+        pieces = gathered.chunk(2 * self.cp_group.size())  # pieces 0, 2 cp - 1, 1, 2 cp - 2, ...
+        # Not by a list of indexes: CUDA would wait while it is copied to the device, in every layer.
+        key, value = torch.cat(pieces[::2] + pieces[::-2]).chunk(2, dim=-1)
         return key, value
 
 

@@ -26,7 +26,12 @@ from megatron_lrc.clone.fusion import why_nothing_is_compiled
 from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
-from megatron_lrc.mcore.kernels import fuse_weight_gradients, uses_engine_attention, uses_transformer_engine
+from megatron_lrc.mcore.kernels import (
+    fuse_weight_gradients,
+    fuses_rotary_embedding,
+    uses_engine_attention,
+    uses_transformer_engine,
+)
 
 VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
 
@@ -141,6 +146,9 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         # silently wrong from the third micro-batch on: the interleaved schedule sends each tensor by itself.
         overlap_p2p_comm=config.num_chunks > 1,
         batch_p2p_comm=config.num_chunks == 1,
+        # It would wait for the whole device after each exchange, for the sake of torch before 1.13, whose requests
+        # did not wait for theirs (pytorch/pytorch#82450).
+        batch_p2p_sync=False,
         sequence_parallel=parallel.is_sequence_parallel and parallel.tensor_model_parallel_size > 1,
         tp_comm_overlap=parallel.tp_comm_overlap and is_trained,
         recompute_granularity=recompute,
@@ -156,6 +164,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         calculate_per_token_loss=True,
         bias_activation_fusion=is_compiled,
         bias_dropout_fusion=is_compiled,
+        apply_rope_fusion=fuses_rotary_embedding(config, dtype),
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # of megatron-core's linears; TE's: `fuse_weight_gradients`
         attention_backend=AttnBackend[backend],

@@ -70,6 +70,14 @@ def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
     return backend != "auto" or (is_half and config.parallel.context_parallel_size == 1)
 
 
+def fuses_rotary_embedding(config: Config, dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine's kernel turns queries and keys (RoPE), once in fp32 and in one pass, instead of
+    torch operations that round angles and products to `dtype`. It takes one table of angles for all sequences
+    ([s, 1, 1, c]; `apply_rope.cpp`), so not where positions begin anew in each document."""
+    is_half = torch.finfo(dtype).bits == 16
+    return uses_transformer_engine(config) and is_half and not config.data.reset_position_ids
+
+
 def fuse_weight_gradients(model: GPTModel) -> None:
     """Have Transformer Engine's GEMMs add to `main_grad`, which every weight that they reach must have by
     then. Set on its modules and not in TransformerConfig, where megatron-core's own output layer, which is

@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.config import Config
-from megatron_lrc.mcore.attention import find_documents
+from megatron_lrc.mcore.messages import own_messages
 from megatron_lrc.mcore.stages import PipelineStage
 
 Batch = dict[str, Tensor]
@@ -31,8 +32,6 @@ def forward_backward(
     finalises no gradients here (`finalize_model_grads_func` is unset), because pull back comes between
     backward and reduction.
     """
-    if config.data.reset_attention_mask:
-        batches = ({**batch, "documents": find_documents(batch["position_ids"])} for batch in batches)
 
     def step(iterator: Iterator[Batch], stage: PipelineStage) -> tuple[Tensor, Callable]:
         batch = own_part_of_sequence(next(iterator), stage.groups.cp)
@@ -48,6 +47,7 @@ def forward_backward(
         seq_length=config.training.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         forward_only=forward_only,
+        **own_messages(stages[0].config, stages[0].groups.pp, stages[0].frozen_width),
     )
 
 
@@ -60,8 +60,9 @@ def own_part_of_sequence(batch: Batch, group: ProcessGroup) -> Batch:
     size, rank = group.size(), group.rank()
     if size == 1:
         return batch
-    pieces = [rank, 2 * size - 1 - rank]
-    return {
-        name: whole if name == "documents" else whole.unflatten(1, (2 * size, -1))[:, pieces].flatten(1, 2)
-        for name, whole in batch.items()
-    }
+
+    def own(whole: Tensor) -> Tensor:
+        pieces = whole.chunk(2 * size, dim=1)
+        return torch.cat([pieces[rank], pieces[-1 - rank]], dim=1)
+
+    return {name: whole if name == "documents" else own(whole) for name, whole in batch.items()}

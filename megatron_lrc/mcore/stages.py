@@ -130,6 +130,8 @@ class PipelineStage(nn.Module, ABC):
     heads: HeadLayout
     sums: LossSums
     student: GPTModel
+    #: Of what travels between stages, the first features that need no gradient: a frozen model's hidden state.
+    frozen_width: int = 0
     #: Whom the stage tells which parameters it needs and which gradients are complete.
     overlap: Overlap = Overlap()
 

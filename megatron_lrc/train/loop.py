@@ -40,7 +40,7 @@ from megatron_lrc.methods import method_of
 from megatron_lrc.methods.method import Materials
 from megatron_lrc.train.alike import check_alike, open_lock
 from megatron_lrc.train.effective_rank import measure_effective_rank
-from megatron_lrc.train.garbage import collect_everything, collect_only_new_objects
+from megatron_lrc.train.garbage import collect_after, collect_everything, collected_by_the_loop
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
@@ -137,7 +137,7 @@ class Trainer:
     def train(self, *, ends_process: bool = False) -> None:
         """Train to --train-iters, or until asked to stop (`stopping.py`), and save. RunStopped by the guard."""
         log = self._open_log()
-        with collect_only_new_objects(is_on=self.config.checkpoint.async_save), self.stopping:
+        with collected_by_the_loop(), self.stopping:
             if self.state.step == 0:
                 self._validate(log)
             if self.state.step < self.config.train_iters and not self.stopping.is_asked:
@@ -180,6 +180,7 @@ class Trainer:
             self.saving.after_step(report.votes)
             self.heartbeat.beat()
             self._look_at(report)
+            collect_after(state.step)
             interval.add(report)
             if is_logged:
                 self._log_step(log, report, interval, lr, stopwatch)
@@ -298,6 +299,7 @@ class Trainer:
             consumed_samples=consumed_samples,
             device=self.groups.device,
             num_workers=self.config.data.num_workers,
+            finds_documents=self.config.data.reset_attention_mask,
         )
 
     def _open_log(self) -> RunLog | None:

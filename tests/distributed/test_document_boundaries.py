@@ -26,6 +26,7 @@ from gradient_cases import (
 )
 from hf_teachers import write_llama, write_qwen3
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.data.batches import find_documents
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
@@ -89,6 +90,8 @@ def teacher_logits(config: Config, tokens: Tensor) -> Tensor:
     stage.teacher.decoder.final_layernorm.register_forward_hook(lambda norm, inputs, output: hidden.append(output))
     positions = positions_in_documents(tokens, EOD)
     batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones_like(tokens), "position_ids": positions}
+    if config.data.reset_attention_mask:
+        batch["documents"] = find_documents(positions)
     forward_teacher([stage], iter([batch]), config, num_microbatches=1)
     logits = hidden[0] @ stage.teacher.output_layer.weight.t()
     return logits.transpose(0, 1)[..., : teacher.shape.vocab_size]

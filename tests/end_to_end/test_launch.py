@@ -23,7 +23,7 @@ PROBE = """
 import json, multiprocessing, os
 
 def report(kind, config, **more):
-    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS")
+    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF")
     found = {name: os.environ.get(name) for name in names}
     path = os.path.join(config.checkpoint.save, f"{kind}-{found['RANK'] or 0}.json")
     with open(path, "w") as file:
@@ -54,7 +54,8 @@ def train(config, presets=()):
 
 def clean_environment(**values):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCH_VARIABLES)}
-    for name in ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCHELASTIC_ERROR_FILE"):
+    own = ("PYTHONPATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCHELASTIC_ERROR_FILE")
+    for name in (*own, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         kept.pop(name, None)
     return kept | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | values
 
@@ -119,6 +120,7 @@ def test_two_processes_start_from_any_directory(way, probe, flags, tmp_path):
     for process in started:
         assert process["seq_length"] == 64
         assert process["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+        assert process["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
         # The script's own repository, not whatever megatron_lrc is installed; in helper processes too.
         assert process["helper"] == [str(probe / "megatron_lrc/train/loop.py")]
 
@@ -131,11 +133,13 @@ def test_bash_checks_first_and_shares_the_cores_among_the_processes(probe, flags
     assert {process["OMP_NUM_THREADS"] for process in reports(flags, "train")} == {str(threads)}
 
 
-def test_bash_starts_one_process_without_gpus_and_keeps_given_threads(probe, flags, tmp_path):
-    result = run(["bash", probe / SCRIPT, *flags], cwd=tmp_path, OMP_NUM_THREADS="3")
+def test_bash_starts_one_process_without_gpus_and_keeps_what_is_set(probe, flags, tmp_path):
+    given = {"OMP_NUM_THREADS": "3", "PYTORCH_ALLOC_CONF": "backend:native"}  # the allocator's newer name
+    result = run(["bash", probe / SCRIPT, *flags], cwd=tmp_path, **given)
     assert result.returncode == 0, result.stderr
     (process,) = reports(flags, "train")
     assert (process["WORLD_SIZE"], process["OMP_NUM_THREADS"]) == ("1", "3")
+    assert process["PYTORCH_CUDA_ALLOC_CONF"] is None
 
 
 def test_bash_reports_a_users_error_in_one_sentence():

@@ -15,7 +15,7 @@ import tiny_data
 from config_cases import data_config
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.data import datasets
-from megatron_lrc.data.batches import BatchIterator
+from megatron_lrc.data.batches import BatchIterator, default_workers
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.data.indexing import IndexingOptions, index_documents
@@ -395,6 +395,34 @@ def test_batches_have_shape_dtype_and_only_the_known_keys(tmp_path):
         "loss_mask": (torch.float32, (2, 16)),
         "position_ids": (torch.int64, (2, 16)),
     }
+
+
+def test_others_read_where_a_gpu_would_wait():
+    assert [default_workers(torch.device(name)) for name in ("cuda", "cpu")] == [2, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_documents_are_found_before_the_copy_to_the_device(workers):
+    """On the device, here one that holds no values, they could not be found without waiting for it."""
+    positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2], [0, 1, 2, 3], [0, 1, 0, 1]])
+    samples = [dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"), row) for row in positions]
+    batches = BatchIterator(
+        samples,  # type: ignore[arg-type]
+        micro_batch_size=2,
+        global_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        consumed_samples=0,
+        device=torch.device("meta"),
+        num_workers=workers,
+        finds_documents=True,
+    )
+    found = list(batches)
+    assert [batch.pop("documents").tolist() for batch in found] == [
+        [[0, 0, 3], [0, 3, 4], [1, 0, 1], [1, 1, 4]],
+        [[0, 0, 4], [1, 0, 2], [1, 2, 4]],
+    ]
+    assert {tensor.device.type for batch in found for tensor in batch.values()} == {"meta"}
 
 
 @pytest.mark.parametrize("dp_size, micro", [(1, 2), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2)])

@@ -88,7 +88,7 @@ def test_every_published_run_is_accepted_for_eight_gpus(dry_run, tmp_path, prese
     assert f"teacher: {BILLIONS[teacher]}B parameters" in out
     student = number_after("student:", out)
     assert student == pytest.approx(float(preset.removeprefix("lrc-").removesuffix("b")), rel=0.12)
-    assert "TP 1 x PP 1 x DP 8 on 8 GPUs" in out
+    assert ("TP 2 with sequence parallel x PP 1 x DP 4" if preset == "lrc-4b" else "TP 1 x PP 1 x DP 8 on 8") in out
     assert number_after("\ntraining:", out) == float(tokens.removesuffix("B"))
     per_token = [
         number_after(f"\n  {part}", out) for part in ("teacher forward", "student forward", "student backward")
@@ -125,12 +125,18 @@ def test_a_dry_run_says_what_flags_make_of_a_preset(dry_run):
 def test_a_batch_that_does_not_fit_is_answered_with_those_that_do(dry_run):
     _, _, (error,) = dry_run("lrc-4b", "--dry-run", "64")
     assert error == (
-        "error: --global-batch-size 16 is not divisible by --micro-batch-size 1 times 64 data-parallel replicas. Use "
+        "error: --global-batch-size 16 is not divisible by --micro-batch-size 2 times 32 data-parallel replicas. Use "
         "--global-batch-size 64 (137,330 steps), instead of 549,317 steps; the --lr 0.0001 of lrc-4b was published for "
         "a batch of 16."
     )
-    _, _, (error,) = dry_run("lrc-4b", "--train-iters", "1000", "--lr", "1e-3", "--dry-run", "5")
-    assert error.endswith("Use --global-batch-size 15 (30.7M tokens) or 20 (41M tokens), instead of 32.8M tokens.")
+    _, _, (error,) = dry_run("lrc-4b", "--train-iters", "1000", "--lr", "1e-3", "--dry-run", "10")
+    assert error.endswith("Use --global-batch-size 10 (20.5M tokens) or 20 (41M tokens), instead of 32.8M tokens.")
+
+
+def test_where_smaller_micro_batches_fit_the_batch_stays(dry_run):
+    """24 sequences of lrc-1.5b, in micro-batches of 3, on 12 GPUs."""
+    _, _, (error,) = dry_run("lrc-1.5b", "--dry-run", "12")
+    assert error.endswith("--micro-batch-size 3 times 12 data-parallel replicas. Use --micro-batch-size 2.")
 
 
 def test_a_dry_run_is_for_the_processes_that_would_run_now_unless_told_otherwise(dry_run, monkeypatch):
@@ -142,13 +148,15 @@ def test_a_dry_run_is_for_the_processes_that_would_run_now_unless_told_otherwise
 
 def test_memory_and_time_follow_the_layout_and_the_gpu(dry_run):
     def total(*flags: str) -> float:
+        flags = ("--micro-batch-size", "1", *flags)
         _, out, _ = dry_run("lrc-4b", "--dry-run", "8", *flags)  # printed also where it is too much
         return number_after("\n  total", out.partition("memory per GPU")[2])
 
-    alone = total()
-    assert total("--tensor-model-parallel-size", "4", "--sequence-parallel") < 0.5 * alone
-    assert total("--pipeline-model-parallel-size", "4") < 0.6 * alone
-    assert total("--no-use-distributed-optimizer") > alone + 10
+    tp, pp = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+    alone = total(tp, "1")
+    assert total(tp, "4", "--sequence-parallel") < 0.5 * alone
+    assert total(tp, "1", pp, "4") < 0.6 * alone
+    assert total(tp, "1", "--no-use-distributed-optimizer") > alone + 10
     time = [hours(dry_run("lrc-4b", "--dry-run", "8", "--mfu", mfu)[1]) for mfu in ("0.2", "0.4")]
     assert time[0] == pytest.approx(2 * time[1], rel=0.1)
 
@@ -160,7 +168,7 @@ def test_the_time_of_a_short_run_is_not_0_days(dry_run):
 
 def test_what_cannot_run_is_refused_in_one_sentence_each(dry_run):
     for flags, expected in (
-        (("--dry-run", "64"), "--global-batch-size 24 is not divisible by --micro-batch-size 1 times 64 "),
+        (("--dry-run", "64"), "--global-batch-size 24 is not divisible by --micro-batch-size 3 times 64 "),
         (("--dry-run", "many"), "--dry-run many is not a number of GPUs."),
         (("--dry-run", "0"), "--dry-run 0 is not a number of GPUs."),
         (("--dry-run", "8", "--mfu", "35"), "--mfu 35 is not a share of the GPUs' peak"),

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "examples/configs"
 #: File -> the teacher that it names, and what its dry run is for.
 RUNS = {
     "laptop.yaml": ("SmolLM2-135M-Instruct", "1", "TP 1 x PP 1 x DP 1 on 1 GPUs; 4 micro-batches of 1 x 256 tokens"),
-    "one_node.yaml": ("Llama-3.2-3B-Instruct", "8", "TP 1 x PP 1 x DP 8 on 8 GPUs; 3 micro-batches of 1 x 2048 tokens"),
+    "one_node.yaml": ("Llama-3.2-3B-Instruct", "8", "TP 1 x PP 1 x DP 8 on 8 GPUs; 1 micro-batches of 3 x 2048 tokens"),
     "eight_nodes.yaml": (
         "Qwen2.5-7B-Instruct",
         "64",

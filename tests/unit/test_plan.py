@@ -65,7 +65,8 @@ def test_the_bubble_is_that_of_1f1b(stages):
     shape = type(shape)(
         **{name: getattr(shape, name) for name in shape.__slots__} | {"vocab_size": 128, "num_layers": 28}
     )
-    config = published("--pipeline-model-parallel-size", str(stages), "--global-batch-size", "16")
+    sizes = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", str(stages)]
+    config = published(*sizes, "--micro-batch-size", "1", "--global-batch-size", "16")
     student, gpu = method_of(config).student_shape(shape), GPUS["H100-80GB"]
     time = step_time(config.resolved(stages), shape, student, world_size=stages, gpu=gpu, mfu=0.35)
     expected = (stages - 1) / (16 + stages - 1)

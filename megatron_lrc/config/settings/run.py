@@ -292,8 +292,11 @@ class DataConfig:
         "Count positions (RoPE) from 0 in each document. With --reset-attention-mask it changes rounding only: RoPE is "
         "relative.",
     )
-    num_workers: int = setting(
-        0, "Processes that read data for each rank; 0 reads in the training process.", at_least=0, per_rank="value"
+    num_workers: int | None = setting(
+        None,
+        "Processes that read data for each rank; 0 reads in the training process. Default: 2 on a GPU, 0 on a CPU.",
+        at_least=0,
+        per_rank="value",
     )
 
 

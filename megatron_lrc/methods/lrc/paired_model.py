@@ -1,8 +1,9 @@
 """PairedModel: one pipeline stage of the teacher and of the student, and what of the student is trained.
 
 What travels between stages is [teacher_hidden, student_hidden] side by side; the configuration that
-megatron-core's schedules see has hidden_size D + d, so their buffers fit. The teacher runs first, without
-autograd; losses between layers are attached as the student meets what it has left behind (`layer_losses.py`).
+megatron-core's schedules see has hidden_size D + d, so their buffers fit. Back travels the student's gradient
+alone (`mcore/messages.py`). The teacher runs first, without autograd; losses between layers are attached as the
+student meets what it has left behind (`layer_losses.py`).
 
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split over tensor parallelism.
 """
@@ -61,6 +62,7 @@ class PairedModel(TwoModels):
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
+        self.frozen_width = shapes.teacher.hidden_size
         self.heads = HeadLayout.of(shapes.teacher)
         self.layer_losses = layer_losses(self)
         self.sums = LossSums(groups.device, shapes.teacher.num_layers, self.layer_losses.terms)
@@ -230,7 +232,7 @@ class PairedModel(TwoModels):
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `find_documents`' documents if wanted.
+        """batch: tokens, labels, loss_mask, position_ids, each [b, s]; `documents` of `find_documents` if wanted.
         Gives [s/tp, b, D + d] for the next stage; on the last stage the LM + KL loss summed over tokens."""
         token_weight = batch["loss_mask"].t().contiguous()
         self.layer_losses.begin(token_weight)
