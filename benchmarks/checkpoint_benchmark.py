@@ -25,7 +25,7 @@ from megatron_lrc.checkpoints.run_directory import RunState, newest_checkpoint
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.checkpoint_writer import CheckpointWriter
-from megatron_lrc.train.garbage import collect_only_new_objects
+from megatron_lrc.train.garbage import collected_by_the_loop
 from megatron_lrc.train.step import Run, train_step
 
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     trained, tokens = build(config)
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         rounds, savers = [], Savers.of(config, trained, folder)
-        with collect_only_new_objects(is_on=True):  # as in a training
+        with collected_by_the_loop():  # as in a training
             measure_round(savers, trained, tokens)
             for number in range(arguments.repeats):
                 rounds.append(measure_round(savers, trained, tokens))

@@ -73,7 +73,7 @@ def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
 def fuses_rotary_embedding(config: Config, dtype: torch.dtype) -> bool:
     """Whether Transformer Engine's kernel turns queries and keys (RoPE), once in fp32 and in one pass, instead of
     torch operations that round angles and products to `dtype`. It takes one table of angles for all sequences
-    ([s, 1, 1, c]; `apply_rope.cpp`), so not where positions begin anew in each document."""
+    ([s, 1, 1, c]), so not where positions begin anew in each document."""
     is_half = torch.finfo(dtype).bits == 16
     return uses_transformer_engine(config) and is_half and not config.data.reset_position_ids
 

@@ -49,7 +49,7 @@ class StudentGradients(P2PCommunicator):
         self._shape = () if tensor_shape is None else tuple(tensor_shape)
         if tensor_send_prev is not None:
             tensor_send_prev = tensor_send_prev[..., self._frozen_width :].contiguous()
-        received, gradient, requests = super()._communicate(
+        received, gradient, requests = super()._communicate(  # type: ignore[misc]  # annotated with two
             tensor_send_prev=tensor_send_prev, tensor_shape=tensor_shape, wait_on_reqs=wait_on_reqs, **others
         )
         if gradient is None or wait_on_reqs:
