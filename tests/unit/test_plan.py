@@ -126,7 +126,7 @@ def test_a_plan_without_a_budget_has_no_hours():
 
 def test_where_the_batch_limits_a_larger_one_is_proposed_with_its_gain():
     student, gpu = method_of(published()).student_shape(TEACHER), gpu_named("H100-80GB")
-    plans = plans_of(published(), 32)
+    plans = plans_of(published(), 64)
     larger = larger_batch(plans[0], TEACHER, student, gpu=gpu, mfu=0.35)
     assert larger is not None and larger.hours is not None and plans[0].hours is not None
     (line,) = describe_batch(plans[0], larger)
@@ -138,7 +138,7 @@ def test_where_the_batch_limits_a_larger_one_is_proposed_with_its_gain():
     )
     assert found, line
     batch, gain = int(found[4]), int(found[5])
-    best = plans_of(published("--global-batch-size", str(batch)), 32)[0]
+    best = plans_of(published("--global-batch-size", str(batch)), 64)[0]
     assert round(best.time.tokens_per_second) == int(found[6]) and found[8] == larger.flags()
     assert gain == round(100 * (best.time.tokens_per_second / plans[0].time.tokens_per_second - 1)) >= 5
     assert larger.hours == pytest.approx(plans[0].hours / (1 + gain / 100), rel=0.02)
@@ -147,7 +147,7 @@ def test_where_the_batch_limits_a_larger_one_is_proposed_with_its_gain():
 
 
 def test_the_first_layout_is_compared_with_the_second():
-    plans = plans_of(published(), 8)
+    plans = plans_of(published(), 32)
     (line,) = compare_with_next(plans)
     assert line.endswith(f"the second is {plans[1].flags()}")
     faster = plans[0].time.tokens_per_second / plans[1].time.tokens_per_second - 1
