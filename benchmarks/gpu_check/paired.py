@@ -48,7 +48,9 @@ class Tolerance:
     gradients: float
 
 
-TOLERANCES = {"fp32": Tolerance(1e-4, 1e-3), "bf16": Tolerance(2e-2, 5e-2), "fp8": Tolerance(0.1, 0.3)}
+#: About three times what the arithmetic made of the losses and gradients of this model on a CPU, where FP8 was simulated
+#: by rounding both operands of every product of the layers, scaled by tensor or not at all: 0.01 and 0.16.
+TOLERANCES = {"fp32": Tolerance(1e-4, 2e-3), "bf16": Tolerance(5e-3, 4e-2), "fp8": Tolerance(3e-2, 0.4)}
 
 
 @dataclass(frozen=True)
