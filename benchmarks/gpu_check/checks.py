@@ -1,7 +1,7 @@
 """What a check is, what it may find, and when it does not apply."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class Check:
 
     name: str
     run: Callable[[], Figures]
+
+
+#: In their order. What they need is set up by whoever yields them, and cleared away when he is closed, perhaps early.
+Checks = Generator[Check, None, None]
 
 
 def need_cuda(settings: Settings) -> None:

@@ -7,8 +7,8 @@ from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import ModelShape
 from megatron_lrc.hf.families import TeacherDescription, site_shape
-from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.methods.lrc.paired_model import PairedModel
+from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.step import Run
 
 STD = 0.02

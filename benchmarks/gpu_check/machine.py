@@ -4,11 +4,10 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import torch
 
-from benchmarks.gpu_check.checks import Check, Figures, Skip, need_cuda
+from benchmarks.gpu_check.checks import Check, Checks, Figures, Skip, need_cuda
 from benchmarks.gpu_check.settings import Settings
 from megatron_lrc.config import ConfigError
 
@@ -19,7 +18,7 @@ INSTALL_ENGINE = (
 )
 
 
-def checks(settings: Settings) -> Iterator[Check]:
+def checks(settings: Settings) -> Checks:
     yield Check("versions", lambda: versions(settings))
     yield Check("Transformer Engine", lambda: engine(settings))
     yield Check("probe compile", lambda: probe_compile(settings))

@@ -4,7 +4,7 @@ Limits are those of the arithmetic. Products of bf16 are exact in fp32, so that 
 is far above that, and far below one rounding to bf16, 4e-3); what is rounded to bf16 once may be off by 4e-3.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_check.checks import Bound, Check, Figures
+from benchmarks.gpu_check.checks import Bound, Check, Checks, Figures
 from benchmarks.gpu_check.settings import Settings
 from megatron_lrc.clone.losses import CloneLoss
 from megatron_lrc.clone.products import add_product, product_with_gradient, wide_product
@@ -23,7 +23,7 @@ TEMPERATURE = 40.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def checks(settings: Settings) -> Iterator[Check]:
+def checks(settings: Settings) -> Checks:
     generator = torch.Generator(settings.device).manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:

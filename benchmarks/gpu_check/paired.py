@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu_check.checks import Bound, Check, Figures, Skip
-from benchmarks.gpu_check.engine_state import forget_scaling_state
+from benchmarks.gpu_check.checks import Bound, Check, Checks, Figures, Skip
+from benchmarks.gpu_check.left_behind import forget_scaling_state
 from benchmarks.gpu_check.machine import need_engine
 from benchmarks.gpu_check.settings import Settings
-from benchmarks.gpu_check.small_teacher import directory_of, write_teacher
+from benchmarks.gpu_check.small_teacher import teacher_of
 from benchmarks.measured_models import build_run
 from megatron_lrc.clone.projections import gradient_of
 from megatron_lrc.config import Config, ConfigError, check_precision, raise_all, validate_against_teacher
@@ -48,9 +49,10 @@ class Tolerance:
     gradients: float
 
 
-#: About three times what the arithmetic made of the losses and gradients of this model on a CPU, where FP8 was simulated
-#: by rounding both operands of every product of the layers, scaled by tensor or not at all: 0.01 and 0.16.
-TOLERANCES = {"fp32": Tolerance(1e-4, 2e-3), "bf16": Tolerance(5e-3, 4e-2), "fp8": Tolerance(3e-2, 0.4)}
+#: Some three times what the arithmetic made of this model's losses and gradients on a CPU: in bf16 4e-4 and 0.012 (2e-3
+#: and 0.009 at the sizes of --tiny); in FP8 0.01 and 0.16, where it was simulated by rounding both operands of every
+#: product of both models' layers, scaled by tensor or, as in the first pass of delayed scaling, not at all.
+TOLERANCES = {"fp32": Tolerance(1e-4, 1e-4), "bf16": Tolerance(5e-3, 4e-2), "fp8": Tolerance(3e-2, 0.4)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("local fp32, recompute", "fp32", LOCAL, FULL)
 
 
-def checks(settings: Settings) -> Iterator[Check]:
+def checks(settings: Settings) -> Checks:
     oracle = Oracle(settings)
     with ExitStack() as at_the_end:
         groups = distributed.start(config_of(settings, Variant("", "fp32")))
@@ -97,7 +99,7 @@ def checks(settings: Settings) -> Iterator[Check]:
 def config_of(settings: Settings, variant: Variant) -> Config:
     """Not yet checked. Gradients are not clipped, since they are looked at after the step."""
     config, sizes = Config(), settings.sizes
-    config.model.teacher, config.model.student_hidden_size = str(directory_of(settings)), sizes.student
+    config.model.teacher, config.model.student_hidden_size = teacher_of(settings), sizes.student
     training = config.training
     training.seq_length, training.micro_batch_size = sizes.sequence, sizes.micro_batch
     training.global_batch_size = sizes.micro_batch * sizes.num_microbatches
@@ -122,7 +124,8 @@ def check_possible(settings: Settings, variant: Variant, config: Config) -> None
 
 
 def compare(settings: Settings, variant: Variant, oracle: "Oracle", groups: distributed.Groups) -> Figures:
-    """The largest differences of two steps from the reference, beside what is allowed."""
+    """The largest differences of two steps from the reference, beside what is allowed; and those of the second step's
+    gradients from the first one's, beside which that is little."""
     config = config_of(settings, variant)
     check_possible(settings, variant, config)
     forget_scaling_state()
@@ -144,7 +147,7 @@ def compare(settings: Settings, variant: Variant, oracle: "Oracle", groups: dist
             f"step {step}: gradients": Bound(largest_difference(gradients, expected.gradients), allowed.gradients),
         }
         if step == 2:
-            figures["of the first step's gradients"] = largest_difference(gradients, oracle.first.gradients)
+            figures["step 2 from step 1"] = largest_difference(gradients, oracle.first.gradients)
     return figures
 
 
@@ -201,8 +204,8 @@ class Oracle:
 
     def __init__(self, settings: Settings):
         self._settings, sizes = settings, settings.sizes
-        teacher = write_teacher(settings)
         self.device = torch.device(settings.device)
+        teacher: Any = AutoModelForCausalLM.from_pretrained(teacher_of(settings), dtype=torch.float64)
         with self.device:
             self.reference = load_reference().Reference(teacher.to(self.device), sizes.student)
         self.batches: Batches = [self._batch(number) for number in range(sizes.num_microbatches)]

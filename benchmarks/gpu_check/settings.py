@@ -30,7 +30,7 @@ SMALLEST = Sizes(
 class Settings:
     """device: `cuda` or `cpu`. is_tiny: every stage at sizes that a laptop has done in a second. needs_engine: False
     where Transformer Engine may be missing. teacher: a Hugging Face directory to train on, if one is given. seconds:
-    for everything. folder: for files that are not kept."""
+    for everything; in a stage, for that. folder: for files that are not kept."""
 
     device: str
     is_tiny: bool

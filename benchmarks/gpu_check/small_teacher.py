@@ -3,20 +3,26 @@
 The teacher's values are bf16's, so that models in any precision, and the reference in fp64, have the same ones.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from benchmarks.gpu_check.settings import Settings
+from benchmarks.gpu_check.settings import Settings, Sizes
 
 
-def write_teacher(settings: Settings) -> Any:
-    """The model, in fp32, and its directory `teacher` in the folder of the checks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def teacher_of(settings: Settings) -> str:
+    """Its directory, in the folder of the checks; written by whoever asks first."""
+    directory = settings.folder / "teacher"
+    if not directory.exists():
+        _model_of(settings.sizes).save_pretrained(directory)
+    return str(directory)
 
-    sizes = settings.sizes
+
+def _model_of(sizes: Sizes) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+
+    logging.disable_progress_bar()
     torch.manual_seed(5)
     config = LlamaConfig(
         hidden_size=sizes.hidden,
@@ -35,12 +41,7 @@ def write_teacher(settings: Settings) -> Any:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.normal_(1.0, 0.05)
-    model.to(torch.bfloat16).save_pretrained(directory_of(settings))
-    return model.float()
-
-
-def directory_of(settings: Settings) -> Path:
-    return settings.folder / "teacher"
+    return model.bfloat16()
 
 
 def write_counting(settings: Settings) -> str:

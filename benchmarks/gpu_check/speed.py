@@ -9,7 +9,6 @@ import argparse
 import collections
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.breakdown import breakdown
-from benchmarks.gpu_check.checks import Check, Figures, need_cuda
+from benchmarks.gpu_check.checks import Check, Checks, Figures, need_cuda
 from benchmarks.gpu_check.drawn_weights import DrawnWeights, draw_projections
-from benchmarks.gpu_check.engine_state import forget_scaling_state
+from benchmarks.gpu_check.left_behind import forget_scaling_state, free_memory
 from benchmarks.gpu_check.machine import need_engine
 from benchmarks.gpu_check.settings import Settings
-from benchmarks.gpu_check.small_teacher import directory_of, write_teacher
-from benchmarks.gpu_check.stages import free_memory
+from benchmarks.gpu_check.small_teacher import teacher_of
 from benchmarks.measure import synchronize
 from benchmarks.measured_models import build_run, open_base, same_batch
 from benchmarks.step_benchmark import gemm_rate
@@ -51,7 +49,7 @@ LONGEST = 25
 GIB = 2**30
 
 
-def checks(settings: Settings) -> Iterator[Check]:
+def checks(settings: Settings) -> Checks:
     yield Check("GEMM of 8192^3 in bf16", lambda: gemm(settings))
     with ExitStack() as at_the_end:
         base = describe_teacher_of(settings)
@@ -74,9 +72,7 @@ def gemm(settings: Settings) -> Figures:
 
 def describe_teacher_of(settings: Settings) -> TeacherDescription:
     """Its sizes: the published run's, or the small model's."""
-    if settings.is_tiny:
-        write_teacher(settings)
-    shape, config = (None, str(directory_of(settings))) if settings.is_tiny else (TEACHER, None)
+    shape, config = (None, teacher_of(settings)) if settings.is_tiny else (TEACHER, None)
     return open_base(argparse.Namespace(teacher=None, shape=shape, teacher_config=config))[0]
 
 

@@ -6,18 +6,20 @@ anew, whole, before and after every check, so that it says what was under way if
 
 import contextlib
 import faulthandler
-import gc
 import json
 import signal
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.checks import Bound, Check, Skip
+import torch
+
+from benchmarks.gpu_check.checks import Bound, Check, Checks, Skip
+from benchmarks.gpu_check.left_behind import free_memory
 from benchmarks.gpu_check.settings import Settings
 from megatron_lrc.whole_files import write_whole
 
@@ -38,7 +40,7 @@ class Stage:
 
     name: str
     seconds: float
-    checks: Callable[[Settings], Iterator[Check]]
+    checks: Callable[[Settings], Checks]
 
 
 class Record:
@@ -82,11 +84,12 @@ def _run_stage(stage: Stage, settings: Settings, record: Record, seconds: float)
     if seconds < stage.seconds / 4:
         entry |= {"status": SKIPPED, "reason": "no time is left for it", "seconds": 0.0}
     else:
-        with _status_of(entry), time_limit(seconds), contextlib.closing(stage.checks(settings)) as checks:  # type: ignore[type-var]
+        checks = stage.checks(replace(settings, seconds=seconds))
+        with _status_of(entry), time_limit(seconds), contextlib.closing(checks):
             for check in checks:
                 _run_check(check, entry, record)
         entry["status"] = _worst([entry["status"], *(check["status"] for check in entry["checks"])])
-    free_memory()
+    forget()
     record.note(entry, stage.name)
 
 
@@ -157,21 +160,20 @@ def time_limit(seconds: float) -> Iterator[None]:
     def is_over(*_: object) -> None:
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, is_over)
+    handler_before = signal.signal(signal.SIGALRM, is_over)
     faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer_before = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler_before)
+        signal.setitimer(signal.ITIMER_REAL, *timer_before)
         faulthandler.cancel_dump_traceback_later()
 
 
-def free_memory() -> None:
-    """What models of a check that is over have left behind: modules refer to each other in circles."""
-    import torch
-
-    gc.collect()
+def forget() -> None:
+    """What a stage has left behind: its models, and what was compiled for their sizes, of which torch keeps a few."""
+    free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        torch.compiler.reset()
