@@ -1,6 +1,7 @@
 """The stages, the most informative first, and what runs them: `tools/gpu_check.py`."""
 
 import argparse
+import gc
 import json
 import logging
 import tempfile
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]
     logging.getLogger("megatron_lrc.data").setLevel(logging.ERROR)  # the data made here is without a manifest
     about = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": vars(arguments)}
+    gc.freeze()  # what has been imported stays, and need not be looked through after each stage
     record = Record(Path(arguments.json), about, say)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(

@@ -79,6 +79,7 @@ def flags_of_given(settings: Settings) -> list[str]:
         "--global-batch-size": 8,
         "--calibration-tokens": 1024 if settings.is_tiny else 16384,
         "--train-iters": TINY_STEPS if settings.is_tiny else 100_000,
+        "--lr": 1e-2 if settings.is_tiny else "auto",
         "--lr-warmup-iters": 5,
         "--lr-decay-style": "constant",
         "--log-interval": 1,
