@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def needs_engine(request: pytest.FixtureRequest) -> None:
-    """A skipped test looks much like one that has passed: without Transformer Engine it fails, unless told otherwise."""
+    """Without Transformer Engine a test fails, unless told otherwise: a skipped one looks much like one that passed."""
     if find_spec("transformer_engine") is None:
         missing = "the package transformer-engine is not installed; see docs/gpu_check.md, or give --without-te"
         pytest.skip(missing) if request.config.getoption("--without-te", default=False) else pytest.fail(missing)
