@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu_check.checks import Bound, Check, Checks, Figures, Skip
+from benchmarks.gpu_check.checks import Bound, Check, Checks, Figures
 from benchmarks.gpu_check.left_behind import forget_scaling_state
-from benchmarks.gpu_check.machine import need_engine
+from benchmarks.gpu_check.possible import need_support
 from benchmarks.gpu_check.settings import Settings
 from benchmarks.gpu_check.small_teacher import teacher_of
 from benchmarks.measured_models import build_run
 from megatron_lrc.clone.projections import gradient_of
-from megatron_lrc.config import Config, ConfigError, check_precision, raise_all, validate_against_teacher
+from megatron_lrc.config import Config, validate_against_teacher
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.kernels import check_machine
 from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train.step import Run, train_step
@@ -64,10 +63,6 @@ class Variant:
     compute: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def uses_engine(self) -> bool:
-        return self.compute.get("transformer_impl") == "transformer_engine"
-
 
 FULL = {"recompute_granularity": "full"}
 LOCAL, ENGINE = {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}
@@ -78,7 +73,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("Transformer Engine bf16, fused wgrad", "bf16", ENGINE)
     yield Variant("Transformer Engine bf16", "bf16", {**ENGINE, "gradient_accumulation_fusion": False})
     for recipe, teacher, recompute in itertools.product(
-        ("tensorwise", "blockwise", "delayed"), (True, False), ({}, FULL)
+        ("tensorwise", "blockwise", "delayed", "mxfp8"), (True, False), ({}, FULL)
     ):
         name = f"FP8 {recipe}{', teacher too' * teacher}{', recompute' * bool(recompute)}"
         fp8 = {"fp8_format": "hybrid", "fp8_recipe": recipe, "teacher_fp8": teacher}
@@ -111,25 +106,14 @@ def config_of(settings: Settings, variant: Variant) -> Config:
     return config.resolved(1)
 
 
-def check_possible(settings: Settings, variant: Variant, config: Config) -> None:
-    """Skip, with the reason, what a training would refuse on this machine; but a missing engine is an error."""
-    if variant.uses_engine:
-        need_engine(settings)
-    try:
-        raise_all(list(check_precision(config)))
-        validate_against_teacher(method_of(config), describe_teacher(str(config.model.teacher)).shape)
-        check_machine(config)
-    except ConfigError as refusal:
-        raise Skip(f"refused: {refusal}") from None
-
-
 def compare(settings: Settings, variant: Variant, oracle: "Oracle", groups: distributed.Groups) -> Figures:
     """The largest differences of two steps from the reference, beside what is allowed; and those of the second step's
     gradients from the first one's, beside which that is little."""
     config = config_of(settings, variant)
-    check_possible(settings, variant, config)
+    need_support(settings, config)
     forget_scaling_state()
     base = describe_teacher(str(config.model.teacher))
+    validate_against_teacher(method_of(config), base.shape)
     batches = itertools.cycle(oracle.batches)
     run = build_run(config, base, open_teacher(base), groups, batches, is_new=False)
     (stage,) = run.stages

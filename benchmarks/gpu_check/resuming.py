@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.checks import Bound, Check, Checks, Figures
-from benchmarks.gpu_check.machine import need_engine
+from benchmarks.gpu_check.possible import need_support
 from benchmarks.gpu_check.settings import Settings
 from benchmarks.gpu_check.short_runs import parse, run_flags, train
 from benchmarks.gpu_check.small_teacher import write_counting
@@ -29,10 +29,9 @@ def checks(settings: Settings) -> Checks:
 
 def resume(settings: Settings, data: str, name: str, precision: list[str]) -> Figures:
     """How many figures of the records, and how many tensors, are not the same."""
-    if precision:
-        need_engine(settings)
     whole, part = settings.folder / f"{name}-whole", settings.folder / f"{name}-part"
     flags = [*run_flags(settings, data, STEPS), "--bf16", "--deterministic-mode", *precision]
+    need_support(settings, parse(flags))
     expected, trained = train(parse([*flags, "--save", str(whole), "--save-interval", str(SAVED), "--async-save"]))
     checkpoint = checkpoint_path(str(whole), SAVED)
     found, again = train(parse([*flags, "--save", str(part), "--load", str(checkpoint)]))

@@ -22,7 +22,7 @@ from benchmarks.breakdown import breakdown
 from benchmarks.gpu_check.checks import Check, Checks, Figures, need_cuda
 from benchmarks.gpu_check.drawn_weights import DrawnWeights, draw_projections
 from benchmarks.gpu_check.left_behind import forget_scaling_state, free_memory
-from benchmarks.gpu_check.machine import need_engine
+from benchmarks.gpu_check.possible import need_support
 from benchmarks.gpu_check.settings import Settings
 from benchmarks.gpu_check.small_teacher import teacher_of
 from benchmarks.measure import synchronize
@@ -33,7 +33,7 @@ from megatron_lrc.estimate.flops import step_flops
 from megatron_lrc.estimate.peak_memory import peak_memory
 from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.kernels import check_machine, describe_kernels
+from megatron_lrc.mcore.kernels import describe_kernels
 from megatron_lrc.mcore.optimizer import parameter_dtype
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.process_memory import memory_bytes
@@ -111,8 +111,7 @@ class Bench:
 
     def run_of(self, precision: str, size: int) -> Run:
         """Built if it is not the present one; its micro-batches from now on of `size` sequences."""
-        if PRECISIONS[precision]:
-            need_engine(self._settings)
+        need_support(self._settings, config_of(self._settings, self._base, PRECISIONS[precision]))
         if self._present is None or self._present[0] != precision:
             self.forget()
             before = memory_bytes(self._device)[1]
@@ -124,7 +123,6 @@ class Bench:
 
     def _build(self, flags: list[str]) -> Run:
         config = config_of(self._settings, self._base, flags)
-        check_machine(config)
         reader = DrawnWeights(self._base, self._base.shape, self._device)
         run = build_run(config, self._base, reader, self._groups, iter(()), is_new=False)
         draw_projections(run)
@@ -181,12 +179,15 @@ class Bench:
         with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiled:
             train_step(run, batches)
             synchronize(self._device)
-        averages = profiled.key_averages()
-        micros = {each: each.self_device_time_total if is_cuda else each.self_cpu_time_total for each in averages}
-        longest = sorted(averages, key=lambda each: micros[each], reverse=True)[:LONGEST]
+        times = {
+            each: each.self_device_time_total if is_cuda else each.self_cpu_time_total
+            for each in profiled.key_averages()
+        }
+        micros = {each: time for each, time in times.items() if time}  # without what the host did about them
+        longest = sorted(micros, key=lambda each: micros[each], reverse=True)[:LONGEST]
         total = sum(micros.values())
         return {
-            "launches": sum(each.count for each in averages),
+            "launches": sum(each.count for each in micros),
             "seconds": total / 1e6,
             "longest": [
                 f"{micros[each] / 1e3:9.2f} ms {micros[each] / total:6.1%} {each.count:6} x {each.key[:100]}"

@@ -69,13 +69,10 @@ class Record:
 
 
 def run_stages(stages: Sequence[Stage], settings: Settings, record: Record) -> None:
-    """The last stage has what the others have left of `settings.seconds`, at most its own time."""
-    start = time.monotonic()
+    """Each has its own time, or what is left of `settings.seconds`; a quarter of its own is too little to begin with."""
+    end = time.monotonic() + settings.seconds
     for stage in stages:
-        seconds = stage.seconds
-        if stage is stages[-1] and len(stages) > 1:
-            seconds = min(seconds, settings.seconds - (time.monotonic() - start))
-        _run_stage(stage, settings, record, seconds)
+        _run_stage(stage, settings, record, min(stage.seconds, end - time.monotonic()))
 
 
 def _run_stage(stage: Stage, settings: Settings, record: Record, seconds: float) -> None:

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import subprocess
 import sys
 import time
 import warnings
@@ -73,6 +75,22 @@ def test_it_runs_to_its_end_without_a_gpu(tiny_llama, tmp_path):
     }
     assert figures[f"training a clone of {tiny_llama()}"]["steps"] == training.TINY_STEPS
     assert f"{len(figures)} ok, {len(skipped)} skipped; " in out and "local fp32: step 1: losses " in out
+
+
+def test_a_machine_on_which_megatron_core_cannot_be_imported_is_described_all_the_same(tmp_path):
+    """A Transformer Engine built for another torch does that."""
+    file = tmp_path / "found.json"
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron/__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    command = [sys.executable, str(ROOT / "tools/gpu_check.py"), "--device", "cpu", "--tiny", "--json", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--stages", "machine", "small model"], env=environment, capture_output=True, text=True
+    )
+    machine_stage, small_model = json.loads(file.read_text())["stages"]
+    assert machine_stage["checks"][0]["figures"]["megatron-core"]
+    assert small_model["error"] == "OSError: undefined symbol: _ZN3c10"
+    assert done.returncode == 1 and "small model: failed, 0 s: OSError: undefined symbol: _ZN3c10" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -185,7 +203,7 @@ def test_a_stage_that_takes_too_long_is_ended_and_clears_away_and_the_next_one_g
     assert cleared and not record.is_good
 
 
-def test_the_last_stage_has_what_time_is_left(settings, tmp_path):
+def test_a_stage_has_what_time_is_left(settings, tmp_path):
     given = []
 
     def note(stage_settings):
