@@ -7,7 +7,6 @@ from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import ModelShape
 from megatron_lrc.hf.families import TeacherDescription, site_shape
-from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.step import Run
 
@@ -31,10 +30,9 @@ class DrawnWeights(InitialWeights):
 @torch.no_grad()
 def draw_projections(run: Run) -> None:
     """Give what is trained its first values, in the models and in the optimizer."""
-    for stage in run.stages:
-        assert isinstance(stage, PairedModel)
-        for _, matrix in stage.projections.named_matrices():
-            matrix.normal_(std=STD)
-        for _, gain in stage.projections.named_norms():
-            gain.fill_(1.0)
+    for trained in (trained for stage in run.stages for trained in stage.trained()):
+        if trained.parameter.dim() == 1:  # a norm's gain
+            trained.parameter.fill_(1.0)
+        else:
+            trained.parameter.normal_(std=STD)
     run.optimizer.optimizer.reload_model_params()

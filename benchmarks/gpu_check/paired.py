@@ -31,7 +31,6 @@ from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.mcore import distributed
 from megatron_lrc.methods import method_of
-from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train.step import Run, train_step
 
 ORACLE = Path(__file__).parents[2] / "tests" / "reference.py"
@@ -116,16 +115,14 @@ def compare(settings: Settings, variant: Variant, oracle: "Oracle", groups: dist
     validate_against_teacher(method_of(config), base.shape)
     batches = itertools.cycle(oracle.batches)
     run = build_run(config, base, open_teacher(base), groups, batches, is_new=False)
-    (stage,) = run.stages
-    assert isinstance(stage, PairedModel)
     set_trained(run, oracle.start)
     allowed, figures = TOLERANCES[variant.precision], {}
     for step in (1, 2):
-        values = {name: parameter.detach().double() for name, parameter in trained_of(stage).items()}
+        values = {name: parameter.detach().double() for name, parameter in trained_of(run).items()}
         report = train_step(run, batches)
         expected = oracle.step(values)
         losses = losses_of(report.losses, run)
-        gradients = {name: _gradient(parameter) for name, parameter in trained_of(stage).items()}
+        gradients = {name: _gradient(parameter) for name, parameter in trained_of(run).items()}
         figures |= {
             f"step {step}: losses": Bound(largest_difference(losses, expected.losses), allowed.losses),
             f"step {step}: gradients": Bound(largest_difference(gradients, expected.gradients), allowed.gradients),
@@ -135,19 +132,16 @@ def compare(settings: Settings, variant: Variant, oracle: "Oracle", groups: dist
     return figures
 
 
-def trained_of(stage: PairedModel) -> dict[str, torch.nn.Parameter]:
-    """Projections, and norm gains, by the reference's names with their kind in front."""
-    found = {f"projection {name}": matrix for name, matrix in stage.projections.named_matrices()}
-    return found | {f"gain {name}": gain for name, gain in stage.projections.named_norms()}
+def trained_of(run: Run) -> dict[str, torch.nn.Parameter]:
+    """Projections and norm gains, by the reference's names."""
+    return {trained.name: trained.parameter for stage in run.stages for trained in stage.trained()}
 
 
 @torch.no_grad()
 def set_trained(run: Run, values: dict[str, Tensor]) -> None:
     """Where the run begins, in the models and in the optimizer."""
-    for stage in run.stages:
-        assert isinstance(stage, PairedModel)
-        for name, parameter in trained_of(stage).items():
-            parameter.copy_(values[name])
+    for name, parameter in trained_of(run).items():
+        parameter.copy_(values[name])
     run.optimizer.optimizer.reload_model_params()
 
 
@@ -211,24 +205,21 @@ class Oracle:
         sites = [f"layers.{layer}.{site}" for layer in range(sizes.layers) for site in load_reference().MODULES]
         kinds = [f"layers.{layer}.{kind}" for layer in range(sizes.layers) for kind in ("input", "post")]
         values = {
-            f"projection {name}": STD * torch.randn(sizes.hidden, sizes.student, generator=generator)
+            name: STD * torch.randn(sizes.hidden, sizes.student, generator=generator)
             for name in ("embed", "lm_head", *sites)
-        } | {f"gain {name}": 1 + 0.1 * torch.randn(sizes.student, generator=generator) for name in (*kinds, "final")}
+        } | {name: 1 + 0.1 * torch.randn(sizes.student, generator=generator) for name in (*kinds, "final")}
         return {name: value.bfloat16().double().to(self.device) for name, value in values.items()}
 
     def step(self, values: dict[str, Tensor]) -> Expected:
         """Losses and gradients over all micro-batches at these values of what is trained."""
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-
-        def of(kind: str) -> dict[str, Tensor]:
-            return {name.removeprefix(kind): leaf for name, leaf in leaves.items() if name.startswith(kind)}
-
+        gains = {name: leaf for name, leaf in leaves.items() if leaf.dim() == 1}
         whole = {name: torch.cat([batch[name] for batch in self.batches]) for name in self.batches[0]}
         loss = Config().loss
         with self.device:
             losses = self.reference.losses(
-                of("projection "),
-                of("gain "),
+                {name: leaf for name, leaf in leaves.items() if name not in gains},
+                gains,
                 tokens=whole["tokens"],
                 labels=whole["labels"],
                 mask=whole["loss_mask"],

@@ -69,7 +69,7 @@ class Record:
 
 
 def run_stages(stages: Sequence[Stage], settings: Settings, record: Record) -> None:
-    """Each has its own time, or what is left of `settings.seconds`; a quarter of its own is too little to begin with."""
+    """Each has its own time, or what is left of `settings.seconds`. It begins unless that is less than a quarter."""
     end = time.monotonic() + settings.seconds
     for stage in stages:
         _run_stage(stage, settings, record, min(stage.seconds, end - time.monotonic()))

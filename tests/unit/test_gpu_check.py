@@ -82,11 +82,10 @@ def test_a_machine_on_which_megatron_core_cannot_be_imported_is_described_all_th
     file = tmp_path / "found.json"
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron/__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
-    command = [sys.executable, str(ROOT / "tools/gpu_check.py"), "--device", "cpu", "--tiny", "--json", str(file)]
+    flags = ["--device", "cpu", "--tiny", "--json", str(file), "--stages", "machine", "small model"]
+    command = [sys.executable, str(ROOT / "tools/gpu_check.py"), *flags]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [*command, "--stages", "machine", "small model"], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     machine_stage, small_model = json.loads(file.read_text())["stages"]
     assert machine_stage["checks"][0]["figures"]["megatron-core"]
     assert small_model["error"] == "OSError: undefined symbol: _ZN3c10"
