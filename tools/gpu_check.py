@@ -28,9 +28,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--teacher", metavar="DIR", help="what the last stage clones (default: a small random model)")
     parser.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
     parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="for all stages together (default: 9)")
-    parser.add_argument(
-        "--json", default="gpu_check.json", metavar="FILE", help="what to write (default: gpu_check.json)"
-    )
+    parser.add_argument("--json", default="gpu_check.json", metavar="FILE", help="to write (default: gpu_check.json)")
     return parser.parse_args(argv)
 
 
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Read once, by cuBLAS and torch: what --deterministic-mode needs, and what keeps large models from fragmenting memory.
+    # Read once, by cuBLAS and torch: what --deterministic-mode needs, and what keeps memory in large pieces.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -78,21 +77,17 @@ def test_it_runs_to_its_end_without_a_gpu(tiny_llama, tmp_path):
     assert f"{len(figures)} ok, {len(skipped)} skipped; " in out and "local fp32: step 1: losses " in out
 
 
-def test_a_machine_on_which_megatron_core_cannot_be_imported_is_described_all_the_same(tmp_path):
-    """A Transformer Engine built for another torch does that."""
-    file = tmp_path / "found.json"
-    (tmp_path / "megatron").mkdir()
-    (tmp_path / "megatron/__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
-    flags = ["--device", "cpu", "--tiny", "--json", str(file), "--stages", "machine", "small model"]
-    command = [sys.executable, str(ROOT / "tools/gpu_check.py"), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    machine_stage, small_model = json.loads(file.read_text())["stages"]
-    assert machine_stage["checks"][0]["figures"]["megatron-core"]
-    assert small_model["error"] == "OSError: undefined symbol: _ZN3c10"
-    assert done.returncode == 1 and re.search(
-        r"^small model: failed, \d+ s: OSError: undefined symbol", done.stdout, re.M
-    )
+def test_megatron_core_is_imported_by_the_stages_that_need_it(settings, tmp_path):
+    """A Transformer Engine built for another torch keeps it from being imported: a failure of each of these stages,
+    after the first has said what is installed."""
+    stages = [stage("first", dict), Stage("broken", 20.0, program.checks_of("nowhere")), stage("next", dict)]
+    _, content = done(stages, settings, tmp_path)
+    assert [one["status"] for one in content["stages"]] == ["ok", "failed", "ok"]
+    assert content["stages"][1]["error"] == "ModuleNotFoundError: No module named 'benchmarks.gpu_check.nowhere'"
+    folder = ROOT / "benchmarks/gpu_check"
+    for name in ("program", "stages", "settings", "checks", "left_behind", "table", "machine"):
+        imported = re.findall(r"^from (megatron\S*)", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        assert set(imported) <= {"megatron_lrc.config", "megatron_lrc.whole_files"}, name
 
 
 @pytest.mark.parametrize(
