@@ -122,12 +122,19 @@ def build(config: Config) -> tuple[Run, Iterator[dict[str, Tensor]]]:
 
 
 def build_run(
-    config: Config, base: TeacherDescription, reader: Reader, groups: Groups, batches: Iterator[dict[str, Tensor]]
+    config: Config,
+    base: TeacherDescription,
+    reader: Reader,
+    groups: Groups,
+    batches: Iterator[dict[str, Tensor]],
+    *,
+    is_new: bool = True,
 ) -> Run:
-    """base, reader: of the teacher, or with --method ordinary of the model to train."""
+    """base, reader: of the teacher, or with --method ordinary of the model to train. is_new: False where what is
+    trained is to have no values yet."""
     dtype = parameter_dtype(config)
     method = method_of(config)
-    stages = method.build_stages(Materials(base, reader, groups, dtype, lambda: batches, is_new=True))
+    stages = method.build_stages(Materials(base, reader, groups, dtype, lambda: batches, is_new))
     return Run(method, groups, stages, build_optimizer(config, stages, groups), config.num_microbatches(1))
 
 

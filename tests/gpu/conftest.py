@@ -1,12 +1,25 @@
 """A short table of what the tests on a GPU measured, at their end."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 #: (what was compared, its value, what it had to be below).
 _MEASURED: list[tuple[str, float, float]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-te", action="store_true", help="skip what needs Transformer Engine where it is missing")
+
+
+@pytest.fixture
+def needs_engine(request: pytest.FixtureRequest) -> None:
+    """Without Transformer Engine a test fails, unless told otherwise: a skipped one looks much like one that passed."""
+    if find_spec("transformer_engine") is None:
+        missing = "the package transformer-engine is not installed; see docs/gpu_check.md, or give --without-te"
+        pytest.skip(missing) if request.config.getoption("--without-te", default=False) else pytest.fail(missing)
 
 
 @pytest.fixture

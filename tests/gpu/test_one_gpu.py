@@ -43,11 +43,6 @@ def trained(place):
     return trained
 
 
-@pytest.fixture
-def needs_engine() -> None:
-    pytest.importorskip("transformer_engine")
-
-
 def skip_without_kernels(recipe: str) -> None:
     from megatron_lrc.mcore.kernels import _check_capability
 
@@ -117,7 +112,7 @@ def test_fp8_learns_as_bf16_does(trained, measured, needs_engine, recipe, teache
 @pytest.mark.parametrize("flags", [LOCAL, f"{ENGINE} --bf16", *(f"{ENGINE} --bf16 --fp8-recipe {r}" for r in RECIPES)])
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(place, measured, request, flags):
     if ENGINE in flags:
-        pytest.importorskip("transformer_engine")
+        request.getfixturevalue("needs_engine")
     if "fp8" in flags:
         skip_without_kernels(flags.split()[-1])
         flags += " --fp8-format hybrid"

@@ -46,8 +46,7 @@ def test_overlapped_sums_and_gathers_change_nothing(trained, measured):
 
 
 @pytest.mark.parametrize("method", ["", "--method ordinary --init random --init-method-std 0.02"])
-def test_userbuffers_change_nothing_but_rounding(trained, measured, method):
-    pytest.importorskip("transformer_engine")
+def test_userbuffers_change_nothing_but_rounding(trained, measured, needs_engine, method):
     flags = f"{ENGINE} --bf16 {TP} {method}".strip()
     keys = ("loss",) if method else ("loss", "clone_loss")
     found = trained(f"{flags} --tp-comm-overlap")

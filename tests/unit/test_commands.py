@@ -14,8 +14,9 @@ from megatron_lrc.commands import merge_datasets, report
 from megatron_lrc.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
-#: Those that run a command of the package; benchmark.py runs what is beside it in the checkout.
-TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "benchmark.py")
+#: Those that run a command of the package; the others run what is beside them in the checkout.
+OF_CHECKOUT = ("benchmark.py", "gpu_check.py")
+TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name not in OF_CHECKOUT)
 #: Asks every command for --help; prints the heavy packages loaded meanwhile, and how many commands there are.
 ALL_HELP = """
 import contextlib, io, sys

@@ -29,6 +29,8 @@ FOREIGN = {
     "P": "the projection, as the paper writes it",
     "dW_S": "the gradient of W_S, in equations",
     "PIP_EXTRA_INDEX_URL": "pip",
+    "--no-build-isolation": "pip",
+    "CUDA_HOME": "builds against CUDA",
     "dmesg": "a command of Linux",
     "died": "a word of a message",
     "PR_SET_PDEATHSIG": "Linux",
