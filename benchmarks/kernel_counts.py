@@ -9,7 +9,7 @@ have to be in memory. That the compiler does it so is a test's business (`tests/
 The bound of a part is what it has to read and write whatever its kernels: what others have made or will read, once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from math import prod
@@ -103,6 +103,12 @@ class KernelCounter(TorchDispatchMode):
 
     def leave(self) -> None:
         self._open.pop()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.enter(name)
+        yield
+        self.leave()
 
     def counts(self) -> dict[str, Count]:
         """Part -> all of its visits together."""
@@ -273,7 +279,3 @@ def counting() -> Iterator[KernelCounter]:
     finally:
         fusion._compiled = compiled
         del Tensor.is_cuda
-
-
-def total(counts: Iterable[Count]) -> Count:
-    return sum(counts, Count())

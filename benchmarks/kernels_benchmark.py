@@ -1,7 +1,7 @@
 """`benchmark.py kernels`: what the parts of an LRC step ask of a GPU, counted on this machine without one.
 
-The product's own stage runs on tensors without values (`kernel_counts.py`), with one layer and with two: what the second
-one adds is a layer, the rest is the ends. So a model of any size is counted in seconds.
+The product's own stage runs on tensors without values (`kernel_counts.py`), with one layer and with two: what the
+second one adds is a layer, the rest is the ends. So a model of any size is counted in seconds.
 
 Beside each figure is its bound: every part's inputs and outputs read or written once, and the FLOPs that the method
 needs (`estimate/flops.py`).
@@ -10,18 +10,20 @@ needs (`estimate/flops.py`).
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.autograd.graph import Node
 
 from benchmarks import breakdown
 from benchmarks.breakdown import CLONE, COMPOSE, EMBEDDING, HEAD, PULL_BACK, STUDENT, TEACHER, around, watch
-from benchmarks.kernel_counts import META, Count, KernelCounter, OnMeta, counting, total
+from benchmarks.kernel_counts import META, Count, KernelCounter, OnMeta, counting
 from benchmarks.measure import table
 from benchmarks.measured_models import add_teacher_flags, add_width_flags, check_positive, open_base, same_batch
+from megatron_lrc.clone.products import add_product
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import Config, ModelShape, check_precision, raise_all, validate_against_teacher
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
@@ -40,6 +42,7 @@ ZERO, BACKWARD, CLONE_BACKWARD = "zero gradients", "student backward", "clone lo
 PARTS = (ZERO, COMPOSE, PULL_BACK, EMBEDDING, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, CLONE_BACKWARD)
 NAMES = {EMBEDDING: "embeddings, forward and backward"}
 
+HEADER = ["of a layer: launches", "GB", "least", "of the step: launches", "GB", "least", "TFLOP", "by arithmetic"]
 NOTES = (
     "Counted are megatron-core's local layers, whose elementwise operations are kernels of their own; Transformer "
     "Engine's have fewer launches and bytes. Norms, attention and the package's own compiled functions are one kernel "
@@ -77,8 +80,8 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     for line in _lines(config, base, counts, flops):
         report(line)
     if arguments.json:
-        figures = {part: {**asdict(each), "flops_by_arithmetic": flops[part]} for part, each in counts.items()}
-        content = {"arguments": vars(arguments), "parts": figures}
+        parts = {part: {**asdict(each), "flops_by_arithmetic": flops[part]} for part, each in counts.items()}
+        content = {"arguments": vars(arguments), "parts": parts}
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -100,36 +103,50 @@ def _config_of(arguments: argparse.Namespace, base: TeacherDescription) -> Confi
 # --- counting -----------------------------------------------------------------------------------------------------
 
 
-def count_step(config: Config, base: TeacherDescription) -> dict[str, Count]:
-    """Part -> what a step of one micro-batch asks for in it. The process group that it starts is the caller's."""
+@dataclass(frozen=True, slots=True)
+class PartCount:
+    """What a part asks for: of a layer, and of a step of one micro-batch with all layers and both ends."""
+
+    layer: Count
+    step: Count
+
+
+def count_step(config: Config, base: TeacherDescription) -> dict[str, PartCount]:
+    """By part, of PARTS. The process group that it starts is the caller's."""
     groups = replace(distributed.start(config), device=META)
+    _find_out_what_torch_has()
     one, two = (_count_layers(config, base, groups, layers) for layers in (1, 2))
-    return {part: one[part] + (two[part] - one[part]) * (base.shape.num_layers - 1) for part in PARTS}
+    layers = {part: two[part] - one[part] for part in PARTS}
+    return {part: PartCount(each, one[part] + each * (base.shape.num_layers - 1)) for part, each in layers.items()}
+
+
+def _find_out_what_torch_has() -> None:
+    """What the product tries once (`products._adds_in_the_gemm`) is not to be counted with the first of the models."""
+    with counting():
+        narrow, wide = (torch.zeros(1, 1, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+        add_product(wide, narrow, narrow, is_first=False)
 
 
 def _count_layers(
     config: Config, base: TeacherDescription, groups: distributed.Groups, num_layers: int
 ) -> dict[str, Count]:
-    """The same of a model of so many layers."""
+    """Part -> what a step asks for there, of a model of so many layers."""
     shape = replace(base.shape, num_layers=num_layers)
     with OnMeta():
         stage, gradients = _build(config, replace(base, shape=shape), groups)
         batches = same_batch(config, shape.vocab_size, META)
     with counting() as counter:
         _watch(stage, counter)
-        counter.enter(ZERO)
-        gradients.zero_grad_buffer()
-        stage.zero_gradients()
-        counter.leave()
-        for part, function in ((COMPOSE, stage.compose), (PULL_BACK, stage.pull_back)):
-            if part == PULL_BACK:
-                counter.enter(BACKWARD)  # and forward, whose parts are inside
-                forward_backward([stage], batches, config, num_microbatches=1)
-                counter.leave()
-            counter.enter(part)
-            function()
-            counter.leave()
-        return {part: Count() for part in PARTS} | counter.counts()
+        with counter.part(ZERO):
+            gradients.zero_grad_buffer()
+            stage.zero_gradients()
+        with counter.part(COMPOSE):
+            stage.compose()
+        with counter.part(BACKWARD):  # and forward, whose parts are inside
+            forward_backward([stage], batches, config, num_microbatches=1)
+        with counter.part(PULL_BACK):
+            stage.pull_back()
+    return {part: Count() for part in PARTS} | counter.counts()
 
 
 def _build(config: Config, base: TeacherDescription, groups: distributed.Groups) -> tuple[PairedModel, Any]:
@@ -202,23 +219,24 @@ def flops_by_part(config: Config, base: ModelShape) -> dict[str, float]:
     return {part: own.get(part, flops.get(part, 0.0)) for part in PARTS}
 
 
-def _lines(config: Config, base: TeacherDescription, counts: dict[str, Count], flops: dict[str, float]) -> list[str]:
+def _lines(
+    config: Config, base: TeacherDescription, counts: dict[str, PartCount], flops: dict[str, float]
+) -> list[str]:
     training, student = config.training, method_of(config).student_shape(base.shape)
     rows = [_row(NAMES.get(part, part), each, flops[part]) for part, each in counts.items()]
+    both = (sum((getattr(each, name) for each in counts.values()), Count()) for name in ("layer", "step"))
     return [
         f"{base.directory.name}, hidden size {base.shape.hidden_size} to {width_and_depth(student)}; a step of one "
         f"micro-batch of {training.micro_batch_size} x {training.seq_length} tokens, "
         f"{str(parameter_dtype(config)).removeprefix('torch.')}; counted, not measured",
-        *table([HEADER, *rows, _row("all of it", total(counts.values()), sum(flops.values()))]),
+        *table([["part", *HEADER], *rows, _row("all of it", PartCount(*both), sum(flops.values()))]),
         "",
         *NOTES,
     ]
 
 
-HEADER = ["part", "launches", "GB", "least", "GB / least", "TFLOP", "by arithmetic"]
-
-
-def _row(name: str, count: Count, flops: float) -> list[str]:
-    ratio = f"{count.bytes / count.least_bytes:.2f}" if count.least_bytes else ""
-    sizes = [f"{value / 1e9:,.2f}" for value in (count.bytes, count.least_bytes)]
-    return [name, f"{count.launches:,.0f}", *sizes, ratio, *(f"{value / 1e12:,.2f}" for value in (count.flops, flops))]
+def _row(name: str, count: PartCount, flops: float) -> list[str]:
+    cells = []
+    for each in (count.layer, count.step):
+        cells += [f"{each.launches:,.0f}", *(f"{value / 1e9:,.2f}" for value in (each.bytes, each.least_bytes))]
+    return [name, *cells, *(f"{value / 1e12:,.2f}" for value in (count.step.flops, flops))]
