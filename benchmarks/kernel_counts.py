@@ -135,8 +135,7 @@ class KernelCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            self._made_in.setdefault(self._key(tensor), None)
+        self._note_given((args, kwargs))
         result = function(*args, **kwargs)
         for tensor in _tensors(result):
             self._made_in.setdefault(self._key(tensor), self._open[-1])
@@ -162,7 +161,7 @@ class KernelCounter(TorchDispatchMode):
         """What stands for a compiled `function`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = _tensors((args, kwargs))
+            given = self._note_given((args, kwargs))
             fused = self._fused = _Fused({self._key(tensor) for tensor in given})
             try:
                 result = function(*args, **kwargs)
@@ -184,6 +183,13 @@ class KernelCounter(TorchDispatchMode):
             for key, region, size in {(self._key(each.tensor), each.region, each.size) for each in accesses}:
                 visit.count.bytes += size
                 touched.setdefault(key, {})[region] = size
+
+    def _note_given(self, values: Any) -> list[Tensor]:
+        """The tensors in it; what has not been seen before is from before anything was counted."""
+        given = _tensors(values)
+        for tensor in given:
+            self._made_in.setdefault(self._key(tensor), None)
+        return given
 
     def _key(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -250,13 +256,43 @@ class OnMeta(TorchDispatchMode):
 class OperationsOfCuda(TorchFunctionMode):
     """A context in which torch takes the operations that it has on CUDA where it would decide by the device."""
 
+    def __init__(self, counter: KernelCounter):
+        super().__init__()
+        self._counter = counter
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            return _flash_attention(*args, **kwargs)
+            return _flash_attention(*args, **(kwargs or {}))
         if function is F.rms_norm and hasattr(torch.ops.aten, "_fused_rms_norm"):
-            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
-        return function(*args, **kwargs)
+            return _rms_norm(self._counter, *args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _rms_norm(
+    counter: KernelCounter, x: Tensor, normalized_shape: object, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return _Norm.apply(x, weight, counter)  # type: ignore[return-value]
+
+
+class _Norm(torch.autograd.Function):
+    """An RMSNorm that is one kernel in each direction, and keeps a number of each token, as torch's on CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, counter: KernelCounter) -> Tensor:
+        def normalize(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+            return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+        result, scale = counter.as_one_kernel(normalize)(x, weight)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.counter = counter
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+            return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+        return *ctx.counter.as_one_kernel(gradients)(grads[0], *ctx.saved_tensors), None
 
 
 def _flash_attention(
@@ -274,7 +310,7 @@ def counting() -> Iterator[KernelCounter]:
     fusion._compiled = counter.as_one_kernel  # type: ignore[assignment]
     Tensor.is_cuda = True  # type: ignore[assignment]  # which hides that of its base class, and is what we decide by
     try:
-        with OnMeta(), OperationsOfCuda(), counter:
+        with OnMeta(), OperationsOfCuda(counter), counter:
             yield counter
     finally:
         fusion._compiled = compiled

@@ -38,9 +38,9 @@ from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.methods.method import width_and_depth
 
 ZERO, BACKWARD, CLONE_BACKWARD = "zero gradients", "student backward", "clone losses, backward"
+EMBEDDINGS = "embeddings, forward and backward"
 #: In the table's order. The first three are once a step, the others of each micro-batch.
-PARTS = (ZERO, COMPOSE, PULL_BACK, EMBEDDING, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, CLONE_BACKWARD)
-NAMES = {EMBEDDING: "embeddings, forward and backward"}
+PARTS = (ZERO, COMPOSE, PULL_BACK, EMBEDDINGS, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, CLONE_BACKWARD)
 
 HEADER = ["of a layer: launches", "GB", "least", "of the step: launches", "GB", "least", "TFLOP", "by arithmetic"]
 NOTES = (
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, report: Callable[[str], None]) -> int:
     for line in _lines(config, base, counts, flops):
         report(line)
     if arguments.json:
-        parts = {part: {**asdict(each), "flops_by_arithmetic": flops[part]} for part, each in counts.items()}
+        parts = {name: {**asdict(each), "flops_by_arithmetic": flops[name]} for name, each in counts.items()}
         content = {"arguments": vars(arguments), "parts": parts}
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -146,7 +146,9 @@ def _count_layers(
             forward_backward([stage], batches, config, num_microbatches=1)
         with counter.part(PULL_BACK):
             stage.pull_back()
-    return {part: Count() for part in PARTS} | counter.counts()
+    counts = counter.counts()
+    counts[EMBEDDINGS] = counts.pop(EMBEDDING)  # its hooks are those of the forward pass
+    return {part: counts[part] for part in PARTS}
 
 
 def _build(config: Config, base: TeacherDescription, groups: distributed.Groups) -> tuple[PairedModel, Any]:
@@ -200,6 +202,7 @@ def _mark_head(node: Node, counter: KernelCounter) -> None:
     """node: of both losses, behind which are the student's hidden state and the LM head's gradient."""
     _mark(node, HEAD, counter)
     (_, (head, _)) = node.next_functions[:2]
+    assert head is not None, "an LM head is trained"
     _mark(head, HEAD, counter)
 
 
@@ -212,18 +215,18 @@ def flops_by_part(config: Config, base: ModelShape) -> dict[str, float]:
     embedding, backward = flops[EMBEDDING], 2 * flops[STUDENT]
     own = {
         ZERO: 0.0,
-        EMBEDDING: 2 * embedding,
+        EMBEDDINGS: 2 * embedding,
         BACKWARD: backward,
         CLONE_BACKWARD: flops[breakdown.BACKWARD] - backward - embedding,
     }
-    return {part: own.get(part, flops.get(part, 0.0)) for part in PARTS}
+    return {part: {**flops, **own}[part] for part in PARTS}
 
 
 def _lines(
     config: Config, base: TeacherDescription, counts: dict[str, PartCount], flops: dict[str, float]
 ) -> list[str]:
     training, student = config.training, method_of(config).student_shape(base.shape)
-    rows = [_row(NAMES.get(part, part), each, flops[part]) for part, each in counts.items()]
+    rows = [_row(part, each, flops[part]) for part, each in counts.items()]
     both = (sum((getattr(each, name) for each in counts.values()), Count()) for name in ("layer", "step"))
     return [
         f"{base.directory.name}, hidden size {base.shape.hidden_size} to {width_and_depth(student)}; a step of one "

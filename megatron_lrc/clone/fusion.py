@@ -7,7 +7,7 @@ minutes and needs a compiler; there callers keep what they pass small enough for
 import functools
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def _probe(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
