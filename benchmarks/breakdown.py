@@ -7,38 +7,43 @@ host is the part's that is under way.
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import Config, ModelShape
-from megatron_lrc.estimate.flops import head_flops, layer_flops, step_flops
+from megatron_lrc.estimate.flops import embedding_flops, head_flops, layer_flops, step_flops
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.schedules import forward_backward
+from megatron_lrc.methods import method_of
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 from megatron_lrc.train.step import Run
 
-COMPOSE, TEACHER, STUDENT, CLONE = "compose", "teacher forward", "student forward", "clone losses, forward"
+COMPOSE, EMBEDDING = "compose", "embeddings, forward"
+TEACHER, STUDENT, CLONE = "teacher forward", "student forward", "clone losses, forward"
 HEAD, BACKWARD = "LM and KL losses and their gradients", "backward, clone losses' included"
 PULL_BACK, OPTIMIZER, OTHER = "pull back", "zero, reduce, clip, Adam", "other"
-PARTS: tuple[str, ...] = (COMPOSE, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, PULL_BACK, OPTIMIZER, OTHER)
+PARTS: tuple[str, ...] = (*(COMPOSE, EMBEDDING, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, PULL_BACK, OPTIMIZER, OTHER),)
 
 
 def flops_by_part(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, float]:
     """Part -> FLOPs of matrix products in it, of one step. The heads' gradients are made with their losses."""
-    flops, training = step_flops(config, teacher, student), config.training
+    flops, training, method = step_flops(config, teacher, student), config.training, method_of(config)
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
     teacher_head = tokens * head_flops(teacher) if config.total_kl_weight else 0.0
     student_head = tokens * head_flops(student)
+    own = method.own_matrices(has_changed=method.changes_at_once)
+    embeddings = tokens * embedding_flops(method, teacher, student, own)
     student_layers = tokens * layer_flops(student, (training.seq_length + 1) / 2) * student.num_layers
     return {
         COMPOSE: flops.projections / 2,
+        EMBEDDING: embeddings,
         TEACHER: flops.teacher_forward - teacher_head,
         STUDENT: student_layers,
-        CLONE: flops.student_forward - student_head - student_layers,
+        CLONE: flops.student_forward - student_head - student_layers - embeddings,
         HEAD: teacher_head + 3 * student_head,
         BACKWARD: flops.student_backward - 2 * student_head,
         PULL_BACK: flops.projections / 2,
@@ -86,7 +91,7 @@ def breakdown(run: Run, batches: Iterator[dict[str, Tensor]], repeats: int) -> d
     (stage,) = run.stages
     assert isinstance(stage, PairedModel)
     timeline = Timeline(run.groups.device)
-    _watch(stage, timeline)
+    watch(stage, timeline)
     steps = []
     for _ in range(repeats):
         _step(run, batches, timeline)
@@ -94,19 +99,36 @@ def breakdown(run: Run, batches: Iterator[dict[str, Tensor]], repeats: int) -> d
     return {part: [step[part] for step in steps] for part in PARTS}
 
 
-def _watch(stage: PairedModel, timeline: Timeline) -> None:
-    def around(module: torch.nn.Module, part: str) -> None:
-        module.register_forward_pre_hook(lambda *_: timeline.enter(part), prepend=True)
-        module.register_forward_hook(lambda *_: timeline.leave())
+class Parts(Protocol):
+    """What is told where a step is: a `Timeline`, or what counts instead of taking the time."""
 
-    around(stage, HEAD)  # what is in neither model
-    around(stage.teacher, TEACHER)
-    around(stage.student, STUDENT)
+    def enter(self, part: str) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+def around(module: torch.nn.Module, part: str, parts: Parts) -> None:
+    """Have a module's forward pass be in this part."""
+    module.register_forward_pre_hook(lambda *_: parts.enter(part), prepend=True)
+    module.register_forward_hook(lambda *_: parts.leave())
+
+
+def watch(stage: PairedModel, parts: Parts) -> None:
+    """Tell `parts` of what is in the stage's forward pass."""
+
+    def begin_head(*_: object) -> None:
+        parts.leave()
+        parts.enter(HEAD)
+
+    around(stage, EMBEDDING, parts)  # what is before the student, but for the teacher
+    around(stage.teacher, TEACHER, parts)
+    around(stage.student, STUDENT, parts)
+    stage.student.register_forward_hook(begin_head)
     for _, layer in layers_of(stage.student):
         for name in CAPTURED_LINEARS:
             linear = layer.get_submodule(name)  # its own hook, between these two, computes the clone loss
-            linear.register_forward_hook(lambda *_: timeline.enter(CLONE), prepend=True)
-            linear.register_forward_hook(lambda *_: timeline.leave())
+            linear.register_forward_hook(lambda *_: parts.enter(CLONE), prepend=True)
+            linear.register_forward_hook(lambda *_: parts.leave())
 
 
 def _step(run: Run, batches: Iterator[dict[str, Tensor]], timeline: Timeline) -> None:

@@ -91,9 +91,13 @@ def add_size_flags(parser: argparse.ArgumentParser, *, seq_length: int) -> None:
 
 
 def add_student_flags(parser: argparse.ArgumentParser) -> None:
+    add_width_flags(parser)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
+
+
+def add_width_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student-hidden-size", required=True, type=int, metavar="N", help="as in a training")
     parser.add_argument("--bf16", action="store_true", help="as in a training (default: fp32)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds (default: 3)")
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

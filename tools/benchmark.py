@@ -26,6 +26,7 @@ COMMANDS = {
     "compose": "compose and pull back, against their bare matrix products and against micro-batches",
     "start": "what it costs that 1,024 ranks compare what they are before they start (simulated)",
     "methods": "tokens/s of an optimizer step of every method, over ordinary training's",
+    "kernels": "launches, bytes and FLOPs of an LRC step by part, counted without a GPU, beside their bounds",
     "step": "tokens/s of whole optimizer steps: LRC, ordinary training of the student, a naive LRC",
 }
 

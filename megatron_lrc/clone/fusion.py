@@ -7,7 +7,7 @@ minutes and needs a compiler; there callers keep what they pass small enough for
 import functools
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ def _probe(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x) * x
 
 
-def _compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
@@ -75,19 +76,17 @@ def fused_on_cuda(function: Callable[Arguments, Result]) -> Callable[Arguments, 
     """`function` of tensors, through torch.compile where the first is on a GPU. Where the compiler cannot be used (no
     Triton, no C compiler, more kinds of arguments than torch keeps versions for) a warning says so once, and the
     function runs as it is."""
-    compiled: Callable[Arguments, Result] | None = None
     is_refused = False
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        nonlocal compiled, is_refused
+        nonlocal is_refused
         is_plain = is_refused or _reason is not None
         if is_plain or not (isinstance(args[0], Tensor) and args[0].is_cuda):
             return function(*args, **kwargs)
         try:
             # Made, and its exceptions imported, where they are needed: both load the compiler, which takes seconds.
-            compiled = compiled or _compiled(function)
-            return compiled(*args, **kwargs)
+            return _compiled(function)(*args, **kwargs)
         except _refusals() as problem:
             is_refused = True
             warnings.warn(

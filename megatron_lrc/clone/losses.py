@@ -83,7 +83,7 @@ class CloneLoss(torch.autograd.Function):
         weight = weight.to(torch.promote_types(student.dtype, torch.float32)) * (2.0 * ctx.scale)
         if not to_target:
             return _add_error(grads[0], student, target, weight, *ctx.places), *([None] * 6)
-        error = _add_error(torch.zeros_like(student), student, target, weight, *ctx.places)
+        error = _error(student, target, weight, *ctx.places)
         return grads[0] + error if to_student else None, error.neg_(), *([None] * 5)
 
 
@@ -97,13 +97,29 @@ def _add_error(
     heads: HeadLayout,
     tp_size: int,
 ) -> Tensor:
-    """[s, b, f]: grad + (student - target) * weight / the width of its site, in grad's dtype."""
-    total, error = grad.clone(), student - target
+    """[s, b, f]: grad + `_error`, rounded to grad's dtype once."""
+    return (grad + (student - target) * _factor(student, weight, sites, heads, tp_size)).to(grad.dtype)
+
+
+@fused_on_cuda
+def _error(
+    student: Tensor, target: Tensor, weight: Tensor, sites: tuple[Site, ...], heads: HeadLayout, tp_size: int
+) -> Tensor:
+    """[s, b, f]: (student - target) * weight / the width of its site, in the student's dtype."""
+    return ((student - target) * _factor(student, weight, sites, heads, tp_size)).to(student.dtype)
+
+
+def _factor(like: Tensor, weight: Tensor, sites: tuple[Site, ...], heads: HeadLayout, tp_size: int) -> Tensor:
+    """[s, b, f], in the weight's dtype: what an error is multiplied by; 0 where no site is.
+
+    Sites are put together here, and not in the sum: the compiler would write a sum to memory after each of them.
+    """
+    factor = torch.zeros_like(like, dtype=weight.dtype)
     for site, of_site in zip(sites, weight.unbind(-1), strict=True):
-        part, sum_of_both = (select(site, tensor, heads, -1) for tensor in (error, total))
-        of_token = (of_site / _width(site, part, tp_size)).reshape(*part.shape[:2], *[1] * (part.dim() - 2))
-        sum_of_both.add_(part * of_token)
-    return total
+        part = select(site, factor, heads, -1)
+        of_token = of_site / _width(site, part, tp_size)
+        part.copy_(of_token.reshape(*part.shape[:2], *[1] * (part.dim() - 2)))
+    return factor
 
 
 class CarryLoss(torch.autograd.Function):

@@ -1,11 +1,14 @@
 """What is compiled on a GPU gives, compiled here for the CPU, what it gives as it stands; for every size in one go."""
 
 import functools
+import math
+import re
 import shutil
 import warnings
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from megatron_lrc.clone import fusion, losses, vocab_parallel
 from megatron_lrc.clone.fusion import compile_nothing, compile_problem, fused_on_cuda
@@ -34,6 +37,7 @@ def arguments(name, n, v):
         "squared_errors": (*pair, *places),
         "mean_squares": (pair[0], *places),
         "_add_error": (torch.randn(n, 2, v).to(HALF), *pair, torch.rand(n, 2, len(sites)), *places),
+        "_error": (*pair, torch.rand(n, 2, len(sites)), *places),
     }[name]
 
 
@@ -102,22 +106,40 @@ def test_a_compilers_message_is_told_without_its_backends_name():
     assert fusion.first_line(AssertionError()) == "AssertionError"
 
 
+def elements(values):
+    """Of all tensors in it."""
+    return sum(x.numel() for x in tree_leaves(values) if isinstance(x, torch.Tensor))
+
+
+def elements_allocated(code):
+    """Of all buffers that compiled code makes, for the sizes that it was compiled for."""
+    given = dict(re.findall(r"(arg\d+_1) = (\d+)$", code, re.M))
+    symbols = {name: int(given[argument]) for name, argument in re.findall(r"(s\d+) = (arg\d+_1)$", code, re.M)}
+    buffers = [eval(f"({each})", symbols) for each in re.findall(r"= empty_strided_cpu\((.*), torch\.\w+\)", code)]
+    return sum(math.prod(shape) for shape, _ in buffers)
+
+
 @pytest.mark.slow  # compiling takes 20 s
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("module, names", [
     (vocab_parallel, ("_student_sum", "_student_gradient", "_sums_of_both", "_gap_sum", "_gradient_of_both")),
-    (losses, ("squared_errors", "mean_squares", "_add_error")),
+    (losses, ("squared_errors", "mean_squares", "_add_error", "_error")),
 ])  # fmt: skip
-def test_compiled_functions_equal_themselves(module, names):
+def test_compiled_functions_equal_themselves_and_keep_nothing_between(module, names):
+    """Beside their results they make buffers for a few numbers of each token, and none of their arguments' size."""
+    from torch._inductor import utils  # loads the compiler
+
     for name in names:
         plain = getattr(module, name).__wrapped__
         compiled = torch.compile(plain, dynamic=True, fullgraph=True)
         for tokens, vocab in ((64, 500), (33, 301)):
             given = arguments(name, tokens, vocab)
             copies = [[x.clone() if isinstance(x, torch.Tensor) else x for x in given] for _ in range(2)]
-            results = []
-            for function, own in zip((plain, compiled), copies, strict=True):
-                result = function(*own)
-                results.append(own[0] if result is None else result)  # in place where it gives nothing
+            result = plain(*copies[0])
+            again, codes = utils.run_and_get_code(compiled, *copies[1])
+            allocated = sum(map(elements_allocated, codes))
+            assert elements(result) <= allocated <= elements(result) + 20 * tokens or not codes, name
+            if result is None:  # in place
+                result, again = copies[0][0], copies[1][0]
             tolerance = 2e-2 if given[0].dtype == HALF else 1e-5
-            torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance, msg=name)
+            torch.testing.assert_close(again, result, rtol=tolerance, atol=tolerance, msg=name)

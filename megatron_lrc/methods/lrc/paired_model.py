@@ -9,7 +9,7 @@ Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` s
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -151,12 +151,16 @@ class PairedModel(TwoModels):
         """The teacher is frozen. The student's matrices gather gradients, composed ones by themselves and its
         own in DDP's buffers; unless all are its own, its biases are the teacher's, unchanged."""
         self.teacher.requires_grad_(False)
-        composed = {id(weight.student): weight.student for weight in self.cloned_weights if weight.is_composed}
+        composed = {id(matrix) for matrix in self._composed_matrices()}
         trained = {id(parameter) for parameter in self._trained_weights.parameters()}
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in composed or id(parameter) in trained)
-        for matrix in composed.values():
+        for matrix in self._composed_matrices():
             accumulate_in_fp32(matrix)
+
+    def _composed_matrices(self) -> Iterable[nn.Parameter]:
+        """Of the student: each once, also where several sites are fused in it."""
+        return {id(weight.student): weight.student for weight in self.cloned_weights if weight.is_composed}.values()
 
     # --- what is trained --------------------------------------------------------------------------
 
@@ -200,9 +204,8 @@ class PairedModel(TwoModels):
                 yield weight.site, layer, select(weight.site, grad, self.heads)
 
     def zero_gradients(self) -> None:
-        for weight in self.cloned_weights:
-            if weight.is_composed:
-                zero_gradient(weight.student)
+        for matrix in self._composed_matrices():
+            zero_gradient(matrix)
         self.overlap.begin_step()
 
     def attach(self, overlap: Overlap) -> None:
