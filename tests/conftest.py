@@ -1,11 +1,14 @@
 """Fixtures: tiny teachers and datasets. Ranks are spawned by `ranks.py`; the oracle is `reference.py`."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from full_size_teachers import write_full_size_teachers
 from hf_teachers import write_llama
 from tiny_data import write_counting
 
@@ -28,6 +31,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return written[key]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def full_size_teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of `write_full_size_teachers`, by name; not to be changed. The workers of a run share them: what is
+    read of a teacher, all of it, is remembered for all."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "full_size_teachers"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            write_full_size_teachers(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,13 @@ config.json and the file's header are what the real ones say; the values, all ze
 
 import json
 import math
+import time
 from pathlib import Path
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from hf_teachers import write_tokenizer
+from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.hf.families import describe_teacher, expected_weights
 
 _LLAMA3_ROPE = {
@@ -70,3 +72,12 @@ def write_full_size_teacher(name: str, folder: Path) -> str:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + position)
     return str(folder)
+
+
+def write_full_size_teachers(folder: Path) -> None:
+    """All of them. Returns when their files are so old that what is read of them is remembered (`hash_cache.py`)."""
+    folder.mkdir()
+    for name in (*TEACHER_SHAPES, "SmolLM2-135M-Instruct"):
+        write_full_size_teacher(name, folder / name)
+    assert sum(file.stat().st_blocks * 512 for file in folder.rglob("*.safetensors")) < 2**20  # sparse
+    time.sleep(2.1)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from full_size_teachers import write_full_size_teacher
 from megatron_lrc.commands.main import main
 from megatron_lrc.config import PUBLISHED_RUNS
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
@@ -31,22 +30,13 @@ BILLIONS = {
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teachers")
-    for name in TEACHER_SHAPES:
-        write_full_size_teacher(name, folder / name)
-    assert sum(file.stat().st_blocks * 512 for file in folder.rglob("*.safetensors")) < 2**20  # sparse
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     tokens = [number % 64 + 100 for number in range(2100)]
     return write_dataset(tmp_path_factory.mktemp("data") / "text", [tokens] * 200)
 
 
 @pytest.fixture
-def dry_run(teachers, data, tmp_path, capsys, monkeypatch):
+def dry_run(full_size_teachers, data, tmp_path, capsys, monkeypatch):
     """`dry_run(preset, *flags)` -> (exit code, stdout, stderr's errors). With room for checkpoints of any size, unless
     another place than the usual one is given for them."""
     measured = training.free_space
@@ -54,7 +44,7 @@ def dry_run(teachers, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "free_space", lambda run: 1e13 if run == str(usual) else measured(run))
 
     def run(preset: str, *flags: str, save: Path = usual) -> tuple[int, str, list[str]]:
-        teacher = teachers / PUBLISHED_RUNS[preset][0]
+        teacher = full_size_teachers / PUBLISHED_RUNS[preset][0]
         common = ["--teacher", str(teacher), "--data-path", data, "--split", "90,10,0", "--save", str(save)]
         code = main(["train", "--preset", preset, *common, *flags])
         out, err = capsys.readouterr()
@@ -76,8 +66,8 @@ def hours(text: str) -> float:
 
 
 @pytest.mark.parametrize("name", TEACHER_SHAPES)
-def test_the_shapes_known_by_name_are_those_of_the_teachers(teachers, name):
-    assert describe_teacher(teachers / name).shape == TEACHER_SHAPES[name]
+def test_the_shapes_known_by_name_are_those_of_the_teachers(full_size_teachers, name):
+    assert describe_teacher(full_size_teachers / name).shape == TEACHER_SHAPES[name]
 
 
 @pytest.mark.parametrize("preset", PUBLISHED_RUNS)
@@ -192,10 +182,17 @@ def test_checkpoints_are_counted_as_they_are_kept(dry_run):
         assert f"; {count} kept and one being written" in dry_run("lrc-1.5b", "--dry-run", "8", *flags)[1]
 
 
-def test_the_launch_script_passes_a_dry_run_on_with_its_number_of_processes(teachers, data, tmp_path):
+def test_the_launch_script_passes_a_dry_run_on_with_its_number_of_processes(full_size_teachers, data, tmp_path):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "SLURM_"))}
     result = subprocess.run(
-        ["bash", "examples/pretrain_lrc.sh", "--preset", "lrc-1.5b", "--teacher", teachers / "Llama-3.2-3B-Instruct"]
+        [
+            "bash",
+            "examples/pretrain_lrc.sh",
+            "--preset",
+            "lrc-1.5b",
+            "--teacher",
+            full_size_teachers / "Llama-3.2-3B-Instruct",
+        ]
         + ["--data-path", data, "--split", "90,10,0", "--save", tmp_path / "run", "--keep-last", "1", "--dry-run"],
         cwd=ROOT,
         env=kept | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "NNODES": "2", "GPUS_PER_NODE": "4"},

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from full_size_teachers import write_full_size_teacher
 from megatron_lrc.commands.main import main
 from megatron_lrc.config import PRESETS, SETTINGS, load_yaml
 from tiny_data import write_dataset
@@ -28,10 +27,10 @@ def test_every_file_is_tested():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_file_passes_the_dry_run_of_its_machines(name, tmp_path, capsys):
+def test_a_file_passes_the_dry_run_of_its_machines(name, full_size_teachers, tmp_path, capsys):
     teacher, gpus, layout = RUNS[name]
     data = write_dataset(tmp_path / "text", [[number % 64 + 100 for number in range(2100)]] * 200)
-    paths = ["--teacher", write_full_size_teacher(teacher, tmp_path / teacher), "--data-path", data]
+    paths = ["--teacher", str(full_size_teachers / teacher), "--data-path", data]
     flags = ["--config", str(CONFIGS / name), *paths, "--split", "90,10,0", "--save", str(tmp_path / "run")]
     code = main(["train", *flags, "--dry-run", gpus])
     out, err = capsys.readouterr()
