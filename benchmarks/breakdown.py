@@ -36,7 +36,7 @@ def flops_by_part(config: Config, teacher: ModelShape, student: ModelShape) -> d
     teacher_head = tokens * head_flops(teacher) if config.total_kl_weight else 0.0
     student_head = tokens * head_flops(student)
     own = method.own_matrices(has_changed=method.changes_at_once)
-    embeddings = tokens * embedding_flops(method, teacher, student, own)
+    embeddings = tokens * embedding_flops(teacher, student, own)
     student_layers = tokens * layer_flops(student, (training.seq_length + 1) / 2) * student.num_layers
     return {
         COMPOSE: flops.projections / 2,

@@ -306,12 +306,12 @@ def _flash_attention(
 @contextmanager
 def counting() -> Iterator[KernelCounter]:
     """Count all that happens to tensors in this context, as on CUDA."""
-    counter, compiled = KernelCounter(), fusion._compiled
-    fusion._compiled = counter.as_one_kernel  # type: ignore[assignment]
+    counter, compiled = KernelCounter(), fusion._compiled_once
+    fusion._compiled_once = counter.as_one_kernel  # type: ignore[assignment]
     Tensor.is_cuda = True  # type: ignore[assignment]  # which hides that of its base class, and is what we decide by
     try:
         with OnMeta(), OperationsOfCuda(counter), counter:
             yield counter
     finally:
-        fusion._compiled = compiled
+        fusion._compiled_once = compiled
         del Tensor.is_cuda

@@ -46,9 +46,13 @@ def _probe(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x) * x
 
 
-@functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def _compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _compiled(function)
 
 
 def first_line(problem: Exception) -> str:
@@ -86,7 +90,7 @@ def fused_on_cuda(function: Callable[Arguments, Result]) -> Callable[Arguments, 
             return function(*args, **kwargs)
         try:
             # Made, and its exceptions imported, where they are needed: both load the compiler, which takes seconds.
-            return _compiled(function)(*args, **kwargs)
+            return _compiled_once(function)(*args, **kwargs)
         except _refusals() as problem:
             is_refused = True
             warnings.warn(

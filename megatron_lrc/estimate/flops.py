@@ -53,7 +53,7 @@ def step_flops(
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
     keys = (training.seq_length + 1) / 2
-    through_p = embedding_flops(method, teacher, student, own)
+    through_p = embedding_flops(teacher, student, own)
     clone_forward, clone_backward = (part + through_p for part in _clone_flops(method, teacher, student, own))
     student_layers = layer_flops(student, keys) * student.num_layers
     student_head = head_flops(student)
@@ -94,10 +94,10 @@ def projection_flops(
     return 2 * 2.0 * elements * student.hidden_size
 
 
-def embedding_flops(method: Method, teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> float:
+def embedding_flops(teacher: ModelShape, student: ModelShape, own: frozenset[str]) -> float:
     """Forward FLOPs per token of the teacher's embeddings times P, where the student's matrix is not made; backward
     has as many."""
-    is_looked_up = method.has_teacher and not student.is_tied and EMBED.name not in own
+    is_looked_up = not student.is_tied and EMBED.name not in own
     return 2.0 * teacher.hidden_size * student.hidden_size if is_looked_up else 0.0
 
 
