@@ -111,7 +111,7 @@ BOMBS = {
     "a-product": ("{{ 'x' * 10 ** 10 }}", "takes more than 64 MiB of memory"),
     "a-list": ("{{ ([0] * 10 ** 10) | length }}", "takes more than 64 MiB of memory"),
     "a-power": ("{{ 10 ** (10 ** 8) > 3 }}", r"takes more than (64 MiB|0\.1 s)"),
-    "a-width": ("{{ '%1000000000d' % 1 }}", "takes more than 64 MiB of memory"),
+    "a-width": ("{{ '%1000000000d' % 1 }}", r"takes more than (64 MiB|0\.1 s)"),
     "long-text": ("{{ 'x' * 3000000 }}", "takes 3000000 characters, and 1048576 are allowed"),
     "only-of-this-chat": (
         "{% if messages[0].content == 'word1' %}" + LONG + "{% endfor %}{% endfor %}{% endif %}",
