@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.clone.overlap import Overlap
-from megatron_lrc.clone.sites import HeadLayout, Site, compose, pull_back, select
+from megatron_lrc.clone.sites import HeadLayout, Site, compose_into, pull_back, select
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class Projections(nn.Module):
             if weight.is_composed:
                 student = select(weight.site, weight.student, weight.heads)
                 teacher = select(weight.site, weight.teacher, weight.heads)
-                student.copy_(compose(weight.site, teacher, projection))
+                compose_into(student, weight.site, teacher, projection)
             if is_target:
                 self._targets[name] = leaf = projection.detach()
                 if not self._are_detached[name]:

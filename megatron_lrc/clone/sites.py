@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megatron_lrc.clone.products import product_with_gradient
@@ -95,9 +96,21 @@ def select(site: Site, fused: Tensor, heads: HeadLayout, dim: int = 0) -> Tensor
 
 def compose(site: Site, teacher: Tensor, projection: Tensor) -> Tensor:
     """W_S from W_T: [..., o, D] @ [D, d], or [D, d]^T @ [D, i]. Shards of the other dimension give shards of W_S."""
-    if site.projected == "input":
-        return teacher @ projection
-    return projection.t() @ teacher
+    left, right = _factors(site, teacher, projection)
+    return left @ right
+
+
+def compose_into(student: Tensor, site: Site, teacher: Tensor, projection: Tensor) -> None:
+    """The same, written to where W_S is: by the product itself, but for the parts of a fused q, k, v."""
+    left, right = _factors(site, teacher, projection)
+    if student.dim() == 2:
+        torch.mm(left, right, out=student)
+    else:
+        student.copy_(left @ right)
+
+
+def _factors(site: Site, teacher: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    return (teacher, projection) if site.projected == "input" else (projection.t(), teacher)
 
 
 def pull_back(site: Site, teacher: Tensor, student_grad: Tensor) -> Tensor:
