@@ -40,7 +40,7 @@ layout-report: export OMP_NUM_THREADS ?= 1
 layout-report: $(VENV)/.installed-test ## writes docs/layouts.md: gradient errors against the reference, by layout
 	$(BIN)/python tests/layout_report.py
 
-demo: $(VENV)/.installed-demo ## clones a real teacher, end to end: about 12 minutes, plus downloads
+demo: $(VENV)/.installed-demo ## clones a real teacher, end to end: about 10 minutes, plus downloads
 	PYTHON=$(abspath $(BIN)/python) bash examples/demo/run.sh
 
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/python
