@@ -24,7 +24,7 @@ help: ## this list
 
 # One thread per process unless told otherwise: the tests start several processes.
 test test-slow: export OMP_NUM_THREADS ?= 1
-test: $(VENV)/.installed-test ## the CPU suite, about 10 minutes on two cores
+test: $(VENV)/.installed-test ## the CPU suite, about 12 minutes on two cores
 	$(PYTEST) -ra --durations=10 -m "not slow" $(call ended-after,400)
 
 test-slow: $(VENV)/.installed-test ## what `make test` leaves out: four ranks, long forms
