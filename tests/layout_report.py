@@ -94,8 +94,9 @@ def main() -> None:
     output.write_text(
         "# Gradients on every layout\n\n"
         "Largest relative error of any projection's or norm gain's gradient against a single-process autograd\n"
-        "reference (`tests/reference.py`), both in fp64, with ragged loss masks and all losses on. Made by\n"
-        "`make layout-report`.\n\n"
+        "reference (`tests/reference.py`), both in fp64, with ragged loss masks and all losses on. Students are\n"
+        "untied: their embeddings are the teacher's, projected. (`distributed/test_gradients.py` has tied ones too.)\n"
+        "Made by `make layout-report`.\n\n"
         f"| layout | {' | '.join(TEACHERS)} |\n|---|{'---|' * len(TEACHERS)}\n" + "\n".join(rows) + "\n"
     )
     print(f"wrote {output}")
