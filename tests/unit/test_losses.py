@@ -8,6 +8,7 @@ from megatron_lrc.clone import vocab_parallel
 from megatron_lrc.clone.energy import TypicalEnergy, relative_weights
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, mean_squares, squared_errors
 from megatron_lrc.clone.products import wide_product
+from megatron_lrc.clone.projections import accumulate_in_fp32
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, HeadSums, VocabularyShard, lm_and_kl_loss
 from megatron_lrc.mcore.stages import LossSums
@@ -270,3 +271,29 @@ def test_products_are_not_rounded_to_the_dtype_of_their_operands(dtype):
     product = wide_product(hidden, rows)
     assert product.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(product.double(), hidden.double() @ rows.double().t(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_embedding", [False, True])
+def test_the_heads_gradient_gathers_in_fp32_beside_what_autograd_brings(is_embedding):
+    """Over two micro-batches, as of a composed head; of a tied one the embedding's gradient comes besides."""
+    student_hidden, head, teacher_hidden, teacher_head, labels, weight = random_problem(torch.float32)
+    narrow = head.detach().bfloat16().requires_grad_()
+    accumulate_in_fp32(narrow)
+    settings = HeadLossSettings(1.0, 1.0, 1.0, 5)
+
+    def losses(head, hidden):
+        own = hidden.to(head.dtype) + (head[labels] if is_embedding else 0)
+        teacher = teacher_hidden.to(head.dtype), teacher_head.to(head.dtype)
+        shard = VocabularyShard.of(VOCAB, PADDED, None)
+        how = {"shard": shard, "settings": settings, "is_embedding": is_embedding}
+        return lm_and_kl_loss(own, teacher[0], head, teacher[1], labels, weight, **how)[0]
+
+    wide = narrow.detach().float().requires_grad_()
+    for scale in (1.0, 0.5):
+        hidden = (student_hidden.detach() * scale).bfloat16()
+        losses(narrow, hidden).backward()
+        losses(wide, hidden.float()).backward()
+    assert narrow.grad is None and wide.grad.abs().max() > 0.1
+    assert (narrow.main_grad - wide.grad).norm() < 0.02 * wide.grad.norm()
+    with pytest.raises(RuntimeError, match="backward has to begin with the loss scale"):
+        (losses(narrow, hidden) * 2).backward()
