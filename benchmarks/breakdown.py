@@ -25,7 +25,8 @@ COMPOSE, EMBEDDING = "compose", "embeddings, forward"
 TEACHER, STUDENT, CLONE = "teacher forward", "student forward", "clone losses, forward"
 HEAD, BACKWARD = "LM and KL losses and their gradients", "backward, clone losses' included"
 PULL_BACK, OPTIMIZER, OTHER = "pull back", "zero, reduce, clip, Adam", "other"
-PARTS = (COMPOSE, EMBEDDING, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, PULL_BACK, OPTIMIZER, OTHER)
+#: In the order of a step.
+PARTS: list[str] = [COMPOSE, EMBEDDING, TEACHER, STUDENT, CLONE, HEAD, BACKWARD, PULL_BACK, OPTIMIZER, OTHER]
 
 
 def flops_by_part(config: Config, teacher: ModelShape, student: ModelShape) -> dict[str, float]:
