@@ -9,9 +9,11 @@ from statistics import median
 import psutil
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import methods_benchmark as methods
 from benchmarks import step_benchmark as step
+from benchmarks.bare_products import BareProducts, products_of
 from benchmarks.breakdown import PARTS
 from benchmarks.measured_models import add_teacher_flags, open_base
 from hf_teachers import WRITERS
@@ -79,6 +81,10 @@ def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys, monkeypatch)
         rates = zip(own, figures["gemm_flops_per_second"], strict=True)
         of_peak = median(figures["contestants"][name]["flops"] / each / peak for each, peak in rates)
         assert f" {median(32 / each for each in own):,.0f} (" in row and f" {of_peak:,.3f} (" in row
+        bare = figures["contestants"][name]["product_seconds"]
+        assert len(bare) == (0 if name == "naive" else 3)
+        if bare:
+            assert f" {median(alone / each for alone, each in zip(bare, own, strict=True)):,.3f} (" in row
 
     assert counted == {("torch's AdamW", 32)} and list(figures["profile"]) == list(PARTS)
     for name, values in figures["profile"].items():
@@ -90,6 +96,35 @@ def test_the_table_and_the_json_agree(tiny_llama, tmp_path, capsys, monkeypatch)
         "clone terms",
         "gradient norm",
     ]
+
+
+def test_products_are_done_again_as_they_were():
+    """Each of them, in its layout and type, and nothing else."""
+    left, right, total = torch.randn(4, 6), torch.randn(8, 6), torch.zeros(4, 8)
+
+    def some_step():
+        torch.addmm(total, left, right.t(), out=total)
+        (left @ right.t()).exp().sum()
+        torch.bmm(left.bfloat16()[None], right.t().bfloat16()[None])
+
+    products = products_of(some_step)
+    with FlopCounterMode(display=False) as counter:
+        products.run()
+    assert len(products) == 3 and counter.get_total_flops() == 3 * 2 * 4 * 6 * 8
+    before = total.clone()
+    products.run()
+    assert torch.equal(total, before)  # not on the step's own tensors
+    with BareProducts() as again:
+        products.run()
+    assert (
+        again.shapes
+        == products.shapes
+        == [
+            [((4, 8), (8, 1)), ((4, 6), (6, 1)), ((6, 8), (1, 6)), ((4, 8), (8, 1))],
+            [((4, 6), (6, 1)), ((6, 8), (1, 6))],
+            [((1, 4, 6), (24, 6, 1)), ((1, 6, 8), (6, 1, 6))],
+        ]
+    )
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
