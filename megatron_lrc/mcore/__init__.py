@@ -1,6 +1,8 @@
 """THE DOOR to megatron-core: the only package (with data/, for its datasets) that imports it."""
 
+import importlib.util
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,21 @@ warnings.filterwarnings("ignore", message="`load_state_dict` is deprecated", cat
 
 # Of models that we do not build.
 warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
+
+
+class _Unusable(types.ModuleType):
+    """Stands for a module that cannot be imported here and that nobody calls: it has every name, which is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+# Kernels for mixtures of experts, which no model of ours has. Importing megatron-core 0.19 imports them all the same,
+# and they need Triton, which only torch's CUDA builds bring.
+if importlib.util.find_spec("triton") is None:
+    _kernels = _Unusable("megatron.core.transformer.moe.ops.paged_stash")
+    sys.modules.setdefault(_kernels.__name__, _kernels)
 
 if torch.cuda.is_available():
     hide_if_broken()

@@ -4,6 +4,7 @@ It is not needed for that: a package of its name breaks as its sources (2.1 to 2
 """
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -111,6 +112,14 @@ def test_a_run_with_a_broken_one_ends_in_that_sentence_and_data_can_be_used(tiny
     assert "Transformer Engine 2.4.0 is installed but was compiled for another torch" in error
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert error.endswith("With --transformer-impl local a run does without it.")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
+def test_megatron_core_gets_what_it_imports_of_triton_without_it():
+    """0.19 imports these kernels, and they import Triton, whether there is a GPU or not."""
+    from megatron.core.transformer.moe.ops.paged_stash import any_of_its_kernels
+
+    assert any_of_its_kernels is None and importlib.util.find_spec("triton") is None
 
 
 # ------------------------------------------------------------------------------------------------------- versions
