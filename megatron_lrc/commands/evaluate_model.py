@@ -19,6 +19,7 @@ from megatron_lrc.commands.next_command import after_evaluation, say_next
 from megatron_lrc.console import say
 from megatron_lrc.evaluation.nine_tasks import NINE_TASKS
 
+TAKES_LESS = "Use a smaller --batch-size or --seq-length, or --device cpu."
 NICENESS = 10  # of a process that watches a run
 
 

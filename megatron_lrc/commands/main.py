@@ -90,10 +90,17 @@ def _prepare(command: str) -> Any:
 
 def _run(module: Any, argv: Sequence[str], program: str) -> int:
     from megatron_lrc.config import ConfigError
+    from megatron_lrc.memory_errors import cause_of, is_out_of_memory
     from megatron_lrc.os_errors import explain
 
     try:
         return module.run(argv, program)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        takes_less = getattr(module, "TAKES_LESS", "Use a machine that has more, or end what else is on it.")
+        complain(f"{program}: the memory ran out ({cause_of(error)}). {takes_less}")
+        return 2
     except (ConfigError, OSError) as error:
         for line in (explain(error) if isinstance(error, OSError) else str(error)).splitlines():
             complain(f"{program}: {line}")

@@ -15,6 +15,8 @@ from pathlib import Path
 from megatron_lrc.commands.flags import DTYPES, flag_adder, new_parser
 from megatron_lrc.console import say
 
+TAKES_LESS = "Use a smaller --batch-size or --seq-length, or --device cpu."
+
 
 def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     parser = new_parser(program, __doc__)

@@ -22,6 +22,7 @@ from megatron_lrc.config import (
     TRAINING,
     Config,
     ConfigError,
+    RunFailed,
     RunStopped,
     parse_config,
     presets_of,
@@ -50,7 +51,7 @@ def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
     except RunStopped as error:
         report_final_failure(str(error), 1)
         return 1
-    except RanksMissing as error:  # which may come when all are started again
+    except (RanksMissing, RunFailed) as error:  # it may go well when all are started again
         report_failure(str(error))
         return 1
     except Exception as error:

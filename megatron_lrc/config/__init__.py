@@ -17,7 +17,7 @@ from .arguments import (
     take_dry_run,
 )
 from .budget import budgets_of, check_budget, count_steps, describe_budgets, describe_training, is_counted
-from .config import MATRICES, Config, ConfigError, ModelShape, RunStopped, flag_of, parse_clone_term
+from .config import MATRICES, Config, ConfigError, ModelShape, RunFailed, RunStopped, flag_of, parse_clone_term
 from .counts import exact_count, parse_count, short_count
 from .departures import describe_departures, propose_batches
 from .layout_checks import check_batches, check_layout, divisors

@@ -42,6 +42,10 @@ class RunStopped(RuntimeError):
     """A run ended itself: going on would be of no use. The message says why and what to do."""
 
 
+class RunFailed(RuntimeError):
+    """A run had to end, and may go on from its last checkpoint. The message says why and what to do."""
+
+
 def flag_of(name: str) -> str:
     """The command-line spelling of a field, which is also how messages name it."""
     return "--" + name.replace("_", "-")

@@ -44,6 +44,7 @@ from megatron_lrc.train.garbage import collect_after, collect_everything, collec
 from megatron_lrc.train.guard import Guard
 from megatron_lrc.train.heartbeat import Heartbeat
 from megatron_lrc.train.metrics import RunLog, Stopwatch
+from megatron_lrc.train.out_of_memory import told_in_a_sentence
 from megatron_lrc.train.process_memory import largest_memory_gib
 from megatron_lrc.train.saving import Saving
 from megatron_lrc.train.start_checks import Checked
@@ -69,8 +70,10 @@ def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState
         checked = _fall_back_past_damage(config, checked, meeting)
         checked.warnings.extend(describe_departures(checked.config, presets))
         start_userbuffers(config, method_of(config).student_shape(checked.teacher.shape), parameter_dtype(config))
-        trainer = Trainer(checked.config, checked, groups)
-        trainer.train(ends_process=True)
+        trainer, first = None, checked.state.step
+        with told_in_a_sentence(checked.config, lambda: trainer and (first, trainer.state.step)):
+            trainer = Trainer(checked.config, checked, groups)
+            trainer.train(ends_process=True)
         stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
     is_finished = trainer.state.step == checked.config.train_iters

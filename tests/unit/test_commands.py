@@ -68,6 +68,11 @@ def test_no_command_and_an_unknown_one_are_refused(capsys):
         (ConfigError("--a is wrong.\n--b is wrong."), 2, "P: --a is wrong.\nP: --b is wrong.\n"),
         (OSError(28, "No space left on device"), 2, "P: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, "P: interrupted\n"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large"),
+            2,
+            "P: the memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB). Use fewer bars.\n",
+        ),
     ],
 )
 def test_what_ends_a_command_costs_a_line_each(failure, code, said, monkeypatch, capsys):
@@ -75,6 +80,7 @@ def test_what_ends_a_command_costs_a_line_each(failure, code, said, monkeypatch,
         raise failure
 
     monkeypatch.setattr(report, "run", run)
+    monkeypatch.setattr(report, "TAKES_LESS", "Use fewer bars.", raising=False)
     assert commands.main(["report"]) == code
     assert capsys.readouterr().err == said.replace("P", "megatron-lrc report")
 
