@@ -31,7 +31,7 @@ FOREIGN = {
     "PIP_EXTRA_INDEX_URL": "pip",
     "--no-build-isolation": "pip",
     **dict.fromkeys(("--exclude", "--include", "--local-dir", "--repo-type"), "hf download"),
-    **dict.fromkeys(("--ipc=host", "--ulimit"), "docker"),
+    **dict.fromkeys(("--ipc", "--ulimit"), "docker"),
     "dmesg": "a command of Linux",
     "died": "a word of a message",
     "PR_SET_PDEATHSIG": "Linux",
