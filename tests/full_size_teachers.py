@@ -3,6 +3,7 @@
 config.json and the file's header are what the real ones say; the values, all zero, take no disk space.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -12,7 +13,10 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from hf_teachers import write_tokenizer
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
+from megatron_lrc.hf.constant_tensors import Piece, spans_of
+from megatron_lrc.hf.content_hash import CHUNK_BYTES, Chunk, FileContents, assemble, hash_chunks, plan
 from megatron_lrc.hf.families import describe_teacher, expected_weights
+from megatron_lrc.hf.hash_cache import FileState, write_cache
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,9 +79,25 @@ def write_full_size_teacher(name: str, folder: Path) -> str:
 
 
 def write_full_size_teachers(folder: Path) -> None:
-    """All of them. Returns when their files are so old that what is read of them is remembered (`hash_cache.py`)."""
+    """All of them, and what a start would read of their files (`hash_cache.py`), which are 41 GB of zeros."""
     folder.mkdir()
     for name in (*TEACHER_SHAPES, "SmolLM2-135M-Instruct"):
         write_full_size_teacher(name, folder / name)
     assert sum(file.stat().st_blocks * 512 for file in folder.rglob("*.safetensors")) < 2**20  # sparse
-    time.sleep(2.1)
+    time.sleep(2.1)  # what is remembered is of files that are no longer written
+    for file in folder.rglob("*.safetensors"):
+        contents = contents_of_zeros(file)
+        write_cache(file.parent, {file: FileState.of(file)}, {file: contents})
+
+
+def contents_of_zeros(file: Path) -> FileContents:
+    """As `content_hash.hash_files` finds them, without reading more than the first chunk, which holds the header."""
+    sizes, zeros, spans = {file: file.stat().st_size}, bytes(CHUNK_BYTES), spans_of(file)
+    first, *others = plan(sizes)
+    sha256 = {length: hashlib.sha256(zeros[:length]).hexdigest() for length in {work.length for work in others}}
+    chunks = []
+    for work in others:
+        lengths = {span.name: min(span.end, work.start + work.length) - max(span.start, work.start) for span in spans}
+        pieces = {name: Piece("0000", length) for name, length in lengths.items() if length > 0}
+        chunks.append(Chunk(sha256[work.length], pieces))
+    return assemble(sizes, [*hash_chunks([first]), *chunks])[file]
