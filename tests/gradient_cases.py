@@ -44,6 +44,8 @@ class Layout:
     recompute: str | None = None
     dist_opt: bool = False
     drawn: str | None = None  # --pipeline-model-parallel-layout
+    share: bool = False  # --share-compose
+    overlap: bool = False  # --overlap-grad-reduce
 
     @property
     def world(self) -> int:
@@ -112,6 +114,8 @@ def gradient_config(
     config.parallel.account_for_embedding_in_pipeline_split = layout.ends
     config.parallel.account_for_loss_in_pipeline_split = layout.ends
     config.parallel.use_distributed_optimizer = layout.dist_opt
+    config.parallel.share_compose, config.parallel.overlap_grad_reduce = layout.share, layout.overlap
+    config.parallel.ddp_bucket_size = 2000 if layout.overlap else None
     config.training.micro_batch_size, config.training.global_batch_size = layout.micro, sizes.batch
     config.training.seq_length = sizes.sequence
     config.data.data_path, config.data.split = ["unused"], "90,10,0"

@@ -44,6 +44,11 @@ LAYOUTS = {
     "TP2 + SP x PP2 interleaved x 2": Layout(tp=2, pp=2, chunks=2),
     "TP2 + SP x DP2": Layout(tp=2, dp=2),
     "PP2 x DP2": Layout(pp=2, dp=2),
+    "DP2, --share-compose": Layout(dp=2, share=True),
+    "DP2, --share-compose, --overlap-grad-reduce": Layout(dp=2, share=True, overlap=True),
+    "CP2, --share-compose": Layout(cp=2, share=True),
+    "TP2 + SP x DP2, --share-compose": Layout(tp=2, dp=2, share=True),
+    "PP2 x DP2, --share-compose": Layout(pp=2, dp=2, share=True),
 }
 RELATIVE = Variant(normalization="token")
 VARIANTS = {

@@ -16,8 +16,10 @@ that neither W_S nor dW_S of the vocabulary's size exists.
 Notation: D teacher hidden, d student hidden, tp tensor parallel size.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.clone.overlap import Overlap
+from megatron_lrc.clone.sharing import Sharing
 from megatron_lrc.clone.sites import HeadLayout, Site, compose_into, pull_back, select
 
 
@@ -107,6 +110,7 @@ class Projections(nn.Module):
     fixed: those that are not trained and make no weight any more, but project the clone loss's targets.
     norms: global name -> the student's gain, held by reference.
     tp_group: shards every P on its first dimension; None is a group of one.
+    sharing: which of the matrices this replica composes and pulls back.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class Projections(nn.Module):
         tp_group: ProcessGroup | None,
         dtype: torch.dtype,
         device: torch.device,
+        sharing: Sharing | None = None,
     ):
         super().__init__()
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
@@ -137,6 +142,8 @@ class Projections(nn.Module):
         self._targets: dict[str, Tensor] = {}
         self._are_detached: dict[str, bool] = {}  # of the names in use as targets
         self.overlap = Overlap()
+        self.sharing = sharing or Sharing()
+        self._waiting: deque[ClonedWeight] = deque()  # whose gradients have come, and whose sums have begun
 
     def attach(self, overlap: Overlap, weights: Iterable[ClonedWeight]) -> None:
         """From now on tell this `overlap` what is needed and what is complete. weights: as of `pull_back`."""
@@ -145,7 +152,7 @@ class Projections(nn.Module):
         overlap.watch_weights(
             {name: weight.student for name, weight in made.items() if weight.is_composed},
             [name for name, is_detached in self._are_detached.items() if not is_detached],
-            lambda name: self.pull_back_one(made[name]),
+            lambda name: self._gradient_has_come(made[name]),
         )
 
     def named_matrices(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -187,42 +194,70 @@ class Projections(nn.Module):
     @torch.no_grad()
     def compose(self, weights: Iterable[ClonedWeight]) -> None:
         """W_S <- f(W_T, P), in the order of `weights`, for every student weight that is composed; and the targets,
-        whose gradients are forgotten."""
+        whose gradients are forgotten. The parts of a fused weight follow each other. What other replicas compose
+        is on its way: `sharing.await_matrices`."""
         # Targets of projections that are fixed stay as the first composition has made them.
         self._targets = {name: leaf for name, leaf in self._targets.items() if not self.matrix(name).requires_grad}
         fixed = set(self._targets)
-        for weight in weights:
-            name = weight.projection
-            is_target = name in self._are_detached and name not in fixed
-            if weight.is_own and not is_target:
-                continue
-            self.overlap.parameter_is_needed(self.matrix(name))
-            projection = self.full(name)
-            if weight.is_composed:
-                student = select(weight.site, weight.student, weight.heads)
-                teacher = select(weight.site, weight.teacher, weight.heads)
-                compose_into(student, weight.site, teacher, projection)
-            if is_target:
-                self._targets[name] = leaf = projection.detach()
-                if not self._are_detached[name]:
-                    accumulate_in_fp32(leaf.requires_grad_())
-                    self.overlap.watch_target(name, leaf)
+        for _, parts in groupby(weights, key=lambda weight: id(weight.student)):
+            of_matrix = list(parts)
+            for weight in of_matrix:
+                self._compose_one(weight, fixed)
+            self.sharing.send(of_matrix[0].student)
+
+    def _compose_one(self, weight: ClonedWeight, fixed: Collection[str]) -> None:
+        name = weight.projection
+        is_target = name in self._are_detached and name not in fixed
+        if weight.is_own and not is_target:
+            return
+        self.overlap.parameter_is_needed(self.matrix(name))
+        is_made_here = weight.is_composed and self.sharing.is_mine(weight.student)
+        if not (is_made_here or is_target):
+            return
+        projection = self.full(name)
+        if is_made_here:
+            student = select(weight.site, weight.student, weight.heads)
+            teacher = select(weight.site, weight.teacher, weight.heads)
+            compose_into(student, weight.site, teacher, projection)
+        if is_target:
+            self._targets[name] = leaf = projection.detach()
+            if not self._are_detached[name]:
+                accumulate_in_fp32(leaf.requires_grad_())
+                self.overlap.watch_target(name, leaf)
 
     @torch.no_grad()
     def pull_back(self, weights: Sequence[ClonedWeight]) -> None:
         """dP += f^T(W_T, dW_S), for every weight of which that is not done in this step, with what the clone
         targets have gathered. Each P has one weight on a stage. From the last matrix to the first: in this
         order megatron-core's DDP fills its buckets."""
-        for weight in reversed(weights):
-            if not weight.is_own and not self.overlap.is_pulled_back(weight.projection):
-                self.pull_back_one(weight)
+        others = [weight for weight in reversed(weights) if not weight.is_own]
+        others = [weight for weight in others if not self.overlap.is_pulled_back(weight.projection)]
+        for weight in others:
+            self._begin_sum(weight)
+        for weight in (*self._waiting, *others):
+            self.pull_back_one(weight)
+        self._waiting.clear()
+        self.sharing.end_sums()
+
+    def _begin_sum(self, weight: ClonedWeight) -> None:
+        if weight.is_composed:
+            self.sharing.begin_sum(weight.student, gradient_of(weight.student))
+
+    def _gradient_has_come(self, weight: ClonedWeight) -> None:
+        """Backward has left all of it: pull back, or, where replicas sum it first, what has come some time before."""
+        self._begin_sum(weight)
+        self._waiting.append(weight)
+        if len(self._waiting) > self.sharing.behind:
+            self.pull_back_one(self._waiting.popleft())
 
     @torch.no_grad()
     def pull_back_one(self, weight: ClonedWeight) -> None:
         """The same of one weight. Per rank a partial sum over tensor parallel ranks (each has a shard of W_T,
         and its own tokens' targets); summed here."""
         shard, partials = self.matrix(weight.projection), []
-        if weight.is_composed and (grad := gradient_of(weight.student)) is not None:
+        is_mine = weight.is_composed and self.sharing.is_mine(weight.student)
+        if is_mine and (grad := gradient_of(weight.student)) is not None:
+            self.sharing.await_sum(weight.student)
             student_grad = select(weight.site, grad, weight.heads)
             partials.append(pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad))
         if weight.projection in self._targets:

@@ -67,7 +67,13 @@ def run(argv: Sequence[str], program: str) -> int:
     options, flags = read_flags(argv, program)
     from megatron_lrc.config import presets_of
     from megatron_lrc.estimate.devices import GIB, gpu_named
-    from megatron_lrc.estimate.plan_lines import compare_with_next, describe_batch, describe_budget, table
+    from megatron_lrc.estimate.plan_lines import (
+        compare_with_next,
+        describe_batch,
+        describe_budget,
+        describe_sharing,
+        table,
+    )
     from megatron_lrc.estimate.search import find_plans, larger_batch
 
     if not 0 < options.mfu <= 1:
@@ -88,6 +94,7 @@ def run(argv: Sequence[str], program: str) -> int:
         *describe_budget(plans[0], presets_of(flags)),
         *compare_with_next(plans),
         *describe_batch(plans[0], larger),
+        *describe_sharing(plans[0].config, teacher, student, world_size=options.gpus, gpu=gpu, mfu=options.mfu),
     ):
         print(line)
     return 0

@@ -99,10 +99,10 @@ def fields_of(section: type) -> frozenset[str]:
 
 
 def flags_set(config: Config, names: Collection[str]) -> str:
-    """Flags among these fields of projection, pruning and loss that differ from their defaults, joined by `and`."""
+    """Flags among these fields of projection, pruning, loss and layout that differ from their defaults: `a and b`."""
     return " and ".join(
         flag_of(field.name)
-        for section in (config.projection, config.pruning, config.loss)
+        for section in (config.projection, config.pruning, config.loss, config.parallel)
         for field in fields(section)
         if field.name in names and getattr(section, field.name) != getattr(type(section)(), field.name)
     )

@@ -1,7 +1,8 @@
 """What one rank sends in an optimizer step, counted from shapes.
 
 Collectives count as rings send them: of a tensor that n ranks hold in parts, or sum into parts, each sends (n - 1) / n;
-an all-reduce is both. Left out is what does not grow with the model or the batch: loss sums, gradient norms.
+an all-reduce is both. What one rank sends to the others of its group, or gets the sum of, goes whole through each of
+them. Left out is what does not grow with the model or the batch: loss sums, gradient norms.
 
 Notation: D teacher hidden, d student hidden; `whole(h)` are the bytes of a micro-batch's activations of width h, over
 all tensor parallel ranks, of this context parallel rank's tokens.
@@ -10,7 +11,9 @@ all tensor parallel ranks, of this context parallel rank's tokens.
 from dataclasses import dataclass
 
 from megatron_lrc.clone.sites import EMBED
+from megatron_lrc.config import Config
 from megatron_lrc.estimate.activations import FP32, bytes_per_element
+from megatron_lrc.estimate.links import ranks_in_a_node
 from megatron_lrc.estimate.stage import Stage
 
 #: fp32 numbers per token that the tensor parallel ranks exchange for LM and KL: two maxima, seven sums.
@@ -24,7 +27,8 @@ class Traffic:
     tensor: activations, and what LM and KL need of the vocabulary's parts. projections: P gathered by compose, its
     gradient scattered by pull back, gains' gradients. Both go over TP. ends: a tied P's gradient and value, between the
     first and the last stage. gradients: summed over the replicas, without the distributed optimizer all of the
-    all-reduce. parameters: what of them the distributed optimizer gathers.
+    all-reduce. parameters: what of them the distributed optimizer gathers. composed, composed_gradients: with
+    --share-compose W_S from who composes it, and dW_S to who pulls it back, between the replicas of a node.
     """
 
     tensor: float
@@ -34,6 +38,8 @@ class Traffic:
     gradients: float
     parameters: float
     ends: float
+    composed: float
+    composed_gradients: float
 
     @property
     def data(self) -> float:
@@ -50,6 +56,7 @@ def traffic(stage: Stage, *, world_size: int) -> Traffic:
     config, parallel = stage.config, stage.config.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     e, num_microbatches = bytes_per_element(config), config.num_microbatches(world_size)
+    sharing = sharing_replicas(config, world_size)
     tokens = config.training.micro_batch_size * config.training.seq_length / cp
     # Of a micro-batch each chunk's result goes forward, but the last one's; back goes the student's gradient, but the
     # first one's.
@@ -57,12 +64,22 @@ def traffic(stage: Stage, *, world_size: int) -> Traffic:
     widths = forward * (stage.teacher.hidden_size + stage.student.hidden_size) + back * stage.student.hidden_size
     return Traffic(
         tensor=num_microbatches * _activations(stage, tokens) * (tp - 1) / tp,
-        projections=_projections(stage) * (tp - 1) / tp,
+        projections=_projections(stage, sharing) * (tp - 1) / tp,
         context=num_microbatches * _keys_and_values(stage, tokens) * (cp - 1),
         pipeline=num_microbatches * tokens * widths * e / tp,
         **_between_replicas(stage, config.data_parallel_size(world_size) * cp),
         ends=_tied(stage),
+        **_shared(stage, sharing),
     )
+
+
+def sharing_replicas(config: Config, world_size: int) -> int:
+    """Replicas among which --share-compose divides compose and pull back; 1 without it."""
+    parallel = config.parallel
+    if not parallel.share_compose:
+        return 1
+    replicas = config.data_parallel_size(world_size) * parallel.context_parallel_size
+    return ranks_in_a_node(replicas, parallel.tensor_model_parallel_size)
 
 
 def _activations(stage: Stage, tokens: float) -> float:
@@ -95,11 +112,20 @@ def _blocks_run_again(stage: Stage) -> float:
     return 0.0
 
 
-def _projections(stage: Stage) -> float:
-    """P in its own precision, dP in fp32; the gains' gradients are summed."""
+def _projections(stage: Stage, sharing: int) -> float:
+    """P in its own precision, dP in fp32; the gains' gradients are summed. What only makes a matrix is gathered, and
+    its gradient scattered, by one of `sharing` replicas: the mean of these."""
     whole = stage.projection_elements * stage.tp
+    looked_up = stage.looks_up * stage.projection_size
+    targets = sum(name not in stage.own for name in stage.targets) * stage.projection_size
+    with_gradient = looked_up + (0 if stage.config.loss.detach_clone_targets else targets)
+
+    def passed(by_all: float) -> float:
+        return by_all + (whole - by_all) / sharing
+
     gains = stage.gain_elements(stage.student)
-    return whole * (bytes_per_element(stage.config) + FP32) + 2 * gains * FP32
+    p, gradients = passed(looked_up + targets), passed(with_gradient)
+    return p * bytes_per_element(stage.config) + gradients * FP32 + 2 * gains * FP32
 
 
 def _keys_and_values(stage: Stage, tokens: float) -> float:
@@ -113,6 +139,12 @@ def _between_replicas(stage: Stage, replicas: int) -> dict[str, float]:
     if not stage.config.parallel.use_distributed_optimizer:
         return {"gradients": 2 * FP32 * passed_on, "parameters": 0.0}
     return {"gradients": FP32 * passed_on, "parameters": bytes_per_element(stage.config) * passed_on}
+
+
+def _shared(stage: Stage, replicas: int) -> dict[str, float]:
+    """Gradients are gathered in fp32."""
+    elements = stage.composed_elements if replicas > 1 else 0
+    return {"composed": elements * bytes_per_element(stage.config), "composed_gradients": elements * FP32}
 
 
 def _tied(stage: Stage) -> float:

@@ -41,12 +41,13 @@ class StepFlops:
 
 
 def step_flops(
-    config: Config, teacher: ModelShape, student: ModelShape, *, replicas: int = 1, has_changed: bool = False
+    config: Config, teacher: ModelShape, student: ModelShape, *, replicas: float = 1, has_changed: bool = False
 ) -> StepFlops:
     """FLOPs of one optimizer step. config: resolved, so that it has its global batch size.
 
-    replicas: model copies (DP x CP) that compose and pull back, each for itself. 1 counts the work that the
-    method needs; the others repeat it. has_changed: whether the method has changed what is trained.
+    replicas: model copies (DP x CP) that compose and pull back, each for itself; those that share it count as one. 1
+    counts the work that the method needs; the others repeat it. has_changed: whether the method has changed what is
+    trained.
     """
     training, method = config.training, method_of(config)
     own = method.own_matrices(has_changed=has_changed or method.changes_at_once)

@@ -18,9 +18,13 @@ def ring_speed(num_ranks: int, stride: int, gpu: Gpu) -> float:
     """Bytes per second that each rank of a group sends in a collective. stride: between neighbours, in ranks."""
     if num_ranks * stride <= GPUS_PER_NODE:
         return gpu.nvlink * LINK_EFFICIENCY
+    return min(gpu.nvlink, ranks_in_a_node(num_ranks, stride) * NODE_LINK) * LINK_EFFICIENCY
+
+
+def ranks_in_a_node(num_ranks: int, stride: int) -> int:
+    """Of a group, on the node that holds the fewest: the last one may."""
     in_a_node = max(GPUS_PER_NODE // stride, 1)
-    rings = num_ranks % in_a_node or in_a_node  # the last node may hold fewer
-    return min(gpu.nvlink, rings * NODE_LINK) * LINK_EFFICIENCY
+    return num_ranks % in_a_node or in_a_node
 
 
 def neighbour_speed(world_size: int, gpu: Gpu) -> float:

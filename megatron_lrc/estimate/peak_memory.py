@@ -113,7 +113,7 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
     return MemoryParts(
         teacher=stage.weight_elements(stage.teacher) * e + config.compute.teacher_fp8 * fp8_of_teacher,
         student=(stage.weight_elements(stage.student) - stage.absent_elements) * e + 2 * fp8_of_student,
-        student_gradients=_gathered_elements(stage) * FP32,
+        student_gradients=stage.composed_elements * FP32,
         # With tensor parallelism the gathered P of the targets are kept.
         projections=through * e + (targets * e if stage.tp > 1 else 0),
         projection_gradients=(trained + with_gradient) * FP32,
@@ -122,12 +122,6 @@ def _at_rest(stage: Stage, world_size: int, runtime: float) -> MemoryParts:
         temporaries=0.0,
         runtime=runtime,
     )
-
-
-def _gathered_elements(stage: Stage) -> int:
-    """Of the student's composed matrices, whose gradients gather outside the optimizer's buffers."""
-    own = stage.own_elements - (EMBED.name in stage.own) * stage.frozen_elements(stage.student)
-    return stage.matrix_elements(stage.student) - own - stage.absent_elements
 
 
 def _fp8_weights(stage: Stage, shape: ModelShape) -> int:

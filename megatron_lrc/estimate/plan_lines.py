@@ -1,10 +1,22 @@
-"""What `megatron-lrc plan` says of the layouts that were found: the table, the budget, and what stands in the way."""
+"""What `megatron-lrc plan` says of the layouts that were found: the table, the budget, and what stands in the way; and
+of --share-compose what --dry-run says too."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from megatron_lrc.config import describe_departures, describe_schedule, describe_training, is_counted
-from megatron_lrc.estimate.devices import GIB
+from megatron_lrc.config import (
+    Config,
+    ModelShape,
+    describe_departures,
+    describe_schedule,
+    describe_training,
+    is_counted,
+)
+from megatron_lrc.estimate.communication import sharing_replicas
+from megatron_lrc.estimate.devices import GIB, Gpu
 from megatron_lrc.estimate.search import LARGER, Plan
+from megatron_lrc.estimate.speed import step_time
+from megatron_lrc.estimate.stage import stages_of
 
 
 def table(plans: Sequence[Plan]) -> Iterator[str]:
@@ -42,6 +54,29 @@ def compare_with_next(plans: Sequence[Plan]) -> Iterator[str]:
     speed = f"{abs(faster):.1%} {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.0005 else "as fast"
     memory = f"{abs(more):.1f} GiB {'more' if more >= 0 else 'less'} per GPU"
     yield f"against the second, the first is {speed} and takes {memory}; the second is {second.flags()}"
+
+
+def describe_sharing(
+    config: Config, teacher: ModelShape, student: ModelShape, *, world_size: int, gpu: Gpu, mfu: float
+) -> Iterator[str]:
+    """What --share-compose gains, or would, where there are replicas to share with and something is composed."""
+    is_on = config.parallel.share_compose
+    plain, shared = (
+        replace(config, parallel=replace(config.parallel, share_compose=is_shared)) for is_shared in (False, True)
+    )
+    replicas = sharing_replicas(shared, world_size)
+    if replicas > 1 and any(stage.composed_elements for stage in stages_of(config, teacher, student)):
+        before, after = (
+            step_time(each, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu) for each in (plain, shared)
+        )
+        yield (
+            f"--share-compose, for the {replicas} replicas of a node: a step {'takes' if is_on else 'would take'} "
+            f"{after.total * 1e3:.0f} ms instead of {before.total * 1e3:.0f} ({before.total / after.total - 1:.1%} "
+            f"faster), {after.communication * 1e3:.0f} ms of it waiting for communication instead of "
+            f"{before.communication * 1e3:.0f}"
+        )
+    elif is_on:
+        yield "--share-compose does nothing here: a node has one replica, or nothing is composed"
 
 
 def describe_batch(plan: Plan, larger: Plan | None) -> Iterator[str]:

@@ -83,7 +83,7 @@ class Plan:
         if parallel.recompute_granularity == "selective":
             chosen.append(f"--recompute-modules {' '.join(parallel.recompute_modules)}")
         chosen.append(f"--{'' if parallel.use_distributed_optimizer else 'no-'}use-distributed-optimizer")
-        overlaps = ("overlap_grad_reduce", "overlap_param_gather")
+        overlaps = ("overlap_grad_reduce", "overlap_param_gather", "share_compose")
         chosen += [f"--{name.replace('_', '-')}" for name in overlaps if getattr(parallel, name)]
         return " ".join(chosen)
 

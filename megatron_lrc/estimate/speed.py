@@ -1,14 +1,16 @@
 """How long a step may take: FLOPs at a stated share of the peak, the pipeline's bubble, and communication by volume.
 
 An estimate to compare layouts with, not a promise: the share (--mfu) is an assumption, and so are the links' speeds
-(`links.py`). Of communication only what the --overlap flags hide between replicas counts as overlapped. Recomputation
-counts as one more forward pass of the student's and the teacher's recomputed blocks.
+(`links.py`). Of communication only what the --overlap flags hide between replicas counts as overlapped, and with
+--share-compose the composed matrices, which travel beside the teacher's first pass; where --overlap-param-gather
+composes behind that, beside the student's. Recomputation counts as one more forward pass of the student's and the
+teacher's recomputed blocks.
 """
 
 from dataclasses import dataclass
 
 from megatron_lrc.config import Config, ModelShape
-from megatron_lrc.estimate.communication import traffic
+from megatron_lrc.estimate.communication import sharing_replicas, traffic
 from megatron_lrc.estimate.devices import Gpu
 from megatron_lrc.estimate.flops import StepFlops, head_flops, layer_flops, step_flops
 from megatron_lrc.estimate.links import neighbour_speed, ring_speed
@@ -49,8 +51,10 @@ def step_time(
     """config: resolved for the world."""
     parallel, training = config.parallel, config.training
     assert training.global_batch_size is not None, "the configuration has been resolved"
+    stages = list(stages_of(config, teacher, student))
     replicas = config.data_parallel_size(world_size) * parallel.context_parallel_size
-    flops = step_flops(config, teacher, student, replicas=replicas)
+    share = max(stage.largest_share(sharing_replicas(config, world_size)) for stage in stages)
+    flops = step_flops(config, teacher, student, replicas=replicas * share)  # of the busiest ones
     again = (flops.teacher_forward + flops.student_forward) * _recomputed_share(config, teacher)
     speed = gpu.peak_flops(is_half=training.bf16 or training.fp16) * mfu
     passes = flops.total - flops.projections + again
@@ -59,9 +63,7 @@ def step_time(
     num_microbatches = config.num_microbatches(world_size)
     bubble = (parallel.pipeline_model_parallel_size - 1) / (num_microbatches * config.num_chunks) * slowest
     beside = _Beside.of(flops, config, world_size, speed)
-    communication, overlapped = max(
-        _communication(stage, world_size, gpu, beside) for stage in stages_of(config, teacher, student)
-    )
+    communication, overlapped = max(_communication(stage, world_size, gpu, beside) for stage in stages)
     return StepTime(
         compute=per_gpu + flops.projections / world_size / speed,
         bubble=bubble + slowest - per_gpu,
@@ -98,18 +100,26 @@ def _imbalance(config: Config, teacher: ModelShape, student: ModelShape) -> floa
 class _Beside:
     """Seconds of a rank's computation that its replicas' exchanges may run beside. sums: of gradients, the last
     micro-batch's backward pass and the pull back. gathers: of parameters, the teacher's first pass, and compose; where
-    a pipeline fills that pass comes behind compose."""
+    a pipeline fills that pass comes behind compose. composed: of matrices to other replicas, the next model's first
+    pass."""
 
     sums: float
     gathers: float
+    composed: float
 
     @classmethod
     def of(cls, flops: StepFlops, config: Config, world_size: int, speed: float) -> "_Beside":
         num_microbatches, per_rank = config.num_microbatches(world_size), world_size * speed
-        backward, teacher = (work / num_microbatches for work in (flops.student_backward, flops.teacher_forward))
+        passes = flops.student_backward, flops.teacher_forward, flops.student_forward
+        backward, teacher, student = (work / num_microbatches for work in passes)
         compose = pull_back = flops.projections / 2
         is_whole = config.parallel.pipeline_model_parallel_size == 1
-        return cls(sums=(backward + pull_back) / per_rank, gathers=(is_whole * teacher + compose) / per_rank)
+        composes_behind_teacher = config.parallel.overlap_param_gather and is_whole
+        return cls(
+            sums=(backward + pull_back) / per_rank,
+            gathers=(is_whole * teacher + compose) / per_rank,
+            composed=(student if composes_behind_teacher else teacher) / config.num_chunks / per_rank,
+        )
 
 
 def _communication(stage: Stage, world_size: int, gpu: Gpu, beside: _Beside) -> tuple[float, float]:
@@ -120,13 +130,18 @@ def _communication(stage: Stage, world_size: int, gpu: Gpu, beside: _Beside) -> 
     replicas = stage.config.data_parallel_size(world_size) * cp
     between_replicas = ring_speed(replicas, tp, gpu)
     sums, gathers = sent.gradients / between_replicas, sent.parameters / between_replicas
-    # The last bucket is complete when nothing is left that it could be summed beside.
+    in_a_node = ring_speed(sharing_replicas(stage.config, world_size), tp, gpu)
+    composed, composed_sums = sent.composed / in_a_node, sent.composed_gradients / in_a_node
+    # The last bucket is complete when nothing is left that it could be summed beside; the last layer's dW_S too.
     last = min(_bucket_elements(stage.config, replicas) / max(stage.trained_elements, 1), 1.0) * sums
+    last += composed_sums / max(stage.num_layers, 1)
+    sums += composed_sums
     waits = max(sums - beside.sums, last) if parallel.overlap_grad_reduce else sums
     waits += max(gathers - beside.gathers, 0.0) if parallel.overlap_param_gather else gathers
+    waits += max(composed - beside.composed, 0.0)
     others = sent.over_tp / ring_speed(tp, 1, gpu) + sent.context / ring_speed(cp, tp, gpu)
     others += (sent.pipeline + sent.ends) / neighbour_speed(world_size, gpu)
-    return others + waits, sums + gathers - waits
+    return others + waits, sums + gathers + composed - waits
 
 
 def _bucket_elements(config: Config, replicas: int) -> int:

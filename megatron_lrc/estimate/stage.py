@@ -6,7 +6,9 @@ Notation: D teacher hidden, d student hidden, v this rank's part of the vocabula
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
+from megatron_lrc.clone.sharing import divide
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
@@ -100,6 +102,35 @@ class Stage:
             total += self.num_ends(self.student) * self.site_elements(EMBED, self.student)
             total += self.frozen_elements(self.student)
         return total
+
+    @property
+    def composed(self) -> list[list[int]]:
+        """Elements of each of the student's matrices that are composed, fused ones as one; of each chunk."""
+        layer = [
+            sum(self.site_elements(site, self.student) for site in sites if site.name not in self.own)
+            for _, sites in groupby(LAYER_SITES, key=lambda site: site.linear)
+        ]
+        chunks = [[size for size in layer if size] * len(chunk) for chunk in self.layers]
+        if EMBED.name not in self.own:
+            end = self.site_elements(EMBED, self.student)
+            ends = self.num_ends(self.student) - self.looks_up
+            chunks[-1 if self.is_last else 0] += [end] * ends
+        return chunks
+
+    @property
+    def composed_elements(self) -> int:
+        return sum(map(sum, self.composed))
+
+    def largest_share(self, replicas: int) -> float:
+        """The part of compose and pull back that falls to one replica where so many divide them (`clone/sharing.py`).
+        What a matrix costs is in proportion to its size."""
+        most = 0
+        for sizes in self.composed:
+            loads = [0] * replicas
+            for size, owner in zip(sizes, divide(sizes, replicas), strict=True):
+                loads[owner] += size
+            most += max(loads)
+        return most / max(self.composed_elements, 1)
 
     @property
     def projection_elements(self) -> int:

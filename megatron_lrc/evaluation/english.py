@@ -1,9 +1,9 @@
 """General English for held-out losses, from the passages of LAMBADA, BoolQ and SQuAD, in two disjoint parts.
 
 One part is to choose rates and other settings on, or for small comparisons to train on; the other is to report on. The
-task BoolQ asks about paragraphs of both. BoolQ's and SQuAD's
-paragraphs are Wikipedia's, and all of an article is in one part. LAMBADA's are from novels that the package does not
-name, so two passages of a novel may fall into different parts; none of them repeats another.
+task BoolQ asks about paragraphs of both. BoolQ's and SQuAD's paragraphs are Wikipedia's, and all of an article is in
+one part. LAMBADA's are from novels that the package does not name, so two passages of a novel may fall into different
+parts; none of them repeats another.
 """
 
 import hashlib

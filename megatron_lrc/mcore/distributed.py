@@ -6,6 +6,7 @@ run is a world of one. NCCL where CUDA is available, gloo elsewhere. The groups 
 
 import json
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +41,8 @@ class Groups:
     dp_cp: ProcessGroup  # both: over these gradients are summed, and copies of every parameter lie
     embedding: ProcessGroup | None
     device: torch.device
+    #: With --share-compose: of dp_cp, the ranks on this one's node. None without, or where there is no other.
+    sharing: ProcessGroup | None = None
 
     @property
     def is_first_rank(self) -> bool:
@@ -138,7 +141,33 @@ def start(config: Config, meeting: Meeting | None = None) -> Groups:
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
         device=device,
+        sharing=_replicas_on_node(config) if config.parallel.share_compose else None,
     )
+
+
+def _replicas_on_node(config: Config) -> ProcessGroup | None:
+    """The replicas of what this rank holds whose tensor parallel ranks are on the same nodes as its own: these all find
+    the same replicas. A node is a machine, or what one torchrun has started there. Collective."""
+    tp = parallel_state.get_tensor_model_parallel_group()
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    nodes: list = [None] * tp.size()
+    dist.all_gather_object(nodes, (socket.gethostname(), os.environ.get("GROUP_RANK")), tp)
+    places: list = [None] * dist.get_world_size()
+    dist.all_gather_object(places, (dist.get_process_group_ranks(replicas)[0], *nodes))
+    at_place: dict[tuple, list[int]] = {}
+    for rank, place in enumerate(places):
+        at_place.setdefault(place, []).append(rank)
+    # All ranks make all groups. torch has a way for a group's own ranks to make it, but that names it by how many
+    # groups each of them is in.
+    shared = [ranks for ranks in at_place.values() if len(ranks) > 1]
+    return dist.new_subgroups_by_enumeration(shared, timeout=_timeout(config))[0] if shared else None
+
+
+def describe_sharing(groups: Groups) -> str:
+    """What --share-compose comes to, on this rank's node."""
+    if groups.sharing is None:
+        return "--share-compose is off: this node has one replica, and none to divide compose and pull back with"
+    return f"compose and pull back are divided among the {groups.sharing.size()} replicas of a node"
 
 
 def _timeout(config: Config) -> timedelta:

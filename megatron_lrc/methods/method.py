@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 #: Flags that mean something only for projections and the clone loss.
 CLONE_ONLY = fields_of(ProjectionConfig) - {"init_method_std"} | {
-    *("alpha", "clone_normalization", "clone_terms", "clone_attention_output", "detach_clone_targets")
+    *("alpha", "clone_normalization", "clone_terms", "clone_attention_output", "detach_clone_targets", "share_compose")
 }
 #: Flags that mean something only where there is a teacher, but its model flags.
 TEACHER_ONLY = CLONE_ONLY | fields_of(LossConfig) - {"loss_chunk_tokens"}

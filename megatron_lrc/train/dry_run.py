@@ -29,6 +29,7 @@ from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
+from megatron_lrc.estimate.plan_lines import describe_sharing
 from megatron_lrc.estimate.spans import span
 from megatron_lrc.estimate.speed import DEFAULT_MFU, step_time
 from megatron_lrc.estimate.stage import parameter_count
@@ -164,6 +165,7 @@ def describe_time(
         f"{gpu.name} computes at {mfu:.0%} of its peak (assumed; --mfu) and links run as assumed; bubble "
         f"{time.bubble_fraction:.0%}, communication {time.communication / time.total:.0%}"
     )
+    yield from describe_sharing(config, teacher, student, world_size=world_size, gpu=gpu, mfu=mfu)
 
 
 def refuse_too_much_memory(peaks: list[MemoryParts], gpu: Gpu) -> None:

@@ -87,7 +87,8 @@ def find_fault(stages: Sequence[PipelineStage]) -> str:
         return "the gradient norm is not finite, though the gradients of the student's matrices are"
     order, what, _ = found[0]
     ranks = [str(rank) for other_order, _, rank in found if other_order == order]
-    return f"{what} is not finite on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+    shared = ", or on another of its node: --share-compose has summed theirs" if stages[0].groups.sharing else ""
+    return f"{what} is not finite on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}{shared}"
 
 
 def _faults(stage: PipelineStage) -> Iterator[tuple[tuple[int, int, int], str]]:

@@ -329,6 +329,8 @@ class Trainer:
         shapes, trained = self.run.stages[0].shapes, self._count_trained()
         self._say(self.method.headline(shapes.teacher, shapes.student, trained, has_changed=self._has_changed))
         self._say(self.config.describe_layout(distributed.world_size(), self.groups.device.type))
+        if self.config.parallel.share_compose:
+            self._say(distributed.describe_sharing(self.groups))
         self._say(self._describe_training())
         if self.config.decay_iters:
             self._say(describe_schedule(self.config.optimizer, self.config.decay_iters))

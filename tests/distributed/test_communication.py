@@ -36,8 +36,9 @@ class SentBytes(TorchDispatchMode):
     """Counts what this rank sends, by name of the process group; point to point under `SENDS`, since megatron-core uses
     two groups for that."""
 
-    def __init__(self) -> None:
+    def __init__(self, sharing: dist.ProcessGroup | None) -> None:
         super().__init__()
+        self._sharing = sharing
         self.sent: defaultdict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -59,7 +60,9 @@ class SentBytes(TorchDispatchMode):
             "reduce_scatter_tensor_coalesced": (size - 1) / size,
             "allreduce": 2 * (size - 1) / size,
             "allreduce_coalesced": 2 * (size - 1) / size,
-            "broadcast": float(is_first),
+            # Of several ranks each but the last in line passes it on. The two ends have one sender.
+            "broadcast": 1.0 if group is self._sharing else float(is_first),
+            "reduce": 1.0,
             "send": 1.0,
             "recv": 0.0,
         }
@@ -87,10 +90,10 @@ def measure(config: Config) -> dict[str, float]:
     trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     batches = trainer._batches(trainer.train_data, 0)
     train_step(trainer.run, batches)
-    with SentBytes() as mode:
-        train_step(trainer.run, batches)
     groups = trainer.groups
-    named = {"TP": groups.tp, "CP": groups.cp, "DP": groups.dp_cp, "ends": groups.embedding}
+    with SentBytes(groups.sharing) as mode:
+        train_step(trainer.run, batches)
+    named = {"TP": groups.tp, "CP": groups.cp, "DP": groups.dp_cp, "ends": groups.embedding, "node": groups.sharing}
     collectives = {name: mode.sent[group.group_name] if group else 0.0 for name, group in named.items()}
     return {**collectives, "PP": mode.sent[SENDS]}
 
@@ -101,7 +104,8 @@ def predict(config: Config, rank: int, world_size: int) -> dict[str, float]:
     stages = list(stages_of(config, teacher, method_of(config).student_shape(teacher)))
     place = rank * len(stages) // world_size  # pipeline ranks are the outermost
     sent = traffic(stages[place], world_size=world_size)
-    return {"TP": sent.over_tp, "CP": sent.context, "PP": sent.pipeline, "DP": sent.data, "ends": sent.ends}
+    over = {"TP": sent.over_tp, "CP": sent.context, "PP": sent.pipeline, "DP": sent.data, "ends": sent.ends}
+    return {**over, "node": sent.composed + sent.composed_gradients}
 
 
 def no_change(config: Config) -> None:
@@ -122,12 +126,28 @@ def overlap(config: Config) -> None:
     parallel.ddp_bucket_size = 5000
 
 
+def share(config: Config) -> None:
+    config.parallel.share_compose = True
+
+
+def share_in_bf16(config: Config) -> None:
+    share(config)
+    bf16(config)
+
+
 def recompute_all(config: Config) -> None:
     config.parallel.recompute_granularity = "full"
 
 
 def recompute_mlp(config: Config) -> None:
     config.parallel.recompute_granularity, config.parallel.recompute_modules = "selective", ["mlp"]
+
+
+def mean_of_replicas(sent: list[dict[str, float]], layout: dict[str, Any]) -> list[dict[str, float]]:
+    """Of ranks of DP 2 as their own replica's and the other's, which owns other matrices."""
+    beside = layout.get("tp", 1)
+    others = [sent[rank ^ beside] for rank in range(len(sent))]
+    return [{name: (one[name] + other[name]) / 2 for name in one} for one, other in zip(sent, others, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +166,12 @@ def recompute_mlp(config: Config) -> None:
         ({"dp": 2}, no_change),
         ({"dp": 2, "dist_opt": True}, bf16),
         ({"dp": 2, "dist_opt": True}, overlap),
+        ({"dp": 2}, share_in_bf16),
         pytest.param({"tp": 2, "pp": 2}, no_change, marks=pytest.mark.slow),
         pytest.param({"tp": 2, "dp": 2, "dist_opt": True}, no_change, marks=pytest.mark.slow),
         pytest.param({"cp": 2, "pp": 2, "chunks": 2}, no_change, marks=pytest.mark.slow),
+        pytest.param({"tp": 2, "dp": 2}, share, marks=pytest.mark.slow),
+        pytest.param({"cp": 2, "pp": 2, "chunks": 2}, share, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -164,7 +187,10 @@ def test_every_rank_sends_what_is_predicted(
     config.checkpoint.save = None
     change(config)
     resolved = config.resolved(world_size)
-    for rank, measured in enumerate(run_ranks(world_size, measure, resolved)):
+    sent = run_ranks(world_size, measure, resolved)
+    if config.parallel.share_compose and "dp" in layout:
+        sent = mean_of_replicas(sent, layout)
+    for rank, measured in enumerate(sent):
         predicted = predict(resolved, rank, world_size)
         for name, volume in measured.items():
             if volume or predicted[name]:

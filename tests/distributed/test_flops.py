@@ -111,6 +111,10 @@ def opened_all(config: Config) -> None:
     config.projection.open_after, config.projection.open_matrices = 1, "all"
 
 
+def shared(config: Config) -> None:
+    config.parallel.share_compose = True
+
+
 def nothing_special(_: Config) -> None:
     pass
 
@@ -131,6 +135,7 @@ ONE_PROCESS = [
         pytest.param({"pp": 2}, True, nothing_special, id="PP2-tied"),
         pytest.param({"pp": 2}, False, nothing_special, id="PP2-untied"),
         pytest.param({"dp": 2}, True, nothing_special, id="DP2"),
+        pytest.param({"dp": 2}, True, shared, id="DP2-shared"),
     ],
 )
 @pytest.mark.distributed
@@ -146,7 +151,8 @@ def test_flops_of_a_step_are_those_that_torch_counts(tiny_llama, tiny_text, tmp_
     teacher = describe_teacher(config.model.teacher).shape
     student = method_of(config).student_shape(teacher)
     has_changed = method_of(config).change_step is not None
-    estimate = step_flops(config, teacher, student, replicas=replicas, has_changed=has_changed)
+    copies = 1 if config.parallel.share_compose else replicas
+    estimate = step_flops(config, teacher, student, replicas=copies, has_changed=has_changed)
     saving = causal_saving(config, teacher)  # the student has the same heads
     head = teacher_head(config, teacher)
     assert estimate.projections == total.compose + total.pull_back

@@ -21,6 +21,8 @@ LAYOUTS = [
     Layout(dp=2),
     Layout(cp=2),
     Layout(cp=2, recompute="core_attn"),
+    Layout(dp=2, share=True, overlap=True),
+    Layout(cp=2, share=True),
     Layout(pp=2, drawn="Etttt|L"),
     Layout(pp=2, chunks=2, drawn="E|tt|(t)*2|L"),
     pytest.param(Layout(tp=2, pp=2), marks=pytest.mark.slow),
@@ -32,6 +34,11 @@ LAYOUTS = [
     pytest.param(Layout(pp=4), marks=pytest.mark.slow),
     pytest.param(Layout(tp=2, dp=2), marks=pytest.mark.slow),
     pytest.param(Layout(tp=2, pp=2, chunks=2), marks=pytest.mark.slow),
+    pytest.param(Layout(tp=2, dp=2, share=True), marks=pytest.mark.slow),
+    pytest.param(Layout(tp=2, dp=2, share=True, overlap=True), marks=pytest.mark.slow),
+    pytest.param(Layout(cp=2, dp=2, share=True, overlap=True, recompute="mlp"), marks=pytest.mark.slow),
+    pytest.param(Layout(pp=2, dp=2, share=True), marks=pytest.mark.slow),
+    pytest.param(Layout(pp=2, chunks=2, dp=2, share=True, overlap=True), marks=pytest.mark.slow),
 ]
 
 

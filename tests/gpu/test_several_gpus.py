@@ -45,6 +45,12 @@ def test_overlapped_sums_and_gathers_change_nothing(trained, measured):
     measured(f"fp32, {overlap}", difference(found, trained(f"{LOCAL} {DISTRIBUTED}")), 1e-4)
 
 
+@pytest.mark.parametrize("overlap", ["", "--overlap-grad-reduce --ddp-bucket-size 50000"])
+def test_replicas_that_share_compose_change_nothing(trained, measured, overlap):
+    flags = f"{LOCAL} {DISTRIBUTED} --share-compose {overlap}".strip()
+    measured(f"fp32, {flags}", difference(trained(flags), trained(f"{LOCAL} {DISTRIBUTED}")), 1e-4)
+
+
 @pytest.mark.parametrize("method", ["", "--method ordinary --init random --init-method-std 0.02"])
 def test_userbuffers_change_nothing_but_rounding(trained, measured, needs_engine, method):
     flags = f"{ENGINE} --bf16 {TP} {method}".strip()

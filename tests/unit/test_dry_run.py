@@ -92,6 +92,8 @@ def test_every_published_run_is_accepted_for_eight_gpus(dry_run, tmp_path, prese
         assert flops == pytest.approx(expected * 1e9, rel=0.35)
     assert 20 < number_after("\n  total", out.partition("memory per GPU")[2]) < 79
     assert "(assumed; --mfu)" in out and 2 < hours(out) < 240
+    assert f"--share-compose, for the {4 if preset == 'lrc-4b' else 8} replicas of a node: a step would take " in out
+    assert 5 < number_after(r"\n--share-compose[^(]*\(", out) < 12  # percent faster
     assert not (tmp_path / "run").exists()
 
 

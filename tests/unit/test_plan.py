@@ -98,7 +98,8 @@ def test_the_tool_plans_a_published_run_without_its_teacher(capsys, preset):
     assert "hours    days" in lines[1] and not any("warning" in line or "limits" in line for line in lines[2:])
     assert f"training: {PUBLISHED_RUNS[preset][1]} tokens in " in lines[7]
     assert lines[8].startswith("learning rate: ") and " steps of warmup, then linear decay to 0 at step " in lines[8]
-    assert lines[9].startswith("against the second, the first is ") and len(lines) == 10
+    assert lines[9].startswith("against the second, the first is ") and len(lines) == 11
+    assert "--share-compose, for the " in lines[10] and " replicas of a node: a step would take " in lines[10]
 
 
 def test_the_tool_says_what_another_batch_makes_of_a_preset(capsys):

@@ -64,6 +64,13 @@ class ParallelConfig:
         "updated, a bucket at a time, when the next step has begun: beside the teacher's first pass if there are no "
         "pipeline stages, then beside composing the student (with --method ordinary, beside the first forward pass).",
     )
+    share_compose: bool = setting(
+        False,
+        "With --method lrc: the data and context parallel replicas of a node divide compose and pull back among "
+        "themselves, a matrix of the student each, and exchange matrices and their gradients instead, which takes "
+        "NVLink. Matrices travel beside the teacher's first pass; gradients, with --overlap-grad-reduce, beside the "
+        "last backward pass. Not yet run on a GPU.",
+    )
     tp_comm_overlap: bool = setting(
         False,
         "Exchange what the student's linear layers need of other tensor parallel ranks, or give to them, while their "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_lrc.checkpoints import layout
 from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32, gradient_of, zero_gradient
+from megatron_lrc.clone.sharing import Sharing
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, compose, projection_names, select
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
@@ -62,6 +63,9 @@ class PairedModel(TwoModels):
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
+        ends = [self.student.embedding] if self.pre_process else []
+        for module in (*ends, *(layer for _, layer in layers_of(self.student))):
+            module.register_forward_pre_hook(self._await_matrices_of)
         self.frozen_width = shapes.teacher.hidden_size
         self.heads = HeadLayout.of(shapes.teacher)
         self.layer_losses = layer_losses(self)
@@ -91,6 +95,7 @@ class PairedModel(TwoModels):
             tp_group=self.groups.tp,
             dtype=self._dtype,
             device=self.groups.device,
+            sharing=Sharing(self.groups.sharing, self._composed_matrices()),
         )
         for name in targets:
             self.projections.add_target(name, is_detached=self.settings.loss.detach_clone_targets)
@@ -106,6 +111,7 @@ class PairedModel(TwoModels):
         """From now on these of the student's matrices are its own, with the values that they have now. What
         trains is new, and so has to be whatever trains it."""
         self._compose_now()
+        self.projections.sharing.await_matrices()
         before = self.projections
         if self._looks_up and EMBED.name in own:
             embedding = self.student.embedding.word_embeddings
@@ -228,6 +234,10 @@ class PairedModel(TwoModels):
         for trained in self.trained():  # gains and the student's own, which the forward pass reads
             self.overlap.parameter_is_needed(trained.parameter)
 
+    def _await_matrices_of(self, module: nn.Module, _: tuple) -> None:
+        """What other replicas compose of the student arrives in the order in which it is read."""
+        self.projections.sharing.await_matrices(module.parameters())
+
     def pull_back(self) -> None:
         """dP += f^T(W_T, dW_S). Those of norm gains and of what is the student's own are there already."""
         self.projections.pull_back(self.cloned_weights)
@@ -276,6 +286,7 @@ class PairedModel(TwoModels):
     def _lm_and_kl(
         self, teacher_hidden: Tensor, student_hidden: Tensor, labels: Tensor, token_weight: Tensor
     ) -> Tensor:
+        self.projections.sharing.await_matrices()
         teacher_tokens = all_tokens(self.teacher, teacher_hidden, is_trained=False)  # [s*b, D]
         loss, sums = lm_and_kl_loss(
             all_tokens(self.student, student_hidden),  # [s*b, d]
