@@ -66,7 +66,7 @@ class Sizes:
 @dataclass(frozen=True)
 class Variant:
     """What is trained on. terms: as --clone-terms; off: the (layer, site) pairs that they leave out. student_epsilon:
-    of the student's norms, if not the teacher's."""
+    of the student's norms, if not the teacher's. kept: the teacher's layers that the student has, if not all."""
 
     released: bool = False
     detach: bool = False
@@ -79,6 +79,7 @@ class Variant:
     reset_attention: bool = False
     reset_positions: bool = False
     student_epsilon: float | None = None
+    kept: tuple[int, ...] | None = None
 
 
 SIZES, PLAIN = Sizes(), Variant()
@@ -91,6 +92,7 @@ def gradient_config(
     config.model.teacher, config.model.student_hidden_size = teacher, sizes.student
     config.model.untie_embeddings_and_output_weights = untie
     config.model.student_norm_epsilon = variant.student_epsilon
+    config.model.student_layers = [str(layer) for layer in variant.kept or ()]
     config.projection.init_method_std = 0.2
     config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
     config.loss.kl_weight, config.loss.kl_temperature = variant.kl_weight, TEMPERATURE
@@ -180,7 +182,7 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
 def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, sizes: Sizes = SIZES):
     """Reference losses and gradients for the projections `names`, initialised as the package does."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
-    reference = Reference(model, sizes.student, variant.student_epsilon)
+    reference = Reference(model, sizes.student, variant.student_epsilon, variant.kept)
     teacher_size = reference.teacher.config.hidden_size
     projections = {}
     for name in names:

@@ -51,9 +51,11 @@ LAYOUTS = {
     "PP2 x DP2, --share-compose": Layout(pp=2, dp=2, share=True),
 }
 RELATIVE = Variant(normalization="token")
+FEWER_LAYERS = Variant(kept=(0, 2, 3))
+PARTS = ("1 rank, 4 micro-batches", "TP2 + SP", "PP2", "CP2", "DP2")
 VARIANTS = {
-    f"{title}, --clone-normalization token": (LAYOUTS[title], RELATIVE)
-    for title in ("1 rank, 4 micro-batches", "TP2 + SP", "PP2", "CP2", "DP2")
+    **{f"{title}, --clone-normalization token": (LAYOUTS[title], RELATIVE) for title in PARTS},
+    **{f"{title}, layers 0, 2 and 3 of 4": (LAYOUTS[title], FEWER_LAYERS) for title in (*PARTS, "PP2, stages by hand")},
 }
 TEACHERS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 

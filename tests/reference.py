@@ -68,19 +68,29 @@ def causal_mask(tokens: Tensor, documents: Tensor | None) -> Tensor:
 
 
 class Reference:
-    """A teacher, and the student that projections and gains make of it."""
+    """A teacher, and the student that projections and gains make of it. kept: the layers of the teacher that the
+    student's are made of, in order; None: all of them."""
 
-    def __init__(self, teacher: PreTrainedModel, student_size: int, student_epsilon: float | None = None):
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student_size: int,
+        student_epsilon: float | None = None,
+        kept: tuple[int, ...] | None = None,
+    ):
         self.teacher = in_fp64(teacher).requires_grad_(False)
         config = copy.deepcopy(teacher.config)
         config.hidden_size = student_size
         config.head_dim = teacher.model.layers[0].self_attn.head_dim
         config.rms_norm_eps = config.rms_norm_eps if student_epsilon is None else student_epsilon
+        self.kept = list(range(config.num_hidden_layers) if kept is None else kept)
+        config.num_hidden_layers = self.num_layers = len(self.kept)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: self.num_layers]
         self.student = in_fp64(type(teacher)(config))
-        self.num_layers = config.num_hidden_layers
         self.outputs: dict[str, Tensor] = {}
         for prefix, model in (("T", self.teacher), ("S", self.student)):
-            for layer in range(self.num_layers):
+            for layer in range(len(model.model.layers)):
                 for site, path in MODULES.items():
                     module = model.model.layers[layer].get_submodule(path)
                     module.register_forward_hook(self._keep(f"{prefix}.{layer}.{site}"))
@@ -99,15 +109,17 @@ class Reference:
             "model.embed_tokens.weight": old["model.embed_tokens.weight"] @ projections["embed"],
             "lm_head.weight": old["lm_head.weight"] @ head,
             "model.norm.weight": norms["final"],
-            # Qwen's biases and q/k norms live in head space: the teacher's, unchanged.
-            **{name: value for name, value in old.items() if name.endswith(FROZEN)},
         }
-        for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}"
+        for layer, of_teacher in enumerate(self.kept):
+            prefix, old_prefix = f"model.layers.{layer}", f"model.layers.{of_teacher}"
+            # Qwen's biases and q/k norms live in head space: the teacher's, unchanged.
+            for name, value in old.items():
+                if name.startswith(f"{old_prefix}.") and name.endswith(FROZEN):
+                    weights[name.replace(old_prefix, prefix)] = value
             weights[f"{prefix}.input_layernorm.weight"] = norms[f"layers.{layer}.input"]
             weights[f"{prefix}.post_attention_layernorm.weight"] = norms[f"layers.{layer}.post"]
             for site, path in MODULES.items():
-                teacher_weight = old[f"{prefix}.{path}.weight"]
+                teacher_weight = old[f"{old_prefix}.{path}.weight"]
                 projection = projections[f"layers.{layer}.{site}"]
                 projected = projection.t() @ teacher_weight if site in PROJECTS_OUTPUT else teacher_weight @ projection
                 weights[f"{prefix}.{path}.weight"] = projected
@@ -151,13 +163,13 @@ class Reference:
         log_teacher = F.log_softmax(teacher_logits / temperature, -1)
         kl = temperature**2 * mean((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
         clone = {}
-        for layer in range(self.num_layers):
+        for layer, of_teacher in enumerate(self.kept):
             for site in MODULES:
-                target, student = self.outputs[f"T.{layer}.{site}"], self.outputs[f"S.{layer}.{site}"]
+                target, student = self.outputs[f"T.{of_teacher}.{site}"], self.outputs[f"S.{layer}.{site}"]
                 energy = target.detach().square().mean(-1)
                 typical = mean(energy.log()).exp()
                 if site == "o" and attention_at_teacher_width:
-                    matrix = self.teacher.model.layers[layer].self_attn.o_proj.weight
+                    matrix = self.teacher.model.layers[of_teacher].self_attn.o_proj.weight
                     student = self.outputs[f"S.{layer}.o.input"] @ matrix.t()
                 elif site in PROJECTS_OUTPUT:
                     target = target @ projections[f"layers.{layer}.{site}"]

@@ -108,7 +108,8 @@ def _check_kinds(values: RunState | ModelShape | FileSum) -> None:
     """TypeError unless every field is of the kind that it is declared as."""
     for one in fields(values):
         value = getattr(values, one.name)
-        if not isinstance(value, (int, float) if one.type is float else one.type):  # type: ignore[arg-type]
+        kinds = {float: (int, float), tuple[int, ...]: tuple}.get(one.type, one.type)  # type: ignore[arg-type]
+        if not isinstance(value, kinds):  # type: ignore[arg-type]
             raise TypeError(f"{one.name} is of another kind")
 
 

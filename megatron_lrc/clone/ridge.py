@@ -9,7 +9,8 @@ P_0 is the closed form of the basis: where tokens say nothing P stays there, and
 is P_0. From "Train What You Deploy" (arXiv 2609.02006): an SVD of activations, then a ridge regression in each layer.
 
 n_S is what the student would read if its residual stream were the teacher's in the basis, norm(Q^T x). So the moments
-need the teacher only, and all layers' are gathered in one pass.
+need the teacher only, and all layers' are gathered in one pass. Of a student without some of the teacher's layers, x is
+the stream without what those have added: its projections learn to read what is missing from what is there.
 
 Notation: D teacher hidden, d student hidden, n tokens.
 """
@@ -39,11 +40,13 @@ class ReadingMoments:
         self.total = basis.new_zeros(sum(basis.shape), basis.shape[1], dtype=torch.float64)
 
     @torch.no_grad()
-    def add(self, stream: Tensor) -> None:
-        """stream: what the teacher's norm is given, [..., D]. Products in fp32 or better, sums of them in fp64."""
+    def add(self, stream: Tensor, skipped: Tensor | float = 0.0) -> None:
+        """stream: what the teacher's norm is given, [..., D]. skipped: what of it comes from layers that the student
+        has not, in the basis, [..., d]. Products in fp32 or better, sums of them in fp64."""
         tokens = stream.flatten(0, -2).to(torch.promote_types(stream.dtype, torch.float32))  # [n, D]
         teacher = rms_norm(tokens, self._epsilons[0]) * self._gain.to(tokens.dtype)
-        student = rms_norm(tokens @ self._basis.to(tokens.dtype), self._epsilons[1])  # [n, d]
+        skipped = skipped.flatten(0, -2) if isinstance(skipped, Tensor) else skipped
+        student = rms_norm(tokens @ self._basis.to(tokens.dtype) - skipped, self._epsilons[1])  # [n, d]
         self.total += torch.cat([teacher, student], dim=-1).t() @ student
 
     @torch.no_grad()

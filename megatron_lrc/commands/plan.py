@@ -35,6 +35,7 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
     """The run that the flags describe, and its teacher's shape."""
     from megatron_lrc.config import (
         PUBLISHED_RUNS,
+        check_layers,
         check_losses,
         check_precision,
         check_ranges,
@@ -47,7 +48,7 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
 
     config = parse_config(flags)
     method = method_of(config)
-    raise_all([*check_ranges(config), *check_losses(method), *check_precision(config)])
+    raise_all([*check_ranges(config), *check_losses(method), *check_precision(config), *check_layers(config.model)])
     if not method.is_estimated:
         raise ConfigError(
             f"--method {config.model.method}: its memory and time are not estimated. Plan for lrc or logits; "
@@ -65,7 +66,7 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
 
 def run(argv: Sequence[str], program: str) -> int:
     options, flags = read_flags(argv, program)
-    from megatron_lrc.config import presets_of
+    from megatron_lrc.config import check_layers_against, presets_of, raise_all
     from megatron_lrc.estimate.devices import GIB, gpu_named
     from megatron_lrc.estimate.plan_lines import (
         compare_with_next,
@@ -79,6 +80,7 @@ def run(argv: Sequence[str], program: str) -> int:
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu {options.mfu} is not a share of the GPUs' peak above 0 and at most 1.")
     config, teacher = read_run(flags)
+    raise_all(list(check_layers_against(config.model, teacher.num_layers)))
     student, gpu = method_of(config).student_shape(teacher), gpu_named(options.gpu)
     plans = find_plans(config, teacher, student, world_size=options.gpus, gpu=gpu, mfu=options.mfu)
     shown = plans[: options.top]

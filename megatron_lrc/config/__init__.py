@@ -20,6 +20,14 @@ from .budget import budgets_of, check_budget, count_steps, describe_budgets, des
 from .config import MATRICES, Config, ConfigError, ModelShape, RunFailed, RunStopped, flag_of, parse_clone_term
 from .counts import exact_count, parse_count, short_count
 from .departures import describe_departures, propose_batches
+from .layer_map import (
+    check_layers,
+    check_layers_against,
+    describe_layers,
+    refuse_layers,
+    spread_evenly,
+    student_layers,
+)
 from .layout_checks import check_batches, check_layout, divisors
 from .model_role import CONVERTED, STUDENT, TEACHER, ModelRole
 from .precision_checks import check_precision

@@ -7,11 +7,13 @@ warmup steps). What follows from --method is asked of its `Method` (`megatron_lr
 the same answer on every rank. Nothing here imports torch: `--help` answers at once.
 """
 
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .budget import count_steps, is_counted
+from .layer_map import parse_layers
 from .model_role import STUDENT, TEACHER, ModelRole
 from .rates import choose_rates
 from .schedule import warmup_iters, wsd_decay_iters
@@ -58,18 +60,16 @@ def parse_clone_term(text: str) -> tuple[str, list[range] | None]:
         raise ValueError(f"{term!r} is none of {' '.join(CLONE_TERMS)}")
     if not colon:
         return term, None
-    ranges = []
-    for part in layers.split(","):
-        first, dash, last = part.partition("-")
-        ranges.append(range(int(first), int(last if dash else first) + 1))
-        if not ranges[-1]:
-            raise ValueError(f"{part!r} holds no layer")
-    return term, ranges
+    return term, parse_layers(layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """The shape of one decoder-only transformer, teacher or student. Sizes in elements, from a Hugging Face config."""
+    """The shape of one decoder-only transformer, teacher or student. Sizes in elements, from a Hugging Face config.
+
+    teacher_layers: of a student that has not all of its teacher's layers, which ones (from 0) its own are made of and
+    compared with (`layer_map`); () stands for all of them, in a model that has no teacher too.
+    """
 
     num_layers: int
     hidden_size: int
@@ -83,6 +83,24 @@ class ModelShape:
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
     max_position_embeddings: int = 0
+    teacher_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "teacher_layers", tuple(self.teacher_layers))  # JSON knows lists only
+
+    def teacher_layer(self, layer: int) -> int:
+        """The layer of its teacher that one of its own is made of and compared with; both from 0."""
+        return self.teacher_layers[layer] if self.teacher_layers else layer
+
+    def teacher_name(self, name: str) -> str:
+        """The same of a name: layers.1.q -> layers.3.q; `embed`, `final` and `lm_head` stay."""
+        prefix, _, rest = name.partition(".")
+        layer, _, part = rest.partition(".")
+        return f"{prefix}.{self.teacher_layer(int(layer))}.{part}" if part else name
+
+    def layers_among(self, teacher_layers: Collection[int]) -> tuple[int, ...]:
+        """Its own layers that are made of these of its teacher's, as a pipeline stage holds them together."""
+        return tuple(layer for layer in range(self.num_layers) if self.teacher_layer(layer) in teacher_layers)
 
 
 @dataclass(kw_only=True, slots=True)

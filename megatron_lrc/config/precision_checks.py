@@ -134,12 +134,12 @@ def check_fp8_sizes(config: Config, base: ModelShape, student: ModelShape) -> It
             f"--fp8-format {compute.fp8_format} with --fp8-recipe {compute.fp8_recipe} needs multiples of {multiple}; "
             f"there are {', '.join(wrong)}. Change that, or leave --fp8-format out."
         )
-    yield from check_bf16_layers(config, base)
+    yield from check_bf16_layers(config, student)
 
 
-def check_bf16_layers(config: Config, base: ModelShape) -> Iterator[str]:
-    """megatron-core counts them within one pipeline stage."""
-    compute, each = config.compute, base.num_layers // config.parallel.pipeline_model_parallel_size
+def check_bf16_layers(config: Config, student: ModelShape) -> Iterator[str]:
+    """megatron-core counts them within one pipeline stage; the student has no more layers than the teacher."""
+    compute, each = config.compute, student.num_layers // config.parallel.pipeline_model_parallel_size
     if not compute.first_last_layers_bf16:
         return
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):

@@ -58,7 +58,7 @@ def validate_against_teacher(method: Rules, teacher: ModelShape) -> list[str]:
     raise_all(
         [
             *check_tensor_parallel(config, teacher, has_projections=method.has_projections),
-            *check_pipeline(config, teacher),
+            *check_pipeline(config, method.divided_shape(teacher)),
             *check_overlap(config, student),
             *method.check_against(teacher),
             *check_fp8_sizes(config, teacher, student),

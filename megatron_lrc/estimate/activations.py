@@ -112,7 +112,8 @@ class StageBytes:
     """Of a stage, all its chunks together.
 
     kept: from forward to backward. forward: at most in the forward pass, which with recomputation has the
-    teacher's captures besides (all of its layers run before the student's first). backward: made on the way
+    teacher's captures besides (all of its layers run before the student's first; those without a layer of the
+    student's are not captured). backward: made on the way
     back, recomputed activations included.
     """
 
@@ -125,7 +126,7 @@ def stage_bytes(stage: Stage, *, on_cuda: bool) -> StageBytes:
     config, e = stage.config, bytes_per_element(stage.config)
     narrow = stage.student.hidden_size * e / stage.tp
     kept = forward = at_once = backward = 0.0
-    for place, layer in enumerate(index for chunk in stage.layers for index in chunk):
+    for place, layer in enumerate(index for chunk in stage.student_layers for index in chunk):
         terms = method_of(config).terms_of(layer)
         attention = attention_bytes(config, stage.teacher, terms, on_cuda=on_cuda)
         mlp = mlp_bytes(config, stage.teacher, terms, on_cuda=on_cuda)

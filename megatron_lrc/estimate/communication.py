@@ -92,8 +92,8 @@ def _activations(stage: Stage, tokens: float) -> float:
     teacher, student = stage.teacher.hidden_size, stage.student.hidden_size
     e = bytes_per_element(stage.config)
     again = _blocks_run_again(stage)
-    blocks = 2 * stage.num_layers
-    width = blocks * (2 * teacher + 5 * student) + again * 2 * (teacher + student)
+    blocks, own_blocks = 2 * stage.num_layers(stage.teacher), 2 * stage.num_layers(stage.student)
+    width = blocks * 2 * teacher + own_blocks * 5 * student + again * 2 * (teacher + student)
     width += (stage.is_first + stage.is_last) * (teacher + 2 * student) - stage.looks_up * 2 * student
     head = 2 * _HEAD_SUMS * FP32 * tokens * stage.is_last  # an all-reduce
     return tokens * width * e + head
@@ -103,12 +103,12 @@ def _blocks_run_again(stage: Stage) -> float:
     """Attention and MLP blocks of this stage that recomputation runs a second time, in both models."""
     parallel = stage.config.parallel
     if parallel.recompute_granularity == "full":
-        layers = stage.num_layers
+        layers = stage.num_layers(stage.student)
         if parallel.recompute_method == "block":
-            layers = sum(min(parallel.recompute_num_layers, len(chunk)) for chunk in stage.layers)
+            layers = sum(min(parallel.recompute_num_layers, len(chunk)) for chunk in stage.student_layers)
         return 2.0 * layers
     if parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
-        return 1.0 * stage.num_layers
+        return 1.0 * stage.num_layers(stage.student)
     return 0.0
 
 
@@ -131,7 +131,8 @@ def _projections(stage: Stage, sharing: int) -> float:
 def _keys_and_values(stage: Stage, tokens: float) -> float:
     """A rank's own keys and values in one micro-batch: the teacher's once, the student's forward and backward."""
     features = 2 * stage.teacher.num_query_groups * stage.teacher.head_dim / stage.tp
-    return 3 * tokens * features * bytes_per_element(stage.config) * stage.num_layers
+    passes = stage.num_layers(stage.teacher) + 2 * stage.num_layers(stage.student)
+    return passes * tokens * features * bytes_per_element(stage.config)
 
 
 def _between_replicas(stage: Stage, replicas: int) -> dict[str, float]:

@@ -87,7 +87,7 @@ def projection_flops(
     """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded
     vocabulary's. A tied student's matrix is composed at both ends of a pipeline, an untied one's at its end only."""
     parallel = config.parallel
-    elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * teacher.num_layers
+    elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * student.num_layers
     if LM_HEAD.name not in own:
         ends = 2 if student.is_tied and parallel.pipeline_model_parallel_size > 1 else 1
         rows = padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size)
@@ -108,7 +108,7 @@ def _clone_flops(method: Method, teacher: ModelShape, student: ModelShape, own: 
     from the teacher's o, which is frozen."""
     loss, forward, backward = method.config.loss, 0.0, 0.0
     target = 2.0 * teacher.hidden_size * student.hidden_size
-    for layer in range(teacher.num_layers):
+    for layer in range(student.num_layers):
         terms = method.terms_of(layer)
         if "o" in terms and loss.clone_attention_output == "teacher":
             through_teacher = 2.0 * teacher.num_attention_heads * teacher.head_dim * teacher.hidden_size

@@ -164,7 +164,7 @@ def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
 def _pull_back(stage: Stage, *, on_cuda: bool) -> float:
     """Of the largest matrix: W_T, copied where its layout or its dtype needs it, dW_S in W_T's dtype on CUDA, and dP,
     whole and this rank's rows."""
-    sites: list[Site] = list(LAYER_SITES) if stage.num_layers else []
+    sites: list[Site] = list(LAYER_SITES) if stage.num_layers(stage.student) else []
     sites += [EMBED] if stage.is_first or stage.is_last else []
     e = bytes_per_element(stage.config)
     is_narrowed = on_cuda and stage.config.training.bf16

@@ -21,6 +21,7 @@ from megatron_lrc.config import (
 from megatron_lrc.estimate.devices import GIB, GPUS_PER_NODE, Gpu
 from megatron_lrc.estimate.peak_memory import MemoryParts, peak_memory
 from megatron_lrc.estimate.speed import StepTime, step_time
+from megatron_lrc.mcore.student_stages import check_student_stages
 from megatron_lrc.methods import method_of
 
 MICRO_BATCHES = (1, 2, 3, 4, 8, 16)
@@ -220,7 +221,9 @@ def _is_allowed(config: Config, teacher: ModelShape, world_size: int) -> bool:
     if any(check_layout(config, world_size)) or any(check_batches(config, world_size)):
         return False
     try:
-        validate_against_teacher(method_of(config), teacher)
+        method = method_of(config)
+        validate_against_teacher(method, teacher)
+        check_student_stages(config, teacher, method.student_shape(teacher))
     except ConfigError:
         return False
     return True

@@ -55,7 +55,8 @@ def step_time(
     replicas = config.data_parallel_size(world_size) * parallel.context_parallel_size
     share = max(stage.largest_share(sharing_replicas(config, world_size)) for stage in stages)
     flops = step_flops(config, teacher, student, replicas=replicas * share)  # of the busiest ones
-    again = (flops.teacher_forward + flops.student_forward) * _recomputed_share(config, teacher)
+    met = student.num_layers / teacher.num_layers  # layers of the teacher that recomputation runs again
+    again = (flops.teacher_forward * met + flops.student_forward) * _recomputed_share(config, student, teacher)
     speed = gpu.peak_flops(is_half=training.bf16 or training.fp16) * mfu
     passes = flops.total - flops.projections + again
     per_gpu = passes / world_size / speed
@@ -73,13 +74,13 @@ def step_time(
     )
 
 
-def _recomputed_share(config: Config, teacher: ModelShape) -> float:
+def _recomputed_share(config: Config, student: ModelShape, teacher: ModelShape) -> float:
     """Of a forward pass, what runs again in backward."""
     parallel = config.parallel
     if parallel.recompute_granularity == "full":
         if parallel.recompute_method == "uniform":
             return 1.0
-        per_stage = teacher.num_layers / parallel.pipeline_model_parallel_size / config.num_chunks
+        per_stage = student.num_layers / parallel.pipeline_model_parallel_size / config.num_chunks
         return min(parallel.recompute_num_layers / per_stage, 1.0)
     if parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
         mlp = 2.0 * 3 * teacher.hidden_size * teacher.ffn_hidden_size
@@ -90,9 +91,15 @@ def _recomputed_share(config: Config, teacher: ModelShape) -> float:
 def _imbalance(config: Config, teacher: ModelShape, student: ModelShape) -> float:
     """The slowest stage's work over the mean: the last one has both LM heads."""
     keys = (config.training.seq_length + 1) / 2
-    layer = layer_flops(teacher, keys) + 3 * layer_flops(student, keys)
-    heads = head_flops(teacher) + 3 * head_flops(student)
-    work = [stage.num_layers * layer + stage.is_last * heads for stage in stages_of(config, teacher, student)]
+    passes = ((teacher, 1), (student, 3))
+
+    def work_of(stage: Stage) -> float:
+        return sum(
+            count * (stage.num_layers(shape) * layer_flops(shape, keys) + stage.is_last * head_flops(shape))
+            for shape, count in passes
+        )
+
+    work = [work_of(stage) for stage in stages_of(config, teacher, student)]
     return max(work) / (sum(work) / len(work))
 
 
@@ -134,7 +141,7 @@ def _communication(stage: Stage, world_size: int, gpu: Gpu, beside: _Beside) -> 
     composed, composed_sums = sent.composed / in_a_node, sent.composed_gradients / in_a_node
     # The last bucket is complete when nothing is left that it could be summed beside; the last layer's dW_S too.
     last = min(_bucket_elements(stage.config, replicas) / max(stage.trained_elements, 1), 1.0) * sums
-    last += composed_sums / max(stage.num_layers, 1)
+    last += composed_sums / max(stage.num_layers(stage.student), 1)
     sums += composed_sums
     waits = max(sums - beside.sums, last) if parallel.overlap_grad_reduce else sums
     waits += max(gathers - beside.gathers, 0.0) if parallel.overlap_param_gather else gathers

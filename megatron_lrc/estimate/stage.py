@@ -12,13 +12,15 @@ from megatron_lrc.clone.sharing import divide
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
-from megatron_lrc.mcore.gpt_models import layers_per_stage, padded_vocab_size
+from megatron_lrc.mcore.gpt_models import padded_vocab_size
+from megatron_lrc.mcore.student_stages import layers_by_stage
 from megatron_lrc.methods import method_of
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pipeline rank's share, over all its chunks. layers: of each chunk, their global indices, from 0."""
+    """One pipeline rank's share, over all its chunks. layers: of each chunk, the teacher's, by global index, from 0;
+    the student has those that are made of them."""
 
     config: Config
     teacher: ModelShape
@@ -31,8 +33,13 @@ class Stage:
         return self.config.parallel.tensor_model_parallel_size
 
     @property
-    def num_layers(self) -> int:
-        return sum(map(len, self.layers))
+    def student_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Of each chunk, the student's."""
+        return tuple(self.student.layers_among(chunk) for chunk in self.layers)
+
+    def num_layers(self, shape: ModelShape) -> int:
+        """Of a model here."""
+        return sum(len(shape.layers_among(chunk)) for chunk in self.layers)
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +69,7 @@ class Stage:
     def matrix_elements(self, shape: ModelShape) -> int:
         """Of a model's cloned matrices."""
         layer = sum(self.site_elements(site, shape) for site in LAYER_SITES)
-        return layer * self.num_layers + self.num_ends(shape) * self.site_elements(EMBED, shape)
+        return layer * self.num_layers(shape) + self.num_ends(shape) * self.site_elements(EMBED, shape)
 
     def weight_elements(self, shape: ModelShape) -> int:
         """Of a whole model: matrices, norm gains, and what is frozen."""
@@ -72,10 +79,10 @@ class Stage:
         """Of q, k and v biases, and of q and k norms: frozen in a clone."""
         heads = shape.num_attention_heads + 2 * shape.num_query_groups
         biases = shape.has_qkv_bias * heads * shape.head_dim // self.tp + shape.has_qk_norm * 2 * shape.head_dim
-        return biases * self.num_layers
+        return biases * self.num_layers(shape)
 
     def gain_elements(self, shape: ModelShape) -> int:
-        return (len(LAYER_NORMS) * self.num_layers + self.is_last) * shape.hidden_size
+        return (len(LAYER_NORMS) * self.num_layers(shape) + self.is_last) * shape.hidden_size
 
     @property
     def own(self) -> frozenset[str]:
@@ -97,7 +104,7 @@ class Stage:
     def own_elements(self) -> int:
         """Of what of the student is its own, norm gains left out."""
         layer = sum(self.site_elements(site, self.student) for site in LAYER_SITES if site.name in self.own)
-        total = layer * self.num_layers
+        total = layer * self.num_layers(self.student)
         if EMBED.name in self.own:
             total += self.num_ends(self.student) * self.site_elements(EMBED, self.student)
             total += self.frozen_elements(self.student)
@@ -110,7 +117,7 @@ class Stage:
             sum(self.site_elements(site, self.student) for site in sites if site.name not in self.own)
             for _, sites in groupby(LAYER_SITES, key=lambda site: site.linear)
         ]
-        chunks = [[size for size in layer if size] * len(chunk) for chunk in self.layers]
+        chunks = [[size for size in layer if size] * len(chunk) for chunk in self.student_layers]
         if EMBED.name not in self.own:
             end = self.site_elements(EMBED, self.student)
             ends = self.num_ends(self.student) - self.looks_up
@@ -135,7 +142,7 @@ class Stage:
     @property
     def projection_elements(self) -> int:
         """Of this rank's rows of every P that makes a weight."""
-        matrices = sum(site.name not in self.own for site in LAYER_SITES) * self.num_layers
+        matrices = sum(site.name not in self.own for site in LAYER_SITES) * self.num_layers(self.student)
         matrices += (EMBED.name not in self.own) * self.num_ends(self.student)
         return matrices * self.projection_size // self.tp
 
@@ -148,7 +155,7 @@ class Stage:
     def targets(self) -> list[str]:
         """Sites, layer by layer, whose outputs the clone loss takes from the teacher through a P."""
         through = {"down"} if self.config.loss.clone_attention_output == "teacher" else {"o", "down"}
-        layers = (layer for chunk in self.layers for layer in chunk)
+        layers = (layer for chunk in self.student_layers for layer in chunk)
         return [name for layer in layers for name in method_of(self.config).terms_of(layer) & through]
 
     @property
@@ -172,14 +179,7 @@ def parameter_count(shape: ModelShape) -> int:
 
 def stages_of(config: Config, teacher: ModelShape, student: ModelShape) -> Iterator[Stage]:
     """One for each pipeline rank."""
-    per_rank = layers_per_stage(config, teacher)
-    begins, begin = {}, 0
-    for chunk in range(config.num_chunks):  # the order in which layers pass through the stages
-        for rank, counts in enumerate(per_rank):
-            begins[rank, chunk] = begin
-            begin += counts[chunk]
-    for rank, counts in enumerate(per_rank):
-        layers = tuple(
-            tuple(range(begins[rank, chunk], begins[rank, chunk] + count)) for chunk, count in enumerate(counts)
-        )
+    by_stage = layers_by_stage(config, teacher)
+    for rank in range(config.parallel.pipeline_model_parallel_size):
+        layers = tuple(tuple(by_stage[rank, chunk]) for chunk in range(config.num_chunks))
         yield Stage(config, teacher, student, rank, layers)

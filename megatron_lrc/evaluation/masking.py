@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lrc.config import ConfigError
+from megatron_lrc.config import (
+    Config,
+    ConfigError,
+    check_layers,
+    check_layers_against,
+    raise_all,
+    student_layers,
+)
 from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.evaluation import neurons
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
@@ -42,6 +49,7 @@ class MaskingOptions:
 
     teacher: Path
     student: Path
+    student_layers: list[str]
     items: Path | None
     input: list[str]
     prompts: list[str]
@@ -68,16 +76,20 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
             name: load_model(path, device=device, dtype=dtype)
             for name, path in (("teacher", options.teacher), ("student", student))
         }
-        vocab_size = _check_pair(options, models, student)
+        kept = _kept_layers(options, models["teacher"])
+        vocab_size = _check_pair(options, models, student, kept)
         score = _scorer(options, vocab_size)
         means = neurons.mean_activations(models["teacher"], _prompts(options, vocab_size))
         important = neurons.most_active(means, options.num_neurons, options.scope)
         seeds = range(options.seed, options.seed + options.num_seeds)
         drawn = {seed: neurons.random_neurons(important, options.num_neurons, options.scope, seed) for seed in seeds}
-        found = {
-            name: _conditions(model, important, drawn, score, lambda line, name=name: report(f"{name}, {line}"))
-            for name, model in models.items()
-        }
+        found = {}
+        for name, model in models.items():
+            rows = slice(None) if name == "teacher" else kept  # of the teacher's layers, those that this model has
+            of_seeds = {seed: chosen[rows] for seed, chosen in drawn.items()}
+            found[name] = _conditions(
+                model, important[rows], of_seeds, score, lambda line, name=name: report(f"{name}, {line}")
+            )
     result = {
         "teacher": str(options.teacher),
         "student": str(options.student),
@@ -132,14 +144,25 @@ def _check(options: MaskingOptions) -> None:
         check_matplotlib("--plot", "the scores are printed as a table in any case")
 
 
-def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directory: Path) -> int:
-    """ConfigError unless neuron (layer, index) means something in both; gives the common vocabulary's size."""
+def _kept_layers(options: MaskingOptions, teacher: Any) -> list[int]:
+    """The teacher's layers that the student's are made of."""
+    model, num_layers = Config().model, len(neurons.down_projections(teacher))
+    model.student_layers = options.student_layers
+    raise_all(list(check_layers(model)))
+    raise_all(list(check_layers_against(model, num_layers)))
+    return list(student_layers(model, num_layers) or range(num_layers))
+
+
+def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directory: Path, kept: list[int]) -> int:
+    """ConfigError unless neuron (layer, index) means something in both; gives the common vocabulary's size. kept: the
+    teacher's layers that the student has."""
     shapes = [[module.in_features for module in neurons.down_projections(model)] for model in models.values()]
-    if shapes[0] != shapes[1]:
+    if [shapes[0][layer] for layer in kept] != shapes[1]:
         sizes = [f"{len(shape)} layers of {max(shape)} FFN neurons" for shape in shapes]
         raise ConfigError(
             f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so "
-            "their neurons have not the same indices. A student that was cloned from this teacher is expected."
+            "their neurons have not the same indices. A student that was cloned from this teacher is expected; of one "
+            "with fewer layers its model card has the --student-layers."
         )
     return common_vocabulary(student_directory, models["student"], options.teacher, models["teacher"])
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from megatron_lrc.config import ConfigError, ModelShape
+from megatron_lrc.config import ConfigError, ModelShape, describe_layers
 from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
 
@@ -68,6 +68,7 @@ def student_config(
     kept = {name: value for name, value in teacher.config_values.items() if name not in ("auto_map", "_name_or_path")}
     return {
         **kept,
+        **_lists_by_layer(teacher, shape),
         **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act")},
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -89,6 +90,12 @@ def student_config(
         "transformers_version": transformers.__version__,
         **family.config,
     }
+
+
+def _lists_by_layer(teacher: TeacherDescription, shape: ModelShape) -> dict[str, list]:
+    """`layer_types` has a value for each layer: the student's, those of the layers that it has."""
+    types = teacher.config_values.get("layer_types")
+    return {"layer_types": [types[shape.teacher_layer(layer)] for layer in range(shape.num_layers)]} if types else {}
 
 
 def model_card(
@@ -133,7 +140,7 @@ def _table(family: Family, shape: ModelShape, *, tokens: int, steps: int, losses
     return f"""| | |
 |---|---|
 | transformers class | {family.architecture} |
-| layers | {shape.num_layers} |
+| layers | {_layers(shape)} |
 | heads | {heads} |
 | FFN width | {shape.ffn_hidden_size} |
 | vocabulary | {shape.vocab_size} |
@@ -141,6 +148,12 @@ def _table(family: Family, shape: ModelShape, *, tokens: int, steps: int, losses
 | training tokens | {tokens:,} |
 | optimizer steps | {steps:,} |
 {"".join(f"| {name.replace('_', ' ')}, held out | {value:.4f} |{chr(10)}" for name, value in losses.items())}"""
+
+
+def _layers(shape: ModelShape) -> str:
+    if not shape.teacher_layers:
+        return str(shape.num_layers)
+    return f"{shape.num_layers}, of the teacher's {describe_layers(shape.teacher_layers)} (counted from 0)"
 
 
 def _listed(settings: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ compose by hand.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +31,8 @@ class StudentWeights:
     """The weights of one student; each is read and made when it is asked for, and not kept.
 
     base: its teacher, or the model that it was trained from; weights are read only where they are needed.
-    projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each (D, d).
+    projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each (D, d); i counts the
+    student's layers.
     norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by `Weight.key`, what is neither
     composed nor the base's; it goes before all else. ConfigError where they are not the parts of a student of
     this base.
@@ -62,7 +64,7 @@ class StudentWeights:
         if weight.key in self._own:
             return self._own[weight.key]
         if weight.is_frozen:
-            return self._reader.weight(weight)
+            return self._reader.weight(replace(weight, layer=self._teacher_layer(weight)))
         given = (self._norms if weight.site is None else self._projections)[weight.key]  # [d] or [D, d]
         hidden, base_hidden = self.shape.hidden_size, self.base.shape.hidden_size
         expected = (hidden,) if weight.site is None else (base_hidden, hidden)
@@ -73,7 +75,10 @@ class StudentWeights:
             )
         if weight.site is None:
             return given
-        return compose(weight.site, self._reader.site(weight.site, weight.layer).to(given.dtype), given)
+        return compose(weight.site, self._reader.site(weight.site, self._teacher_layer(weight)).to(given.dtype), given)
+
+    def _teacher_layer(self, weight: Weight) -> int | None:
+        return None if weight.layer is None else self.shape.teacher_layer(weight.layer)
 
     def write_projections(self, folder: Path) -> None:
         """projections.safetensors, in their own dtype: by their names, and the gains under `norms.`"""

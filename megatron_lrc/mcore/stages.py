@@ -143,10 +143,13 @@ class PipelineStage(nn.Module, ABC):
         self.post_process = groups.is_last_rank and chunk == config.num_chunks - 1
         self._input: Tensor | None = None
 
-    def _build_model(self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool) -> GPTModel:
-        """This stage of a model of some shape, its weights not yet set."""
+    def _build_model(
+        self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool, config: Config | None = None
+    ) -> GPTModel:
+        """This stage of a model of some shape, its weights not yet set. config: of a model that is divided over the
+        stages in another way than the run's configuration says."""
         return build_stage(
-            self.settings,
+            config or self.settings,
             shape,
             inverse_frequencies,
             dtype=self._dtype,

@@ -24,8 +24,12 @@ from megatron_lrc.config import (
     ProjectionConfig,
     PruningConfig,
     check_directory,
+    check_layers,
+    check_layers_against,
+    describe_layers,
     fields_of,
     flags_set,
+    student_layers,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +114,7 @@ class Method(ABC):
         if given := flags_set(self.config, fields_of(PruningConfig)):
             yield f"{given} cannot go with --method {self.name}, which prunes nothing. Leave it out."
         yield from self.check_models()
+        yield from check_layers(self.config.model)
 
     def check_models(self) -> Iterator[str]:
         """Of a clone or a distillation: a teacher, and the student's width."""
@@ -128,7 +133,7 @@ class Method(ABC):
 
     def check_against(self, base: ModelShape) -> Iterator[str]:
         """Errors that depend on the shape of the teacher, or of the model that is trained by itself."""
-        return iter(())
+        yield from check_layers_against(self.config.model, base.num_layers)
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
         """What is allowed, but probably not meant."""
@@ -146,11 +151,24 @@ class Method(ABC):
         return False
 
     def student_shape(self, base: ModelShape) -> ModelShape:
-        """The student's shape at the end: the base model's but for the hidden size, and maybe tying and epsilon."""
+        """The student's shape at the end: the base model's but for the hidden size, and maybe layers, tying and
+        epsilon."""
         model = self.config.model
         assert model.student_hidden_size is not None, "student_shape() needs a validated config"
         epsilon = base.norm_epsilon if model.student_norm_epsilon is None else model.student_norm_epsilon
-        return replace(base, hidden_size=model.student_hidden_size, is_tied=self._is_tied(base), norm_epsilon=epsilon)
+        layers = student_layers(model, base.num_layers)
+        return replace(
+            base,
+            hidden_size=model.student_hidden_size,
+            num_layers=len(layers) or base.num_layers,
+            teacher_layers=layers,
+            is_tied=self._is_tied(base),
+            norm_epsilon=epsilon,
+        )
+
+    def divided_shape(self, base: ModelShape) -> ModelShape:
+        """Whose layers pipeline stages are made of: the teacher's, or those of the model that is trained by itself."""
+        return base if self.has_teacher else self.student_shape(base)
 
     def shape_of_phase(self, base: ModelShape, *, has_changed: bool) -> ModelShape:
         """The shape that the student has before, or after, `change`."""
@@ -282,4 +300,10 @@ def describe_tying(shape: ModelShape) -> str:
 
 
 def width_and_depth(shape: ModelShape) -> str:
-    return f"{shape.hidden_size} ({describe_tying(shape)}), {shape.num_layers} layers"
+    return f"{shape.hidden_size} ({describe_tying(shape)}), {describe_depth(shape)}"
+
+
+def describe_depth(shape: ModelShape) -> str:
+    """`15 layers`, and which of the teacher's they are made of where it has others too."""
+    of_teacher = f" (the teacher's {describe_layers(shape.teacher_layers)})" if shape.teacher_layers else ""
+    return f"{shape.num_layers} layers{of_teacher}"

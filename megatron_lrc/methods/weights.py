@@ -1,5 +1,7 @@
 """Weights from disk into a stage: each rank reads its slices, and nothing else."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,18 @@ def load_weights(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
 
 
 @torch.no_grad()
-def load_frozen(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
-    """Read what a teacher and its student share: biases of q, k and v, gains of the q and k norms."""
+def load_frozen(
+    stage: PipelineStage, model: GPTModel, reader: Reader, source_of: Callable[[int], int] = lambda layer: layer
+) -> None:
+    """Read what a teacher and its student share: biases of q, k and v, gains of the q and k norms. source_of: the
+    reader's layer that a layer of the model has them from."""
     tp, frozen = stage.groups.tp, reader.description.family.frozen
     for index, layer in layers_of(model):
         for site in LAYER_SITES:
             if (name := f"{site.name}_bias") in frozen:
                 place = select(site, layer.get_parameter(f"{site.linear}.bias"), stage.heads)
-                place.copy_(reader.frozen(name, index, tp_rank=tp.rank(), tp_size=tp.size()).view(place.shape))
+                found = reader.frozen(name, source_of(index), tp_rank=tp.rank(), tp_size=tp.size())
+                place.copy_(found.view(place.shape))
             if (name := f"{site.name}_norm") in frozen:
                 gain = layer.get_parameter(f"self_attention.{site.name}_layernorm.weight")
-                gain.copy_(reader.frozen(name, index))
+                gain.copy_(reader.frozen(name, source_of(index)))

@@ -43,11 +43,12 @@ def measure_effective_rank(
     finally:
         for hook in hooks:
             hook.remove()
-    names, num_layers = list(stages[0].models), stages[0].shapes.student.num_layers
-    ranks = torch.zeros(len(names), num_layers + 1, dtype=torch.float64, device=groups.device)
+    counts = {name: model.config.num_layers + 1 for name, model in stages[0].models.items()}
+    ranks = torch.zeros(len(counts), max(counts.values()), dtype=torch.float64, device=groups.device)
     for place, total in _complete(moments):
         ranks[place] = effective_rank(total)
-    return result, dict(zip(names, sum_over_world(ranks).tolist(), strict=True))
+    rows = zip(counts.items(), sum_over_world(ranks).tolist(), strict=True)
+    return result, {name: row[:count] for (name, count), row in rows}
 
 
 def _add_input(moment: SecondMoment, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -11,11 +11,13 @@ from megatron_lrc.config import (
     DEFAULT_WARMUP_FRACTION,
     Config,
     ConfigError,
+    ModelShape,
     budgets_of,
     check_schedule,
     count_steps,
     describe_budgets,
     describe_jump,
+    describe_layers,
     is_counted,
     raise_all,
     validate_against_teacher,
@@ -29,6 +31,7 @@ from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
 from megatron_lrc.hf.teacher_identity import said_if_slow, warn_of_samples, warn_of_suspicious
 from megatron_lrc.launch import torchrun
 from megatron_lrc.mcore.gpt_models import check_pipeline_layout
+from megatron_lrc.mcore.student_stages import check_student_stages
 from megatron_lrc.methods import Method, method_of
 from megatron_lrc.methods.ordinary.initial_weights import InitialWeights
 from megatron_lrc.train.boards import check_boards
@@ -76,7 +79,11 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     check_boards(config)
     teacher, reader = _open_base(method)
     warnings = validate_against_teacher(method, teacher.shape)
-    check_pipeline_layout(config, teacher.shape)
+    check_pipeline_layout(config, method.divided_shape(teacher.shape))
+    student = method.student_shape(teacher.shape)
+    if student.teacher_layers:
+        check_student_stages(config, teacher.shape, student)
+        config = _with_layers(config, student)
     tokenizer_fingerprint = check_data(config, teacher.shape.vocab_size)
     if config.checkpoint.save:
         warnings += _refuse_read_only(Path(config.checkpoint.save))
@@ -100,6 +107,11 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
         _check_not_past(config, resume_from, state)
         warnings += warn_of_jump(config, read_state(resume_from)[1], state)
     return Checked(config, teacher, reader, resume_from, weights_from, state, warnings)
+
+
+def _with_layers(config: Config, student: ModelShape) -> Config:
+    """With the student's layers named, however they were chosen."""
+    return replace(config, model=replace(config.model, student_layers=describe_layers(student.teacher_layers).split()))
 
 
 def with_warmup_of_then(config: Config) -> Config:

@@ -120,6 +120,10 @@ def logits(config: Config) -> None:
     config.model.method = "logits"
 
 
+def fewer_layers(config: Config) -> None:
+    config.model.student_layers = ["0", "2-3"]
+
+
 def overlap(config: Config) -> None:
     parallel = config.parallel
     parallel.overlap_grad_reduce = parallel.overlap_param_gather = True
@@ -158,6 +162,7 @@ def mean_of_replicas(sent: list[dict[str, float]], layout: dict[str, Any]) -> li
         ({"tp": 2}, recompute_all),
         ({"tp": 2}, recompute_mlp),
         ({"tp": 2}, logits),
+        ({"tp": 2}, fewer_layers),
         ({"pp": 2}, logits),
         ({"dp": 2, "dist_opt": True}, logits),
         ({"pp": 2}, no_change),
@@ -168,6 +173,7 @@ def mean_of_replicas(sent: list[dict[str, float]], layout: dict[str, Any]) -> li
         ({"dp": 2, "dist_opt": True}, overlap),
         ({"dp": 2}, share_in_bf16),
         pytest.param({"tp": 2, "pp": 2}, no_change, marks=pytest.mark.slow),
+        pytest.param({"cp": 2, "pp": 2}, fewer_layers, marks=pytest.mark.slow),
         pytest.param({"tp": 2, "dp": 2, "dist_opt": True}, no_change, marks=pytest.mark.slow),
         pytest.param({"cp": 2, "pp": 2, "chunks": 2}, no_change, marks=pytest.mark.slow),
         pytest.param({"tp": 2, "dp": 2}, share, marks=pytest.mark.slow),

@@ -99,6 +99,10 @@ def some_terms(config: Config) -> None:
     config.loss.clone_terms, config.loss.detach_clone_targets = ["o:1", "down:0", "gate"], True
 
 
+def fewer_layers(config: Config) -> None:
+    config.model.student_layers = ["1"]
+
+
 def logits(config: Config) -> None:
     config.model.method = "logits"
 
@@ -130,7 +134,7 @@ ONE_PROCESS = [
     "layout, is_tied, change",
     [
         *ONE_PROCESS,
-        *[pytest.param({}, False, change, id=change.__name__) for change in (logits, opened, opened_all)],
+        *[pytest.param({}, False, change, id=change.__name__) for change in (logits, opened, opened_all, fewer_layers)],
         pytest.param({"tp": 2}, False, nothing_special, id="TP2"),
         pytest.param({"pp": 2}, True, nothing_special, id="PP2-tied"),
         pytest.param({"pp": 2}, False, nothing_special, id="PP2-untied"),
@@ -153,15 +157,15 @@ def test_flops_of_a_step_are_those_that_torch_counts(tiny_llama, tiny_text, tmp_
     has_changed = method_of(config).change_step is not None
     copies = 1 if config.parallel.share_compose else replicas
     estimate = step_flops(config, teacher, student, replicas=copies, has_changed=has_changed)
-    saving = causal_saving(config, teacher)  # the student has the same heads
+    of_teacher, of_student = (causal_saving(config, shape) for shape in (teacher, student))
     head = teacher_head(config, teacher)
     assert estimate.projections == total.compose + total.pull_back
     assert total.compose == total.pull_back
     has_kl = config.total_kl_weight > 0
-    assert estimate.teacher_forward + saving == total.teacher + (head if has_kl else 0)
+    assert estimate.teacher_forward + of_teacher == total.teacher + (head if has_kl else 0)
     # A validation makes both heads' logits in any case.
-    assert estimate.student_forward + saving == total.forward - total.teacher - head
-    assert estimate.student_backward + 2 * saving == total.step - total.forward + (0 if has_kl else head)
+    assert estimate.student_forward + of_student == total.forward - total.teacher - head
+    assert estimate.student_backward + 2 * of_student == total.step - total.forward + (0 if has_kl else head)
 
 
 def teacher_head(config: Config, teacher: ModelShape) -> float:

@@ -94,6 +94,42 @@ def test_other_families_equal_the_reference(tmp_path, layout, write, variant):
     assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, variant, tied=False)
 
 
+FEWER_LAYERS = Variant(kept=(0, 2, 3))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(micro=12),
+        Layout(tp=2),
+        Layout(pp=2, recompute="full"),
+        Layout(pp=2, first=1),
+        Layout(pp=2, drawn="Ettt|tL"),
+        Layout(cp=2),
+        Layout(dp=2),
+    ],
+    ids=str,
+)
+def test_a_student_with_fewer_layers_equals_the_reference(tiny_llama, layout):
+    assert_equal_to_the_reference(tiny_llama, layout, FEWER_LAYERS, tied=layout.tp == 2 or layout.drawn is not None)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("write", [write_qwen2, write_qwen3], ids=["qwen2", "qwen3"])
+def test_fewer_layers_of_other_families_equal_the_reference(tmp_path, write):
+    write(tmp_path, num_layers=4, dtype=torch.float64)
+    variant = replace(FEWER_LAYERS, released=write is write_qwen2, normalization="token")
+    assert_equal_to_the_reference(lambda **settings: str(tmp_path), Layout(micro=12), variant, tied=False)
+
+
+@pytest.mark.distributed
+def test_a_layer_of_the_student_on_each_interleaved_stage_equals_the_reference(tmp_path):
+    write_qwen3(tmp_path, num_layers=6, dtype=torch.float64)
+    layout, variant = Layout(pp=2, chunks=2, drawn="Ett|t|tt|tL"), Variant(kept=(1, 2, 4, 5))
+    compare_with_the_reference(str(tmp_path), layout, variant, tied=False)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", "core_attn", "mlp"])
 @pytest.mark.parametrize("layout", [Layout(pp=2, chunks=2), Layout(tp=2)], ids=str)
@@ -104,4 +140,4 @@ def test_recomputation_changes_nothing(tiny_llama, layout, recompute):
 def assert_equal_to_the_reference(tiny_llama, layout: Layout, variant: Variant, *, tied: bool) -> None:
     teacher = tiny_llama(is_tied=tied, num_layers=4, vocab_size=VOCAB, dtype=torch.float64)
     names = compare_with_the_reference(teacher, layout, variant, tied=tied)
-    assert len(names) == 4 * 7 + (1 if tied else 2)
+    assert len(names) == len(variant.kept or range(4)) * 7 + (1 if tied else 2)

@@ -178,20 +178,27 @@ def test_minitron_starts_as_the_teacher_cut_to_its_most_active_channels(teacher,
 
 
 @pytest.mark.distributed
-def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path):
-    """Against torch's solver, on rows for the tokens and rows for the ridge."""
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 2, 3)], ids=str)
+def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path, kept):
+    """Against torch's solver, on rows for the tokens and rows for the ridge. Without layer 1, on two stages, a student
+    reads a stream to which it has added nothing."""
     config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "ridge")
     config.model.student_norm_epsilon = own_epsilon = 0.05
-    train(config)
+    config.model.student_layers = [str(layer) for layer in kept]
+    stages = 1 if len(kept) == 4 else 2
+    train(on_layout(config, pp=stages), stages)
     found = projections_of(tmp_path / "run")
     basis = found["embed"].double()
-    assert torch.equal(found["embed"], found["layers.1.o"]) and torch.equal(found["embed"], found["layers.3.down"])
+    assert torch.equal(found["embed"], found["layers.1.o"]) and torch.equal(found["embed"], found["layers.2.down"])
     ((streams, gains, epsilon),) = run_ranks(1, inputs_of_norms, config.resolved(1))
     width = basis.shape[1]
+    skipped = torch.zeros(WIDTH) if 1 in kept else streams["layers.2.input"] - streams["layers.1.input"]
     for norm, sites in {"layers.1.input": "qkv", "layers.2.post": ["gate", "up"], "final": ["lm_head"]}.items():
-        teacher_reads = torch.nn.functional.rms_norm(streams[norm], (WIDTH,), gains[norm], epsilon)
-        student_reads = torch.nn.functional.rms_norm(streams[norm] @ basis, (width,), eps=own_epsilon)
-        prior = (WIDTH / width) ** 0.5 * gains[norm][:, None] * basis
+        of_teacher = norm if norm == "final" else f"layers.{kept[int(norm[7])]}{norm[8:]}"
+        stream, gain = streams[of_teacher], gains[of_teacher]
+        teacher_reads = torch.nn.functional.rms_norm(stream, (WIDTH,), gain, epsilon)
+        student_reads = torch.nn.functional.rms_norm((stream - skipped) @ basis, (width,), eps=own_epsilon)
+        prior = (WIDTH / width) ** 0.5 * gain[:, None] * basis
         weight = (RIDGE * student_reads.square().sum(0).mean()).sqrt()
         inputs = torch.cat([student_reads, weight * torch.eye(width)])
         targets = torch.cat([teacher_reads, weight * prior.t()])

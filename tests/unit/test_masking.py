@@ -1,6 +1,7 @@
 """tools/mask_neurons.py: masks with known answers, scores with known answers, and what it refuses."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,27 @@ def test_a_teacher_beside_itself_scores_alike(tmp_path: Path) -> None:
     write_pair(tmp_path)
     found = run_tool(tmp_path, "--input", str(tmp_path / "text.jsonl"), student="teacher")["models"]
     assert found["teacher"] == found["student"]
+
+
+def test_a_student_with_fewer_layers_is_masked_where_its_teachers_are(tmp_path: Path) -> None:
+    """One without a layer that adds nothing scores as the one that has it."""
+    write_pair(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    first, second = model.model.layers
+    for silent in (first.self_attn.o_proj, first.mlp.down_proj):
+        silent.weight.data.zero_()
+    for name in ("long", "short"):
+        shutil.copytree(tmp_path / "teacher", tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        second.self_attn.layer_idx = 0
+        model.model.layers = torch.nn.ModuleList([second])
+        model.config.num_hidden_layers = 1
+    flags = ["--input", str(tmp_path / "text.jsonl"), "--num-neurons", "20", "--scope", "layer"]
+    expected = run_tool(tmp_path, *flags, student="long")["models"]["student"]
+    found = run_tool(tmp_path, *flags, "--student-layers", "1", student="short")["models"]["student"]
+    assert expected["important"]["lm_loss"] != expected["unmasked"]["lm_loss"]
+    for condition in ("unmasked", "important", "random"):
+        assert found[condition]["lm_loss"] == pytest.approx(expected[condition]["lm_loss"], abs=1e-6)
 
 
 def test_activations_may_be_measured_on_other_text(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(capsys, tmp_path):
         (["--student-hidden-size", "8"], "plan.py: Give --teacher DIR (config.json is enough), or --preset lrc-1.5b, "),
         (["--teacher", str(tmp_path)], "plan.py: --student-hidden-size is missing"),
         *((["--preset", "lrc-4b", "--method", name], f"plan.py: --method {name}: its memory") for name in UNPLANNED),
+        (["--preset", "lrc-4b", "--student-layers", "0", "x"], "plan.py: --student-layers 0 x: invalid literal"),
+        (["--preset", "lrc-4b", "--student-num-layers", "99"], "plan.py: --student-num-layers 99 is above the"),
         (["--preset", "lrc-4b", "--mfu", "35"], "plan.py: --mfu 35.0 is not a share"),
         (["--preset", "lrc-4b", "--gpu", "H1"], "plan.py: --gpu H1 is not known"),
         (["--preset", "lrc-4b", "--micro-batch", "7"], "plan.py: unknown flag --micro-batch"),

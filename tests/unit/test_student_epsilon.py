@@ -45,7 +45,7 @@ def test_another_epsilon_cannot_continue_a_run(folder, tiny_text):
     config.model.student_norm_epsilon = None
     with pytest.raises(ConfigError) as caught:
         check(config.resolved(1), 1)
-    assert "norm epsilon 0.02; the flags ask for 24, untied, 3e-05. Repeat --student-hidden-size" in str(caught.value)
+    assert "epsilon 0.02; the flags ask for 24 (untied), 2 layers, 3e-05. Repeat --student-hid" in str(caught.value)
 
 
 def config_of(method: str, **model: object) -> Config:

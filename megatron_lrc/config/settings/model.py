@@ -42,6 +42,18 @@ class ModelConfig:
     student_hidden_size: int | None = setting(
         None, "Hidden size d_S of the student, in features; below the teacher's d_T.", at_least=1, required=True
     )
+    student_num_layers: int | None = setting(
+        None,
+        "Layers of the student: that many of the teacher's, evenly spread, the first and the last among them. Default: "
+        "all of them.",
+        at_least=1,
+    )
+    student_layers: list[str] = setting(
+        [],
+        "Or which ones: layers of the teacher (from 0) that the student's are made of and compared with, in rising "
+        "order: 0 1 3 5-11. The teacher runs all of its layers.",
+        metavar="LAYERS",
+    )
     student_norm_epsilon: float | None = setting(
         None,
         "Epsilon of the student's RMSNorms, in training and in the exported config.json. Default: the teacher's. The "

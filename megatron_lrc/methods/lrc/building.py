@@ -37,7 +37,7 @@ def build_paired_stages(
     ]
     for stage in stages:
         load_weights(stage, stage.teacher, reader)
-        load_frozen(stage, stage.student, reader)
+        load_frozen(stage, stage.student, reader, shapes.student.teacher_layer)
     return stages
 
 

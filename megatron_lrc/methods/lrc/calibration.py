@@ -22,7 +22,6 @@ from megatron_lrc.clone.initialization import (
 from megatron_lrc.clone.ridge import ReadingMoments
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.mcore.distributed import broadcast_from_first, broadcast_over_stage, reduce_over_stage, sum_over_world
-from megatron_lrc.mcore.gpt_models import norm_gains, residual_readers
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 
@@ -45,7 +44,8 @@ def initialize(config: Config, stages: list[PairedModel], calibration: Callable[
     # From one rank: a decomposition may differ between machines.
     basis = broadcast_from_first(basis.to(stages[0].groups.device))
     for stage in stages:
-        initialize_from_basis(stage.projections, basis, norm_gains(stage.teacher))
+        gains = {norm: gain for norm, gain, _ in stage.readings()}
+        initialize_from_basis(stage.projections, basis, gains)
     if projection.init == "ridge":
         fit_to_readings(config, stages, basis, calibration())
 
@@ -54,7 +54,7 @@ def residual_basis(config: Config, stages: list[PairedModel], batches: Batches) 
     """Q [D, d], fp64: directions, or channels, of the teacher's residual stream, computed from all ranks' tokens."""
     shapes = stages[0].shapes
     moment = SecondMoment(shapes.teacher.hidden_size, stages[0].groups.device)
-    readers = [(reader, moment.add) for stage in stages for reader in residual_readers(stage.teacher)]
+    readers = [(reader, moment.add) for stage in stages for _, _, reader in stage.readings()]
     run_teacher(config, stages, batches, readers)
     sum_over_world(moment.total)
     if config.projection.init == "channel":
@@ -68,12 +68,14 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
     epsilons = (shapes.teacher.norm_epsilon, shapes.student.norm_epsilon)
     readers, moments = [], []
     for stage in stages:
-        gains = norm_gains(stage.teacher)
-        for (norm, gain), reader in zip(gains.items(), residual_readers(stage.teacher), strict=True):
+        for norm, gain, reader in stage.readings():
             moment = ReadingMoments(basis, gain, epsilons)
-            readers.append((reader, moment.add))
+            readers.append((reader, partial(_add_reading, moment, stage)))
             moments.append((stage.projections, norm, moment))
+    followed = [hook for stage in stages for hook in stage.skipped.follow(basis)]
     run_teacher(config, stages, batches, readers)
+    for hook in followed:
+        hook.remove()
     for turn, (projections, norm, moment) in enumerate(moments):
         is_owner = reduce_over_stage(moment.total, turn)
         fitted = moment.fit() if is_owner else torch.empty_like(basis)
@@ -81,6 +83,10 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
         for name, _ in projections.named_matrices():
             if norm_before(name) == norm:
                 projections.set_matrix(name, fitted)
+
+
+def _add_reading(moment: ReadingMoments, stage: PairedModel, stream: Tensor) -> None:
+    moment.add(stream, stage.skipped.added)
 
 
 def calibrate_losses(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches]) -> None:

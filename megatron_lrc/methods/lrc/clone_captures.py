@@ -55,9 +55,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A linear layer whose outputs are compared, and the sites in it that are. layer: global, from 0."""
+    """A linear layer whose outputs are compared, and the sites in it that are. layer: the student's, global, from 0;
+    of_teacher: the teacher's."""
 
     layer: int
+    of_teacher: int
     linear: str
     teacher_layer: nn.Module
     sites: tuple[Site, ...]
@@ -74,7 +76,7 @@ class Place:
 
 class CloneLosses(LayerLosses):
     """The clone losses of one stage. Micro-batches pass one after the other: `begin`, both models, `end`.
-    terms_of: names, of `terms`, of the losses that are on in a layer (global, from 0)."""
+    terms_of: names, of `terms`, of the losses that are on in a layer of the student (global, from 0)."""
 
     terms = CLONE_TERMS
 
@@ -185,10 +187,10 @@ class CloneLosses(LayerLosses):
         """Where clone losses are."""
         teacher_layers = dict(layers_of(self._stage.teacher))
         for index, _ in layers_of(self._stage.student):
-            terms = self._terms_of(index)
+            terms, of_teacher = self._terms_of(index), self._stage.shapes.student.teacher_layer(index)
             for linear in CAPTURED_LINEARS:
                 if sites := tuple(site for site in SITES_OF[linear] if site.name in terms):
-                    yield Place(index, linear, teacher_layers[index], sites)
+                    yield Place(index, of_teacher, linear, teacher_layers[of_teacher], sites)
 
     def _capture_activations(self) -> None:
         student_layers = dict(layers_of(self._stage.student))
@@ -228,7 +230,7 @@ class CloneLosses(LayerLosses):
         key, activations = (place.layer, place.linear), self._micro_batch.activations
         if key not in activations:
             args, kwargs = self._micro_batch.inputs[place.layer, place.block]
-            with torch.no_grad(), own_precision(self._stage.teacher, place.layer, inside=self._stage.student):
+            with torch.no_grad(), own_precision(self._stage.teacher, place.of_teacher, inside=self._stage.student):
                 place.teacher_block(*args, **kwargs)  # its hooks fill `activations`
         return activations.pop(key)
 
@@ -274,7 +276,7 @@ class CloneLosses(LayerLosses):
         (site,) = place.sites
         if self._compares_at_teacher_width(place):
             # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
-            with own_precision(self._stage.teacher, place.layer, inside=self._stage.student):
+            with own_precision(self._stage.teacher, place.of_teacher, inside=self._stage.student):
                 through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
             return through_teacher, target
         return student, target @ self._stage.projections.target(f"layers.{place.layer}.{site.name}")

@@ -45,6 +45,7 @@ class LowRankClone(Method):
             yield f"--open-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
 
     def check_against(self, base: ModelShape) -> Iterator[str]:
+        yield from super().check_against(base)
         width, projection = self.config.model.student_hidden_size, self.config.projection
         assert width is not None, "validate() comes first"
         if projection.is_closed_form and width > base.hidden_size:
@@ -57,12 +58,13 @@ class LowRankClone(Method):
                 "--no-untie-embeddings-and-output-weights cannot tie the student: the teacher's embedding and LM head "
                 "are two matrices, so what one projection makes of them differs. Leave it out."
             )
+        count = self.student_shape(base).num_layers
         for text in self.config.loss.clone_terms:
             _, ranges = parse_clone_term(text)
-            if any(layers[-1] >= base.num_layers for layers in ranges or []):
+            if any(layers[-1] >= count for layers in ranges or []):
                 yield (
-                    f"--clone-terms {text} names a layer that the teacher does not have: its {base.num_layers} layers "
-                    f"are 0-{base.num_layers - 1}."
+                    f"--clone-terms {text} names a layer that the student does not have: its {count} layers are "
+                    f"0-{count - 1}."
                 )
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:

@@ -22,7 +22,14 @@ from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Si
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.mcore.distributed import Groups
-from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, tie_ends, vocabulary_shard
+from megatron_lrc.mcore.gpt_models import (
+    GPTModel,
+    layers_of,
+    norm_gains,
+    residual_readers,
+    tie_ends,
+    vocabulary_shard,
+)
 from megatron_lrc.mcore.stages import (
     BIASES,
     GRADIENT_GROUPS,
@@ -34,8 +41,10 @@ from megatron_lrc.mcore.stages import (
     all_tokens,
     run_stage,
 )
+from megatron_lrc.mcore.student_stages import config_of_student
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory, TwoModels
 from megatron_lrc.methods.lrc.own_matrices import give_up_memory, own_parameters, renew_parameters, replacement
+from megatron_lrc.methods.lrc.skipped_layers import SkippedLayers
 
 
 class PairedModel(TwoModels):
@@ -59,7 +68,8 @@ class PairedModel(TwoModels):
         super().__init__(config, groups, dtype, chunk)
         self.shapes = shapes
         self.teacher = self._build_model(shapes.teacher, shapes.inverse_frequencies, is_trained=False)
-        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
+        divided = config_of_student(config, shapes.teacher, shapes.student)
+        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True, config=divided)
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
@@ -69,7 +79,8 @@ class PairedModel(TwoModels):
         self.frozen_width = shapes.teacher.hidden_size
         self.heads = HeadLayout.of(shapes.teacher)
         self.layer_losses = layer_losses(self)
-        self.sums = LossSums(groups.device, shapes.teacher.num_layers, self.layer_losses.terms)
+        self.skipped = SkippedLayers(self.teacher, self.student, shapes.student)
+        self.sums = LossSums(groups.device, shapes.student.num_layers, self.layer_losses.terms)
         self.vocabulary = vocabulary_shard(shapes.teacher, groups.tp)
         self._is_to_compose = False  # in the next forward pass
         self._choose_trained(own)
@@ -145,13 +156,23 @@ class PairedModel(TwoModels):
             pair(EMBED.name, EMBED, self.teacher, self.student, is_looked_up=self._looks_up)
         teacher_layers = dict(layers_of(self.teacher))
         for index, layer in layers_of(self.student):
+            teacher_layer = teacher_layers[self.shapes.student.teacher_layer(index)]
             for site in LAYER_SITES:
-                pair(f"layers.{index}.{site.name}", site, teacher_layers[index], layer)
+                pair(f"layers.{index}.{site.name}", site, teacher_layer, layer)
         if self._has_own_head():
             pair(LM_HEAD.name, LM_HEAD, self.teacher, self.student)
         elif self.post_process and not self.pre_process:
             pair(EMBED.name, LM_HEAD, self.teacher, self.student)
         return weights
+
+    def readings(self) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+        """Where the student reads its residual stream here: (its norm's name, the gain [D] of the teacher's norm there,
+        the module whose input the teacher's norm is given)."""
+        gains = norm_gains(self.teacher)
+        readers = dict(zip(gains, residual_readers(self.teacher), strict=True))
+        for name in norm_gains(self.student):
+            of_teacher = self.shapes.student.teacher_name(name)
+            yield name, gains[of_teacher], readers[of_teacher]
 
     def _set_trainable(self) -> None:
         """The teacher is frozen. The student's matrices gather gradients, composed ones by themselves and its
@@ -265,16 +286,18 @@ class PairedModel(TwoModels):
         return self._lm_and_kl(teacher_hidden, student_hidden, batch["labels"], token_weight)
 
     def forward_teacher(self, batch: dict[str, Tensor]) -> Tensor:
-        """The teacher alone, for calibration. Inputs and outputs as of `forward`, the student's part zero."""
-        teacher_in, _ = self._split_input()
+        """The teacher alone, for calibration. Inputs and outputs as of `forward`, but the student's part is what
+        `skipped` has added up."""
+        teacher_in, skipped_in = self._split_input()
+        self.skipped.begin(skipped_in)
         self.layer_losses.begin(batch["loss_mask"].t())
         with torch.no_grad():
             hidden = run_stage(self.teacher, batch, teacher_in)
         self.layer_losses.forget()
         if self.post_process:
             return hidden.new_zeros(())
-        student_hidden = hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size)
-        return torch.cat([hidden, student_hidden], dim=-1)
+        skipped = hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size) + self.skipped.added
+        return torch.cat([hidden, skipped.to(hidden.dtype)], dim=-1)
 
     def _split_input(self) -> tuple[Tensor | None, Tensor | None]:
         if self.pre_process:

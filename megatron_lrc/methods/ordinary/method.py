@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from megatron_lrc.config import ModelShape, check_directory, flag_of, flags_set
+from megatron_lrc.config import ModelShape, check_directory, flag_of, flags_set, refuse_layers
 from megatron_lrc.methods.method import TEACHER_ONLY, Method, Origin, width_and_depth
 
 #: For model cards.
@@ -48,6 +49,7 @@ class OrdinaryTraining(WithoutTeacher):
                     "go with it. Keep one."
                 )
             yield from check_directory("--student", model.student)
+            yield from refuse_layers(model, "--student, whose layers are all trained")
         elif model.teacher is None or model.student_hidden_size is None:
             yield (
                 "--method ordinary needs a model: --student DIR to go on from its weights, or --teacher DIR (its "
@@ -55,6 +57,11 @@ class OrdinaryTraining(WithoutTeacher):
             )
         else:
             yield from check_directory("--teacher", model.teacher)
+            if model.student_layers:
+                yield (
+                    f"--student-layers {' '.join(model.student_layers)} cannot go with --method ordinary, which makes "
+                    "no layer of the teacher's. Give their number, --student-num-layers."
+                )
         yield from self.check_no_teacher("has no teacher")
 
     @property
@@ -62,8 +69,8 @@ class OrdinaryTraining(WithoutTeacher):
         return self.config.model.student is None
 
     def student_shape(self, base: ModelShape) -> ModelShape:
-        """With --student that model's own shape."""
-        return super().student_shape(base) if self.starts_anew else base
+        """With --student that model's own shape. A new model's layers are made of nobody's."""
+        return replace(super().student_shape(base), teacher_layers=()) if self.starts_anew else base
 
     @property
     def title(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_lrc.config import ModelShape, check_directory, flag_of
+from megatron_lrc.config import ModelShape, check_directory, flag_of, refuse_layers
 from megatron_lrc.methods.method import Method, Origin, width_and_depth
 from megatron_lrc.methods.ordinary.method import LM_LOSS_ALONE, WithoutTeacher
 
@@ -37,6 +37,7 @@ class Sheared(WithoutTeacher):
                 f"--student-norm-epsilon {model.student_norm_epsilon:g} cannot go with --method sheared, which prunes "
                 "--teacher as it is, with its epsilon. Leave it out."
             )
+        yield from refuse_layers(model, "--method sheared, which prunes no layers")
         yield from self.check_no_teacher("has no teacher beside it")
         if after >= 1 and after != int(after):
             yield f"--prune-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."

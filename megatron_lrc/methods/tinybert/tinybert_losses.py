@@ -2,7 +2,8 @@
 
 arXiv 1909.10351, equations 7 to 9: attention scores of each layer; hidden states after each layer and
 embeddings, the student's through a learned linear map to the teacher's width. Each layer has its own map, on its
-pipeline stage (the paper shares one among the layers). Both models are equally deep: layers are compared in pairs.
+pipeline stage (the paper shares one among the layers). Layers are compared in pairs; a student with fewer layers is
+compared with those that its shape names, the paper's layer map.
 
 Notation: s sequence, b micro-batch, D teacher hidden, d student hidden; `/tp` split.
 """
@@ -44,8 +45,9 @@ class TinyBertLosses(LayerLosses):
         if stage.pre_process:
             self._compare_hidden(EMBEDDING, 0, stage.teacher.embedding, stage.student.embedding)
         for index, layer in layers_of(stage.student):
-            self._compare_attention(index, teachers[index], layer)
-            self._compare_hidden(HIDDEN, index, teachers[index], layer)
+            teacher = teachers[stage.shapes.student.teacher_layer(index)]
+            self._compare_attention(index, teacher, layer)
+            self._compare_hidden(HIDDEN, index, teacher, layer)
 
     def begin(self, token_weight: Tensor) -> None:
         self._token_weight = token_weight
