@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_teachers import write_llama, write_qwen2, write_qwen3
+from hf_teachers import write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint, read_state
 from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.train.start_checks import check
@@ -34,7 +34,7 @@ def with_layers(config: Config, *layers: str, count: int | None = None) -> Confi
     return replace(config, model=replace(config.model, student_layers=list(layers), student_num_layers=count))
 
 
-@pytest.mark.parametrize("write", [pytest.param(write_llama, marks=pytest.mark.slow), write_qwen2, write_qwen3])
+@pytest.mark.parametrize("write", [pytest.param(write_qwen2, marks=pytest.mark.slow), write_qwen3])
 def test_at_full_width_it_is_the_teacher_without_the_other_layers(tiny_text, tmp_path, write):
     """On two stages, in training and in transformers; what lives in head space comes from the layers that are kept."""
     teacher = tmp_path / "teacher"
@@ -80,10 +80,6 @@ def test_it_trains_goes_on_and_is_refused_with_other_layers(tiny_llama, tiny_tex
     assert last["clone_loss"] < first["clone_loss"]
 
 
-def by_logits(config: Config) -> None:
-    config.model.method = "logits"
-
-
 def by_tinybert(config: Config) -> None:
     config.model.method = "tinybert"
 
@@ -101,8 +97,7 @@ def by_itself(config: Config) -> None:
     "change",
     [
         opened,
-        by_tinybert,
-        pytest.param(by_logits, marks=pytest.mark.slow),
+        pytest.param(by_tinybert, marks=pytest.mark.slow),
         pytest.param(by_itself, marks=pytest.mark.slow),
     ],
 )

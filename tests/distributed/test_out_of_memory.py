@@ -6,31 +6,27 @@ import torch
 from megatron_lrc.config import Config, RunFailed, RunStopped
 from megatron_lrc.memory_errors import is_out_of_memory
 from megatron_lrc.train import loop
+from megatron_lrc.train.out_of_memory import told_in_a_sentence
 from ranks import run_ranks
 from runs import make_config
 
 
 def train_until_full(config: Config, at: int) -> tuple[str, str]:
-    """Train, and ask for more than any machine has while the models are built (0) or in a step. Error, message."""
-    calls, build, step = 0, loop.build_optimizer, loop.train_step
+    """Train, and ask for more than any machine has in the step `at`. Error, message."""
+    calls, step = 0, loop.train_step
 
-    def then_fill(function, number):
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += number > 0
-            if calls == at:
-                torch.empty(1 << 55)
-            return function(*args, **kwargs)
+    def step_or_fill(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return torch.empty(1 << 55) if calls == at else step(*args, **kwargs)
 
-        return call
-
-    loop.build_optimizer, loop.train_step = then_fill(build, 0), then_fill(step, 1)
+    loop.train_step = step_or_fill
     try:
         loop.train(config)
     except (RunStopped, RunFailed) as error:
         return type(error).__name__, str(error)
     finally:
-        loop.build_optimizer, loop.train_step = build, step
+        loop.train_step = step
     return "", ""
 
 
@@ -38,7 +34,6 @@ def train_until_full(config: Config, at: int) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("at", "kind", "when"),
     [
-        (0, "RunStopped", "while the models were built, in train/loop.py:"),
         (1, "RunStopped", "after step 0 of 4, in train/loop.py:"),
         (3, "RunFailed", "after step 2 of 4, in train/loop.py:"),
     ],
@@ -51,6 +46,13 @@ def test_a_run_says_when_and_where_it_ran_out_and_what_takes_less(tiny_llama, ti
     assert "you tried to allocate 144115188075855872 bytes" in message and "\n" not in message
     assert "Take a smaller --micro-batch-size (it is 2), --recompute-granularity full, --use-distributed" in message
     assert message.endswith("the estimate of this run by part.")
+
+
+def test_models_that_do_not_fit_are_not_built_again():
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    message = r"The memory ran out while the models were built, in another library \(CUDA out of memory. Tried to"
+    with pytest.raises(RunStopped, match=message), told_in_a_sentence(Config(), lambda: None):
+        raise error
 
 
 @pytest.mark.parametrize(

@@ -135,15 +135,16 @@ def pruned(teacher: str, data: str, run: Path, *, steps: int) -> Config:
     return sheared_config(teacher, data, run, steps=steps, groups=None)
 
 
-@pytest.mark.parametrize("make", [make_config, ordinary_config, opened, pruned])
 @pytest.mark.parametrize(
-    "ranks, layout",
+    "make, ranks, layout",
     [
-        (2, {}),
-        pytest.param(4, {"pp": 2, "chunks": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2}, marks=pytest.mark.slow),
+        *[pytest.param(make, 2, {}, id=f"DP2-{make.__name__}") for make in (ordinary_config, opened, pruned)],
+        *[
+            pytest.param(make, 4, layout, id=f"{name}-{make.__name__}", marks=pytest.mark.slow)
+            for name, layout in {"DP2xPP2x2": {"pp": 2, "chunks": 2}, "DP2xTP2": {"tp": 2}}.items()
+            for make in (make_config, ordinary_config, opened, pruned)  # opened begins as make_config's goes on
+        ],
     ],
-    ids=["DP2", "DP2xPP2x2", "DP2xTP2"],
 )
 def test_runs_are_those_without_overlapped_gathers(tiny_llama, tiny_text, tmp_path, make, ranks, layout):
     """With checkpoints and validations between steps, a change of what is trained (`opened`, `pruned`), a stop."""
