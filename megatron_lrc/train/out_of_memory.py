@@ -52,7 +52,6 @@ def _what_takes_less(config: Config) -> Iterator[str]:
 
 def _place(error: BaseException) -> str:
     """The innermost line of this package that asked for the memory."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_ROOT)
-    ]
-    return f"{Path(frames[-1].filename).relative_to(_ROOT)}:{frames[-1].lineno}" if frames else "another library"
+    files = ((Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__))
+    ours = [(file, line) for file, line in files if file.is_relative_to(_ROOT) and file != Path(__file__)]
+    return f"{ours[-1][0].relative_to(_ROOT)}:{ours[-1][1]}" if ours else "another library"
