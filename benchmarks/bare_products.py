@@ -2,6 +2,7 @@
 these shapes, which is seldom what it reaches on one large square product."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm"
 class BareProducts(TorchDispatchMode):
     """As a context it notes the products that torch is asked for; `run` does them again, in their order.
 
-    Operands of one shape, layout and type are the same tensor in all products of `run`, so more of them are in the
-    processor's cache than in a step. Products inside other operations (attention, Transformer Engine's layers) are not
-    seen.
+    Operands of one place in a call, shape, layout and type are the same tensor in all products of `run`, so more of
+    them are in the processor's cache than in a step; a result is never one of its own operands. Products inside other
+    operations (attention, Transformer Engine's layers) are not seen.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,15 @@ class BareProducts(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function.overloadpacket.__name__ in _PRODUCTS:
-            self._calls.append((function, *(tree_map_only(Tensor, self._like, each) for each in (args, kwargs))))
+            places = count()
+            self._calls.append(
+                (function, *tree_map_only(Tensor, lambda tensor: self._like(tensor, next(places)), (args, kwargs)))
+            )
         return function(*args, **kwargs)
 
-    def _like(self, tensor: Tensor) -> Tensor:
-        """The operand that stands for this one: other values, everything else alike."""
-        kind = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    def _like(self, tensor: Tensor, place: int) -> Tensor:
+        """The operand that stands for this one, in its place of a call: other values, everything else alike."""
+        kind = (place, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
         if kind not in self._operands:
             span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
             values = torch.full((span,), 1e-3, device=tensor.device).to(tensor.dtype)

@@ -9,6 +9,7 @@ from statistics import median
 import psutil
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import methods_benchmark as methods
@@ -114,6 +115,9 @@ def test_products_are_done_again_as_they_were():
     before = total.clone()
     products.run()
     assert torch.equal(total, before)  # not on the step's own tensors
+    square = [torch.randn(4, 4) for _ in range(3)]
+    (call,) = products_of(lambda: torch.mm(*square[:2], out=square[2]))._calls
+    assert len({each.data_ptr() for each in tree_leaves(call[1:]) if isinstance(each, torch.Tensor)}) == 3
     with BareProducts() as again:
         products.run()
     assert (
