@@ -1,5 +1,7 @@
 """--share-compose: a run is what it is without; who shares with whom, and when they exchange what."""
 
+import contextlib
+import io
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -36,19 +38,28 @@ def shared(config: Config, run: Path | None = None, *, is_overlapped: bool = Fal
     return with_parallel(config, run, share_compose=True, **overlap if is_overlapped else {})
 
 
+def lines_of_training(config: Config) -> list[str]:
+    """On a rank. Read here: ranks write where the process that all are forked from was started to write."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        loop.train(config)
+    return said.getvalue().splitlines()
+
+
 @pytest.mark.slow
-def test_a_run_may_begin_to_share_and_cease_to(tiny_llama, tiny_text, tmp_path, capfd):
+def test_a_run_may_begin_to_share_and_cease_to(tiny_llama, tiny_text, tmp_path):
     """In bf16, with everything overlapped, past the opening of the MLPs at step 2. Here only what a missing part of a
     gradient would change; `test_gradients.py` has every digit."""
     config = opened_config(tiny_llama(num_layers=4), tiny_text, tmp_path / "plain", "mlp", steps=4)
     config.training.bf16, config.logging.eval_iters = True, 0
     train(config, 2)
     run = tmp_path / "run"
-    train(for_steps(shared(config, run, is_overlapped=True), 1), 2)
-    train(continued(with_parallel(config, run), steps=2), 2)
-    train(continued(shared(config, run, is_overlapped=True), steps=4), 2)
-    said = capfd.readouterr().out.splitlines()
-    assert said.count("compose and pull back are divided among the 2 replicas of a node") == 2
+    for part, is_shared in (
+        (for_steps(shared(config, run, is_overlapped=True), 1), True),
+        (continued(with_parallel(config, run), steps=2), False),
+        (continued(shared(config, run, is_overlapped=True), steps=4), True),
+    ):
+        lines = run_ranks(2, lines_of_training, part.resolved(2))[0]
+        assert ("compose and pull back are divided among the 2 replicas of a node" in lines) == is_shared
     for line, other in zip(records(run), records(tmp_path / "plain"), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
         for name, norm in other["grad_norm_by_group"].items():
