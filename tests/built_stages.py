@@ -1,5 +1,6 @@
 """Stages as a run builds them, for tests that look at them or step them by hand."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def build_stages(
     *,
     is_new: bool = False,
     has_changed: bool = False,
+    calibration: Callable[[], Any] = _no_data,
 ) -> Any:
     """This rank's stages of the configuration's method. Unless is_new what is trained has no values yet."""
-    return method_of(config).build_stages(Materials(base, reader, groups, dtype, _no_data, is_new, has_changed))
+    return method_of(config).build_stages(Materials(base, reader, groups, dtype, calibration, is_new, has_changed))

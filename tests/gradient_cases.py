@@ -66,7 +66,8 @@ class Sizes:
 @dataclass(frozen=True)
 class Variant:
     """What is trained on. terms: as --clone-terms; off: the (layer, site) pairs that they leave out. student_epsilon:
-    of the student's norms, if not the teacher's. kept: the teacher's layers that the student has, if not all."""
+    of the student's norms, if not the teacher's. kept: the teacher's layers that the student has, if not all; groups,
+    neurons: how many of each layer's KV groups and FFN neurons it has, if not all."""
 
     released: bool = False
     detach: bool = False
@@ -80,6 +81,8 @@ class Variant:
     reset_positions: bool = False
     student_epsilon: float | None = None
     kept: tuple[int, ...] | None = None
+    groups: int | None = None
+    neurons: int | None = None
 
 
 SIZES, PLAIN = Sizes(), Variant()
@@ -93,11 +96,12 @@ def gradient_config(
     config.model.untie_embeddings_and_output_weights = untie
     config.model.student_norm_epsilon = variant.student_epsilon
     config.model.student_layers = [str(layer) for layer in variant.kept or ()]
+    config.model.student_num_query_groups, config.model.student_ffn_hidden_size = variant.groups, variant.neurons
     config.projection.init_method_std = 0.2
     config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
     config.loss.kl_weight, config.loss.kl_temperature = variant.kl_weight, TEMPERATURE
     config.loss.clone_normalization = variant.normalization
-    if variant.normalization != "none":
+    if config.calibrations:
         config.projection.calibration_tokens = sizes.batch * sizes.sequence
     config.loss.detach_clone_targets, config.loss.clone_terms = variant.detach, variant.terms.split()
     if variant.released:
@@ -151,12 +155,16 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
     """On a rank: the losses, and (gradient, value) of each projection (this rank's rows) and gain after reduction."""
     groups = distributed.start(config)
     teacher = describe_teacher(config.model.teacher)
-    stages = build_stages(config, teacher, TeacherReader(teacher), groups, torch.float64)
+
+    def calibration():
+        return own_micro_batches(config, groups, sizes)
+
+    stages = build_stages(config, teacher, TeacherReader(teacher), groups, torch.float64, calibration=calibration)
     for stage in stages:
         initialize_random(stage.projections, std=config.projection.init_method_std, seed=1)
         for name, gain in stage.projections.named_norms():
             gain.data.copy_(some_gain(name, sizes.student))
-    calibrate_losses(config, stages, lambda: own_micro_batches(config, groups, sizes))
+    calibrate_losses(config, stages, calibration)
     optimizer = build_optimizer(config, stages, groups)
     num_micro_batches = config.num_microbatches(distributed.world_size())
     run = step.Run(method_of(config), groups, stages, optimizer, num_micro_batches)
@@ -182,7 +190,7 @@ def clone_gradients(config: Config, sizes: Sizes = SIZES) -> tuple[dict, dict, d
 def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, sizes: Sizes = SIZES):
     """Reference losses and gradients for the projections `names`, initialised as the package does."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
-    reference = Reference(model, sizes.student, variant.student_epsilon, variant.kept)
+    reference = Reference(model, sizes.student, variant.student_epsilon, variant.kept, variant.groups, variant.neurons)
     teacher_size = reference.teacher.config.hidden_size
     projections = {}
     for name in names:
@@ -192,6 +200,9 @@ def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, 
     gains = [f"layers.{layer}.{kind}" for layer in range(reference.num_layers) for kind in ("input", "post")]
     norms = {name: some_gain(name, sizes.student).requires_grad_() for name in [*gains, "final"]}
     batch = global_batch(sizes)
+    documents = document_numbers(batch["tokens"], sizes.eod) if variant.reset_attention else None
+    positions = batch["position_ids"] if variant.reset_positions else None
+    reference.choose_rows(batch["tokens"], documents, positions)
     losses = reference.losses(
         projections,
         norms,
@@ -202,8 +213,8 @@ def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, 
         attention_at_teacher_width=variant.released,
         detach_targets=variant.detach,
         is_relative=variant.normalization == "token",
-        documents=document_numbers(batch["tokens"], sizes.eod) if variant.reset_attention else None,
-        positions=batch["position_ids"] if variant.reset_positions else None,
+        documents=documents,
+        positions=positions,
     )
     for place in variant.off:
         del losses.clone[place]

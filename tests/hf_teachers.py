@@ -42,13 +42,14 @@ def write_llama(
     max_shard_size: str = "5GB",
     num_layers: int = 2,
     vocab_size: int = 301,
+    num_heads: int = 4,
     num_kv_heads: int = 2,
 ) -> LlamaForCausalLM:
     """A random Llama in `directory`, with a tokenizer if the vocabulary has room for one; the model is returned."""
     sizes = _sizes(
         num_layers=num_layers, vocab_size=vocab_size, is_tied=is_tied, rope=LLAMA3_ROPE if rope is None else rope
     )
-    sizes["num_key_value_heads"] = num_kv_heads
+    sizes |= {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
     return _write(directory, LlamaForCausalLM, LlamaConfig(**sizes), dtype=dtype, max_shard_size=max_shard_size)
 
 
@@ -74,19 +75,29 @@ def write_qwen2(
     is_tied: bool = False,
     dtype: torch.dtype = torch.float32,
     num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
     head_dim: int | None = 16,
 ) -> Qwen2ForCausalLM:
     """A random Qwen2: biases of q, k and v. Without head_dim its config.json has none, and a head is hidden / heads."""
     sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"head_dim": head_dim}
+    sizes |= {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads}
     config = Qwen2Config(**{name: value for name, value in sizes.items() if value is not None})
     return _write(directory, Qwen2ForCausalLM, config, dtype=dtype)
 
 
 def write_qwen3(
-    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+    directory: Path,
+    *,
+    is_tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
 ) -> Qwen3ForCausalLM:
     """A random Qwen3: norms of q and k."""
-    config = Qwen3Config(**_sizes(num_layers=num_layers, is_tied=is_tied))
+    sizes = _sizes(num_layers=num_layers, is_tied=is_tied)
+    config = Qwen3Config(**sizes | {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads})
     return _write(directory, Qwen3ForCausalLM, config, dtype=dtype)
 
 

@@ -69,7 +69,7 @@ def causal_mask(tokens: Tensor, documents: Tensor | None) -> Tensor:
 
 class Reference:
     """A teacher, and the student that projections and gains make of it. kept: the layers of the teacher that the
-    student's are made of, in order; None: all of them."""
+    student's are made of, in order; None: all of them. groups, neurons: how many of each layer's it has; None: all."""
 
     def __init__(
         self,
@@ -77,6 +77,8 @@ class Reference:
         student_size: int,
         student_epsilon: float | None = None,
         kept: tuple[int, ...] | None = None,
+        groups: int | None = None,
+        neurons: int | None = None,
     ):
         self.teacher = in_fp64(teacher).requires_grad_(False)
         config = copy.deepcopy(teacher.config)
@@ -85,10 +87,15 @@ class Reference:
         config.rms_norm_eps = config.rms_norm_eps if student_epsilon is None else student_epsilon
         self.kept = list(range(config.num_hidden_layers) if kept is None else kept)
         config.num_hidden_layers = self.num_layers = len(self.kept)
+        self.per_group = config.num_attention_heads // config.num_key_value_heads
+        config.num_key_value_heads = groups or config.num_key_value_heads
+        config.num_attention_heads = config.num_key_value_heads * self.per_group
+        config.intermediate_size = neurons or config.intermediate_size
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: self.num_layers]
         self.student = in_fp64(type(teacher)(config))
         self.outputs: dict[str, Tensor] = {}
+        self.rows: dict[tuple[int, str], Tensor] = {}  # of a layer of the student: the teacher's rows of a matrix
         for prefix, model in (("T", self.teacher), ("S", self.student)):
             for layer in range(len(model.model.layers)):
                 for site, path in MODULES.items():
@@ -100,6 +107,28 @@ class Reference:
             self.outputs[name], self.outputs[f"{name}.input"] = output, inputs[0]
 
         return hook
+
+    def choose_rows(self, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> None:
+        """Keep the groups and neurons that add most to the residual stream over these tokens, each by itself."""
+        self.teacher(input_ids=tokens, position_ids=positions, attention_mask=causal_mask(tokens, documents))
+        config, head_dim = self.student.config, self.student.config.head_dim
+        for layer, of_teacher in enumerate(self.kept):
+            block = self.teacher.model.layers[of_teacher]
+            in_group = self.per_group * head_dim
+
+            def energy(site: str, matrix: Tensor, start: int, width: int, of_teacher: int = of_teacher) -> float:
+                own = self.outputs[f"T.{of_teacher}.{site}.input"][..., start : start + width]
+                return (own.square().sum((0, 1)) * matrix[:, start : start + width].square().sum(0)).sum().item()
+
+            o, down = block.self_attn.o_proj.weight, block.mlp.down_proj.weight
+            groups = [energy("o", o, group * in_group, in_group) for group in range(o.shape[1] // in_group)]
+            neurons = [energy("down", down, neuron, 1) for neuron in range(down.shape[1])]
+            best = sorted(sorted(range(len(groups)), key=lambda g: -groups[g])[: config.num_key_value_heads])
+            busy = sorted(sorted(range(len(neurons)), key=lambda n: -neurons[n])[: config.intermediate_size])
+            queries = [row for group in best for row in range(group * in_group, (group + 1) * in_group)]
+            keys = [row for group in best for row in range(group * head_dim, (group + 1) * head_dim)]
+            kept = {"q": queries, "o": queries, "k": keys, "v": keys, "gate": busy, "up": busy, "down": busy}
+            self.rows |= {(layer, site): torch.tensor(rows) for site, rows in kept.items()}
 
     def student_weights(self, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """transformers name -> W_S, inside the graph. Without `lm_head`, `embed` serves both ends."""
@@ -115,11 +144,14 @@ class Reference:
             # Qwen's biases and q/k norms live in head space: the teacher's, unchanged.
             for name, value in old.items():
                 if name.startswith(f"{old_prefix}.") and name.endswith(FROZEN):
+                    if name.endswith("proj.bias"):
+                        value = value[self.rows[layer, name.split(".")[-2][0]]]
                     weights[name.replace(old_prefix, prefix)] = value
             weights[f"{prefix}.input_layernorm.weight"] = norms[f"layers.{layer}.input"]
             weights[f"{prefix}.post_attention_layernorm.weight"] = norms[f"layers.{layer}.post"]
             for site, path in MODULES.items():
                 teacher_weight = old[f"{old_prefix}.{path}.weight"]
+                teacher_weight = teacher_weight.index_select(int(site in PROJECTS_OUTPUT), self.rows[layer, site])
                 projection = projections[f"layers.{layer}.{site}"]
                 projected = projection.t() @ teacher_weight if site in PROJECTS_OUTPUT else teacher_weight @ projection
                 weights[f"{prefix}.{path}.weight"] = projected
@@ -166,10 +198,12 @@ class Reference:
         for layer, of_teacher in enumerate(self.kept):
             for site in MODULES:
                 target, student = self.outputs[f"T.{of_teacher}.{site}"], self.outputs[f"S.{layer}.{site}"]
+                rows = self.rows[layer, site]
+                target = target if site in PROJECTS_OUTPUT else target[..., rows]
                 energy = target.detach().square().mean(-1)
                 typical = mean(energy.log()).exp()
                 if site == "o" and attention_at_teacher_width:
-                    matrix = self.teacher.model.layers[of_teacher].self_attn.o_proj.weight
+                    matrix = self.teacher.model.layers[of_teacher].self_attn.o_proj.weight[:, rows]
                     student = self.outputs[f"S.{layer}.o.input"] @ matrix.t()
                 elif site in PROJECTS_OUTPUT:
                     target = target @ projections[f"layers.{layer}.{site}"]

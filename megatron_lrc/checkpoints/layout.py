@@ -21,6 +21,9 @@ PROJECTIONS, NORMS = "projections.", "norms."
 #: Prefix of the keys for what the clone loss divides by, a site's each (7,).
 ENERGIES = "clone_energies."
 
+#: And of those for the teacher's KV groups and FFN neurons that a slimmer student keeps, int64.
+KEPT = "kept."
+
 _LAYERS = "decoder.layers."
 SITES: dict[str, Site] = {site.name: site for site in (EMBED, *LAYER_SITES, LM_HEAD)}
 _QKV, _FC1 = SITES["q"].linear, SITES["gate"].linear
@@ -118,6 +121,11 @@ def rows_box(shape: ModelShape, site: Site, start: int, length: int) -> Box:
     key = key_of(site.name)
     global_shape = stored_shapes(shape)[key]
     return Box(key, (site.name,), None, 0, 1, global_shape, (start, 0), (length, global_shape[1]))
+
+
+def kept_name(layer: int, unit: str) -> str:
+    """Of the student's layer. unit: "groups" or "neurons"."""
+    return f"{KEPT}layers.{layer}.{unit}"
 
 
 def whole_box(key: str, size: tuple[int, ...]) -> Box:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_lrc.checkpoints.boxes import read_box, take
 from megatron_lrc.checkpoints.index import UnsafeCheckpoint, read_index
-from megatron_lrc.checkpoints.layout import NORMS, PROJECTIONS, Box, all_boxes, box_of, whole_box
+from megatron_lrc.checkpoints.layout import KEPT, NORMS, PROJECTIONS, Box, all_boxes, box_of, whole_box
 from megatron_lrc.checkpoints.run_directory import (
     STATE_FILE,
     RunState,
@@ -23,6 +23,7 @@ from megatron_lrc.checkpoints.run_directory import (
     newest_checkpoint,
     read_state,
 )
+from megatron_lrc.clone.kept_rows import UNITS, KeptRows
 from megatron_lrc.clone.sites import HeadLayout
 from megatron_lrc.config import Config, ConfigError, ModelShape
 
@@ -73,7 +74,8 @@ class SavedStudent:
     """A checkpoint, open for reading in one process, on CPU.
 
     weights: those that are its own and not composed: all of them of ordinary training, whose projections and norms are
-    empty. Projections of what is its own may be there too; they have made targets of the clone loss.
+    empty. Projections of what is its own may be there too; they have made targets of the clone loss. kept: by its
+    layers, what a slimmer student has of its teacher's.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class SavedStudent:
     projections: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
+    kept: Mapping[int, KeptRows]
 
     @property
     def is_composed(self) -> bool:
@@ -105,12 +108,29 @@ def open_checkpoint(run: str) -> SavedStudent:
     state, config, shape = read_state(path)
     if damage := find_missing(path) or find_changed(path):
         raise ConfigError(f"{path} is damaged ({damage}). Use an older checkpoint of the run.")
-    try:
-        index = read_index(path)
-    except UnsafeCheckpoint as error:
-        raise ConfigError(f"{error}. Give a checkpoint that megatron_lrc wrote.") from None
-    files = FileSystemReader(path)
-    files.set_up_storage_reader(index, is_coordinator=True)
+    files, index = _open_files(path)
+    kept = _read_kept(files, index, HeadLayout.of(shape))
     kinds = _boxes_under(PROJECTIONS, index), _boxes_under(NORMS, index), _boxes_of_weights(shape, index)
     projections, norms, weights = (_Tensors(files, index, boxes, HeadLayout.of(shape)) for boxes in kinds)
-    return SavedStudent(path, config, shape, state, projections=projections, norms=norms, weights=weights)
+    return SavedStudent(path, config, shape, state, projections=projections, norms=norms, weights=weights, kept=kept)
+
+
+def read_kept_rows(checkpoint: Path, shape: ModelShape) -> dict[int, KeptRows]:
+    """By the layers of a slimmer student, what it has of its teacher's; {} of any other one. shape: the student's."""
+    return _read_kept(*_open_files(checkpoint), HeadLayout.of(shape))
+
+
+def _open_files(checkpoint: Path) -> tuple[FileSystemReader, Metadata]:
+    try:
+        index = read_index(checkpoint)
+    except UnsafeCheckpoint as error:
+        raise ConfigError(f"{error}. Give a checkpoint that megatron_lrc wrote.") from None
+    files = FileSystemReader(checkpoint)
+    files.set_up_storage_reader(index, is_coordinator=True)
+    return files, index
+
+
+def _read_kept(files: FileSystemReader, index: Metadata, heads: HeadLayout) -> dict[int, KeptRows]:
+    tensors = _Tensors(files, index, _boxes_under(KEPT, index), heads)
+    layers = {int(name.split(".")[1]) for name in tensors}
+    return {layer: KeptRows(*(tensors[f"layers.{layer}.{unit}"] for unit in UNITS)) for layer in sorted(layers)}

@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.sharing import Sharing
-from megatron_lrc.clone.sites import HeadLayout, Site, compose_into, pull_back, select
+from megatron_lrc.clone.sites import HeadLayout, Site, compose_into, kept_part, pull_back, select
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class ClonedWeight:
     projection: global name of the P that generates it (`embed` also for the LM head of a tied student).
     is_own: no longer, or never, generated: the student has it as its own.
     is_looked_up: rows of the teacher's are projected as they are needed, through a target; the student's is not there.
-    teacher, student: this rank's shards of the whole, maybe fused, matrices, which differ in one width.
+    teacher, student: this rank's shards of the whole, maybe fused, matrices, which differ in one width; where the
+    student keeps not all of the teacher's groups and neurons (`kept_rows`), in both.
     """
 
     projection: str
@@ -217,7 +218,7 @@ class Projections(nn.Module):
         projection = self.full(name)
         if is_made_here:
             student = select(weight.site, weight.student, weight.heads)
-            teacher = select(weight.site, weight.teacher, weight.heads)
+            teacher = kept_part(weight.site, select(weight.site, weight.teacher, weight.heads), student)
             compose_into(student, weight.site, teacher, projection)
         if is_target:
             self._targets[name] = leaf = projection.detach()
@@ -259,7 +260,8 @@ class Projections(nn.Module):
         if is_mine and (grad := gradient_of(weight.student)) is not None:
             self.sharing.await_sum(weight.student)
             student_grad = select(weight.site, grad, weight.heads)
-            partials.append(pull_back(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad))
+            teacher = kept_part(weight.site, select(weight.site, weight.teacher, weight.heads), student_grad)
+            partials.append(pull_back(weight.site, teacher, student_grad))
         if weight.projection in self._targets:
             target_grad = gradient_of(self._targets[weight.projection])
             if target_grad is not None:

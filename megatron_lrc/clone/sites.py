@@ -94,6 +94,22 @@ def select(site: Site, fused: Tensor, heads: HeadLayout, dim: int = 0) -> Tensor
     return fused
 
 
+def kept_part(site: Site, teacher: Tensor, student: Tensor) -> Tensor:
+    """What a student's matrix is made of, as a view: as many of the teacher's rows, or of o and down columns, as it
+    has, which come first (`kept_rows`). Both as `select` gives them; in most students that is all of the teacher's."""
+    return teacher.narrow(site.split, 0, student.shape[site.split])
+
+
+def kept_features(linear: str, output: Tensor, width: int) -> Tensor:
+    """The same of what a column parallel linear of the teacher gives, [..., f/tp]: [..., width], a view where it is all
+    or the first part. gate and up stand beside each other, so of these it is a copy."""
+    if output.shape[-1] == width:
+        return output
+    if linear != _FC1:
+        return output.narrow(-1, 0, width)
+    return output.unflatten(-1, (2, -1)).narrow(-1, 0, width // 2).flatten(-2)
+
+
 def compose(site: Site, teacher: Tensor, projection: Tensor) -> Tensor:
     """W_S from W_T: [..., o, D] @ [D, d], or [D, d]^T @ [D, i]. Shards of the other dimension give shards of W_S."""
     left, right = _factors(site, teacher, projection)

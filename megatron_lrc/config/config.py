@@ -154,7 +154,9 @@ class Config:
     @property
     def calibrations(self) -> tuple[str, ...]:
         """Flags for which a new run first runs training tokens through the teacher."""
+        kept = ("student_num_query_groups", "student_ffn_hidden_size") if self.model.method == "lrc" else ()
         return (
+            *(f"{flag_of(name)} {size}" for name in kept if (size := getattr(self.model, name)) is not None),
             *([f"--init {self.projection.init}"] if self.projection.is_calibrated else []),
             *([f"--clone-normalization {self.loss.clone_normalization}"] if self.loss.is_relative else []),
         )

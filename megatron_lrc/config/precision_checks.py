@@ -8,6 +8,7 @@ that a dry run works anywhere.
 from collections.abc import Iterator
 
 from .config import Config, ModelShape, flag_of
+from .kept_sizes import is_slimmer
 from .settings import ComputeConfig
 
 #: Flags that mean nothing without another; the other, and the value that it needs (None: any).
@@ -114,18 +115,17 @@ def check_fp8_sizes(config: Config, base: ModelShape, student: ModelShape) -> It
     if compute.fp8_format is None:
         return
     multiple, tp = FP8_MULTIPLE[compute.fp8_recipe], parallel.tensor_model_parallel_size
-    heads, groups = base.num_attention_heads, base.num_query_groups
     at_once = config.training.micro_batch_size * config.training.seq_length
     divisor = parallel.context_parallel_size * (tp if parallel.is_sequence_parallel else 1)
     each = f" on each of {tp} TP processes" * (tp > 1)
     over = f", over {divisor}" * (divisor > 1)
     sizes = {
         "hidden features of the student (--student-hidden-size)": student.hidden_size,
-        f"features of the attention heads{each}": heads * base.head_dim // tp,
-        f"features of q, k and v together{each}": (heads + 2 * groups) * base.head_dim // tp,
-        f"FFN features{each}": base.ffn_hidden_size // tp,
+        **_layer_sizes(base, each, tp),
         f"tokens of a micro-batch on a process (--micro-batch-size times --seq-length{over})": at_once // divisor,
     }
+    if is_slimmer(student, base):
+        sizes |= _layer_sizes(student, f" of the student{each}", tp)
     if compute.teacher_fp8:
         sizes["hidden features of the teacher"] = base.hidden_size
     wrong = [f"{size} {name}" for name, size in sizes.items() if size % multiple]
@@ -135,6 +135,15 @@ def check_fp8_sizes(config: Config, base: ModelShape, student: ModelShape) -> It
             f"there are {', '.join(wrong)}. Change that, or leave --fp8-format out."
         )
     yield from check_bf16_layers(config, student)
+
+
+def _layer_sizes(shape: ModelShape, which: str, tp: int) -> dict[str, int]:
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    return {
+        f"features of the attention heads{which}": heads * shape.head_dim // tp,
+        f"features of q, k and v together{which}": (heads + 2 * groups) * shape.head_dim // tp,
+        f"FFN features{which}": shape.ffn_hidden_size // tp,
+    }
 
 
 def check_bf16_layers(config: Config, student: ModelShape) -> Iterator[str]:

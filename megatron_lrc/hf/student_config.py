@@ -119,7 +119,7 @@ def model_card(
     each.
     """
     hidden = shape.hidden_size
-    table = _table(family, shape, tokens=tokens, steps=steps, losses=losses or {})
+    table = _table(family, shape, base.shape, tokens=tokens, steps=steps, losses=losses or {})
     tag_lines = "".join(f"\n- {tag}" for tag in tags)
     return f"""---
 library_name: transformers
@@ -135,14 +135,16 @@ A language model of hidden size {hidden}, {origin}
 {_listed(settings)}"""
 
 
-def _table(family: Family, shape: ModelShape, *, tokens: int, steps: int, losses: Mapping[str, float]) -> str:
+def _table(
+    family: Family, shape: ModelShape, base: ModelShape, *, tokens: int, steps: int, losses: Mapping[str, float]
+) -> str:
     heads = f"{shape.num_attention_heads} query, {shape.num_query_groups} key-value, {shape.head_dim} features each"
     return f"""| | |
 |---|---|
 | transformers class | {family.architecture} |
 | layers | {_layers(shape)} |
-| heads | {heads} |
-| FFN width | {shape.ffn_hidden_size} |
+| heads | {heads}{_kept(shape.num_query_groups, base.num_query_groups)} |
+| FFN width | {shape.ffn_hidden_size}{_kept(shape.ffn_hidden_size, base.ffn_hidden_size)} |
 | vocabulary | {shape.vocab_size} |
 | embedding and LM head | {"tied" if shape.is_tied else "untied"} |
 | training tokens | {tokens:,} |
@@ -154,6 +156,11 @@ def _layers(shape: ModelShape) -> str:
     if not shape.teacher_layers:
         return str(shape.num_layers)
     return f"{shape.num_layers}, of the teacher's {describe_layers(shape.teacher_layers)} (counted from 0)"
+
+
+def _kept(count: int, of_base: int) -> str:
+    """Also said of a student that was trained from scratch, which has no rows of anyone's."""
+    return f" (of {of_base})" if count != of_base else ""
 
 
 def _listed(settings: Iterable[str]) -> str:

@@ -8,16 +8,17 @@ compose by hand.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lrc.checkpoints.saved_student import SavedStudent
-from megatron_lrc.clone.sites import compose, projection_names
+from megatron_lrc.clone.kept_rows import UNIT_OF, UNITS, KeptRows
+from megatron_lrc.clone.sites import HeadLayout, compose, projection_names
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
@@ -25,6 +26,7 @@ from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.safetensors_writer import write_tensors
 
 PROJECTIONS_FILE = "projections.safetensors"
+KEPT_ROWS_FILE = "kept_rows.safetensors"
 
 
 class StudentWeights:
@@ -32,7 +34,7 @@ class StudentWeights:
 
     base: its teacher, or the model that it was trained from; weights are read only where they are needed.
     projections: `embed`, `lm_head` (absent when tied), `layers.{i}.{q,k,v,o,gate,up,down}`, each (D, d); i counts the
-    student's layers.
+    student's layers. kept: of a slimmer student, what its layers have of the teacher's.
     norms: `layers.{i}.input`, `layers.{i}.post`, `final`, each (d,). own: by `Weight.key`, what is neither
     composed nor the base's; it goes before all else. ConfigError where they are not the parts of a student of
     this base.
@@ -46,8 +48,9 @@ class StudentWeights:
         projections: Mapping[str, Tensor],
         norms: Mapping[str, Tensor],
         own: Mapping[str, Tensor] = MappingProxyType({}),
+        kept: Mapping[int, KeptRows] = MappingProxyType({}),
     ):
-        self.base, self.shape = base, shape
+        self.base, self.shape, self.kept = base, shape, kept
         self._projections, self._norms, self._own = projections, norms, own
         self._check_names()
 
@@ -55,7 +58,7 @@ class StudentWeights:
     def of(cls, student: SavedStudent, base: TeacherDescription) -> "StudentWeights":
         """Those of a checkpoint's student."""
         projections, norms, own = student.projections, student.norms, student.weights
-        return cls(base, student.shape, projections=projections, norms=norms, own=own)
+        return cls(base, student.shape, projections=projections, norms=norms, own=own, kept=student.kept)
 
     def __call__(self, weight: Weight) -> Tensor:
         """In the dtype of what was trained, a frozen tensor in that of the base's files."""
@@ -64,7 +67,7 @@ class StudentWeights:
         if weight.key in self._own:
             return self._own[weight.key]
         if weight.is_frozen:
-            return self._reader.weight(replace(weight, layer=self._teacher_layer(weight)))
+            return self._of_teacher(weight)
         given = (self._norms if weight.site is None else self._projections)[weight.key]  # [d] or [D, d]
         hidden, base_hidden = self.shape.hidden_size, self.base.shape.hidden_size
         expected = (hidden,) if weight.site is None else (base_hidden, hidden)
@@ -75,10 +78,18 @@ class StudentWeights:
             )
         if weight.site is None:
             return given
-        return compose(weight.site, self._reader.site(weight.site, self._teacher_layer(weight)).to(given.dtype), given)
+        return compose(weight.site, self._of_teacher(weight).to(given.dtype), given)
 
-    def _teacher_layer(self, weight: Weight) -> int | None:
-        return None if weight.layer is None else self.shape.teacher_layer(weight.layer)
+    def _of_teacher(self, weight: Weight) -> Tensor:
+        """What it is made of, or is."""
+        name, layer = weight.local_name, weight.layer
+        if layer is None:
+            return self._reader.tensor(name, None)
+        tensor = self._reader.tensor(name, self.shape.teacher_layer(layer))
+        if layer not in self.kept or name not in UNIT_OF:
+            return tensor
+        rows = self.kept[layer].features(name, HeadLayout.of(self.base.shape))
+        return tensor.index_select(weight.site.split if weight.site else 0, rows)
 
     def write_projections(self, folder: Path) -> None:
         """projections.safetensors, in their own dtype: by their names, and the gains under `norms.`"""
@@ -93,6 +104,13 @@ class StudentWeights:
 
         dtype = self._projections["embed"].dtype
         write_tensors(folder / PROJECTIONS_FILE, shapes, dtype=dtype, tensor_of=tensor_of)
+
+    def write_kept_rows(self, folder: Path) -> None:
+        """kept_rows.safetensors: `layers.{i}.groups` and `layers.{i}.neurons` of the teacher, int64, by the student's
+        layers; no file where it keeps all of them."""
+        if self.kept:
+            tensors = {f"layers.{layer}.{unit}": rows.of(unit) for layer, rows in self.kept.items() for unit in UNITS}
+            save_file(tensors, folder / KEPT_ROWS_FILE)
 
     @cached_property
     def _reader(self) -> Reader:

@@ -24,11 +24,13 @@ from megatron_lrc.config import (
     ProjectionConfig,
     PruningConfig,
     check_directory,
+    check_kept_sizes,
     check_layers,
     check_layers_against,
     describe_layers,
     fields_of,
     flags_set,
+    kept_sizes,
     student_layers,
 )
 
@@ -55,7 +57,8 @@ class Materials:
     base, reader: the teacher, or the model to train, and its weights. calibration: opens the training data from its
     start. is_new: whether what is trained gets the values that training begins with; else it is still to be loaded.
     has_changed: whether the stages are to be as `Method.change` leaves them. is_resumed: whether the run goes on from a
-    checkpoint of its own, which has constants of the losses too.
+    checkpoint of its own, which has constants of the losses too. checkpoint: what is still to be loaded, with what the
+    stages are built by.
     """
 
     base: TeacherDescription
@@ -66,6 +69,7 @@ class Materials:
     is_new: bool
     has_changed: bool = False
     is_resumed: bool = True
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ class Method(ABC):
     def check_against(self, base: ModelShape) -> Iterator[str]:
         """Errors that depend on the shape of the teacher, or of the model that is trained by itself."""
         yield from check_layers_against(self.config.model, base.num_layers)
+        yield from check_kept_sizes(self.config.model, base, self.config.parallel.tensor_model_parallel_size)
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
         """What is allowed, but probably not meant."""
@@ -151,8 +156,8 @@ class Method(ABC):
         return False
 
     def student_shape(self, base: ModelShape) -> ModelShape:
-        """The student's shape at the end: the base model's but for the hidden size, and maybe layers, tying and
-        epsilon."""
+        """The student's shape at the end: the base model's but for the hidden size, and maybe layers, KV groups, FFN
+        neurons, tying and epsilon."""
         model = self.config.model
         assert model.student_hidden_size is not None, "student_shape() needs a validated config"
         epsilon = base.norm_epsilon if model.student_norm_epsilon is None else model.student_norm_epsilon
@@ -161,6 +166,7 @@ class Method(ABC):
             base,
             hidden_size=model.student_hidden_size,
             num_layers=len(layers) or base.num_layers,
+            **kept_sizes(model, base),
             teacher_layers=layers,
             is_tied=self._is_tied(base),
             norm_epsilon=epsilon,

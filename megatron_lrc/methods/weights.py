@@ -17,22 +17,29 @@ def load_weights(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
     teacher and its student share."""
     groups = stage.groups
 
-    def read(site: Site, layer: int | None, **extra: int) -> Tensor:
-        return reader.site(site, layer, tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), **extra)
+    def read(site: Site) -> Tensor:
+        return reader.site(site, tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), padded_vocab_size=vocab)
 
     vocab = padded_vocab_size(stage.shapes.teacher.vocab_size, groups.tp.size())
     if stage.pre_process:
-        model.embedding.word_embeddings.weight.copy_(read(EMBED, None, padded_vocab_size=vocab))
-    for index, layer in layers_of(model):
-        for site in LAYER_SITES:
-            place = select(site, layer.get_parameter(f"{site.linear}.weight"), stage.heads)
-            place.copy_(read(site, index).view(place.shape))
+        model.embedding.word_embeddings.weight.copy_(read(EMBED))
+    load_layers(stage, model, reader)
     if stage.post_process:
-        model.get_parameter("output_layer.weight").copy_(read(LM_HEAD, None, padded_vocab_size=vocab))
+        model.get_parameter("output_layer.weight").copy_(read(LM_HEAD))
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         gain.copy_(reader.norm(kind, int(layer_name[1]) if layer_name else None))
     load_frozen(stage, model, reader)
+
+
+@torch.no_grad()
+def load_layers(stage: PipelineStage, model: GPTModel, reader: Reader) -> None:
+    """The matrices of its layers."""
+    tp = stage.groups.tp
+    for index, layer in layers_of(model):
+        for site in LAYER_SITES:
+            place = select(site, layer.get_parameter(f"{site.linear}.weight"), stage.heads)
+            place.copy_(reader.site(site, index, tp_rank=tp.rank(), tp_size=tp.size()).view(place.shape))
     model.set_is_first_microbatch()  # FP8 copies of the weights, if there are any, are to be made anew
 
 

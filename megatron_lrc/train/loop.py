@@ -111,6 +111,7 @@ class Trainer:
             is_new=not checked.resume_from and not checked.weights_from,
             has_changed=self._has_changed,
             is_resumed=checked.resume_from is not None,
+            checkpoint=checked.resume_from or checked.weights_from,
         )
         stages = self.method.build_stages(materials)
         optimizer = build_optimizer(self._config_of_phase, stages, groups)

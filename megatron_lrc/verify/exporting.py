@@ -57,6 +57,12 @@ def export_saved(
         losses=losses,
         settings=describe_changes(student.config, CARD_SECTIONS),
     )
+
+    def write_beside(folder: Path) -> None:
+        weights.write_kept_rows(folder)
+        if save_projections:
+            weights.write_projections(folder)
+
     with _engine(student, base) if verify else nullcontext() as source:
         export_model(
             base=base,
@@ -71,7 +77,7 @@ def export_saved(
             verify=verify,
             source=source,
             data_fingerprint=student.state.tokenizer_fingerprint,
-            write_extra=weights.write_projections if save_projections else lambda folder: None,
+            write_extra=write_beside,
         )
     return family.architecture
 

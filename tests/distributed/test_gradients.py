@@ -130,6 +130,37 @@ def test_a_layer_of_the_student_on_each_interleaved_stage_equals_the_reference(t
     compare_with_the_reference(str(tmp_path), layout, variant, tied=False)
 
 
+MANY_HEADS = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 4, "vocab_size": VOCAB, "dtype": torch.float64}
+SLIMMER = Variant(groups=2, neurons=24)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "variant", "tied"),
+    [
+        (Layout(micro=12), replace(SLIMMER, released=True), False),
+        (Layout(tp=2), replace(SLIMMER, normalization="token"), True),
+        (Layout(pp=2, recompute="full"), replace(SLIMMER, kept=(0, 2, 3)), False),
+        (Layout(cp=2), replace(SLIMMER, neurons=None), False),
+        (Layout(dp=2), replace(SLIMMER, groups=None), False),
+        pytest.param(Layout(tp=2, dp=2, share=True), SLIMMER, False, marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2, pp=2), replace(SLIMMER, released=True), False, marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2, chunks=2), replace(SLIMMER, reset_attention=True), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_slimmer_student_equals_the_reference(tiny_llama, layout, variant, tied):
+    teacher = tiny_llama(is_tied=tied, **MANY_HEADS)
+    compare_with_the_reference(teacher, layout, variant, tied=tied)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("write", [write_qwen2, write_qwen3], ids=["qwen2", "qwen3"])
+def test_slimmer_students_of_other_families_equal_the_reference(tmp_path, write):
+    write(tmp_path, num_layers=2, dtype=torch.float64, num_heads=8, num_kv_heads=4)
+    compare_with_the_reference(str(tmp_path), Layout(tp=2), SLIMMER, tied=False)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", "core_attn", "mlp"])
 @pytest.mark.parametrize("layout", [Layout(pp=2, chunks=2), Layout(tp=2)], ids=str)

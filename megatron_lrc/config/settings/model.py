@@ -54,6 +54,18 @@ class ModelConfig:
         "order: 0 1 3 5-11. The teacher runs all of its layers.",
         metavar="LAYERS",
     )
+    student_num_query_groups: int | None = setting(
+        None,
+        "KV groups that each layer of the student keeps of the teacher's, with their query heads: those that add most "
+        "to the residual stream. Default: all of them.",
+        at_least=1,
+    )
+    student_ffn_hidden_size: int | None = setting(
+        None,
+        "FFN neurons that each layer of the student keeps of the teacher's, in gate, up and down alike: those that "
+        "add most to the residual stream. Default: all of them.",
+        at_least=1,
+    )
     student_norm_epsilon: float | None = setting(
         None,
         "Epsilon of the student's RMSNorms, in training and in the exported config.json. Default: the teacher's. The "

@@ -95,16 +95,23 @@ def calibrate_losses(config: Config, stages: list[PairedModel], calibration: Cal
         run_teacher(config, stages, calibration(), readers=[])
 
 
-def run_teacher(config: Config, stages: list[PairedModel], batches: Batches, readers: list[Reader]) -> None:
-    """Run the calibration's tokens through the teacher, and give each reader's input [s/tp, b, D] to its function. The
-    first time the constants of the losses come of it too."""
+def run_teacher(
+    config: Config,
+    stages: list[PairedModel],
+    batches: Batches,
+    readers: list[Reader],
+    *,
+    calibrates_losses: bool = True,
+) -> None:
+    """Run the calibration's tokens through the teacher, and give each reader's input [s/tp, b, D] to its function.
+    calibrates_losses: the first time the constants of the losses come of it too."""
     hooks = [reader.register_forward_pre_hook(partial(_look_at_input, look)) for reader, look in readers]
     tokens_at_once = config.training.micro_batch_size * config.training.seq_length * stages[0].groups.dp.size()
     num_microbatches = -(-config.projection.calibration_tokens // tokens_at_once)
     try:
         with contextlib.ExitStack() as calibrating:
             for losses in (stage.layer_losses for stage in stages):
-                if not losses.is_calibrated:
+                if calibrates_losses and not losses.is_calibrated:
                     calibrating.enter_context(losses.calibrating())
             forward_teacher(stages, batches, config, num_microbatches=num_microbatches)
     except StopIteration:

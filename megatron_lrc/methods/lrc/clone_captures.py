@@ -20,12 +20,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
 from megatron_lrc.clone.energy import TypicalEnergy, relative_weights, summed_over_tp
 from megatron_lrc.clone.losses import CarryLoss, CloneLoss, mean_squares, squared_errors
-from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site
+from megatron_lrc.clone.sites import CAPTURED_LINEARS, LAYER_SITES, Site, kept_features
 from megatron_lrc.config import CLONE_TERMS
 from megatron_lrc.mcore.distributed import sum_over_stage
 from megatron_lrc.mcore.gpt_models import layers_of
@@ -56,11 +57,12 @@ class MicroBatch:
 @dataclass(frozen=True, slots=True)
 class Place:
     """A linear layer whose outputs are compared, and the sites in it that are. layer: the student's, global, from 0;
-    of_teacher: the teacher's."""
+    of_teacher: the teacher's. width: features of the student's output on this rank."""
 
     layer: int
     of_teacher: int
     linear: str
+    width: int
     teacher_layer: nn.Module
     sites: tuple[Site, ...]
 
@@ -186,11 +188,12 @@ class CloneLosses(LayerLosses):
     def _places(self) -> Iterator[Place]:
         """Where clone losses are."""
         teacher_layers = dict(layers_of(self._stage.teacher))
-        for index, _ in layers_of(self._stage.student):
+        for index, layer in layers_of(self._stage.student):
             terms, of_teacher = self._terms_of(index), self._stage.shapes.student.teacher_layer(index)
             for linear in CAPTURED_LINEARS:
                 if sites := tuple(site for site in SITES_OF[linear] if site.name in terms):
-                    yield Place(index, of_teacher, linear, teacher_layers[of_teacher], sites)
+                    width = layer.get_parameter(f"{linear}.weight").shape[0]
+                    yield Place(index, of_teacher, linear, width, teacher_layers[of_teacher], sites)
 
     def _capture_activations(self) -> None:
         student_layers = dict(layers_of(self._stage.student))
@@ -217,7 +220,10 @@ class CloneLosses(LayerLosses):
 
     def _keep_teacher_output(self, place: Place, module: nn.Module, inputs: tuple, output: tuple) -> None:
         assert self._micro_batch is not None
-        self._micro_batch.activations[place.layer, place.linear] = output[0]
+        kept = output[0]
+        if place.sites[0].projected == "input":  # the other ones' are whole, and are projected
+            kept = kept_features(place.linear, kept, place.width)
+        self._micro_batch.activations[place.layer, place.linear] = kept
 
     def _keep_teacher_input(self, place: Place, module: nn.Module, args: tuple, kwargs: dict) -> None:
         assert self._micro_batch is not None
@@ -277,7 +283,11 @@ class CloneLosses(LayerLosses):
         if self._compares_at_teacher_width(place):
             # forward(), not a call: the hooks of this linear belong to the teacher's own pass.
             with own_precision(self._stage.teacher, place.of_teacher, inside=self._stage.student):
-                through_teacher, _ = place.teacher_layer.get_submodule(place.linear).forward(attention)
+                linear = place.teacher_layer.get_submodule(place.linear)
+                dropped = (
+                    linear.get_parameter("weight").shape[1] - attention.shape[-1]
+                )  # groups of the teacher's, which come last
+                through_teacher, _ = linear.forward(F.pad(attention, (0, dropped)) if dropped else attention)
             return through_teacher, target
         return student, target @ self._stage.projections.target(f"layers.{place.layer}.{site.name}")
 

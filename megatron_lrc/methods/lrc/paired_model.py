@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.checkpoints import layout
+from megatron_lrc.clone.kept_rows import UNITS, KeptRows
 from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32, gradient_of, zero_gradient
 from megatron_lrc.clone.sharing import Sharing
@@ -83,6 +84,8 @@ class PairedModel(TwoModels):
         self.sums = LossSums(groups.device, shapes.student.num_layers, self.layer_losses.terms)
         self.vocabulary = vocabulary_shard(shapes.teacher, groups.tp)
         self._is_to_compose = False  # in the next forward pass
+        #: By its layers, what the student has of the teacher's, where that is not all of them.
+        self.kept: dict[int, KeptRows] = {}
         self._choose_trained(own)
 
     # --- construction -----------------------------------------------------------------------------
@@ -154,16 +157,21 @@ class PairedModel(TwoModels):
             give_up_memory(self.student.embedding.word_embeddings)
         if self.pre_process:
             pair(EMBED.name, EMBED, self.teacher, self.student, is_looked_up=self._looks_up)
-        teacher_layers = dict(layers_of(self.teacher))
-        for index, layer in layers_of(self.student):
-            teacher_layer = teacher_layers[self.shapes.student.teacher_layer(index)]
+        student_layers = dict(layers_of(self.student))
+        for index, teacher_layer in self.teachers_of_student():
             for site in LAYER_SITES:
-                pair(f"layers.{index}.{site.name}", site, teacher_layer, layer)
+                pair(f"layers.{index}.{site.name}", site, teacher_layer, student_layers[index])
         if self._has_own_head():
             pair(LM_HEAD.name, LM_HEAD, self.teacher, self.student)
         elif self.post_process and not self.pre_process:
             pair(EMBED.name, LM_HEAD, self.teacher, self.student)
         return weights
+
+    def teachers_of_student(self) -> Iterator[tuple[int, nn.Module]]:
+        """(global 0-based index of a layer of the student here, the teacher's layer that it is made of)."""
+        teacher_layers = dict(layers_of(self.teacher))
+        for index, _ in layers_of(self.student):
+            yield index, teacher_layers[self.shapes.student.teacher_layer(index)]
 
     def readings(self) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
         """Where the student reads its residual stream here: (its norm's name, the gain [D] of the teacher's norm there,
@@ -203,9 +211,14 @@ class PairedModel(TwoModels):
         yield from self._own_parameters
 
     def fixed(self) -> Iterator[Trained]:
-        """Projections that generate nothing any more but the clone loss's targets; constants of the losses."""
+        """Projections that generate nothing any more but the clone loss's targets; constants of the losses; which rows
+        are kept."""
         yield from (each for each in self._projections() if not each.parameter.requires_grad)
         yield from self.layer_losses.fixed()
+        for index, kept in self.kept.items():
+            for unit in UNITS:
+                name = layout.kept_name(index, unit)
+                yield Trained(name, name, nn.Parameter(kept.of(unit), requires_grad=False), ())
 
     def _projections(self) -> Iterator[Trained]:
         for name, matrix in self.projections.named_matrices():

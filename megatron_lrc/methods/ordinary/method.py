@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_lrc.config import ModelShape, check_directory, flag_of, flags_set, refuse_layers
+from megatron_lrc.config import (
+    ModelShape,
+    check_directory,
+    flag_of,
+    flags_set,
+    refuse_kept_sizes,
+    refuse_layers,
+)
 from megatron_lrc.methods.method import TEACHER_ONLY, Method, Origin, width_and_depth
 
 #: For model cards.
@@ -50,6 +57,7 @@ class OrdinaryTraining(WithoutTeacher):
                 )
             yield from check_directory("--student", model.student)
             yield from refuse_layers(model, "--student, whose layers are all trained")
+            yield from refuse_kept_sizes(model, "--student, whose layers are trained as they are")
         elif model.teacher is None or model.student_hidden_size is None:
             yield (
                 "--method ordinary needs a model: --student DIR to go on from its weights, or --teacher DIR (its "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_lrc.config import ModelShape, check_directory, flag_of, refuse_layers
+from megatron_lrc.config import ModelShape, check_directory, flag_of, refuse_kept_sizes, refuse_layers
 from megatron_lrc.methods.method import Method, Origin, width_and_depth
 from megatron_lrc.methods.ordinary.method import LM_LOSS_ALONE, WithoutTeacher
 
@@ -38,6 +38,8 @@ class Sheared(WithoutTeacher):
                 "--teacher as it is, with its epsilon. Leave it out."
             )
         yield from refuse_layers(model, "--method sheared, which prunes no layers")
+        own = "--pruned-num-query-groups and --pruned-ffn-hidden-size"
+        yield from refuse_kept_sizes(model, f"--method sheared, which has {own} for that")
         yield from self.check_no_teacher("has no teacher beside it")
         if after >= 1 and after != int(after):
             yield f"--prune-after {after:g} is no number of steps. Give a whole one, or a fraction below 1."
