@@ -101,13 +101,12 @@ def kept_part(site: Site, teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def kept_features(linear: str, output: Tensor, width: int) -> Tensor:
-    """The same of what a column parallel linear of the teacher gives, [..., f/tp]: [..., width], a view where it is all
-    or the first part. gate and up stand beside each other, so of these it is a copy."""
+    """The same of what a column parallel linear of the teacher gives, [..., f/tp]: [..., width]. Itself where that is
+    all of it, else a copy, so that the rest can go."""
     if output.shape[-1] == width:
         return output
-    if linear != _FC1:
-        return output.narrow(-1, 0, width)
-    return output.unflatten(-1, (2, -1)).narrow(-1, 0, width // 2).flatten(-2)
+    beside = 2 if linear == _FC1 else 1  # gate and up
+    return output.unflatten(-1, (beside, -1)).narrow(-1, 0, width // beside).reshape(*output.shape[:-1], width)
 
 
 def compose(site: Site, teacher: Tensor, projection: Tensor) -> Tensor:

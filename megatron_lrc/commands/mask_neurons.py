@@ -23,8 +23,6 @@ def read_flags(argv: Sequence[str], program: str) -> argparse.Namespace:
     add = flag_adder(parser)
     add("--teacher", "HF directory", type=Path, required=True, metavar="DIR")
     add("--student", "HF directory, run directory or checkpoint", type=Path, required=True, metavar="DIR")
-    kept = "of a student with fewer layers: the teacher's that they are made of, as in training (default: all)"
-    add("--student-layers", kept, nargs="+", default=[], metavar="LAYERS")
     add("--items", "questions to score (default: --input)", type=Path, metavar="FILE.jsonl")
     add("--input", "text to score instead of questions (default: --items)", nargs="+", default=[], metavar="FILE")
     measured = "text that activations are measured on (default: the items' prompts, or the text of --input)"

@@ -40,17 +40,20 @@ class BlockBytes:
     backward: float
 
 
-def attention_bytes(config: Config, teacher: ModelShape, terms: set[str], *, on_cuda: bool) -> BlockBytes:
-    """terms: the clone terms that are on in this layer."""
+def attention_bytes(
+    config: Config, teacher: ModelShape, student: ModelShape, terms: set[str], *, on_cuda: bool
+) -> BlockBytes:
+    """terms: the clone terms that are on in this layer. Of the teacher's features, those are kept that the student
+    has too."""
     e, cp = bytes_per_element(config), config.parallel.context_parallel_size
-    queries, keys = teacher.num_attention_heads * teacher.head_dim, teacher.num_query_groups * teacher.head_dim
+    queries, keys = student.num_attention_heads * student.head_dim, student.num_query_groups * student.head_dim
     compared = (queries + 2 * keys) * e if terms & {"q", "k", "v"} else 0
     saved = (queries + 2 * keys) * e + (queries + keys) * e + queries * e  # q, k, v; after RoPE; output
     if cp > 1:  # keys and values of all ranks; either piece's output, and both together
         saved = queries * e + cp * 2 * keys * e + 2 * queries * e + compared
-    if teacher.has_qk_norm:
+    if student.has_qk_norm:
         saved += (queries + keys) * (e if on_cuda else 2 * FP32 if e < FP32 else FP32)
-    saved += FP32 * teacher.num_attention_heads  # logarithms of the softmax's sums
+    saved += FP32 * student.num_attention_heads  # logarithms of the softmax's sums
     captured, at_output = _output_bytes(config, teacher, "o" if "o" in terms else None)
     return _block(
         config,
@@ -61,9 +64,11 @@ def attention_bytes(config: Config, teacher: ModelShape, terms: set[str], *, on_
     )
 
 
-def mlp_bytes(config: Config, teacher: ModelShape, terms: set[str], *, on_cuda: bool) -> BlockBytes:
-    """terms: the clone terms that are on in this layer."""
-    e, ffn = bytes_per_element(config), teacher.ffn_hidden_size
+def mlp_bytes(
+    config: Config, teacher: ModelShape, student: ModelShape, terms: set[str], *, on_cuda: bool
+) -> BlockBytes:
+    """The same of the MLP."""
+    e, ffn = bytes_per_element(config), student.ffn_hidden_size
     compared = 2 * ffn * e if terms & {"gate", "up"} else 0
     beyond = (1 if on_cuda else 3) * ffn * e  # silu(gate), a copy of up, and their product; on CUDA the product
     captured, at_output = _output_bytes(config, teacher, "down" if "down" in terms else None)
@@ -128,8 +133,8 @@ def stage_bytes(stage: Stage, *, on_cuda: bool) -> StageBytes:
     kept = forward = at_once = backward = 0.0
     for place, layer in enumerate(index for chunk in stage.student_layers for index in chunk):
         terms = method_of(config).terms_of(layer)
-        attention = attention_bytes(config, stage.teacher, terms, on_cuda=on_cuda)
-        mlp = mlp_bytes(config, stage.teacher, terms, on_cuda=on_cuda)
+        attention = attention_bytes(config, stage.teacher, stage.student, terms, on_cuda=on_cuda)
+        mlp = mlp_bytes(config, stage.teacher, stage.student, terms, on_cuda=on_cuda)
         rope = 4 * stage.teacher.head_dim * e / config.training.micro_batch_size  # cos and sin, of q and of k
         again = _recomputed_blocks(config, place, [attention, mlp])
         of_layer = narrow if len(again) == 2 else attention.saved + rope + (narrow if again else mlp.saved)

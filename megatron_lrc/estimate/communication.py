@@ -130,9 +130,9 @@ def _projections(stage: Stage, sharing: int) -> float:
 
 def _keys_and_values(stage: Stage, tokens: float) -> float:
     """A rank's own keys and values in one micro-batch: the teacher's once, the student's forward and backward."""
-    features = 2 * stage.teacher.num_query_groups * stage.teacher.head_dim / stage.tp
-    passes = stage.num_layers(stage.teacher) + 2 * stage.num_layers(stage.student)
-    return passes * tokens * features * bytes_per_element(stage.config)
+    passes = ((stage.teacher, 1), (stage.student, 2))
+    groups = sum(times * stage.num_layers(shape) * shape.num_query_groups for shape, times in passes)
+    return groups * 2 * stage.teacher.head_dim / stage.tp * tokens * bytes_per_element(stage.config)
 
 
 def _between_replicas(stage: Stage, replicas: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ formulas with 12 * layers * hidden * s, count all s. Sequences count as whole al
 Notation: n tokens, D teacher hidden, d student hidden, s sequence, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
@@ -84,10 +84,11 @@ def head_flops(shape: ModelShape) -> float:
 def projection_flops(
     config: Config, teacher: ModelShape, student: ModelShape, own: frozenset[str] = frozenset()
 ) -> float:
-    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each; the padded
-    vocabulary's. A tied student's matrix is composed at both ends of a pipeline, an untied one's at its end only."""
-    parallel = config.parallel
-    elements = sum(_size(site, teacher) for site in LAYER_SITES if site.name not in own) * student.num_layers
+    """FLOPs of one composition and one pull back of every matrix, 2 * |W_T| * d each, of W_T the rows that the student
+    keeps; the padded vocabulary's. A tied student's matrix is composed at both ends of a pipeline, an untied one's at
+    its end only."""
+    parallel, kept = config.parallel, replace(student, hidden_size=teacher.hidden_size)
+    elements = sum(_size(site, kept) for site in LAYER_SITES if site.name not in own) * student.num_layers
     if LM_HEAD.name not in own:
         ends = 2 if student.is_tied and parallel.pipeline_model_parallel_size > 1 else 1
         rows = padded_vocab_size(teacher.vocab_size, parallel.tensor_model_parallel_size)

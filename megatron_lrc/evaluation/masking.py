@@ -2,7 +2,8 @@
 
 The paper's test of whether a student works as its teacher does (section 5 of the method): their FFN neurons
 have the same indices, so if they also have the same meaning, masking those that matter to the teacher harms
-the student too, and masking as many others harms neither.
+the student too, and masking as many others harms neither. A student that lacks layers or neurons of its teacher's says
+which ones it has (`hf.kept_file`); what it lacks is masked in the teacher alone.
 """
 
 import json
@@ -16,14 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lrc.config import (
-    Config,
-    ConfigError,
-    check_layers,
-    check_layers_against,
-    raise_all,
-    student_layers,
-)
+from megatron_lrc.config import ConfigError
 from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.evaluation import neurons
 from megatron_lrc.evaluation.evaluate import check_numbers, common_vocabulary
@@ -31,6 +25,7 @@ from megatron_lrc.evaluation.exported_models import as_hugging_face, choose_devi
 from megatron_lrc.evaluation.heldout import Corpus, read_text
 from megatron_lrc.evaluation.language_modeling import measure
 from megatron_lrc.evaluation.questions import accuracy, encode_questions, in_batches, padded, read_questions
+from megatron_lrc.hf.kept_file import KEPT_FILE, read_kept
 from megatron_lrc.png_charts import check_matplotlib, png_chart
 from megatron_lrc.whole_files import write_whole
 
@@ -49,7 +44,6 @@ class MaskingOptions:
 
     teacher: Path
     student: Path
-    student_layers: list[str]
     items: Path | None
     input: list[str]
     prompts: list[str]
@@ -76,8 +70,8 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
             name: load_model(path, device=device, dtype=dtype)
             for name, path in (("teacher", options.teacher), ("student", student))
         }
-        kept = _kept_layers(options, models["teacher"])
-        vocab_size = _check_pair(options, models, student, kept)
+        of_student = _counterparts(student, neurons.down_projections(models["teacher"]))
+        vocab_size = _check_pair(options, models, student, of_student)
         score = _scorer(options, vocab_size)
         means = neurons.mean_activations(models["teacher"], _prompts(options, vocab_size))
         important = neurons.most_active(means, options.num_neurons, options.scope)
@@ -85,10 +79,10 @@ def mask_neurons(options: MaskingOptions, report: Report) -> dict[str, Any]:
         drawn = {seed: neurons.random_neurons(important, options.num_neurons, options.scope, seed) for seed in seeds}
         found = {}
         for name, model in models.items():
-            rows = slice(None) if name == "teacher" else kept  # of the teacher's layers, those that this model has
-            of_seeds = {seed: chosen[rows] for seed, chosen in drawn.items()}
+            own = {"teacher": lambda chosen: chosen, "student": of_student}[name]
+            of_seeds = {seed: own(chosen) for seed, chosen in drawn.items()}
             found[name] = _conditions(
-                model, important[rows], of_seeds, score, lambda line, name=name: report(f"{name}, {line}")
+                model, own(important), of_seeds, score, lambda line, name=name: report(f"{name}, {line}")
             )
     result = {
         "teacher": str(options.teacher),
@@ -144,25 +138,34 @@ def _check(options: MaskingOptions) -> None:
         check_matplotlib("--plot", "the scores are printed as a table in any case")
 
 
-def _kept_layers(options: MaskingOptions, teacher: Any) -> list[int]:
-    """The teacher's layers that the student's are made of."""
-    model, num_layers = Config().model, len(neurons.down_projections(teacher))
-    model.student_layers = options.student_layers
-    raise_all(list(check_layers(model)))
-    raise_all(list(check_layers_against(model, num_layers)))
-    return list(student_layers(model, num_layers) or range(num_layers))
+def _counterparts(student_directory: Path, teacher: list[torch.nn.Linear]) -> Callable[[Tensor], Tensor]:
+    """Makes of values of the teacher's neurons [L, I] those of the student's [L', I']. teacher: its down_proj."""
+    kept = read_kept(student_directory)
+    layers = kept.layers or range(len(teacher))
+
+    def of_student(values: Tensor) -> Tensor:
+        rows = [values[layer] for layer in layers]
+        return torch.stack([row[kept.rows[i].neurons] if kept.rows else row for i, row in enumerate(rows)])
+
+    return of_student
 
 
-def _check_pair(options: MaskingOptions, models: dict[str, Any], student_directory: Path, kept: list[int]) -> int:
-    """ConfigError unless neuron (layer, index) means something in both; gives the common vocabulary's size. kept: the
-    teacher's layers that the student has."""
+def _check_pair(
+    options: MaskingOptions, models: dict[str, Any], student_directory: Path, of_student: Callable[[Tensor], Tensor]
+) -> int:
+    """ConfigError unless neuron (layer, index) means something in both; gives the common vocabulary's size."""
     shapes = [[module.in_features for module in neurons.down_projections(model)] for model in models.values()]
-    if [shapes[0][layer] for layer in kept] != shapes[1]:
+    expected, found = torch.zeros(len(shapes[0]), shapes[0][0]), torch.Size([len(shapes[1]), shapes[1][0]])
+    try:
+        is_pair = of_student(expected).shape == found
+    except IndexError:  # it keeps what this teacher has not
+        is_pair = False
+    if not is_pair:
         sizes = [f"{len(shape)} layers of {max(shape)} FFN neurons" for shape in shapes]
         raise ConfigError(
             f"--teacher {options.teacher} has {sizes[0]} and --student {options.student} has {sizes[1]}, so "
-            "their neurons have not the same indices. A student that was cloned from this teacher is expected; of one "
-            "with fewer layers its model card has the --student-layers."
+            "their neurons have not the same indices. A student that was cloned from this teacher is expected; one "
+            f"that has not all of its layers or neurons says in {KEPT_FILE} which ones."
         )
     return common_vocabulary(student_directory, models["student"], options.teacher, models["teacher"])
 

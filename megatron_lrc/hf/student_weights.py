@@ -13,11 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lrc.checkpoints.saved_student import SavedStudent
-from megatron_lrc.clone.kept_rows import UNIT_OF, UNITS, KeptRows
+from megatron_lrc.clone.kept_rows import UNIT_OF, KeptRows
 from megatron_lrc.clone.sites import HeadLayout, compose, projection_names
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import open_teacher
@@ -26,7 +25,6 @@ from megatron_lrc.hf.reader import Reader
 from megatron_lrc.hf.safetensors_writer import write_tensors
 
 PROJECTIONS_FILE = "projections.safetensors"
-KEPT_ROWS_FILE = "kept_rows.safetensors"
 
 
 class StudentWeights:
@@ -104,13 +102,6 @@ class StudentWeights:
 
         dtype = self._projections["embed"].dtype
         write_tensors(folder / PROJECTIONS_FILE, shapes, dtype=dtype, tensor_of=tensor_of)
-
-    def write_kept_rows(self, folder: Path) -> None:
-        """kept_rows.safetensors: `layers.{i}.groups` and `layers.{i}.neurons` of the teacher, int64, by the student's
-        layers; no file where it keeps all of them."""
-        if self.kept:
-            tensors = {f"layers.{layer}.{unit}": rows.of(unit) for layer, rows in self.kept.items() for unit in UNITS}
-            save_file(tensors, folder / KEPT_ROWS_FILE)
 
     @cached_property
     def _reader(self) -> Reader:

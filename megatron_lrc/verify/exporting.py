@@ -15,6 +15,7 @@ from megatron_lrc.config import describe_changes
 from megatron_lrc.hf.export import Source, export_model
 from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
 from megatron_lrc.hf.forward import fixed_tokens
+from megatron_lrc.hf.kept_file import write_kept
 from megatron_lrc.hf.student_config import Arch, model_card, student_family
 from megatron_lrc.hf.student_weights import StudentWeights
 from megatron_lrc.methods import method_of
@@ -59,7 +60,7 @@ def export_saved(
     )
 
     def write_beside(folder: Path) -> None:
-        weights.write_kept_rows(folder)
+        write_kept(folder, shape, student.kept)
         if save_projections:
             weights.write_projections(folder)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny_data
 from checkpoints import write_run
 from hf_teachers import write_llama, write_qwen2, write_qwen3
+from megatron_lrc.clone.kept_rows import KeptRows
 from megatron_lrc.config import ConfigError
 from megatron_lrc.evaluation.neurons import masked, mean_activations, most_active, random_neurons
 from megatron_lrc.evaluation.questions import accuracy, encode_questions, padded, read_questions
 from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.kept_file import write_kept
 from students import random_student
 from tools_path import convert_to_hf, tool_main
 
@@ -209,22 +212,29 @@ def test_a_teacher_beside_itself_scores_alike(tmp_path: Path) -> None:
     assert found["teacher"] == found["student"]
 
 
-def test_a_student_with_fewer_layers_is_masked_where_its_teachers_are(tmp_path: Path) -> None:
-    """One without a layer that adds nothing scores as the one that has it."""
+def test_a_student_of_a_part_is_masked_where_its_teacher_is(tmp_path: Path) -> None:
+    """One without a layer that adds nothing, and without neurons that add nothing, scores as the one that has them."""
     write_pair(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
     first, second = model.model.layers
-    for silent in (first.self_attn.o_proj, first.mlp.down_proj):
-        silent.weight.data.zero_()
+    mlp, kept = second.mlp, torch.arange(1, WIDTH, 2)
+    for silent in (first.self_attn.o_proj.weight, first.mlp.down_proj.weight, mlp.down_proj.weight[:, ::2]):
+        silent.data.zero_()
     for name in ("long", "short"):
         shutil.copytree(tmp_path / "teacher", tmp_path / name)
-        model.save_pretrained(tmp_path / name)
-        second.self_attn.layer_idx = 0
-        model.model.layers = torch.nn.ModuleList([second])
-        model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "long")
+    second.self_attn.layer_idx = 0
+    model.model.layers = torch.nn.ModuleList([second])
+    model.config.num_hidden_layers, model.config.intermediate_size = 1, len(kept)
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, kept].contiguous())
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight[kept])
+    model.save_pretrained(tmp_path / "short")
     flags = ["--input", str(tmp_path / "text.jsonl"), "--num-neurons", "20", "--scope", "layer"]
     expected = run_tool(tmp_path, *flags, student="long")["models"]["student"]
-    found = run_tool(tmp_path, *flags, "--student-layers", "1", student="short")["models"]["student"]
+    shape = replace(describe_teacher(tmp_path / "teacher").shape, num_layers=1, teacher_layers=(1,))
+    write_kept(tmp_path / "short", shape, {0: KeptRows(torch.arange(2), kept)})
+    found = run_tool(tmp_path, *flags, student="short")["models"]["student"]
     assert expected["important"]["lm_loss"] != expected["unmasked"]["lm_loss"]
     for condition in ("unmasked", "important", "random"):
         assert found[condition]["lm_loss"] == pytest.approx(expected[condition]["lm_loss"], abs=1e-6)

@@ -28,6 +28,11 @@ class TinyBert(LogitDistillation):
                 f"{given} cannot go with --method tinybert, which compares whole layers and the attention scores of "
                 "whole sequences. Leave it out."
             )
+        if (groups := self.config.model.student_num_query_groups) is not None:
+            yield (
+                f"--student-num-query-groups {groups} cannot go with --method tinybert, which compares attention head "
+                "by head. Leave it out."
+            )
 
     def num_beside(self, base: ModelShape, student: ModelShape) -> int:
         """The maps of hidden states and embeddings."""
