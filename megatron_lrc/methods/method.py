@@ -30,6 +30,7 @@ from megatron_lrc.config import (
     describe_layers,
     fields_of,
     flags_set,
+    is_slimmer,
     kept_sizes,
     student_layers,
 )
@@ -264,7 +265,7 @@ class Method(ABC):
     def headline(self, base: ModelShape, student: ModelShape, trained: int, *, has_changed: bool) -> str:
         """The console's line about the models. trained: parameters."""
         return (
-            f"teacher d_T {base.hidden_size}, student d_S {width_and_depth(student)}; "
+            f"teacher d_T {base.hidden_size}, student d_S {width_and_depth(student)}{_parts(student, base)}; "
             f"trained: {trained / 1e6:.1f}M parameters{self.trained_where(has_changed=has_changed)}"
         )
 
@@ -307,6 +308,21 @@ def describe_tying(shape: ModelShape) -> str:
 
 def width_and_depth(shape: ModelShape) -> str:
     return f"{shape.hidden_size} ({describe_tying(shape)}), {describe_depth(shape)}"
+
+
+def _parts(student: ModelShape, base: ModelShape) -> str:
+    """What a slimmer student's layers have of those of the base model."""
+    if not is_slimmer(student, base):
+        return ""
+    return (
+        f", {student.num_query_groups} of {base.num_query_groups} KV groups, {student.ffn_hidden_size} of "
+        f"{base.ffn_hidden_size} FFN neurons"
+    )
+
+
+def describe_size(shape: ModelShape) -> str:
+    """All that flags may choose of a student's size."""
+    return f"{width_and_depth(shape)}, {shape.num_query_groups} KV groups, {shape.ffn_hidden_size} FFN neurons"
 
 
 def describe_depth(shape: ModelShape) -> str:

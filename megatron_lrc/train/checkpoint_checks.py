@@ -18,7 +18,7 @@ from megatron_lrc.config import Config, ConfigError
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.teacher_identity import is_same_teacher, why_not_comparable
 from megatron_lrc.methods import Method, method_of
-from megatron_lrc.methods.method import width_and_depth
+from megatron_lrc.methods.method import describe_size
 
 CONFIG_FILE = "config.yaml"
 
@@ -98,10 +98,11 @@ def check_fits(path: Path, method: Method, reader: Reader, fingerprint: str) -> 
         raise ConfigError(refusal)
     if saved != wanted:
         raise ConfigError(
-            f"{path} holds a student of hidden size {width_and_depth(saved)}, norm epsilon {saved.norm_epsilon:g}; the "
-            f"flags ask for {width_and_depth(wanted)}, {wanted.norm_epsilon:g}. Repeat --student-hidden-size, "
-            "--student-layers or --student-num-layers, --student-norm-epsilon, --init and "
-            f"--untie-embeddings-and-output-weights as they were, or give --config {path.parent / CONFIG_FILE}."
+            f"{path} holds a student of hidden size {describe_size(saved)}, norm epsilon {saved.norm_epsilon:g}; the "
+            f"flags ask for {describe_size(wanted)}, {wanted.norm_epsilon:g}. Repeat --student-hidden-size, "
+            "--student-layers or --student-num-layers, --student-num-query-groups, --student-ffn-hidden-size, "
+            "--student-norm-epsilon, --init and --untie-embeddings-and-output-weights as they were, or give "
+            f"--config {path.parent / CONFIG_FILE}."
         )
     return state
 

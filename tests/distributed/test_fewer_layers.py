@@ -71,7 +71,7 @@ def test_it_trains_goes_on_and_is_refused_with_other_layers(tiny_llama, tiny_tex
     goes_on = continued(base, steps=3)
     for layers in ((), ("0", "1", "3")):
         with pytest.raises(
-            ConfigError, match=r"3 layers \(the teacher's 0 2-3\), norm epsilon .*; the flags ask for 24"
+            ConfigError, match=r"3 layers \(the teacher's 0 2-3\), 2 KV groups, .*; the flags ask for 24"
         ):
             check(with_layers(goes_on, *layers).resolved(1), 1)
     train(on_layout(with_layers(goes_on, "0", "2-3"), pp=2), 2)

@@ -104,10 +104,10 @@ FEWER_LAYERS = Variant(kept=(0, 2, 3))
         Layout(micro=12),
         Layout(tp=2),
         Layout(pp=2, recompute="full"),
-        Layout(pp=2, first=1),
         Layout(pp=2, drawn="Ettt|tL"),
-        Layout(cp=2),
-        Layout(dp=2),
+        pytest.param(Layout(pp=2, first=1), marks=pytest.mark.slow),
+        pytest.param(Layout(cp=2), marks=pytest.mark.slow),
+        pytest.param(Layout(dp=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -141,8 +141,8 @@ SLIMMER = Variant(groups=2, neurons=24)
         (Layout(micro=12), replace(SLIMMER, released=True), False),
         (Layout(tp=2), replace(SLIMMER, normalization="token"), True),
         (Layout(pp=2, recompute="full"), replace(SLIMMER, kept=(0, 2, 3)), False),
-        (Layout(cp=2), replace(SLIMMER, neurons=None), False),
-        (Layout(dp=2), replace(SLIMMER, groups=None), False),
+        pytest.param(Layout(cp=2), replace(SLIMMER, neurons=None), False, marks=pytest.mark.slow),
+        pytest.param(Layout(dp=2), replace(SLIMMER, groups=None), False, marks=pytest.mark.slow),
         pytest.param(Layout(tp=2, dp=2, share=True), SLIMMER, False, marks=pytest.mark.slow),
         pytest.param(Layout(tp=2, pp=2), replace(SLIMMER, released=True), False, marks=pytest.mark.slow),
         pytest.param(Layout(pp=2, chunks=2), replace(SLIMMER, reset_attention=True), True, marks=pytest.mark.slow),
@@ -155,7 +155,7 @@ def test_a_slimmer_student_equals_the_reference(tiny_llama, layout, variant, tie
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("write", [write_qwen2, write_qwen3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("write", [write_qwen2, pytest.param(write_qwen3, marks=pytest.mark.slow)])
 def test_slimmer_students_of_other_families_equal_the_reference(tmp_path, write):
     write(tmp_path, num_layers=2, dtype=torch.float64, num_heads=8, num_kv_heads=4)
     compare_with_the_reference(str(tmp_path), Layout(tp=2), SLIMMER, tied=False)
