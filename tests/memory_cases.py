@@ -13,7 +13,7 @@ from tiny_data import write_dataset
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher's sizes, the student's, a batch and a layout."""
+    """A teacher's sizes, the student's (None: the teacher's), a batch and a layout."""
 
     hidden: int
     heads: int
@@ -30,6 +30,9 @@ class Case:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    student_layers: int | None = None
+    student_kv_heads: int | None = None
+    student_ffn: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -57,7 +60,10 @@ def memory_config(case: Case, folder: Path) -> Config:
     tokens = numpy.random.default_rng(0).integers(0, case.vocab, size=40 * case.sequence).tolist()
     data = write_dataset(folder / "data", [tokens], dtype=numpy.int32)
     config = make_config(write_teacher(case, folder / "teacher"), data, folder / "run", steps=2)
-    config.model.student_hidden_size = case.student
+    config.model.student_hidden_size, config.model.student_num_layers = case.student, case.student_layers
+    config.model.student_num_query_groups = case.student_kv_heads
+    config.model.student_ffn_hidden_size = case.student_ffn
+    config.projection.calibration_tokens = case.sequence  # if there is any
     config.training.seq_length, config.training.micro_batch_size = case.sequence, case.micro_batch
     config.training.global_batch_size = case.micro_batch * case.num_microbatches * case.dp
     config.training.bf16 = case.bf16

@@ -7,7 +7,7 @@ a model is measured too, by a run of a model of no size.
 import ctypes
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,20 @@ CASES = {
     ),
     "TP2+SP": Case(512, 8, 2, 1536, 8, 4096, student=256, sequence=512, micro_batch=2, tp=2),
     "PP2": Case(768, 12, 4, 2048, 4, 8192, student=512, sequence=512, micro_batch=1, num_microbatches=4, pp=2),
+    "a-part-of-the-teacher": Case(
+        768,
+        12,
+        4,
+        2048,
+        6,
+        8192,
+        student=384,
+        sequence=512,
+        micro_batch=2,
+        student_layers=4,
+        student_kv_heads=2,
+        student_ffn=1024,
+    ),
     "DP2-distributed-optimizer-bf16": Case(
         768, 12, 4, 2048, 4, 8192, student=384, sequence=512, micro_batch=1, dp=2, bf16=True
     ),
@@ -123,11 +137,20 @@ def count_elements(config: Config) -> dict[str, int]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "ranks, layout", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {"pp": 2, "chunks": 2})], ids=str
+    "ranks, layout, part",
+    [
+        (1, {}, {}),
+        (2, {"tp": 2}, {"student_ffn_hidden_size": 40}),
+        (2, {"pp": 2}, {"student_num_layers": 3, "student_num_query_groups": 1}),
+        (2, {"pp": 2, "chunks": 2}, {}),
+    ],
+    ids=str,
 )
-def test_a_stage_holds_as_many_elements_as_are_counted(tiny_llama, tiny_text, tmp_path, ranks, layout, is_tied):
+def test_a_stage_holds_as_many_elements_as_are_counted(tiny_llama, tiny_text, tmp_path, ranks, layout, part, is_tied):
+    """part: what of the teacher the student has, if not all."""
     config = make_config(tiny_llama(is_tied=is_tied, num_layers=4), tiny_text, tmp_path, steps=1)
-    config.checkpoint.save = None
+    config.checkpoint.save, config.projection.calibration_tokens = None, 64
+    config.model = replace(config.model, **part)
     config = on_layout(config, **layout).resolved(ranks)
     shape = describe_teacher(config.model.teacher).shape
     stages = list(stages_of(config, shape, method_of(config).student_shape(shape)))
