@@ -8,6 +8,7 @@ the layouts of the test suite this has four-rank ones that are slow on small mac
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,10 +53,16 @@ LAYOUTS = {
 }
 RELATIVE = Variant(normalization="token")
 FEWER_LAYERS = Variant(kept=(0, 2, 3))
+SLIMMER = Variant(groups=2, neurons=24)  # of 4 and 80
 PARTS = ("1 rank, 4 micro-batches", "TP2 + SP", "PP2", "CP2", "DP2")
 VARIANTS = {
     **{f"{title}, --clone-normalization token": (LAYOUTS[title], RELATIVE) for title in PARTS},
     **{f"{title}, layers 0, 2 and 3 of 4": (LAYOUTS[title], FEWER_LAYERS) for title in (*PARTS, "PP2, stages by hand")},
+    **{f"{title}, half the KV groups, 3 of 10 neurons": (LAYOUTS[title], SLIMMER) for title in PARTS},
+    "TP2 + SP x PP2, the same and layers 0, 2 and 3": (
+        LAYOUTS["TP2 + SP x PP2"],
+        replace(SLIMMER, kept=FEWER_LAYERS.kept, normalization="token"),
+    ),
 }
 TEACHERS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 
@@ -85,16 +92,16 @@ def main() -> None:
         teachers = {}
         for name, write in TEACHERS.items():
             settings = {"vocab_size": VOCAB} if write is write_llama else {}
-            write(Path(folder) / name, num_layers=4, dtype=torch.float64, **settings)
-            teachers[name] = str(Path(folder) / name)
-        four_heads = str(Path(folder) / "four")
-        write_llama(Path(four_heads), num_layers=4, dtype=torch.float64, vocab_size=VOCAB, num_kv_heads=4)
+            for num_heads in (4, 8):  # in groups of two
+                directory = Path(folder) / f"{name}-{num_heads}"
+                heads = {"num_heads": num_heads, "num_kv_heads": num_heads // 2}
+                write(directory, num_layers=4, dtype=torch.float64, **heads, **settings)
+                teachers[name, num_heads] = str(directory)
         plain = {title: (layout, Variant()) for title, layout in LAYOUTS.items()}
         for title, (layout, variant) in (plain | VARIANTS).items():
-            if layout.tp == 4:  # needs a KV head for each rank
-                cells = [f"{largest_error(four_heads, layout, variant):.1e}", "-", "-"]
-            else:
-                cells = [f"{largest_error(teacher, layout, variant):.1e}" for teacher in teachers.values()]
+            num_heads = 8 if layout.tp == 4 or variant.groups else 4  # each rank needs a KV group
+            errors = (largest_error(teachers[name, num_heads], layout, variant) for name in TEACHERS)
+            cells = [f"{error:.1e}" for error in errors]
             rows.append(f"| {title} | {' | '.join(cells)} |")
             print(rows[-1], flush=True)
     output.parent.mkdir(exist_ok=True)

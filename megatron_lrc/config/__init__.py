@@ -20,7 +20,6 @@ from .budget import budgets_of, check_budget, count_steps, describe_budgets, des
 from .config import MATRICES, Config, ConfigError, ModelShape, RunFailed, RunStopped, flag_of, parse_clone_term
 from .counts import exact_count, parse_count, short_count
 from .departures import describe_departures, propose_batches
-from .kept_sizes import check_kept_sizes, is_slimmer, kept_sizes, refuse_kept_sizes
 from .layer_map import (
     check_layers,
     check_layers_against,
@@ -29,6 +28,7 @@ from .layer_map import (
     spread_evenly,
     student_layers,
 )
+from .layer_sizes import check_kept_sizes, is_slimmer, kept_sizes, refuse_kept_sizes
 from .layout_checks import check_batches, check_layout, divisors
 from .model_role import CONVERTED, STUDENT, TEACHER, ModelRole
 from .precision_checks import check_precision

@@ -8,7 +8,7 @@ that a dry run works anywhere.
 from collections.abc import Iterator
 
 from .config import Config, ModelShape, flag_of
-from .kept_sizes import is_slimmer
+from .layer_sizes import is_slimmer
 from .settings import ComputeConfig
 
 #: Flags that mean nothing without another; the other, and the value that it needs (None: any).
