@@ -40,13 +40,13 @@ class ReadingMoments:
         self.total = basis.new_zeros(sum(basis.shape), basis.shape[1], dtype=torch.float64)
 
     @torch.no_grad()
-    def add(self, stream: Tensor, skipped: Tensor | float = 0.0) -> None:
-        """stream: what the teacher's norm is given, [..., D]. skipped: what of it comes from layers that the student
-        has not, in the basis, [..., d]. Products in fp32 or better, sums of them in fp64."""
+    def add(self, stream: Tensor, missing: Tensor | float = 0.0) -> None:
+        """stream: what the teacher's norm is given, [..., D]. missing: what of it comes from parts of the teacher that
+        the student has not, in the basis, [..., d]. Products in fp32 or better, sums of them in fp64."""
         tokens = stream.flatten(0, -2).to(torch.promote_types(stream.dtype, torch.float32))  # [n, D]
         teacher = rms_norm(tokens, self._epsilons[0]) * self._gain.to(tokens.dtype)
-        skipped = skipped.flatten(0, -2) if isinstance(skipped, Tensor) else skipped
-        student = rms_norm(tokens @ self._basis.to(tokens.dtype) - skipped, self._epsilons[1])  # [n, d]
+        missing = missing.flatten(0, -2) if isinstance(missing, Tensor) else missing
+        student = rms_norm(tokens @ self._basis.to(tokens.dtype) - missing, self._epsilons[1])  # [n, d]
         self.total += torch.cat([teacher, student], dim=-1).t() @ student
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hf_teachers import write_llama
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
+from megatron_lrc.clone.kept_rows import KeptRows
 from megatron_lrc.clone.ridge import RIDGE
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.data.datasets import build_datasets
@@ -18,7 +19,7 @@ from ranks import run_ranks
 from runs import assert_same_parameters, make_config, on_layout, records, train
 from tools_path import convert_to_hf
 
-WIDTH = 48  # the tiny teacher's
+WIDTH, HEAD_DIM, HEADS_IN_GROUP = 48, 16, 2  # the tiny teacher's
 INITS = ["orthogonal", "channel", "pca", "ridge"]
 #: What `make test` holds on every layout; the others: `make test-slow`.
 QUICK = ["ridge"]
@@ -124,25 +125,55 @@ def test_channels_are_those_with_the_largest_activations(teacher, tiny_text, tmp
     assert torch.allclose(gain, (WIDTH / 2) ** 0.5 * model.model.layers[1].input_layernorm.weight[list(loud)])
 
 
-def inputs_of_norms(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """By transformers, over the calibration tokens: norm -> [n, D] that it is given; norm -> its gain [D]; epsilon."""
+def inputs_of_norms(config: Config, kept: dict[int, KeptRows]) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """By transformers, over the calibration tokens: norm -> ([n, D] that it is given, what of that comes from what is
+    not kept); epsilon. kept: by the teacher's layer; those that are not there are missing whole."""
     data, _ = build_datasets(config)
     count = config.projection.calibration_tokens // config.training.seq_length
     tokens = torch.stack([data[index]["tokens"] for index in range(count)])
     model = LlamaForCausalLM.from_pretrained(config.model.teacher).eval()
-    norms = {"final": model.model.norm}
+    found, missing = {}, torch.zeros(1)
+
+    def note(name: str, module: torch.nn.Module, args: tuple) -> None:
+        found[name] = args[0].flatten(0, 1).double(), (torch.zeros_like(args[0]) + missing).flatten(0, 1).double()
+
+    def add(added: Tensor) -> None:
+        nonlocal missing
+        missing = missing + added
+
+    def without(linear: torch.nn.Linear, columns: Tensor, args: tuple) -> Tensor:
+        dropped = args[0].clone()
+        dropped[..., columns] = 0
+        return linear(dropped)
+
     for index, layer in enumerate(model.model.layers):
-        norms |= {
-            f"layers.{index}.input": layer.input_layernorm,
-            f"layers.{index}.post": layer.post_attention_layernorm,
-        }
-    found = {}
-    for name, norm in norms.items():
-        norm.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].flatten(0, 1).double()}))
+        layer.input_layernorm.register_forward_pre_hook(partial(note, f"layers.{index}.input"))
+        layer.post_attention_layernorm.register_forward_pre_hook(partial(note, f"layers.{index}.post"))
+        if index not in kept:
+            layer.register_forward_hook(lambda module, args, output: add(output - args[0]))
+            continue
+        columns = {"groups": HEADS_IN_GROUP * HEAD_DIM, "neurons": 1}
+        for (unit, width), linear in zip(columns.items(), (layer.self_attn.o_proj, layer.mlp.down_proj), strict=True):
+            features = (kept[index].of(unit)[:, None] * width + torch.arange(width)).flatten()
+            plain = torch.nn.Linear(*linear.weight.T.shape, bias=False)
+            plain.weight = linear.weight
+            linear.register_forward_hook(
+                lambda module, args, output, plain=plain, features=features: add(without(plain, features, args))
+            )
+    model.model.norm.register_forward_pre_hook(partial(note, "final"))
     with torch.no_grad():
         model(tokens)
-    gains = {name: norm.weight.detach().double() for name, norm in norms.items()}
-    return found, gains, model.config.rms_norm_eps
+    return found, model.config.rms_norm_eps
+
+
+def gains_of(teacher: str) -> dict[str, Tensor]:
+    """Norm -> its gain [D]."""
+    model = LlamaForCausalLM.from_pretrained(teacher).model
+    gains = {"final": model.norm.weight}
+    for index, layer in enumerate(model.layers):
+        gains[f"layers.{index}.input"] = layer.input_layernorm.weight
+        gains[f"layers.{index}.post"] = layer.post_attention_layernorm.weight
+    return {name: gain.detach().double() for name, gain in gains.items()}
 
 
 def cut(name: str, weight: Tensor, channels: Tensor) -> Tensor:
@@ -178,26 +209,37 @@ def test_minitron_starts_as_the_teacher_cut_to_its_most_active_channels(teacher,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (0, 2, 3)], ids=str)
-def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path, kept):
-    """Against torch's solver, on rows for the tokens and rows for the ridge. Without layer 1, on two stages, a student
-    reads a stream to which it has added nothing."""
+@pytest.mark.parametrize(
+    ("kept", "part", "layout"),
+    [
+        ((0, 1, 2, 3), {}, {}),
+        ((0, 1, 2, 3), {"student_ffn_hidden_size": 40}, {"tp": 2}),
+        ((0, 2, 3), {"student_num_query_groups": 1, "student_ffn_hidden_size": 40}, {"pp": 2}),
+    ],
+    ids=str,
+)
+def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path, kept, part, layout):
+    """Against torch's solver, on rows for the tokens and rows for the ridge. A student without layer 1, or without some
+    of the groups and neurons, reads a stream to which these have added nothing."""
     config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "ridge")
     config.model.student_norm_epsilon = own_epsilon = 0.05
-    config.model.student_layers = [str(layer) for layer in kept]
-    stages = 1 if len(kept) == 4 else 2
-    train(on_layout(config, pp=stages), stages)
+    config.model = replace(config.model, student_layers=[str(layer) for layer in kept], **part)
+    train(on_layout(config, **layout), 2 if layout else 1)
     found = projections_of(tmp_path / "run")
     basis = found["embed"].double()
     assert torch.equal(found["embed"], found["layers.1.o"]) and torch.equal(found["embed"], found["layers.2.down"])
-    ((streams, gains, epsilon),) = run_ranks(1, inputs_of_norms, config.resolved(1))
-    width = basis.shape[1]
-    skipped = torch.zeros(WIDTH) if 1 in kept else streams["layers.2.input"] - streams["layers.1.input"]
+    all_rows = KeptRows(torch.arange(2), torch.arange(80))
+    saved = open_checkpoint(str(tmp_path / "run")).kept
+    rows = {layer: saved.get(index, all_rows) for index, layer in enumerate(kept)}
+    assert bool(part) == bool(saved)
+    ((read, epsilon),) = run_ranks(1, inputs_of_norms, config.resolved(1), rows)
+    width, gains = basis.shape[1], gains_of(teacher)
     for norm, sites in {"layers.1.input": "qkv", "layers.2.post": ["gate", "up"], "final": ["lm_head"]}.items():
         of_teacher = norm if norm == "final" else f"layers.{kept[int(norm[7])]}{norm[8:]}"
-        stream, gain = streams[of_teacher], gains[of_teacher]
+        (stream, missing), gain = read[of_teacher], gains[of_teacher]
+        assert bool(part) == bool(missing.any())
         teacher_reads = torch.nn.functional.rms_norm(stream, (WIDTH,), gain, epsilon)
-        student_reads = torch.nn.functional.rms_norm((stream - skipped) @ basis, (width,), eps=own_epsilon)
+        student_reads = torch.nn.functional.rms_norm((stream - missing) @ basis, (width,), eps=own_epsilon)
         prior = (WIDTH / width) ** 0.5 * gain[:, None] * basis
         weight = (RIDGE * student_reads.square().sum(0).mean()).sqrt()
         inputs = torch.cat([student_reads, weight * torch.eye(width)])

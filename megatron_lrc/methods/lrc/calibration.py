@@ -72,7 +72,7 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
             moment = ReadingMoments(basis, gain, epsilons)
             readers.append((reader, partial(_add_reading, moment, stage)))
             moments.append((stage.projections, norm, moment))
-    followed = [hook for stage in stages for hook in stage.skipped.follow(basis)]
+    followed = [hook for stage in stages for hook in stage.missing.follow(basis)]
     run_teacher(config, stages, batches, readers)
     for hook in followed:
         hook.remove()
@@ -86,7 +86,7 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
 
 
 def _add_reading(moment: ReadingMoments, stage: PairedModel, stream: Tensor) -> None:
-    moment.add(stream, stage.skipped.added)
+    moment.add(stream, stage.missing.added)
 
 
 def calibrate_losses(config: Config, stages: list[PairedModel], calibration: Callable[[], Batches]) -> None:

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.clone.kept_rows import KeptRows
-from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import Config
 from megatron_lrc.mcore.distributed import broadcast_over_stage, sum_over_stage
 from megatron_lrc.methods.lrc.calibration import Batches, run_teacher
+from megatron_lrc.methods.lrc.missing_parts import WRITERS
 from megatron_lrc.methods.lrc.paired_model import PairedModel
-
-_WRITERS = [site.linear for site in LAYER_SITES if site.projected == "output"]
 
 
 def choose_kept_rows(config: Config, stages: list[PairedModel], batches: Batches) -> list[dict[int, KeptRows]]:
@@ -36,7 +34,7 @@ class _Counted:
 
     def __init__(self, stage: PairedModel, layer: nn.Module):
         self._stage = stage
-        self._linears = [layer.get_submodule(path) for path in _WRITERS]
+        self._linears = [layer.get_submodule(path) for path in WRITERS]
         self._squares = [
             torch.zeros(_columns(linear).shape[1], dtype=torch.float64, device=stage.groups.device)
             for linear in self._linears

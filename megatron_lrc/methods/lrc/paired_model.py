@@ -44,8 +44,8 @@ from megatron_lrc.mcore.stages import (
 )
 from megatron_lrc.mcore.student_stages import config_of_student
 from megatron_lrc.methods.lrc.layer_losses import LayerLosses, LayerLossesFactory, TwoModels
+from megatron_lrc.methods.lrc.missing_parts import MissingParts
 from megatron_lrc.methods.lrc.own_matrices import give_up_memory, own_parameters, renew_parameters, replacement
-from megatron_lrc.methods.lrc.skipped_layers import SkippedLayers
 
 
 class PairedModel(TwoModels):
@@ -80,7 +80,7 @@ class PairedModel(TwoModels):
         self.frozen_width = shapes.teacher.hidden_size
         self.heads = HeadLayout.of(shapes.teacher)
         self.layer_losses = layer_losses(self)
-        self.skipped = SkippedLayers(self.teacher, self.student, shapes.student)
+        self.missing = self._find_missing()
         self.sums = LossSums(groups.device, shapes.student.num_layers, self.layer_losses.terms)
         self.vocabulary = vocabulary_shard(shapes.teacher, groups.tp)
         self._is_to_compose = False  # in the next forward pass
@@ -172,6 +172,12 @@ class PairedModel(TwoModels):
         teacher_layers = dict(layers_of(self.teacher))
         for index, _ in layers_of(self.student):
             yield index, teacher_layers[self.shapes.student.teacher_layer(index)]
+
+    def _find_missing(self) -> MissingParts:
+        own = {index: layer for index, layer in layers_of(self.student)}
+        pairs = [(of_teacher, own[index]) for index, of_teacher in self.teachers_of_student()]
+        kept = {id(of_teacher) for of_teacher, _ in pairs}
+        return MissingParts((layer for _, layer in layers_of(self.teacher) if id(layer) not in kept), pairs)
 
     def readings(self) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
         """Where the student reads its residual stream here: (its norm's name, the gain [D] of the teacher's norm there,
@@ -300,17 +306,17 @@ class PairedModel(TwoModels):
 
     def forward_teacher(self, batch: dict[str, Tensor]) -> Tensor:
         """The teacher alone, for calibration. Inputs and outputs as of `forward`, but the student's part is what
-        `skipped` has added up."""
-        teacher_in, skipped_in = self._split_input()
-        self.skipped.begin(skipped_in)
+        `missing` has added up."""
+        teacher_in, missing_in = self._split_input()
+        self.missing.begin(missing_in)
         self.layer_losses.begin(batch["loss_mask"].t())
         with torch.no_grad():
             hidden = run_stage(self.teacher, batch, teacher_in)
         self.layer_losses.forget()
         if self.post_process:
             return hidden.new_zeros(())
-        skipped = hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size) + self.skipped.added
-        return torch.cat([hidden, skipped.to(hidden.dtype)], dim=-1)
+        missing = hidden.new_zeros(*hidden.shape[:2], self.shapes.student.hidden_size) + self.missing.added
+        return torch.cat([hidden, missing.to(hidden.dtype)], dim=-1)
 
     def _split_input(self) -> tuple[Tensor | None, Tensor | None]:
         if self.pre_process:

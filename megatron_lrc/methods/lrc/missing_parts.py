@@ -1,0 +1,67 @@
+"""What a student lacks of its teacher, and what that adds to the residual stream while the teacher runs alone.
+
+A student passes the layers that it lacks unchanged, and what o and down write in its others is written without the KV
+groups and FFN neurons that these lack. So if all that it has gave what the same part of the teacher gives, its residual
+stream would be the teacher's without what the rest has added: that is what a closed-form start fits its projections to
+read.
+
+Notation: s sequence, b micro-batch, D teacher hidden, d student hidden, f input features of o or down, of which the
+student lacks g; `/tp` split over tensor parallelism.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import torch
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from megatron_lrc.clone.sites import LAYER_SITES
+
+WRITERS = [site.linear for site in LAYER_SITES if site.projected == "output"]
+
+
+class MissingParts:
+    """Of one stage. `added` [s/tp, b, d]: the sum so far in this micro-batch, in a basis; 0.0 where there is none.
+
+    It travels between stages in the place of the student's hidden state.
+    """
+
+    def __init__(self, skipped: Iterable[nn.Module], pairs: Iterable[tuple[nn.Module, nn.Module]]):
+        """skipped: layers of the teacher that the student has not. pairs: the others, each beside the student's."""
+        self._skipped = list(skipped)
+        self._writers = [tuple(layer.get_submodule(path) for layer in pair) for pair in pairs for path in WRITERS]
+        self.added: Tensor | float = 0.0
+
+    def begin(self, received: Tensor | None) -> None:
+        """A micro-batch begins. received: what the stages before have added, [s/tp, b, d]; None on the first one."""
+        self.added = 0.0 if received is None else received
+
+    def follow(self, basis: Tensor) -> Iterator[RemovableHandle]:
+        """From now on, until these hooks are removed, add up. basis: Q [D, d]."""
+        for layer in self._skipped:
+            yield layer.register_forward_hook(partial(self._add_layer, basis), with_kwargs=True)
+        for of_teacher, of_student in self._writers:
+            columns, kept = (linear.get_parameter("weight") for linear in (of_teacher, of_student))  # [D or d, f/tp]
+            missing = columns.detach()[:, kept.shape[1] :]  # the kept ones come first
+            if missing.numel():
+                dtype = torch.promote_types(missing.dtype, torch.float32)
+                into_basis = missing.t().to(dtype) @ basis.to(dtype)  # [g/tp, d]
+                yield of_teacher.register_forward_hook(partial(self._add_features, into_basis))
+
+    def _add_layer(self, basis: Tensor, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        before, after = args[0] if args else kwargs["hidden_states"], output[0]  # [s/tp, b, D]
+        dtype = torch.promote_types(after.dtype, torch.float32)
+        self.added = self.added + (after.to(dtype) - before.to(dtype)) @ basis.to(dtype)
+
+    def _add_features(self, into_basis: Tensor, linear: nn.Module, inputs: tuple, output: tuple) -> None:
+        partial_sum = inputs[0][..., -len(into_basis) :].to(into_basis) @ into_basis  # [s, b, d]
+        is_scattered = output[0].shape[0] != partial_sum.shape[0]
+        to_rank = (
+            reduce_scatter_to_sequence_parallel_region if is_scattered else reduce_from_tensor_model_parallel_region
+        )
+        self.added = self.added + to_rank(partial_sum)
