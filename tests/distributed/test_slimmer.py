@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from convert_tool import convert
 from hf_teachers import write_qwen2
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.config import Config, ConfigError
@@ -46,10 +47,12 @@ def config(tiny_llama, tiny_text, tmp_path) -> Config:
 
 
 def test_at_full_width_it_is_the_teacher_without_the_rest(tiny_text, tmp_path):
-    """On two tensor parallel ranks, then in transformers; biases go with their rows, and one layer is left out."""
+    """On two tensor parallel ranks, of a converted teacher, then in transformers; biases go with their rows, and one
+    layer is left out."""
     teacher = tmp_path / "teacher"
     write_qwen2(teacher, num_layers=3, num_heads=8, num_kv_heads=4)
-    config = slimmer(make_config(str(teacher), tiny_text, tmp_path / "run", steps=0))
+    convert(teacher, tmp_path / "converted")
+    config = slimmer(make_config(str(tmp_path / "converted"), tiny_text, tmp_path / "run", steps=0))
     config.model.student_hidden_size, config.model.student_layers = WIDTH, ["0", "2"]
     config.projection.init = "pca"
     train(on_layout(config, tp=2), 2)
