@@ -8,15 +8,24 @@ published run no teacher is needed. For --method lrc and logits. Layouts are sea
 micro-batch size, recomputation and the distributed optimizer, whatever the flags say of them, over several
 nodes with both --overlap flags. Memory and speed are estimates (megatron_lrc/estimate/): --mfu and the speed of
 links are assumptions.
+
+Before that comes what the student is to be, and these have a --help of their own:
+
+    megatron-lrc plan layers --teacher DIR ...     which of the teacher's layers a student of fewer should keep
+    megatron-lrc plan shape --target-params 1.2B   which shapes have so many parameters, so much memory
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from importlib import import_module
 
 from megatron_lrc.commands.flags import new_parser, positive
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.methods import method_of
+
+#: What stands in front of the flags -> the module of this package that plans it.
+SUBJECTS = {"layers": "plan_layers", "shape": "plan_shape"}
 
 
 def read_flags(argv: Sequence[str], program: str) -> tuple[argparse.Namespace, list[str]]:
@@ -65,6 +74,9 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
 
 
 def run(argv: Sequence[str], program: str) -> int:
+    if argv and argv[0] in SUBJECTS:
+        subject = import_module(f"megatron_lrc.commands.{SUBJECTS[argv[0]]}")
+        return subject.run(argv[1:], f"{program} {argv[0]}")
     options, flags = read_flags(argv, program)
     from megatron_lrc.config import check_layers_against, presets_of, raise_all
     from megatron_lrc.estimate.devices import GIB, gpu_named

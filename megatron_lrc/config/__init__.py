@@ -24,6 +24,7 @@ from .layer_map import (
     check_layers,
     check_layers_against,
     describe_layers,
+    most_important,
     refuse_layers,
     spread_evenly,
     student_layers,
@@ -36,7 +37,15 @@ from .presets import PRESETS, PUBLISHED_RUNS
 from .rates import describe_rate, recommended_lr, start_of
 from .schedule import DEFAULT_WARMUP_FRACTION, check_schedule, describe_jump, describe_schedule
 from .schema import SETTINGS, check_kinds, convert, suggest
-from .settings import CLONE_TERMS, TINYBERT_TERMS, CheckpointConfig, LossConfig, ProjectionConfig, PruningConfig
+from .settings import (
+    CLONE_TERMS,
+    TINYBERT_TERMS,
+    CheckpointConfig,
+    LossConfig,
+    ModelConfig,
+    ProjectionConfig,
+    PruningConfig,
+)
 from .validation import (
     check_directory,
     check_losses,

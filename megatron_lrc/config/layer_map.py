@@ -1,4 +1,5 @@
 """Which of its teacher's layers a student has: --student-layers names them, --student-num-layers spreads them evenly.
+`tools/plan.py layers` measures which ones to name.
 
 Student layer i is made of teacher layer `layers[i]` and compared with it; the teacher runs all of its layers. The
 chosen layers are a field of the student's `ModelShape`, and everything that pairs layers asks that.
@@ -31,6 +32,11 @@ def spread_evenly(count: int, num_layers: int) -> tuple[int, ...]:
     """`count` of num_layers layers, the first and the last among them, at distances that differ by one at most."""
     steps = max(count - 1, 1)
     return tuple((2 * place * (num_layers - 1) + steps) // (2 * steps) for place in range(count))
+
+
+def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
+    """`count` layers in rising order, those that matter most; of equal ones the earlier."""
+    return tuple(sorted(sorted(range(len(importance)), key=lambda layer: -importance[layer])[:count]))
 
 
 def student_layers(model: ModelConfig, num_layers: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import TypeVar
 from uuid import uuid4
 
 import numpy
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -50,6 +51,18 @@ def build_datasets(
     request = Request.of(config, plan, step=step, consumed_samples=consumed_samples)
     request.fill_cache()
     return request.open(config, plan)
+
+
+def first_samples(config: Config, count: int) -> dict[str, Tensor]:
+    """tokens, labels, loss_mask: the first samples of a run's training data, each [count, seq_length].
+
+    `check_data` has passed. Whatever budget and batch the run has, it begins with these.
+    """
+    training = replace(config.training, train_iters=count, global_batch_size=1)
+    dataset, _ = build_datasets(replace(config, training=training))
+    assert dataset is not None, "check_data() has passed"
+    samples = [dataset[index] for index in range(count)]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
 
 
 def resolve_train_iters(

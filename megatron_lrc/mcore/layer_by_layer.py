@@ -27,6 +27,8 @@ _NORMS = {
     "q_norm": "self_attention.q_layernorm.weight",
     "k_norm": "self_attention.k_layernorm.weight",
 }
+#: Tokens that pass a layer together, in whole sequences.
+TOKENS_AT_ONCE = 4096
 
 
 class LayerByLayer:
@@ -52,6 +54,7 @@ class LayerByLayer:
             is_last_stage=True,
         )
         ((_, self._layer),) = layers_of(self._model)
+        self._final_norm: Any = self._model.decoder.final_layernorm
         rotary: Any = self._model.rotary_pos_emb
         self._angles: Tensor = rotary(tokens.shape[1])  # [s, 1, 1, head_dim]
         self._places = self._places_of_layer()
@@ -78,14 +81,12 @@ class LayerByLayer:
             self._hidden = weight[self.tokens.t()].to(gain.device, self.dtype)  # [s, b, h]
             self._tied_head = weight if self.shape.is_tied else None
         elif name == "final":
-            final_norm: Any = self._model.decoder.final_layernorm
-            final_norm.weight.copy_(weight)
-            self._hidden = final_norm(self._hidden)
+            self._final_norm.weight.copy_(weight)
             if self._tied_head is not None:
-                self._logits = self._multiply(self._tied_head)
+                self._finish(self._tied_head)
         else:
             assert name == LM_HEAD.name and not self.shape.is_tied, key
-            self._logits = self._multiply(weight)
+            self._finish(weight)
 
     @property
     def logits(self) -> Tensor:
@@ -115,29 +116,44 @@ class LayerByLayer:
         if not self._scope:
             return
         assert self._filled == set(self._places), f"{self._scope} lacks {set(self._places) - self._filled}"
-        self._hidden, _ = self._layer(self._hidden, attention_mask=None, rotary_pos_emb=self._angles)
+        self._hidden = self._pass_layer(self._hidden)
         self._filled = set()
 
-    def _multiply(self, head: Tensor) -> Tensor:
-        blocks = (rows.to(self._hidden.device, self.dtype) for rows in head.split(ROWS_AT_ONCE))
-        return torch.cat([F.linear(self._hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
+    def _pass_layer(self, hidden: Tensor) -> Tensor:
+        """[s, b, h], of the layer whose weights are there."""
+        parts = hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[0]), dim=1)
+        passed = [self._layer(part, attention_mask=None, rotary_pos_emb=self._angles)[0] for part in parts]
+        return torch.cat(passed, dim=1)
+
+    def _finish(self, head: Tensor) -> None:
+        """All layers have been passed, and the final norm has its gain. head: [v, h]."""
+        hidden = self._final_norm(self._hidden)
+        blocks = (rows.to(hidden.device, self.dtype) for rows in head.split(ROWS_AT_ONCE))
+        self._logits = torch.cat([F.linear(hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
 
 
 @contextmanager
 def layer_by_layer(
     shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32
 ) -> Iterator[LayerByLayer]:
-    """A LayerByLayer, in megatron-core's process groups of a world of one, whatever torchrun's environment
-    says. Groups that there are already are used; what is made here is gone again afterwards."""
+    """A LayerByLayer, in `world_of_one`."""
+    with world_of_one():
+        yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)
+
+
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """megatron-core's process groups of a world of one, whatever torchrun's environment says. Groups that there are
+    already are used; what is made here is gone again afterwards."""
     if parallel_state.model_parallel_is_initialized():
         assert dist.get_world_size() == 1, "one process computes a model by itself"
-        yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)
+        yield
         return
     assert not dist.is_initialized()
     with torch.random.fork_rng():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         try:
             distributed.start(Config())
-            yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)
+            yield
         finally:
             distributed.stop()
