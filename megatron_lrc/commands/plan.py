@@ -42,18 +42,15 @@ def read_flags(argv: Sequence[str], program: str) -> tuple[argparse.Namespace, l
 
 def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
     """The run that the flags describe, and its teacher's shape."""
-    from megatron_lrc.config import (
-        PUBLISHED_RUNS,
-        check_layers,
-        check_losses,
-        check_precision,
-        check_ranges,
-        parse_config,
-        presets_of,
-        raise_all,
-    )
-    from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
-    from megatron_lrc.hf.families import describe_teacher
+    config = read_config(flags)
+    if config.model.student_hidden_size is None:
+        raise ConfigError("--student-hidden-size is missing: the student's hidden size, below the teacher's.")
+    return config, read_teacher(config, flags)
+
+
+def read_config(flags: list[str]) -> Config:
+    """The run that the flags describe; ConfigError for what is wrong in it without the teacher."""
+    from megatron_lrc.config import check_layers, check_losses, check_precision, check_ranges, parse_config, raise_all
 
     config = parse_config(flags)
     method = method_of(config)
@@ -63,14 +60,23 @@ def read_run(flags: list[str]) -> tuple[Config, ModelShape]:
             f"--method {config.model.method}: its memory and time are not estimated. Plan for lrc or logits; "
             "--dry-run N of a training estimates FLOPs and disk of ordinary and tinybert too."
         )
-    if config.model.student_hidden_size is None:
-        raise ConfigError("--student-hidden-size is missing: the student's hidden size, below the teacher's.")
+    return config
+
+
+def read_teacher(config: Config, flags: list[str]) -> ModelShape:
+    """Its shape, of config.json, or of the published run whose preset the flags name."""
+    from megatron_lrc.config import PUBLISHED_RUNS, check_layers_against, presets_of, raise_all
+    from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
+    from megatron_lrc.hf.families import describe_teacher
+
     if config.model.teacher:
-        return config, describe_teacher(config.model.teacher, needs_weights=False).shape
-    published = [name for name in presets_of(flags) if name in PUBLISHED_RUNS]
-    if not published:
+        teacher = describe_teacher(config.model.teacher, needs_weights=False).shape
+    elif published := [name for name in presets_of(flags) if name in PUBLISHED_RUNS]:
+        teacher = TEACHER_SHAPES[PUBLISHED_RUNS[published[-1]][0]]
+    else:
         raise ConfigError(f"Give --teacher DIR (config.json is enough), or --preset {', '.join(PUBLISHED_RUNS)}.")
-    return config, TEACHER_SHAPES[PUBLISHED_RUNS[published[-1]][0]]
+    raise_all(list(check_layers_against(config.model, teacher.num_layers)))
+    return teacher
 
 
 def run(argv: Sequence[str], program: str) -> int:
@@ -78,7 +84,7 @@ def run(argv: Sequence[str], program: str) -> int:
         subject = import_module(f"megatron_lrc.commands.{SUBJECTS[argv[0]]}")
         return subject.run(argv[1:], f"{program} {argv[0]}")
     options, flags = read_flags(argv, program)
-    from megatron_lrc.config import check_layers_against, presets_of, raise_all
+    from megatron_lrc.config import presets_of
     from megatron_lrc.estimate.devices import GIB, gpu_named
     from megatron_lrc.estimate.plan_lines import (
         compare_with_next,
@@ -92,7 +98,6 @@ def run(argv: Sequence[str], program: str) -> int:
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu {options.mfu} is not a share of the GPUs' peak above 0 and at most 1.")
     config, teacher = read_run(flags)
-    raise_all(list(check_layers_against(config.model, teacher.num_layers)))
     student, gpu = method_of(config).student_shape(teacher), gpu_named(options.gpu)
     plans = find_plans(config, teacher, student, world_size=options.gpus, gpu=gpu, mfu=options.mfu)
     shown = plans[: options.top]

@@ -10,6 +10,7 @@ teacher, a layer at a time, so what is chosen depends on no layout, and a teache
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_lrc.commands.flags import new_parser
@@ -55,7 +56,7 @@ def run(argv: Sequence[str], program: str) -> int:
         named = {name: {"importance": importance[name], "kept": kept[name]} for name in importance}
         print(json.dumps(named, indent=1))
         return 0
-    for line in (*table(importance, kept), *choices(kept)):
+    for line in (*table(importance, kept), *choices(importance, kept)):
         print(line)
     return 0
 
@@ -98,15 +99,9 @@ def measure(config: Config, measures: Sequence[str]) -> dict[str, list[float]]:
         weights = stream_weights(teacher.family, teacher.shape, reader.weight)
         dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         found[name] = layer_importance(name, weights, teacher.shape, rope_inverse_frequencies(teacher), batch, dtype)
-    if not all(map(all_finite, found.values())):
+    if not all(math.isfinite(figure) for figures in found.values() for figure in figures):
         raise ConfigError("The teacher's activations are not finite on these tokens. Try without --bf16.")
     return found
-
-
-def all_finite(figures: Sequence[float]) -> bool:
-    import math
-
-    return all(map(math.isfinite, figures))
 
 
 def table(importance: Mapping[str, Sequence[float]], kept: Mapping[str, Sequence[int]]) -> list[str]:
@@ -121,9 +116,14 @@ def table(importance: Mapping[str, Sequence[float]], kept: Mapping[str, Sequence
     return [line.rstrip() for line in lines]
 
 
-def choices(kept: Mapping[str, Sequence[int]]) -> list[str]:
-    """A line for each measure: the flag to train with."""
-    return [
-        f"by {name}, the {len(layers)} that matter most: --student-layers {describe_layers(layers)}"
-        for name, layers in kept.items()
-    ]
+def choices(importance: Mapping[str, Sequence[float]], kept: Mapping[str, Sequence[int]]) -> list[str]:
+    """A line for each measure: the flag to train with; where no number was asked for, the order of what matters."""
+    lines = []
+    for name, figures in importance.items():
+        if len(kept[name]) < len(figures):
+            what = f"the {len(kept[name])} that matter most: --student-layers {describe_layers(kept[name])}"
+        else:
+            order = sorted(range(len(figures)), key=lambda layer: (figures[layer], -layer))
+            what = f"the one that matters least first: {' '.join(map(str, order))}"
+        lines.append(f"by {name}, {what}")
+    return lines

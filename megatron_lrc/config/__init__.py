@@ -10,6 +10,7 @@ from .arguments import (
     DryRun,
     build_parser,
     describe_changes,
+    given_values,
     load_yaml,
     parse_config,
     presets_of,

@@ -262,12 +262,17 @@ def parse_config(argv: Sequence[str], program: tuple[str, str] = TRAINING) -> Co
     return build_config([(f"--config {config_file}: ", values), ("", flags)], errors)
 
 
-def presets_of(argv: Sequence[str]) -> list[str]:
-    """The names that --preset gives, on the command line or in the file."""
+def given_values(argv: Sequence[str]) -> dict[str, Any]:
+    """Setting -> value, of what flags and the file of --config give: without presets and defaults."""
     errors: list[str] = []
     flags, config_file = read_flags(argv, TRAINING, errors)
     values = {} if config_file is None else read_yaml(config_file, errors)
-    return (values | flags).get("preset", [])
+    return values | flags
+
+
+def presets_of(argv: Sequence[str]) -> list[str]:
+    """The names that --preset gives, on the command line or in the file."""
+    return given_values(argv).get("preset", [])
 
 
 def load_yaml(path: str | Path) -> Config:

@@ -21,10 +21,10 @@ TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name not i
 ALL_HELP = """
 import contextlib, io, sys
 from megatron_lrc.commands.main import MODULES, main
-for command in MODULES:
+for command in (*MODULES, "plan layers", "plan shape"):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         try:
-            code = main([command, "--help"])
+            code = main([*command.split(), "--help"])
         except SystemExit as end:
             code = end.code
     assert output.getvalue().startswith(f"usage: megatron-lrc {command} ") and code == 0, (command, code)
