@@ -50,8 +50,13 @@ def read_flags(argv: Sequence[str], program: str) -> tuple[argparse.Namespace, l
     add("--batch-size", "sequences decoded together", type=positive, default=1)
     add("--dtype", "of weights and KV cache", choices=DTYPES, default="bfloat16")
     add = flag_adder(parser.add_argument_group("the search"), metavars)
-    add("--hidden-size-divisor", "hidden sizes that are looked at are its multiples", type=positive, default=64)
-    add("--top", "shapes to show, those nearest to the target", type=positive, default=10)
+    add(
+        "--hidden-size-divisor",
+        "hidden sizes and FFN widths that are looked at are its multiples",
+        type=positive,
+        default=64,
+    )
+    add("--top", "shapes to show, those whose most cut size is cut least", type=positive, default=10)
     add("--score", "validate each before its first step", action="store_true")
     add("--score-processes", "processes of each validation, as torchrun starts them", type=positive, default=1)
     add = flag_adder(parser.add_argument_group("output"))

@@ -23,12 +23,18 @@ TEACHER = TEACHER_SHAPES["Qwen2.5-7B-Instruct"]
 CONTEXT = 31
 
 
-def shapes_within(most: float, measure: str = "parameters", top: int = 1000, **model: object) -> list[Candidate]:
+def config_with(**model: object) -> Config:
+    """Of hidden sizes and layers, unless another size is left open with None."""
     config = Config()
-    for name, value in model.items():
+    kept = {"student_num_query_groups": TEACHER.num_query_groups, "student_ffn_hidden_size": TEACHER.ffn_hidden_size}
+    for name, value in (kept | model).items():
         setattr(config.model, name, value)
+    return config
+
+
+def shapes_within(most: float, measure: str = "parameters", top: int = 1000, **model: object) -> list[Candidate]:
     target = Target(f"--most {most:g}", measure, most)
-    return find_shapes(config, TEACHER, [target], Serving(), divisor=256, top=top)
+    return find_shapes(config_with(**model), TEACHER, [target], Serving(), divisor=256, top=top)
 
 
 @pytest.mark.parametrize(("write", "is_tied"), [(write_llama, True), (write_qwen2, False), (write_qwen3, True)])
@@ -77,12 +83,29 @@ def candidate_shape(hidden: int, layers: int):
     return type(TEACHER)(**values | {"hidden_size": hidden, "num_layers": layers})
 
 
-def test_of_many_the_nearest_to_the_target_are_shown_the_widest_first():
+def test_of_many_those_are_shown_that_cut_no_size_much():
+    """The widest first."""
     every, few = shapes_within(3e9), shapes_within(3e9, top=3)
-    unused = sorted(3e9 - candidate.cost.parameters for candidate in every)
-    assert len(every) > 5 and sorted(3e9 - candidate.cost.parameters for candidate in few) == unused[:3]
+    kept = sorted((least_kept(found) for found in every), reverse=True)
+    assert len(every) > 5 and sorted((least_kept(found) for found in few), reverse=True) == kept[:3]
     widths = [candidate.student.hidden_size for candidate in every]
     assert widths == sorted(widths, reverse=True)
+
+
+def least_kept(found: Candidate) -> float:
+    return min(found.student.hidden_size / TEACHER.hidden_size, found.student.num_layers / TEACHER.num_layers)
+
+
+def test_groups_and_neurons_are_searched_too():
+    open_sizes = {"student_num_query_groups": None, "student_ffn_hidden_size": None}
+    found = shapes_within(3e9, **open_sizes)
+    assert {candidate.student.num_query_groups for candidate in found} == {1, 2, 3, 4}
+    widths = {candidate.student.ffn_hidden_size for candidate in found}
+    assert len(widths) == 8 and all(width % 256 == 0 for width in widths)
+    (best,) = shapes_within(3e9, top=1, **open_sizes)
+    assert least_kept(best) > max(map(least_kept, shapes_within(3e9)))
+    settings = ["--student-hidden-size", "--student-num-layers", "--student-num-query-groups"]
+    assert best.flags()[::2] == [*settings, "--student-ffn-hidden-size"]
 
 
 def test_what_the_flags_give_is_kept_and_all_targets_hold():
@@ -91,37 +114,39 @@ def test_what_the_flags_give_is_kept_and_all_targets_hold():
     (named,) = shapes_within(3e9, student_layers=["0-18", "27"])
     assert named.cost == found.cost and named.student.teacher_layers == (*range(19), 27)
     both = [Target("--a", "parameters", 3e9), Target("--b", "kv_cache_bytes", 30000)]
-    shapes = find_shapes(Config(), TEACHER, both, Serving(), divisor=256, top=99)
+    shapes = find_shapes(config_with(), TEACHER, both, Serving(), divisor=256, top=99)
     assert max(found.student.num_layers for found in shapes) == 13 and shapes
     assert all(found.cost.parameters <= 3e9 and found.cost.kv_cache_bytes <= 30000 for found in shapes)
 
 
 def test_a_target_that_nothing_or_everything_meets_is_refused_in_a_sentence():
     with pytest.raises(
-        ConfigError, match=r"--most 1e\+06 is too little: .*\(hidden 256, layers 1: .* takes 94.5 times"
+        ConfigError, match=r"--most 1e\+06 is too little: .*\(hidden 256, layers 1, .* takes 94.5 times"
     ):
         shapes_within(1e6)
-    with pytest.raises(ConfigError, match=r"--most 1e\+10 holds every shape .*\(hidden 3584, layers 28: 7.62B"):
+    with pytest.raises(ConfigError, match=r"--most 1e\+10 holds every shape .*\(hidden 3584, layers 28, .*: 7.62B"):
         shapes_within(1e10)
 
 
 def test_the_tool_prints_writes_and_draws_them(tmp_path, capsys):
     """Of a published run it needs no teacher, and the preset's own width is none of the user's."""
     pytest.importorskip("matplotlib")
-    flags = ["--preset", "lrc-1.5b", "--target-params", "1.2B", "--csv", str(tmp_path / "out/shapes.csv")]
+    flags = ["--preset", "lrc-1.5b", "--target-params", "1.2B", "--hidden-size-divisor", "256"]
+    flags += ["--csv", str(tmp_path / "out/shapes.csv")]
     assert plan_main(["shape", *flags, "--plot", str(tmp_path / "out/shapes.png"), "--top", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["hidden", "layers", "parameters"] and len(lines) == 6
-    assert lines[1].split()[:4] == ["teacher", "3072", "28", "3.21B"]
+    assert lines[0].split()[:5] == ["hidden", "layers", "KV", "groups", "FFN"] and len(lines) == 6
+    assert lines[1].split()[:4] == ["teacher", "3072", "28", "8"]
     assert plan_main(["shape", *flags, "--top", "4", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [line.split()[1:3] for line in lines[2:]] == [[str(row[axis.field]) for axis in AXES] for row in rows]
-    assert all(1.0e9 < row["parameters"] <= 1.2e9 for row in rows) and len({row["hidden_size"] for row in rows}) == 4
+    assert [line.split()[1:5] for line in lines[2:]] == [[str(row[axis.field]) for axis in AXES] for row in rows]
+    assert all(1.0e9 < row["parameters"] <= 1.2e9 for row in rows) and len(rows) == 4
     with (tmp_path / "out/shapes.csv").open() as file:
         written = list(csv.DictReader(file))
     assert written == [{name: str(value) for name, value in row.items()} for row in rows]
     assert (tmp_path / "out/shapes.png").read_bytes().startswith(b"\x89PNG")
-    assert plan_main(["shape", *flags, "--student-hidden-size", "1536"]) == 0
+    others = ["--student-num-query-groups", "8", "--student-ffn-hidden-size", "8192"]
+    assert plan_main(["shape", *flags, "--student-hidden-size", "1536", *others]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -152,6 +177,7 @@ def test_scores_are_those_of_a_run_before_its_first_step(tiny_llama, tiny_text, 
     """By pca at full width with every layer a clone is its teacher; without one it is not."""
     run = ["--teacher", tiny_llama(), "--data-path", tiny_text, "--split", "50,50,0", "--init", "pca"]
     run += ["--calibration-tokens", "512", "--seq-length", "32", "--eval-iters", "2", "--student-hidden-size", "48"]
+    run += ["--student-num-query-groups", "2", "--student-ffn-hidden-size", "80"]
     assert plan_main(["shape", *run, "--target-params", "1M", "--score", "--json", "--student-num-layers", "2"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["lm_loss"] == pytest.approx(row["teacher_lm_loss"], abs=1e-4) and row["teacher_kl"] < 1e-4
