@@ -33,6 +33,10 @@ _NORMS = {
 }
 
 
+#: What says which layers have windows; `check_features` looks at them.
+_LAYER_FIELDS = ("layer_types", "sliding_window", "max_window_layers")
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture. Templates take `layer`.
@@ -52,6 +56,11 @@ class Family:
     ignored_suffixes: tuple[str, ...] = ()
     sites: Mapping[str, str] = field(default_factory=lambda: _SITES)
     norms: Mapping[str, str] = field(default_factory=lambda: _NORMS)
+
+    @property
+    def fields(self) -> set[str]:
+        """Fields of config.json that this declaration speaks of, beside those that are read of every family."""
+        return {*self.must_be_off, *self.config, *_LAYER_FIELDS}
 
 
 _QKV_BIASES = {f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"}

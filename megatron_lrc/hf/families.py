@@ -157,7 +157,7 @@ def describe_teacher(
             f"{role.flag} {path}: transformers refuses config.json ({reason}). A plain {family.name} config "
             "is expected. Correct config.json."
         ) from error
-    check_features(path, family, config, role)
+    check_features(path, family, config, values, role)
     description = TeacherDescription(path, family, _read_shape(path, family, config, role), config, values, role)
     rope_settings(description)
     return description

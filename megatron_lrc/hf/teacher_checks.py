@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from megatron_lrc.config import ConfigError, ModelRole
 from megatron_lrc.data.pretrained import refuse_adapter, refuse_code
-from megatron_lrc.hf.architectures import FAMILIES, FOREIGN_FEATURES, Family
+from megatron_lrc.hf.architectures import FAMILIES, Family
+from megatron_lrc.hf.config_fields import foreign_features, unknown_fields
 from megatron_lrc.json_files import read_json
 
 #: Where tools/convert_from_hf.py puts a megatron-core checkpoint; Megatron-LM's name for converted weights.
@@ -93,7 +94,7 @@ def find_family(path: Path, values: Mapping[str, Any], role: ModelRole) -> Famil
     candidates = [family for family in FAMILIES if architectures == [family.architecture]]
     if not candidates:
         supported = ", ".join(dict.fromkeys(family.architecture for family in FAMILIES))
-        features = dict.fromkeys(what for name, what in FOREIGN_FEATURES.items() if values.get(name))
+        features = dict.fromkeys(foreign_features(values).values())
         missing = f" with {', '.join(features)}, which is not supported" if features else ""
         raise ConfigError(
             f"{role.flag} {path}: config.json has architectures {architectures}{missing}. Supported: "
@@ -115,8 +116,10 @@ def check_sizes(path: Path, config: PretrainedConfig, role: ModelRole) -> None:
         )
 
 
-def check_features(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> None:
-    """Refuse what the student would have no place for."""
+def check_features(
+    path: Path, family: Family, config: PretrainedConfig, values: Mapping[str, Any], role: ModelRole
+) -> None:
+    """Refuse what the student would have no place for. values: config.json; config: as transformers reads it."""
     if getattr(config, "quantization_config", None):
         raise ConfigError(
             f"{role.flag} {path}: config.json has a quantization_config. Only plain floating-point weights "
@@ -139,4 +142,10 @@ def check_features(path: Path, family: Family, config: PretrainedConfig, role: M
         raise ConfigError(
             f'{role.flag} {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is '
             f"supported. Choose another {role.noun}."
+        )
+    if unknown := list(unknown_fields(family, config, values)):
+        raise ConfigError(
+            f"{role.flag} {path}: config.json has {', '.join(unknown)}, which {family.name} {role.noun}s are not known "
+            f"to have here: the student would be without it. Choose another {role.noun}, or take out of config.json "
+            "what the model was not trained with."
         )

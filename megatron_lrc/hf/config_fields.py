@@ -1,0 +1,64 @@
+"""Which fields of config.json have a meaning here. A field that has none, and asks for something, is refused by name.
+
+transformers gives each architecture's config class its fields. Some are read by `families.py`, some change nothing that
+a forward pass computes, and a family says what its own ones are. Whatever is left has to be at the class's default:
+so a field that a later version of transformers adds to a class cannot change a teacher without a word.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_lrc.hf.architectures import FOREIGN_FEATURES, Family
+
+#: Read for every family, by `families.py` and `teacher_checks.py`.
+_READ = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+    *("tie_word_embeddings", "rope_parameters"),
+}
+#: Of a model's first weights, of its files, of generation and of other uses of the class. Dropout is never applied here.
+_WITHOUT_EFFECT = {
+    *("architectures", "transformers_version", "dtype", "initializer_range", "attention_dropout", "pretraining_tp"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "is_encoder_decoder", "chunk_size_feed_forward"),
+    *("output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"),
+}
+#: What transformers looks for in any config.json, though no class has it -> the value that changes nothing.
+_UNDECLARED = {"is_causal": True, "per_layer_config": None}
+
+
+def unknown_fields(family: Family, config: PretrainedConfig, values: Mapping[str, Any]) -> Iterator[str]:
+    """`name: value, what is expected` of each field that asks for what this family's models have not.
+
+    config: as transformers reads config.json. values: the file itself.
+    """
+    known = {*_READ, *_WITHOUT_EFFECT, *family.fields}
+    for field in dataclasses.fields(config):
+        default = None if field.default is dataclasses.MISSING else field.default
+        value = getattr(config, field.name)
+        if field.name not in known and value is not None and value != default:
+            yield _described(field.name, value, default)
+    for name, default in _UNDECLARED.items():
+        if (value := values.get(name, default)) != default:
+            yield _described(name, value, default)
+    declared = {field.name for field in dataclasses.fields(config)}
+    for name in foreign_features(values):
+        if name not in declared:
+            yield _described(name, values[name], None)
+
+
+def foreign_features(values: Mapping[str, Any]) -> dict[str, str]:
+    """Fields of config.json that ask for what only other architectures have -> what that is."""
+    has_no_windows = values.get("use_sliding_window") is False  # its other fields may be there all the same
+    return {
+        name: what
+        for name, what in FOREIGN_FEATURES.items()
+        if values.get(name) and not (name == "sliding_window" and has_no_windows)
+    }
+
+
+def _described(name: str, value: Any, default: Any) -> str:
+    return f"{name}: {json.dumps(value, default=str)[:80]} (expected is {json.dumps(default, default=str)})"
