@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import Config, ModelShape
-from megatron_lrc.estimate.flops import embedding_flops, head_flops, layer_flops, step_flops
+from megatron_lrc.estimate.flops import embedding_flops, head_flops, layers_flops, step_flops
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.methods import method_of
@@ -38,7 +38,7 @@ def flops_by_part(config: Config, teacher: ModelShape, student: ModelShape) -> d
     student_head = tokens * head_flops(student)
     own = method.own_matrices(has_changed=method.changes_at_once)
     embeddings = tokens * embedding_flops(teacher, student, own)
-    student_layers = tokens * layer_flops(student, (training.seq_length + 1) / 2) * student.num_layers
+    student_layers = tokens * layers_flops(student, training.seq_length)
     return {
         COMPOSE: flops.projections / 2,
         EMBEDDING: embeddings,

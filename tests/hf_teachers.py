@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from megatron_lrc.data.split_patterns import QWEN2
@@ -101,6 +103,37 @@ def write_qwen3(
     return _write(directory, Qwen3ForCausalLM, config, dtype=dtype)
 
 
+WINDOW = 5  # keys that a query meets in a sliding window: fewer than the tokens of any test
+
+
+def write_mistral_with_windows(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> MistralForCausalLM:
+    """A random Mistral as its first version was: a sliding window in every layer."""
+    config = MistralConfig(**_sizes(num_layers=num_layers, is_tied=is_tied), sliding_window=WINDOW)
+    return _write(directory, MistralForCausalLM, config, dtype=dtype)
+
+
+def write_qwen2_with_windows(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Qwen2ForCausalLM:
+    """A random Qwen2 with sliding windows in all layers but the first."""
+    windows = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    config = Qwen2Config(**_sizes(num_layers=num_layers, is_tied=is_tied), **windows)
+    return _write(directory, Qwen2ForCausalLM, config, dtype=dtype)
+
+
+def write_smollm3(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> SmolLM3ForCausalLM:
+    """A random SmolLM3: every other layer, from the second on, has no RoPE, and in the last one it has a window too."""
+    kinds = ["full_attention"] * (num_layers - 1) + ["sliding_attention"]
+    windows = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": kinds}
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"pad_token_id": None}
+    config = SmolLM3Config(**sizes, no_rope_layer_interval=2, **windows, bos_token_id=1, eos_token_id=2)
+    return _write(directory, SmolLM3ForCausalLM, config, dtype=dtype)
+
+
 def _sizes(*, num_layers: int, is_tied: bool, vocab_size: int = 301, rope: dict | None = None) -> dict[str, Any]:
     return {
         "hidden_size": 48,
@@ -147,4 +180,7 @@ def write_tokenizer(directory: Path, *, vocab_size: int, is_qwen2: bool = False)
 
 
 #: A writer for each family.
-WRITERS = (write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3)
+WRITERS = (
+    *(write_llama, write_llama_with_biases, write_mistral, write_mistral_with_windows),
+    *(write_qwen2, write_qwen2_with_windows, write_qwen3, write_smollm3),
+)

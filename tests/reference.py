@@ -67,6 +67,16 @@ def causal_mask(tokens: Tensor, documents: Tensor | None) -> Tensor:
     return causal if documents is None else causal & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
+def masks_of(config, causal: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask of each kind of layer that the model has. transformers puts no window on a mask that it is given."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return causal
+    size = causal.shape[-1]
+    near = causal & torch.ones(size, size, dtype=torch.bool).triu(1 - window)
+    return {"full_attention": causal, "sliding_attention": near} if hasattr(config, "layer_types") else near
+
+
 class Reference:
     """A teacher, and the student that projections and gains make of it. kept: the layers of the teacher that the
     student's are made of, in order; None: all of them. groups, neurons: how many of each layer's it has; None: all."""
@@ -91,8 +101,9 @@ class Reference:
         config.num_key_value_heads = groups or config.num_key_value_heads
         config.num_attention_heads = config.num_key_value_heads * self.per_group
         config.intermediate_size = neurons or config.intermediate_size
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: self.num_layers]
+        for by_layer in ("layer_types", "no_rope_layers"):
+            if getattr(config, by_layer, None):
+                setattr(config, by_layer, [getattr(teacher.config, by_layer)[layer] for layer in self.kept])
         self.student = in_fp64(type(teacher)(config))
         self.outputs: dict[str, Tensor] = {}
         self.rows: dict[tuple[int, str], Tensor] = {}  # of a layer of the student: the teacher's rows of a matrix
@@ -181,7 +192,8 @@ class Reference:
         positions: [batch, sequence], of each token for RoPE.
         """
         weights = self.student_weights(projections, norms)
-        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": causal_mask(tokens, documents)}
+        mask_of_layers = masks_of(self.teacher.config, causal_mask(tokens, documents))
+        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask_of_layers}
         teacher_logits = self.teacher(**inputs).logits
         student_logits = torch.func.functional_call(self.student, weights, (), inputs, tie_weights=False).logits
         mask = mask.double()

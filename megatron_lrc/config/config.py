@@ -9,7 +9,7 @@ the same answer on every rank. Nothing here imports torch: `--help` answers at o
 
 from collections.abc import Collection
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .budget import count_steps, is_counted
@@ -69,6 +69,9 @@ class ModelShape:
 
     teacher_layers: of a student that has not all of its teacher's layers, which ones (from 0) its own are made of and
     compared with (`layer_map`); () stands for all of them, in a model that has no teacher too.
+    windowed_layers: those whose queries meet only the last `sliding_window` keys, their own among them.
+    unrotated_layers: those without RoPE. Of a student with `teacher_layers` both are the teacher's layers: ask
+    `window` and `is_rotated`.
     """
 
     num_layers: int
@@ -84,9 +87,31 @@ class ModelShape:
     has_qk_norm: bool = False
     max_position_embeddings: int = 0
     teacher_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
+    windowed_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "teacher_layers", tuple(self.teacher_layers))  # JSON knows lists only
+        for name in ("teacher_layers", "windowed_layers", "unrotated_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of one of its own layers (from 0) meets at most, itself among them; None: all."""
+        return self.sliding_window if self.teacher_layer(layer) in self.windowed_layers else None
+
+    def is_rotated(self, layer: int) -> bool:
+        """Whether one of its own layers (from 0) has RoPE."""
+        return self.teacher_layer(layer) not in self.unrotated_layers
+
+    def without_teacher(self) -> "ModelShape":
+        """The same model, its layers no longer made of others."""
+        layers = range(self.num_layers)
+        return replace(
+            self,
+            teacher_layers=(),
+            windowed_layers=tuple(layer for layer in layers if self.window(layer) is not None),
+            unrotated_layers=tuple(layer for layer in layers if not self.is_rotated(layer)),
+        )
 
     def teacher_layer(self, layer: int) -> int:
         """The layer of its teacher that one of its own is made of and compared with; both from 0."""

@@ -5,9 +5,9 @@ Counted are matrix products, 2 FLOPs per multiply-add, as torch's FlopCounterMod
 anything done twice to save memory: recomputed activations, the attention scores that a flash kernel forms
 again in backward. That is the convention of model FLOPs utilisation (MFU).
 
-Attention is causal and counted as such: a query meets (s + 1) / 2 keys on average. FlopCounterMode, and
-formulas with 12 * layers * hidden * s, count all s. Sequences count as whole also where
---reset-attention-mask attends to documents.
+Attention is causal and counted as such: a query meets (s + 1) / 2 keys on average, and in a sliding window no more
+than fit into it. FlopCounterMode, and formulas with 12 * layers * hidden * s, count all s. Sequences count as whole
+also where --reset-attention-mask attends to documents.
 
 Notation: n tokens, D teacher hidden, d student hidden, s sequence, V vocabulary.
 """
@@ -53,14 +53,13 @@ def step_flops(
     own = method.own_matrices(has_changed=has_changed or method.changes_at_once)
     assert training.global_batch_size is not None, "the configuration has been resolved"
     tokens = training.global_batch_size * training.seq_length
-    keys = (training.seq_length + 1) / 2
     through_p = embedding_flops(teacher, student, own)
     clone_forward, clone_backward = (part + through_p for part in _clone_flops(method, teacher, student, own))
-    student_layers = layer_flops(student, keys) * student.num_layers
+    student_layers = layers_flops(student, training.seq_length)
     student_head = head_flops(student)
     teacher_layers = teacher_head = 0.0
     if method.has_teacher:
-        teacher_layers = layer_flops(teacher, keys) * teacher.num_layers
+        teacher_layers = layers_flops(teacher, training.seq_length)
         teacher_head = head_flops(teacher) if config.total_kl_weight else 0.0  # without KL its logits are not made
     return StepFlops(
         teacher_forward=tokens * (teacher_layers + teacher_head),
@@ -74,6 +73,17 @@ def layer_flops(shape: ModelShape, keys: float) -> float:
     """Forward FLOPs per token of one layer: its matrices, and the attention of a query to `keys` keys."""
     matrices = sum(_size(site, shape) for site in LAYER_SITES)
     return 2.0 * matrices + 4.0 * shape.num_attention_heads * shape.head_dim * keys
+
+
+def layers_flops(shape: ModelShape, seq_length: int) -> float:
+    """Forward FLOPs per token of all layers."""
+    return sum(layer_flops(shape, keys_met(seq_length, shape.window(layer))) for layer in range(shape.num_layers))
+
+
+def keys_met(seq_length: int, window: int | None = None) -> float:
+    """How many keys a query meets on average, itself among them."""
+    window = min(window or seq_length, seq_length)
+    return window - window * (window - 1) / 2 / seq_length
 
 
 def head_flops(shape: ModelShape) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.estimate.communication import sharing_replicas, traffic
 from megatron_lrc.estimate.devices import Gpu
-from megatron_lrc.estimate.flops import StepFlops, head_flops, layer_flops, step_flops
+from megatron_lrc.estimate.flops import StepFlops, head_flops, layers_flops, step_flops
 from megatron_lrc.estimate.links import neighbour_speed, ring_speed
 from megatron_lrc.estimate.stage import Stage, stages_of
 
@@ -84,19 +84,19 @@ def _recomputed_share(config: Config, student: ModelShape, teacher: ModelShape) 
         return min(parallel.recompute_num_layers / per_stage, 1.0)
     if parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
         mlp = 2.0 * 3 * teacher.hidden_size * teacher.ffn_hidden_size
-        return mlp / layer_flops(teacher, (config.training.seq_length + 1) / 2)
+        return mlp * teacher.num_layers / layers_flops(teacher, config.training.seq_length)
     return 0.0
 
 
 def _imbalance(config: Config, teacher: ModelShape, student: ModelShape) -> float:
     """The slowest stage's work over the mean: the last one has both LM heads."""
-    keys = (config.training.seq_length + 1) / 2
     passes = ((teacher, 1), (student, 3))
+    mean_layer = [layers_flops(shape, config.training.seq_length) / shape.num_layers for shape, _ in passes]
 
     def work_of(stage: Stage) -> float:
         return sum(
-            count * (stage.num_layers(shape) * layer_flops(shape, keys) + stage.is_last * head_flops(shape))
-            for shape, count in passes
+            count * (stage.num_layers(shape) * of_layer + stage.is_last * head_flops(shape))
+            for (shape, count), of_layer in zip(passes, mean_layer, strict=True)
         )
 
     work = [work_of(stage) for stage in stages_of(config, teacher, student)]

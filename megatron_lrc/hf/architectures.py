@@ -8,7 +8,7 @@ declaration here, as long as it computes what these compute.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 #: Frozen tensors by kind: biases, split over TP with their rows, and gains of RMSNorms over head_dim, which are not.
 FROZEN_BIASES: tuple[str, ...] = ("q_bias", "k_bias", "v_bias")
@@ -33,8 +33,15 @@ _NORMS = {
 }
 
 
-#: What says which layers have windows; `check_features` looks at them.
-_LAYER_FIELDS = ("layer_types", "sliding_window", "max_window_layers")
+Windows = Literal["", "every layer", "by layer"]
+
+#: Fields of config.json by how windows are given: by `sliding_window`, or by `layer_types` too.
+_WINDOW_FIELDS: Mapping[Windows, tuple[str, ...]] = {
+    "": (),
+    "every layer": ("sliding_window",),
+    "by layer": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+}
+_UNROTATED_FIELDS = ("no_rope_layers", "no_rope_layer_interval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Family:
     Keys of `sites` are Site names, of `norms` LAYER_NORMS and "final", of `frozen` FROZEN_BIASES and FROZEN_NORMS.
     config: fields of config.json that tell it from others of the same architecture, and that a student's gets.
     zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
+    windows: how config.json gives layers sliding windows; "": it cannot. has_unrotated_layers: whether it can say that
+    layers have no RoPE.
     """
 
     name: str
@@ -56,11 +65,14 @@ class Family:
     ignored_suffixes: tuple[str, ...] = ()
     sites: Mapping[str, str] = field(default_factory=lambda: _SITES)
     norms: Mapping[str, str] = field(default_factory=lambda: _NORMS)
+    windows: Windows = ""
+    has_unrotated_layers: bool = False
 
     @property
     def fields(self) -> set[str]:
         """Fields of config.json that this declaration speaks of, beside those that are read of every family."""
-        return {*self.must_be_off, *self.config, *_LAYER_FIELDS}
+        by_layer = {*_WINDOW_FIELDS[self.windows], *(_UNROTATED_FIELDS if self.has_unrotated_layers else ())}
+        return {*self.must_be_off, *self.config, *by_layer}
 
 
 _QKV_BIASES = {f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"}
@@ -90,8 +102,7 @@ MISTRAL = Family(
     name="Mistral",
     architecture="MistralForCausalLM",
     model_type="mistral",
-    config={"sliding_window": None},
-    must_be_off=("sliding_window",),
+    windows="every layer",
 )
 
 QWEN2 = Family(
@@ -99,8 +110,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     frozen=_QKV_BIASES,
-    config={"use_sliding_window": False},
-    must_be_off=("use_sliding_window",),
+    windows="by layer",
 )
 
 QWEN3 = Family(
@@ -108,11 +118,20 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     frozen={name: f"model.layers.{{layer}}.self_attn.{name}.weight" for name in FROZEN_NORMS},
-    config={"use_sliding_window": False},
-    must_be_off=("attention_bias", "use_sliding_window"),
+    must_be_off=("attention_bias",),
+    windows="by layer",
 )
 
-FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3)
+SMOLLM3 = Family(
+    name="SmolLM3",
+    architecture="SmolLM3ForCausalLM",
+    model_type="smollm3",
+    must_be_off=("attention_bias", "mlp_bias"),
+    windows="by layer",
+    has_unrotated_layers=True,
+)
+
+FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3, SMOLLM3)
 
 #: Fields of config.json that other architectures have -> what they have that these have not.
 FOREIGN_FEATURES: Mapping[str, str] = {

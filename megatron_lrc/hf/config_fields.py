@@ -20,7 +20,7 @@ _READ = {
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
     *("tie_word_embeddings", "rope_parameters"),
 }
-#: Of a model's first weights, of its files, of generation and of other uses of the class. Dropout is never applied here.
+#: Of a model's first weights, its files, of generation and other uses of the class. Dropout is never applied here.
 _WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "dtype", "initializer_range", "attention_dropout", "pretraining_tp"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "is_encoder_decoder", "chunk_size_feed_forward"),
@@ -35,19 +35,18 @@ def unknown_fields(family: Family, config: PretrainedConfig, values: Mapping[str
 
     config: as transformers reads config.json. values: the file itself.
     """
-    known = {*_READ, *_WITHOUT_EFFECT, *family.fields}
-    for field in dataclasses.fields(config):
-        default = None if field.default is dataclasses.MISSING else field.default
-        value = getattr(config, field.name)
-        if field.name not in known and value is not None and value != default:
-            yield _described(field.name, value, default)
-    for name, default in _UNDECLARED.items():
-        if (value := values.get(name, default)) != default:
+    undeclared = {name: values.get(name, default) for name, default in _UNDECLARED.items()}
+    if asked := {name: value for name, value in undeclared.items() if value != _UNDECLARED[name]}:
+        yield from (_described(name, value, _UNDECLARED[name]) for name, value in asked.items())
+        return  # a config whose layers differ gives no values of its own
+    known, plain = {*_READ, *_WITHOUT_EFFECT, *family.fields}, type(config)()
+    declared = [field.name for field in dataclasses.fields(config)]
+    for name in declared:
+        value, default = getattr(config, name), getattr(plain, name)
+        if name not in known and value != default:
             yield _described(name, value, default)
-    declared = {field.name for field in dataclasses.fields(config)}
-    for name in foreign_features(values):
-        if name not in declared:
-            yield _described(name, values[name], None)
+    for name in foreign_features(values).keys() - set(declared):
+        yield _described(name, values[name], None)
 
 
 def foreign_features(values: Mapping[str, Any]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, S
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
 from megatron_lrc.data.pretrained import load_config
 from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
+from megatron_lrc.hf.layer_attributes import read_layer_attributes
 from megatron_lrc.hf.teacher_checks import (
     check_features,
     check_sizes,
@@ -225,4 +226,5 @@ def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: Mode
         has_qkv_bias=FROZEN_BIASES[0] in family.frozen,
         has_qk_norm=FROZEN_NORMS[0] in family.frozen,
         max_position_embeddings=config.max_position_embeddings,
+        **read_layer_attributes(family, config, f"{role.flag} {path}"),
     )

@@ -7,7 +7,7 @@ its teacher's, or another one that computes the same from the same tensor names,
 * some servers take the size of a Qwen2 head to be hidden size / heads, whatever config.json says.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ import transformers
 from megatron_lrc.config import ConfigError, ModelShape, describe_layers
 from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
 from megatron_lrc.hf.families import TeacherDescription, rope_settings
+from megatron_lrc.hf.layer_attributes import can_write, write_layer_attributes
 
 Arch = Literal["auto", "native", "llama"]
 
@@ -33,7 +34,8 @@ def student_family(
     family, head_dim = teacher.family, teacher.shape.head_dim
     heads = num_heads or teacher.shape.num_attention_heads
     is_divisible = student_hidden_size % heads == 0
-    as_llama = {QWEN2.name: LLAMA_WITH_BIASES, MISTRAL.name: LLAMA}.get(family.name, family)
+    same_as_llama = {QWEN2.name: LLAMA_WITH_BIASES, MISTRAL.name: LLAMA}.get(family.name, family)
+    as_llama = same_as_llama if can_write(same_as_llama, teacher.shape) else family
     instead_of_llama = {LLAMA.name: MISTRAL, LLAMA_WITH_BIASES.name: QWEN2}.get(family.name, family)
     if arch == "auto":
         if not is_divisible:
@@ -43,7 +45,7 @@ def student_family(
     if arch == "llama" and wanted.architecture != LLAMA.architecture:
         raise ConfigError(
             f"--arch llama: LlamaForCausalLM has no place for what {family.architecture} has "
-            f"({', '.join(sorted(family.frozen))}). Use --arch native."
+            f"({', '.join(_beyond_llama(family, teacher.shape))}). Use --arch native."
         )
     if wanted.architecture == LLAMA.architecture and not is_divisible:
         raise ConfigError(
@@ -52,6 +54,12 @@ def student_family(
             "class that computes the same."
         )
     return wanted
+
+
+def _beyond_llama(family: Family, shape: ModelShape) -> Iterator[str]:
+    yield from sorted(set(family.frozen) - set(LLAMA_WITH_BIASES.frozen))
+    yield from ["sliding windows"] * bool(shape.windowed_layers)
+    yield from ["layers without RoPE"] * bool(shape.unrotated_layers)
 
 
 def student_config(
@@ -64,11 +72,11 @@ def student_config(
     word.
     """
     config, rope, dtype_name = teacher.hf_config, rope_settings(teacher), str(dtype).removeprefix("torch.")
+    left_out = {"auto_map", "_name_or_path", *(teacher.family.fields - family.fields)}
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    kept = {name: value for name, value in teacher.config_values.items() if name not in ("auto_map", "_name_or_path")}
+    kept = {name: value for name, value in teacher.config_values.items() if name not in left_out}
     return {
         **kept,
-        **_lists_by_layer(teacher, shape),
         **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act")},
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -89,13 +97,8 @@ def student_config(
         "torch_dtype": dtype_name,
         "transformers_version": transformers.__version__,
         **family.config,
+        **write_layer_attributes(family, shape),
     }
-
-
-def _lists_by_layer(teacher: TeacherDescription, shape: ModelShape) -> dict[str, list]:
-    """`layer_types` has a value for each layer: the student's, those of the layers that it has."""
-    types = teacher.config_values.get("layer_types")
-    return {"layer_types": [types[shape.teacher_layer(layer)] for layer in range(shape.num_layers)]} if types else {}
 
 
 def model_card(

@@ -125,6 +125,12 @@ def check_features(
             f"{role.flag} {path}: config.json has a quantization_config. Only plain floating-point weights "
             "are read. Give the model as it was before quantisation."
         )
+    if unknown := list(unknown_fields(family, config, values)):
+        raise ConfigError(
+            f"{role.flag} {path}: config.json has {', '.join(unknown)}, which {family.name} {role.noun}s are not known "
+            f"to have here: the student would be without it. Choose another {role.noun}, or take out of config.json "
+            "what the model was not trained with."
+        )
     for name in family.must_be_off:
         if getattr(config, name, False):
             found, wanted = json.dumps(getattr(config, name)), json.dumps(family.config.get(name, False))
@@ -133,19 +139,8 @@ def check_features(
                 f"supported with {name}: {wanted} only, since the student has no place for what it adds. "
                 f"Choose another {role.noun}."
             )
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        raise ConfigError(
-            f"{role.flag} {path}: config.json has layer_types {sorted(set(config.layer_types))}. Every layer "
-            f'must have "full_attention". Choose another {role.noun}.'
-        )
     if config.hidden_act != "silu":
         raise ConfigError(
             f'{role.flag} {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is '
             f"supported. Choose another {role.noun}."
-        )
-    if unknown := list(unknown_fields(family, config, values)):
-        raise ConfigError(
-            f"{role.flag} {path}: config.json has {', '.join(unknown)}, which {family.name} {role.noun}s are not known "
-            f"to have here: the student would be without it. Choose another {role.noun}, or take out of config.json "
-            "what the model was not trained with."
         )

@@ -1,9 +1,10 @@
-"""Attention and RoPE of both models: causal, over whole sequences or document by document.
+"""Attention and RoPE of both models: causal, over whole sequences or document by document, in sliding windows or not.
 
 Attention is torch's scaled_dot_product_attention (flash kernels on CPU and CUDA, no S x S matrix). Documents are
 attended to one after another, each causally, and what lies between them is not computed. Rejected: a mask, with which
 all of it is computed and hidden. Forward and backward of one sequence of 2048 tokens (4 heads of 64, fp32, one CPU
-core): 54 ms as 4 documents, 158 ms with their mask, 99 ms as a whole.
+core): 54 ms as 4 documents, 158 ms with their mask, 99 ms as a whole. In a layer with a sliding window some queries at
+a time meet the keys of their windows alone, under a mask of the size of these.
 """
 
 from typing import Any
@@ -14,7 +15,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
+
+#: Queries of a layer with a sliding window that are worked on at once. More would meet more keys outside their windows.
+_WINDOW_ROWS = 512
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -34,6 +39,11 @@ class ScaledDotProductAttention(nn.Module):
         super().__init__()
         assert not attention_dropout
         self.softmax_scale = softmax_scale
+        #: How many keys a query meets at most, itself among them; None: all before it.
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):  # type: ignore[arg-type]
+            assert config.window_size is not None
+            self.window = config.window_size[0] + 1
         self.cp_group = parallel_state.get_context_parallel_group()
 
     def forward(
@@ -87,19 +97,37 @@ class ScaledDotProductAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of queries that are the last of the keys' tokens."""
-        is_grouped, is_whole = query.shape[2] != key.shape[2], len(query) == len(key)
+        if self.window is not None and self.window < len(key):
+            return self._attend_in_windows(query, key, value, self.window)
         mask = None
-        if not is_whole:
+        if len(query) < len(key):
             from torch.nn.attention.bias import causal_lower_right  # here, since it imports torch.compile's front end
 
             mask = causal_lower_right(len(query), len(key))
+        return self._attend_under(mask, query, key, value)
+
+    def _attend_in_windows(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+        """The same, of no more than `window` keys to each query, the last of them its own."""
+        rows, before = min(window, _WINDOW_ROWS), len(key) - len(query)
+        parts = []
+        for begin in range(before, len(key), rows):
+            end, first = min(begin + rows, len(key)), max(begin + 1 - window, 0)
+            size, offset = (end - begin, end - first), begin - first  # of the part's first query among its keys
+            mask = torch.ones(size, dtype=torch.bool, device=query.device).tril_(offset).triu_(offset + 1 - window)
+            queries = query[begin - before : end - before]
+            parts.append(self._attend_under(mask, queries, key[first:end], value[first:end]))
+        return torch.cat(parts)
+
+    def _attend_under(self, mask: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention under a mask that torch takes; None: causal, of as many queries as keys."""
+        is_grouped = query.shape[2] != key.shape[2]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
         context = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=mask,  # type: ignore[arg-type]
-            is_causal=is_whole,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=is_grouped,
         )

@@ -7,6 +7,7 @@ under sequence parallel (megatron-core's torch norm refuses it); with either, th
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
         qk_layernorm=shape.has_qk_norm,
+        **_by_layer(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -177,6 +179,16 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         num_layers_at_start_in_bf16=compute.num_layers_at_start_in_bf16,
         num_layers_at_end_in_bf16=compute.num_layers_at_end_in_bf16,
     )
+
+
+def _by_layer(shape: ModelShape) -> dict[str, Any]:
+    """TransformerConfig's fields for sliding windows and layers without RoPE. Its window does not count the query."""
+    windowed = [int(shape.window(layer) is not None) for layer in range(shape.num_layers)]
+    unrotated = [int(not shape.is_rotated(layer)) for layer in range(shape.num_layers)]
+    values: dict[str, Any] = {"no_rope_freq": unrotated} if any(unrotated) else {}
+    if any(windowed):
+        values |= {"window_size": (shape.sliding_window - 1, 0), "window_attn_skip_freq": windowed}
+    return values
 
 
 def block_spec(config: Config, shape: ModelShape, dtype: torch.dtype, num_layers: int) -> TransformerBlockSubmodules:

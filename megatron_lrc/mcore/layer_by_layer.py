@@ -45,7 +45,8 @@ class LayerByLayer:
         self.shape, self.tokens, self.dtype = shape, tokens, dtype
         self._model = build_stage(
             config,
-            replace(shape, num_layers=1, vocab_size=1),  # the ends are computed here, a part at a time
+            # The ends are computed here, a part at a time; what differs from layer to layer is set as they come.
+            replace(shape, num_layers=1, vocab_size=1, windowed_layers=(), unrotated_layers=()),
             inverse_frequencies,
             dtype=dtype,
             chunk=0,
@@ -53,7 +54,8 @@ class LayerByLayer:
             is_first_stage=False,
             is_last_stage=True,
         )
-        ((_, self._layer),) = layers_of(self._model)
+        ((_, layer),) = layers_of(self._model)
+        self._layer: Any = layer
         self._final_norm: Any = self._model.decoder.final_layernorm
         rotary: Any = self._model.rotary_pos_emb
         self._angles: Tensor = rotary(tokens.shape[1])  # [s, 1, 1, head_dim]
@@ -121,8 +123,11 @@ class LayerByLayer:
 
     def _pass_layer(self, hidden: Tensor) -> Tensor:
         """[s, b, h], of the layer whose weights are there."""
+        layer = int(self._scope.rpartition(".")[2])
+        self._layer.self_attention.core_attention.window = self.shape.window(layer)
+        angles = self._angles if self.shape.is_rotated(layer) else None
         parts = hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[0]), dim=1)
-        passed = [self._layer(part, attention_mask=None, rotary_pos_emb=self._angles)[0] for part in parts]
+        passed = [self._layer(part, attention_mask=None, rotary_pos_emb=angles)[0] for part in parts]
         return torch.cat(passed, dim=1)
 
     def _finish(self, head: Tensor) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradient_cases import VOCAB, Layout, Variant, compare_with_the_reference
-from hf_teachers import write_qwen2, write_qwen3
+from gradient_cases import VOCAB, Layout, Sizes, Variant, compare_with_the_reference
+from hf_teachers import write_mistral_with_windows, write_qwen2, write_qwen2_with_windows, write_qwen3, write_smollm3
 
 LAYOUTS = [
     Layout(micro=24),
@@ -92,6 +92,34 @@ def test_four_tensor_parallel_ranks_equal_the_reference(tiny_llama):
 def test_other_families_equal_the_reference(tmp_path, layout, write, variant):
     write(tmp_path, num_layers=4, dtype=torch.float64)
     assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, variant, tied=False)
+
+
+#: Families whose layers differ from one another, or from Llama's in more than weights: all that is asked of a family.
+ALL_OF_A_FAMILY = [write_mistral_with_windows, write_qwen2_with_windows, write_smollm3]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("write", ALL_OF_A_FAMILY, ids=lambda write: write.__name__.removeprefix("write_"))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, pp=2),
+        pytest.param(Layout(micro=12), marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2), marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2, recompute="core_attn"), marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2, chunks=2, recompute="full"), marks=pytest.mark.slow),
+        pytest.param(Layout(cp=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_families_with_layers_of_several_kinds_equal_the_reference(tmp_path, layout, write):
+    """Of a student with fewer layers each has what the teacher's layer has that it is made of. Under context
+    parallelism documents are packed, too."""
+    write(tmp_path, num_layers=4, dtype=torch.float64, is_tied=layout.tp == 2)
+    is_packed, kept = layout.cp > 1, (0, 2, 3) if layout.chunks == 1 and layout.tp * layout.pp < 4 else None
+    variant = Variant(kept=kept, reset_attention=is_packed, reset_positions=is_packed)
+    sizes = Sizes(vocab=10, eod=3) if is_packed else Sizes()
+    compare_with_the_reference(str(tmp_path), layout, variant, tied=layout.tp == 2, sizes=sizes)
 
 
 FEWER_LAYERS = Variant(kept=(0, 2, 3))

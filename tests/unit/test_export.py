@@ -3,21 +3,32 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from hf_teachers import LLAMA3_ROPE, write_llama, write_qwen2, write_qwen3
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher
+from hf_teachers import (
+    LLAMA3_ROPE,
+    WRITERS,
+    write_llama,
+    write_mistral_with_windows,
+    write_qwen2,
+    write_qwen2_with_windows,
+    write_qwen3,
+    write_smollm3,
+)
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher, expected_weights
+from megatron_lrc.hf.teacher import TeacherReader
+from reference import in_fp64
 from students import TOKENS, State, export_student, load, logits_of, random_student
 
 
-def closed_form(model: LlamaForCausalLM, basis: Tensor) -> State:
+def closed_form(model: PreTrainedModel, basis: Tensor) -> State:
     """The closed-form start at d_S = d_T: an orthonormal basis, each norm gain moved into the matrices behind it."""
     state, hidden = model.state_dict(), basis.shape[0]
 
@@ -43,10 +54,9 @@ def teacher(tmp_path: Path) -> TeacherDescription:
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied teacher", "tied teacher"])
 @pytest.mark.parametrize("kind", ["identity", "rotation"])
-def test_at_full_width_the_student_is_the_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_tied: bool, kind: str
-) -> None:
-    model = write_llama(tmp_path / "teacher", is_tied=is_tied, dtype=torch.float64)
+@pytest.mark.parametrize("write", WRITERS)
+def test_at_full_width_the_student_is_the_teacher(tmp_path: Path, write: Callable, is_tied: bool, kind: str) -> None:
+    model = write(tmp_path / "teacher", is_tied=is_tied, dtype=torch.float64)
     basis = torch.eye(48, dtype=torch.float64)
     if kind == "rotation":
         generator = torch.Generator().manual_seed(3)
@@ -59,13 +69,8 @@ def test_at_full_width_the_student_is_the_teacher(
         student_hidden_size=48,
         output=tmp_path / "student",
     )
-
-    def forward(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-        return norm.weight * hidden * (hidden.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-
-    # transformers rounds the normalised state to float32, and a rotated state rounds elsewhere: stay in float64.
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    student, expected = load(tmp_path / "student", torch.float64), load(tmp_path / "teacher", torch.float64)
+    # A rotated state rounds elsewhere: stay in float64, as transformers' norms do not.
+    student, expected = (in_fp64(load(tmp_path / name, torch.float64)) for name in ("student", "teacher"))
     assert (logits_of(student) - logits_of(expected)).abs().max() < 1e-9
     assert logits_of(expected).std() > 0.1  # the comparison is of something
 
@@ -89,13 +94,24 @@ def test_exported_weights_are_the_composed_ones(tmp_path: Path, hidden: int, is_
         assert torch.equal(written[name], weight), name
 
 
+#: Writer of a teacher whose student is of the same class -> its frozen tensors.
+NATIVE = {
+    write_qwen2: 6,
+    write_qwen2_with_windows: 6,
+    write_qwen3: 4,
+    write_mistral_with_windows: 0,
+    write_smollm3: 0,
+}
+
+
 @pytest.mark.parametrize("hidden", [28, 30])
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("write", [write_qwen2, write_qwen3])
-def test_qwen_student_has_its_teachers_frozen_tensors(
+@pytest.mark.parametrize("write", NATIVE)
+def test_a_student_of_its_teachers_class_is_the_one_composed_by_hand(
     tmp_path: Path, write: Callable, is_tied: bool, hidden: int
 ) -> None:
-    """Composed by hand into transformers' own class at the student's width, the logits are those of the export."""
+    """Composed by hand into transformers' own class at the student's width, the logits are those of the export; frozen
+    tensors are the teacher's; and what is read of the export, as of a teacher, is what was written."""
     model = write(tmp_path / "teacher", is_tied=is_tied)
     description = describe_teacher(tmp_path / "teacher")
     projections, norms = random_student(description, hidden, has_lm_head=not is_tied)
@@ -123,9 +139,14 @@ def test_qwen_student_has_its_teachers_frozen_tensors(
     frozen = [
         name for name, _ in model.named_parameters() if name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
     ]
-    assert len(frozen) == {write_qwen2: 6, write_qwen3: 4}[write]
+    assert len(frozen) == NATIVE[write]
     written = load_file(output / "model.safetensors")
     assert all(torch.equal(written[name], model.get_parameter(name)) for name in frozen)
+    again = describe_teacher(output)
+    assert again.shape == replace(description.shape, hidden_size=hidden)
+    reader = TeacherReader(again)
+    for weight in expected_weights(again.family, again.shape):
+        assert torch.equal(reader.weight(weight), written[weight.name]), weight.name
 
 
 def compose_by_hand(name: str, weight: Tensor, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:

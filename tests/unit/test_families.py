@@ -16,8 +16,10 @@ from hf_teachers import (
     write_llama,
     write_llama_with_biases,
     write_mistral,
+    write_mistral_with_windows,
     write_qwen2,
     write_qwen3,
+    write_smollm3,
 )
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import describe_teacher, expected_weights, rope_inverse_frequencies
@@ -80,10 +82,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
         ({"architectures": ["BertModel"]}, ["BertModel", "Supported: LlamaForCausalLM"]),
         ({"architectures": None}, ["Supported: LlamaForCausalLM"]),
         ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, ["a mixture of experts", "not supported"]),
-        (
-            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
-            ["sliding_window: 4096", "sliding_window: null only"],
-        ),
+        ({"sliding_window": 4096}, ["sliding_window: 4096 (expected is null)", "Llama"]),
+        ({"is_causal": False}, ["is_causal: false (expected is true)"]),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, ["per_layer_config", "expected is null"]),
         ({"mlp_bias": True}, ["mlp_bias: true"]),
         ({"hidden_act": "gelu"}, ['hidden_act "gelu"', '"silu"']),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
@@ -114,6 +115,7 @@ def test_unsupported_config_is_refused_in_one_line(teacher: Path, changes: dict,
         (write_mistral, False, False),
         (write_qwen2, True, False),
         (write_qwen3, False, True),
+        (write_smollm3, False, False),
     ],
 )
 def test_shape_says_what_attention_has(tmp_path: Path, write: Callable, has_qkv_bias: bool, has_qk_norm: bool) -> None:
@@ -131,13 +133,17 @@ def test_qwen2_without_head_dim_has_hidden_size_over_heads(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("write", "changes", "words"),
     [
-        (write_qwen2, {"use_sliding_window": True, "layer_types": None}, "Qwen2 .*use_sliding_window: false"),
-        (write_qwen3, {"use_sliding_window": True, "layer_types": None}, "Qwen3 .*use_sliding_window: false"),
         (write_qwen3, {"attention_bias": True}, "Qwen3 .*attention_bias: false"),
-        (write_qwen2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*'sliding_attention'"),
+        (write_smollm3, {"mlp_bias": True}, "SmolLM3 .*mlp_bias: false"),
+        (write_qwen2, {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window None.*are expected"),
+        (write_smollm3, {"use_sliding_window": False}, "use_sliding_window False.*are expected"),
+        (write_qwen3, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types .'chunked_attention'"),
+        (write_mistral_with_windows, {"sliding_window": 0}, "sliding_window 0.*whole number"),
+        (write_smollm3, {"no_rope_layers": [1, 2]}, "no_rope_layers .1, 2.*is expected"),
+        (write_smollm3, {"no_rope_layers": [1]}, "no_rope_layers .1..*is expected"),
     ],
 )
-def test_features_that_qwen_may_not_have_are_refused(
+def test_features_that_a_family_may_not_have_are_refused(
     tmp_path: Path, write: Callable, changes: dict, words: str
 ) -> None:
     write(tmp_path)

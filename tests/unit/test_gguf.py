@@ -90,13 +90,19 @@ def test_gguf_whose_heads_have_another_size_is_refused(tmp_path: Path, capsys, f
         assert f"its head size, {key_length}," in refused_conversion(capsys, source, tmp_path / "output")
 
 
+def test_gguf_whose_sliding_window_is_not_read_is_refused(tmp_path: Path, capsys) -> None:
+    """transformers has no such field of a Qwen2."""
+    source, _ = write_gguf_model(tmp_path, "qwen2", extra_fields={"attention.sliding_window": 8})
+    assert "its sliding window (8)" in refused_conversion(capsys, source, tmp_path / "output")
+
+
 def test_gguf_of_an_architecture_that_cannot_be_a_teacher_is_refused(tmp_path: Path, capsys) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output")
-    assert "holds a gemma2 model" in message and "Supported: llama, mistral, qwen2, qwen3" in message
+    assert "holds a gemma2 model" in message and "Supported: llama, mistral, qwen2, qwen3, smollm3" in message
 
 
 def test_gguf_with_tensors_that_the_class_has_not_is_refused(tmp_path: Path, capsys) -> None:

@@ -57,8 +57,21 @@ def test_a_shape_survives_json_and_older_records_have_no_map():
     shape = shape_of("--student-layers 0 2-3", FOUR)
     values = json.loads(json.dumps(asdict(shape)))
     assert ModelShape(**values) == shape
-    del values["teacher_layers"]
+    for name in ("teacher_layers", "sliding_window", "windowed_layers", "unrotated_layers"):
+        del values[name]
     assert ModelShape(**values).teacher_layers == ()
+
+
+def test_what_differs_from_layer_to_layer_follows_the_map():
+    base = replace(FOUR, sliding_window=7, windowed_layers=(1, 2), unrotated_layers=(3,))
+    shape = shape_of("--student-layers 0 2-3", base)
+    for same in (shape, shape.without_teacher(), ModelShape(**json.loads(json.dumps(asdict(shape))))):
+        assert [same.window(layer) for layer in range(3)] == [None, 7, None]
+        assert [same.is_rotated(layer) for layer in range(3)] == [True, True, False]
+    assert shape.without_teacher().teacher_layers == ()
+    alone = method_of(config_with("--method ordinary --student-layers 0 2-3")).student_shape(base)
+    assert alone == replace(shape.without_teacher(), is_tied=alone.is_tied)
+    assert base.without_teacher() == base
 
 
 @pytest.mark.parametrize(

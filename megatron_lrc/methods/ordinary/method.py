@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from megatron_lrc.config import (
     ModelShape,
@@ -78,7 +77,7 @@ class OrdinaryTraining(WithoutTeacher):
 
     def student_shape(self, base: ModelShape) -> ModelShape:
         """With --student that model's own shape. A new model's layers are made of nobody's."""
-        return replace(super().student_shape(base), teacher_layers=()) if self.starts_anew else base
+        return super().student_shape(base).without_teacher() if self.starts_anew else base
 
     @property
     def title(self) -> str:

@@ -20,6 +20,7 @@ class AttentionLoss(torch.autograd.Function):
 
     queries [s, b, n, h], keys [s, b, g, h]: the student's, then the teacher's. token_weight: [s, b], 0 for masked
     queries. num_heads: over all ranks. scale: what the main loss is multiplied by before backward, times its weight.
+    window: how many keys a query meets at most, itself among them; None: all before it.
 
     Scores exist for one head at a time, and are computed again in backward.
     """
@@ -34,8 +35,9 @@ class AttentionLoss(torch.autograd.Function):
         token_weight: Tensor,
         num_heads: int,
         scale: Tensor | float,
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weight = _weight_of_pairs(token_weight, num_heads, torch.promote_types(queries.dtype, torch.float32))
+        weight = _weight_of_pairs(token_weight, num_heads, torch.promote_types(queries.dtype, torch.float32), window)
         loss = weight.new_zeros(())
         for head, group in _heads(queries, keys):
             difference = _difference(queries, keys, teacher_queries, teacher_keys, head, group)
@@ -55,7 +57,7 @@ class AttentionLoss(torch.autograd.Function):
             error = error.to(queries.dtype)
             to_queries[:, :, head] += (error @ keys[:, :, group].transpose(0, 1)).transpose(0, 1)
             to_keys[:, :, group] += (error.transpose(1, 2) @ queries[:, :, head].transpose(0, 1)).transpose(0, 1)
-        return to_queries, to_keys, None, None, None, None, None
+        return to_queries, to_keys, *[None] * 6
 
 
 def _heads(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, int]]:
@@ -64,10 +66,12 @@ def _heads(queries: Tensor, keys: Tensor) -> Iterator[tuple[int, int]]:
     return ((head, head // per_group) for head in range(queries.shape[2]))
 
 
-def _weight_of_pairs(token_weight: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-    """[b, s queries, s keys]: a query's weight over the heads and the keys that it meets; 0 for later keys."""
+def _weight_of_pairs(token_weight: Tensor, num_heads: int, dtype: torch.dtype, window: int | None) -> Tensor:
+    """[b, s queries, s keys]: a query's weight over the heads and the keys that it meets; 0 for the others."""
     length = len(token_weight)
     met = torch.ones(length, length, dtype=dtype, device=token_weight.device).tril_()
+    if window is not None:
+        met.triu_(1 - window)
     return token_weight.t().to(dtype).unsqueeze(-1) * (met / (met.sum(-1, keepdim=True) * num_heads))
 
 
