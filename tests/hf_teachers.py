@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -134,6 +136,17 @@ def write_smollm3(
     return _write(directory, SmolLM3ForCausalLM, config, dtype=dtype)
 
 
+MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.11}
+
+
+def write_granite(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> GraniteForCausalLM:
+    """A random Granite 3: multipliers of embeddings, of what blocks add, of attention scores; a divisor of logits."""
+    config = GraniteConfig(**_sizes(num_layers=num_layers, is_tied=is_tied), **MULTIPLIERS, logits_scaling=2.5)
+    return _write(directory, GraniteForCausalLM, config, dtype=dtype)
+
+
 def _sizes(*, num_layers: int, is_tied: bool, vocab_size: int = 301, rope: dict | None = None) -> dict[str, Any]:
     return {
         "hidden_size": 48,
@@ -182,5 +195,5 @@ def write_tokenizer(directory: Path, *, vocab_size: int, is_qwen2: bool = False)
 #: A writer for each family.
 WRITERS = (
     *(write_llama, write_llama_with_biases, write_mistral, write_mistral_with_windows),
-    *(write_qwen2, write_qwen2_with_windows, write_qwen3, write_smollm3),
+    *(write_qwen2, write_qwen2_with_windows, write_qwen3, write_smollm3, write_granite),
 )

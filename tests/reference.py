@@ -121,7 +121,8 @@ class Reference:
 
     def choose_rows(self, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Keep the groups and neurons that add most to the residual stream over these tokens, each by itself."""
-        self.teacher(input_ids=tokens, position_ids=positions, attention_mask=causal_mask(tokens, documents))
+        masks = masks_of(self.teacher.config, causal_mask(tokens, documents))
+        self.teacher(input_ids=tokens, position_ids=positions, attention_mask=masks)
         config, head_dim = self.student.config, self.student.config.head_dim
         for layer, of_teacher in enumerate(self.kept):
             block = self.teacher.model.layers[of_teacher]

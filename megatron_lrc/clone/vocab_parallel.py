@@ -51,13 +51,15 @@ class VocabularyShard:
 @dataclass(frozen=True, slots=True)
 class HeadLossSettings:
     """lm, kl: weights of the losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
-    loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise."""
+    loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise. logits_scaling:
+    what both models' logits are divided by."""
 
     lm: float
     kl: float
     temperature: float
     chunk_tokens: int
     loss_scale: Tensor | float = 1.0
+    logits_scaling: float = 1.0
 
 
 Sums = TypeVar("Sums", bound="HeadSums")
@@ -148,10 +150,10 @@ class _LmAndKl(torch.autograd.Function):
         sums = weight.new_zeros(len(HeadSums.names()))
         for start in range(0, len(labels), settings.chunk_tokens):
             chunk = slice(start, start + settings.chunk_tokens)
-            student_logits = wide_product(student_hidden[chunk], student_rows)  # [n', v]
+            student_logits = _logits(student_hidden[chunk], student_rows, settings)  # [n', v]
             teacher_logits = None
             if teacher_hidden is not None and teacher_head is not None and is_teacher_wanted:
-                teacher_logits = wide_product(teacher_hidden[chunk], teacher_head[: shard.num_valid])
+                teacher_logits = _logits(teacher_hidden[chunk], teacher_head[: shard.num_valid], settings)
             for part in _parts(student_logits, shard):
                 sums += _replace_by_gradient(
                     student_logits[part],
@@ -165,8 +167,9 @@ class _LmAndKl(torch.autograd.Function):
             del teacher_logits  # before the next chunk's is made
             if hidden_grad is not None and head_grad is not None:
                 # Scaled before it is narrowed: most of a softmax is below what fp16 can hold.
-                if isinstance(settings.loss_scale, Tensor) or settings.loss_scale != 1.0:
-                    student_logits.mul_(settings.loss_scale)
+                scale = settings.loss_scale / settings.logits_scaling
+                if isinstance(scale, Tensor) or scale != 1.0:
+                    student_logits.mul_(scale)
                 narrow = student_logits.to(student_hidden.dtype)
                 del student_logits
                 hidden_grad[chunk] = narrow @ student_rows
@@ -189,6 +192,12 @@ class _LmAndKl(torch.autograd.Function):
         if factor is not None:
             hidden_grad.mul_(factor)
         return hidden_grad, head_grad.for_autograd(factor, ctx.is_embedding), *[None] * 8
+
+
+def _logits(hidden: Tensor, rows: Tensor, settings: HeadLossSettings) -> Tensor:
+    """[n', v], in fp32 or better, of tokens [n', h] and rows of the head [v, h]."""
+    logits = wide_product(hidden, rows)
+    return logits if settings.logits_scaling == 1.0 else logits.div_(settings.logits_scaling)
 
 
 class _HeadGradient:

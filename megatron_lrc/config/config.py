@@ -72,6 +72,8 @@ class ModelShape:
     windowed_layers: those whose queries meet only the last `sliding_window` keys, their own among them.
     unrotated_layers: those without RoPE. Of a student with `teacher_layers` both are the teacher's layers: ask
     `window` and `is_rotated`.
+    embedding_multiplier, residual_multiplier: of embeddings, and of what a block adds to the residual stream.
+    attention_multiplier: of the scores of queries and keys; None: 1 / sqrt(head_dim). logits_scaling: divides logits.
     """
 
     num_layers: int
@@ -90,6 +92,10 @@ class ModelShape:
     sliding_window: int = 0
     windowed_layers: tuple[int, ...] = ()
     unrotated_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("teacher_layers", "windowed_layers", "unrotated_layers"):

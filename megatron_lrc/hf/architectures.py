@@ -52,7 +52,7 @@ class Family:
     config: fields of config.json that tell it from others of the same architecture, and that a student's gets.
     zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
     windows: how config.json gives layers sliding windows; "": it cannot. has_unrotated_layers: whether it can say that
-    layers have no RoPE.
+    layers have no RoPE. multipliers: fields of config.json that are fields of `ModelShape` too, of the same meaning.
     """
 
     name: str
@@ -67,12 +67,13 @@ class Family:
     norms: Mapping[str, str] = field(default_factory=lambda: _NORMS)
     windows: Windows = ""
     has_unrotated_layers: bool = False
+    multipliers: tuple[str, ...] = ()
 
     @property
     def fields(self) -> set[str]:
         """Fields of config.json that this declaration speaks of, beside those that are read of every family."""
         by_layer = {*_WINDOW_FIELDS[self.windows], *(_UNROTATED_FIELDS if self.has_unrotated_layers else ())}
-        return {*self.must_be_off, *self.config, *by_layer}
+        return {*self.must_be_off, *self.config, *by_layer, *self.multipliers}
 
 
 _QKV_BIASES = {f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"}
@@ -131,7 +132,15 @@ SMOLLM3 = Family(
     has_unrotated_layers=True,
 )
 
-FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3, SMOLLM3)
+GRANITE = Family(
+    name="Granite",
+    architecture="GraniteForCausalLM",
+    model_type="granite",
+    must_be_off=("attention_bias", "mlp_bias"),
+    multipliers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+)
+
+FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE)
 
 #: Fields of config.json that other architectures have -> what they have that these have not.
 FOREIGN_FEATURES: Mapping[str, str] = {

@@ -227,4 +227,17 @@ def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: Mode
         has_qk_norm=FROZEN_NORMS[0] in family.frozen,
         max_position_embeddings=config.max_position_embeddings,
         **read_layer_attributes(family, config, f"{role.flag} {path}"),
+        **_read_multipliers(path, family, config, role),
     )
+
+
+def _read_multipliers(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> dict[str, float]:
+    """Fields of `ModelShape`."""
+    for name in family.multipliers:
+        value = getattr(config, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ConfigError(
+                f"{role.flag} {path}: config.json has {name} {str(value)[:50]}. A number above 0 is expected. Correct "
+                "config.json."
+            )
+    return {name: float(getattr(config, name)) for name in family.multipliers}

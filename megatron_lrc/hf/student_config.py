@@ -97,6 +97,7 @@ def student_config(
         "torch_dtype": dtype_name,
         "transformers_version": transformers.__version__,
         **family.config,
+        **{name: getattr(shape, name) for name in family.multipliers},
         **write_layer_attributes(family, shape),
     }
 

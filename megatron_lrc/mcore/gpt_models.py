@@ -6,7 +6,7 @@ under sequence parallel (megatron-core's torch norm refuses it); with either, th
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.head_dim,
+        softmax_scale=shape.attention_multiplier,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon,
         gated_linear_unit=True,
@@ -207,7 +208,24 @@ def block_spec(config: Config, shape: ModelShape, dtype: torch.dtype, num_layers
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     if not uses_engine_attention(config, dtype):
         layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    if shape.residual_multiplier != 1.0:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = adds_multiple(shape.residual_multiplier)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+
+
+def adds_multiple(multiplier: float) -> Callable[..., Callable[..., Tensor]]:
+    """In place of megatron-core's bias-dropout-add, for blocks without bias and dropout: what a block gives is
+    multiplied before it is added to the residual stream [s/tp, b, h]."""
+
+    def choose(is_training: bool, is_fused: bool) -> Callable[..., Tensor]:
+        return add
+
+    def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        output, bias = output_with_bias
+        assert bias is None and not dropout
+        return torch.add(residual, output, alpha=multiplier)
+
+    return choose
 
 
 def build_stage(
@@ -240,6 +258,8 @@ def build_stage(
         vp_stage=chunk,
     )
     model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if is_first_stage and shape.embedding_multiplier != 1.0:
+        model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * shape.embedding_multiplier)
     if config.data.reset_position_ids:
         model.rotary_pos_emb = RotaryByPosition(model)
     if is_last_stage:

@@ -80,7 +80,8 @@ class LayerByLayer:
             self._fill(name, weight)
         elif name == EMBED.name:
             gain = norm_gains(self._model)["final"]
-            self._hidden = weight[self.tokens.t()].to(gain.device, self.dtype)  # [s, b, h]
+            embedded = weight[self.tokens.t()].to(gain.device, self.dtype)
+            self._hidden = embedded * self.shape.embedding_multiplier  # [s, b, h]
             self._tied_head = weight if self.shape.is_tied else None
         elif name == "final":
             self._final_norm.weight.copy_(weight)
@@ -134,7 +135,8 @@ class LayerByLayer:
         """All layers have been passed, and the final norm has its gain. head: [v, h]."""
         hidden = self._final_norm(self._hidden)
         blocks = (rows.to(hidden.device, self.dtype) for rows in head.split(ROWS_AT_ONCE))
-        self._logits = torch.cat([F.linear(hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
+        logits = torch.cat([F.linear(hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
+        self._logits = logits.div_(self.shape.logits_scaling)
 
 
 @contextmanager

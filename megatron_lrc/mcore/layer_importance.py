@@ -68,6 +68,7 @@ class LossWithoutLayer(LayerByLayer):
         total = hidden.new_zeros((), dtype=torch.float64)
         for part, label, weight in zip(tokens, labels, weights, strict=True):
             logits = F.linear(part, head).to(torch.promote_types(self.dtype, torch.float32))
+            logits.div_(self.shape.logits_scaling)
             total += (F.cross_entropy(logits, label, reduction="none") * weight).sum(dtype=torch.float64)
         return (total / self._weights.sum(dtype=torch.float64).to(hidden.device)).item()
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from gradient_cases import VOCAB, Layout, Sizes, Variant, compare_with_the_reference
-from hf_teachers import write_mistral_with_windows, write_qwen2, write_qwen2_with_windows, write_qwen3, write_smollm3
+from hf_teachers import (
+    write_granite,
+    write_mistral_with_windows,
+    write_qwen2,
+    write_qwen2_with_windows,
+    write_qwen3,
+    write_smollm3,
+)
 
 LAYOUTS = [
     Layout(micro=24),
@@ -94,12 +101,12 @@ def test_other_families_equal_the_reference(tmp_path, layout, write, variant):
     assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, variant, tied=False)
 
 
-#: Families whose layers differ from one another, or from Llama's in more than weights: all that is asked of a family.
-ALL_OF_A_FAMILY = [write_mistral_with_windows, write_qwen2_with_windows, write_smollm3]
+#: Families that compute otherwise than Llama, by layer or throughout.
+OTHERWISE = [write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("write", ALL_OF_A_FAMILY, ids=lambda write: write.__name__.removeprefix("write_"))
+@pytest.mark.parametrize("write", OTHERWISE, ids=lambda write: write.__name__.removeprefix("write_"))
 @pytest.mark.parametrize(
     "layout",
     [
@@ -112,7 +119,7 @@ ALL_OF_A_FAMILY = [write_mistral_with_windows, write_qwen2_with_windows, write_s
     ],
     ids=str,
 )
-def test_families_with_layers_of_several_kinds_equal_the_reference(tmp_path, layout, write):
+def test_families_that_compute_otherwise_equal_the_reference(tmp_path, layout, write):
     """Of a student with fewer layers each has what the teacher's layer has that it is made of. Under context
     parallelism documents are packed, too."""
     write(tmp_path, num_layers=4, dtype=torch.float64, is_tied=layout.tp == 2)

@@ -1,7 +1,5 @@
 """TinyBERT's attention loss against its definition, in plain autograd."""
 
-import math
-
 import pytest
 import torch
 
@@ -10,23 +8,25 @@ from megatron_lrc.methods.tinybert.attention_loss import AttentionLoss
 S, B, HEADS, GROUPS, DIM = 5, 2, 4, 2, 3
 
 
-def by_definition(queries, keys, teacher_queries, teacher_keys, weight, num_heads):
+def by_definition(queries, keys, teacher_queries, teacher_keys, weight, num_heads, window=S, multiplier=DIM**-0.5):
     """Sum over queries of the mean over heads and keys met; [s, b, n, h] each."""
 
     def scores(query, key):
         repeated = key.repeat_interleave(HEADS // GROUPS, dim=2)
-        return torch.einsum("ibnh,jbnh->bnij", query, repeated) / math.sqrt(DIM)
+        return torch.einsum("ibnh,jbnh->bnij", query, repeated) * multiplier
 
     squares = (scores(queries, keys) - scores(teacher_queries, teacher_keys)).square()
     total = queries.new_zeros(())
     for query in range(S):
-        met = squares[:, :, query, : query + 1].mean(-1).sum(1) / num_heads  # [b]
+        met = squares[:, :, query, max(query + 1 - window, 0) : query + 1].mean(-1).sum(1) / num_heads  # [b]
         total = total + (met * weight[query]).sum()
     return total
 
 
+@pytest.mark.parametrize("how", [(), (2, 0.7)], ids=["", "windows"])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_value_and_gradients_are_those_of_the_definition(scale):
+def test_value_and_gradients_are_those_of_the_definition(scale, how):
+    """how: the window, and what products of queries and keys are multiplied by."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads):
@@ -36,9 +36,9 @@ def test_value_and_gradients_are_those_of_the_definition(scale):
     weight = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     leaves = [queries.clone().requires_grad_(), keys.clone().requires_grad_()]
     references = [queries.clone().requires_grad_(), keys.clone().requires_grad_()]
-    expected = by_definition(*references, teacher_queries, teacher_keys, weight, 2 * HEADS)
+    expected = by_definition(*references, teacher_queries, teacher_keys, weight, 2 * HEADS, *how)
     same_queries, same_keys, loss = AttentionLoss.apply(
-        *leaves, teacher_queries, teacher_keys, weight, 2 * HEADS, scale
+        *leaves, teacher_queries, teacher_keys, weight, 2 * HEADS, scale, *how
     )
     assert torch.equal(same_queries, queries) and torch.equal(same_keys, keys)
     torch.testing.assert_close(loss, expected)

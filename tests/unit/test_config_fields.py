@@ -3,7 +3,7 @@
 import ast
 import inspect
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from damage import change_config
 from hf_teachers import WRITERS
 from megatron_lrc.hf import config_fields
+from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.config_fields import unknown_fields
 from megatron_lrc.hf.families import describe_teacher
 from students import TOKENS
@@ -59,7 +60,7 @@ def attributes_of_config(source: str) -> set[str]:
 def test_a_field_that_no_declaration_knows_is_refused_by_its_name(teacher: Path, monkeypatch) -> None:
     """Each field of the class in turn, as if it had come with a newer transformers: nobody has declared it."""
     description = describe_teacher(teacher)
-    bare = replace(description.family, windows="", has_unrotated_layers=False, must_be_off=(), config={})
+    bare = Family("bare", description.family.architecture, description.family.model_type)
     monkeypatch.setattr(config_fields, "_READ", set())
     monkeypatch.setattr(config_fields, "_WITHOUT_EFFECT", set())
     plain = type(description.hf_config)()

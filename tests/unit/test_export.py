@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from hf_teachers import (
     LLAMA3_ROPE,
     WRITERS,
+    write_granite,
     write_llama,
     write_mistral_with_windows,
     write_qwen2,
@@ -101,6 +102,7 @@ NATIVE = {
     write_qwen3: 4,
     write_mistral_with_windows: 0,
     write_smollm3: 0,
+    write_granite: 0,
 }
 
 

@@ -13,6 +13,7 @@ from damage import change_config
 from hf_teachers import (
     LLAMA3_ROPE,
     WRITERS,
+    write_granite,
     write_llama,
     write_llama_with_biases,
     write_mistral,
@@ -140,6 +141,8 @@ def test_qwen2_without_head_dim_has_hidden_size_over_heads(tmp_path: Path) -> No
         (write_qwen3, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types .'chunked_attention'"),
         (write_mistral_with_windows, {"sliding_window": 0}, "sliding_window 0.*whole number"),
         (write_smollm3, {"no_rope_layers": [1, 2]}, "no_rope_layers .1, 2.*is expected"),
+        (write_granite, {"logits_scaling": 0.0}, "logits_scaling 0.0. A number above 0"),
+        (write_granite, {"attention_bias": True}, "Granite .*attention_bias: false"),
         (write_smollm3, {"no_rope_layers": [1]}, "no_rope_layers .1..*is expected"),
     ],
 )

@@ -39,8 +39,9 @@ def random_problem(dtype, scale=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
-@pytest.mark.parametrize("lm_weight, kl_weight", [(1.0, 0.0), (0.6, 1.3), (0.0, 1.3)])
-def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk_tokens, lm_weight, kl_weight):
+@pytest.mark.parametrize("lm_weight, kl_weight, divisor", [(1.0, 0.0, 1.0), (0.6, 1.3, 2.5), (0.0, 1.3, 1.0)])
+def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk_tokens, lm_weight, kl_weight, divisor):
+    """divisor: of both models' logits."""
     student_hidden, student_head, teacher_hidden, teacher_head, labels, weight = random_problem(
         torch.float64, scale=3.0
     )
@@ -52,13 +53,13 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
         labels,
         weight,
         shard=VocabularyShard.of(VOCAB, PADDED, None),
-        settings=HeadLossSettings(lm_weight, kl_weight, temperature, chunk_tokens),
+        settings=HeadLossSettings(lm_weight, kl_weight, temperature, chunk_tokens, logits_scaling=divisor),
     )
     grads = torch.autograd.grad(total * 0.7, (student_hidden, student_head))
 
     expected_lm, expected_kl = naive_losses(
-        student_hidden @ student_head[:VOCAB].t(),
-        teacher_hidden @ teacher_head[:VOCAB].t(),
+        student_hidden @ student_head[:VOCAB].t() / divisor,
+        teacher_hidden @ teacher_head[:VOCAB].t() / divisor,
         labels,
         weight,
         temperature,
@@ -69,7 +70,7 @@ def test_chunked_losses_and_gradients_equal_materialised_ones(temperature, chunk
     torch.testing.assert_close(sums.lm, expected_lm)
     if kl_weight:
         torch.testing.assert_close(sums.kl, expected_kl)
-        own = F.cross_entropy(teacher_hidden @ teacher_head[:VOCAB].t(), labels, reduction="none") @ weight
+        own = F.cross_entropy(teacher_hidden @ teacher_head[:VOCAB].t() / divisor, labels, reduction="none") @ weight
         torch.testing.assert_close(sums.teacher_lm, own)
     for grad, reference in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-9, atol=1e-11)

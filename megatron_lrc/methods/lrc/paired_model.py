@@ -344,6 +344,7 @@ class PairedModel(TwoModels):
                 temperature=self.settings.loss.kl_temperature,
                 chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=student_hidden.is_cuda),
                 loss_scale=self.main_loss_scale(),
+                logits_scaling=self.shapes.student.logits_scaling,
             ),
             is_embedding=self.pre_process and self.shapes.student.is_tied,
         )

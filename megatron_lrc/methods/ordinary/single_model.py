@@ -77,7 +77,14 @@ class SingleModel(PipelineStage):
         if not self.post_process:
             return hidden
         token_weight = batch["loss_mask"].t().flatten()
-        chunk, scale = self.settings.loss.chunk_tokens(on_cuda=hidden.is_cuda), self.main_loss_scale()
+        settings = HeadLossSettings(
+            lm=1.0,
+            kl=0.0,
+            temperature=1.0,
+            chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=hidden.is_cuda),
+            loss_scale=self.main_loss_scale(),
+            logits_scaling=self.shapes.student.logits_scaling,
+        )
         loss, sums = lm_and_kl_loss(
             all_tokens(self.student, hidden),  # [s*b, d]
             None,
@@ -86,7 +93,7 @@ class SingleModel(PipelineStage):
             batch["labels"].t().flatten(),
             token_weight,
             shard=self.vocabulary,
-            settings=HeadLossSettings(lm=1.0, kl=0.0, temperature=1.0, chunk_tokens=chunk, loss_scale=scale),
+            settings=settings,
             is_embedding=self.pre_process and self.shapes.student.is_tied,
         )
         if self.groups.tp.rank() == 0:

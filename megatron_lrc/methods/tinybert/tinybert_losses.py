@@ -112,7 +112,7 @@ class TinyBertLosses(LayerLosses):
     def _attach_attention(self, layer: int, module: nn.Module, inputs: tuple) -> tuple:
         queries, keys, *others = inputs  # [s, b, heads/tp, head_dim], after RoPE
         shape, teachers = self._stage.shapes.student, self._teachers.pop((layer, ATTENTION))
-        how = (shape.num_attention_heads, self._scale, shape.window(layer))
+        how = (shape.num_attention_heads, self._scale, shape.window(layer), shape.attention_multiplier)
         queries, keys, loss = AttentionLoss.apply(queries, keys, *teachers, self._token_weight, *how)
         self._stage.sums.clone[layer, ATTENTION] += loss
         return (queries, keys, *others)
