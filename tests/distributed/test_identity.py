@@ -9,7 +9,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from built_stages import build_stages
-from hf_teachers import write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
+from hf_teachers import (
+    write_granite,
+    write_llama,
+    write_llama_with_biases,
+    write_mistral,
+    write_mistral_with_windows,
+    write_qwen2,
+    write_qwen2_with_windows,
+    write_qwen3,
+    write_smollm3,
+)
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
@@ -24,6 +34,12 @@ from tools_path import convert_to_hf
 VOCAB = 301
 FAMILIES = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 OTHERS = {"Mistral": write_mistral, "Llama with biases": write_llama_with_biases}  # the same tensors, other classes
+OTHERWISE = {  # the same tensors, computed with in another way
+    "Mistral with windows": write_mistral_with_windows,
+    "Qwen2 with windows": write_qwen2_with_windows,
+    "SmolLM3": write_smollm3,
+    "Granite": write_granite,
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -31,7 +47,7 @@ def write_teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..
     """`write_teacher(is_tied=...)`, as `write_llama` -> directory; of each family in turn."""
 
     def write(**settings) -> str:
-        (FAMILIES | OTHERS)[request.param](tmp_path / "teacher", **settings)
+        (FAMILIES | OTHERS | OTHERWISE)[request.param](tmp_path / "teacher", **settings)
         return str(tmp_path / "teacher")
 
     return write
@@ -56,8 +72,9 @@ def logits_in_training(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         stage({"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions})
-        teacher_logits = finals["teacher"] @ stage.teacher.output_layer.weight[:VOCAB].t()
-        student_logits = finals["student"] @ stage.student.output_layer.weight[:VOCAB].t()
+        divisor = teacher.shape.logits_scaling
+        teacher_logits = finals["teacher"] @ stage.teacher.output_layer.weight[:VOCAB].t() / divisor
+        student_logits = finals["student"] @ stage.student.output_layer.weight[:VOCAB].t() / divisor
     return teacher_logits.transpose(0, 1), student_logits.transpose(0, 1)
 
 
@@ -69,7 +86,11 @@ def exported_logits(run: Path, output: Path) -> torch.Tensor:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("write_teacher", [*FAMILIES, *OTHERS], indirect=True)
+@pytest.mark.parametrize(
+    "write_teacher",
+    [*FAMILIES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE)],
+    indirect=True,
+)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 def test_a_student_as_wide_as_its_teacher_is_the_teacher(write_teacher, tiny_text, tmp_path, is_tied):
     teacher = write_teacher(is_tied=is_tied)

@@ -85,8 +85,8 @@ def our_logits(request: pytest.FixtureRequest, teachers: dict[tuple[str, str], P
 
 
 def final_states(config: Config, teachers: dict[tuple[str, str], Path]) -> dict[tuple, tuple[Tensor, Tensor]]:
-    """(teacher, dtype) -> (state after the final norm [s/tp, b, D], LM head [v/tp, D]) of the last stage's ranks. In
-    bf16 both come in fp32: logits are, whatever the model's dtype."""
+    """(teacher, dtype) -> (state after the final norm [s/tp, b, D], LM head [v/tp, D], over what divides logits) of
+    the last stage's ranks. In bf16 both come in fp32: logits are, whatever the model's dtype."""
     groups, results = distributed.start(config), {}
     others = {"loss_mask": torch.ones(2, SEQUENCE), "position_ids": torch.arange(SEQUENCE).expand(2, -1)}
     batches = [{"tokens": tokens, "labels": tokens, **others} for tokens in micro_batches()]
@@ -104,7 +104,8 @@ def final_states(config: Config, teachers: dict[tuple[str, str], Path]) -> dict[
             if states:
                 wide = torch.promote_types(dtype, torch.float32)
                 head = stages[-1].teacher.get_parameter("output_layer.weight")
-                results[key, dtype] = torch.cat(states, dim=1).to(wide), head.detach().to(wide)
+                scaled_head = head.detach().to(wide) / description.shape.logits_scaling
+                results[key, dtype] = torch.cat(states, dim=1).to(wide), scaled_head
     return results
 
 
