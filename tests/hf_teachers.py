@@ -192,8 +192,7 @@ def write_tokenizer(directory: Path, *, vocab_size: int, is_qwen2: bool = False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
 
 
-#: A writer for each family.
-WRITERS = (
-    *(write_llama, write_llama_with_biases, write_mistral, write_mistral_with_windows),
-    *(write_qwen2, write_qwen2_with_windows, write_qwen3, write_smollm3, write_granite),
-)
+#: A writer for each kind of tensors that families have.
+WRITERS = (write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3)
+#: Those that have Llama's or Qwen2's tensors and compute with them in another way.
+OTHERWISE = (write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite)

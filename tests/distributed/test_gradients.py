@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from gradient_cases import VOCAB, Layout, Sizes, Variant, compare_with_the_reference
-from hf_teachers import (
-    write_granite,
-    write_mistral_with_windows,
-    write_qwen2,
-    write_qwen2_with_windows,
-    write_qwen3,
-    write_smollm3,
-)
+from hf_teachers import OTHERWISE, write_qwen2, write_qwen3
 
 LAYOUTS = [
     Layout(micro=24),
@@ -99,10 +92,6 @@ def test_four_tensor_parallel_ranks_equal_the_reference(tiny_llama):
 def test_other_families_equal_the_reference(tmp_path, layout, write, variant):
     write(tmp_path, num_layers=4, dtype=torch.float64)
     assert_equal_to_the_reference(lambda **settings: str(tmp_path), layout, variant, tied=False)
-
-
-#: Families that compute otherwise than Llama, by layer or throughout.
-OTHERWISE = [write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite]
 
 
 @pytest.mark.distributed

@@ -9,17 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from built_stages import build_stages
-from hf_teachers import (
-    write_granite,
-    write_llama,
-    write_llama_with_biases,
-    write_mistral,
-    write_mistral_with_windows,
-    write_qwen2,
-    write_qwen2_with_windows,
-    write_qwen3,
-    write_smollm3,
-)
+from hf_teachers import OTHERWISE, write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
@@ -34,12 +24,7 @@ from tools_path import convert_to_hf
 VOCAB = 301
 FAMILIES = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 OTHERS = {"Mistral": write_mistral, "Llama with biases": write_llama_with_biases}  # the same tensors, other classes
-OTHERWISE = {  # the same tensors, computed with in another way
-    "Mistral with windows": write_mistral_with_windows,
-    "Qwen2 with windows": write_qwen2_with_windows,
-    "SmolLM3": write_smollm3,
-    "Granite": write_granite,
-}
+MORE = {write.__name__: write for write in OTHERWISE}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -47,7 +32,7 @@ def write_teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..
     """`write_teacher(is_tied=...)`, as `write_llama` -> directory; of each family in turn."""
 
     def write(**settings) -> str:
-        (FAMILIES | OTHERS | OTHERWISE)[request.param](tmp_path / "teacher", **settings)
+        (FAMILIES | OTHERS | MORE)[request.param](tmp_path / "teacher", **settings)
         return str(tmp_path / "teacher")
 
     return write
@@ -88,7 +73,7 @@ def exported_logits(run: Path, output: Path) -> torch.Tensor:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "write_teacher",
-    [*FAMILIES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERWISE)],
+    [*FAMILIES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)],
     indirect=True,
 )
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])

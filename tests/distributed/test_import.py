@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from built_stages import build_stages
-from hf_teachers import WRITERS
+from hf_teachers import OTHERWISE, WRITERS
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
@@ -22,7 +22,7 @@ from runs import make_config, on_layout
 
 VOCAB, SEQUENCE = 301, 16
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-FAMILIES = {write.__name__.removeprefix("write_"): write for write in WRITERS}
+FAMILIES = {write.__name__.removeprefix("write_"): write for write in (*WRITERS, *OTHERWISE)}
 HEADS = {"untied": False, "tied": True}
 
 #: id -> ranks and what `on_layout` takes

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from damage import change_config
 from hf_teachers import (
     LLAMA3_ROPE,
+    OTHERWISE,
     WRITERS,
     write_granite,
     write_llama,
@@ -40,7 +41,7 @@ def test_shape_is_read_from_config_json(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("write", [*WRITERS, *OTHERWISE])
 def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool, write: Callable) -> None:
     model = write(tmp_path / "teacher", is_tied=is_tied)
     description = describe_teacher(tmp_path / "teacher")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_teachers import WRITERS, write_llama
+from hf_teachers import OTHERWISE, WRITERS, write_llama
 from megatron_lrc.hf.comparison import compare_logits
 from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
@@ -45,7 +45,7 @@ def test_layer_by_layer_transformers_reads_sharded_files_and_lets_go_of_every_la
     assert [weight.numel() for weight in layers.parameters()] == [0] * 18
 
 
-@families
+@pytest.mark.parametrize("write", (*WRITERS, *OTHERWISE))
 @either_head
 def test_both_engines_agree_about_every_family(tmp_path: Path, write: Callable, is_tied: bool) -> None:
     """In fp32 to rounding; in fp64 to 1e-9, so that the difference in fp32 is rounding and nothing else."""
