@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import megatron_lrc
 from built_stages import build_stages
 from gradient_cases import SIZES, Layout, global_batch, gradient_config, own_micro_batches, weight_parts
-from hf_teachers import write_llama, write_qwen2, write_qwen3
+from hf_teachers import write_granite, write_llama, write_qwen2, write_qwen3, write_smollm3
 from megatron_lrc.clone.sites import EMBED, LM_HEAD
 from megatron_lrc.config import Config, validate
 from megatron_lrc.hf.families import describe_teacher, expected_weights
@@ -23,7 +23,7 @@ from megatron_lrc.methods import method_of
 from megatron_lrc.train import step
 from method_runs import ordinary
 from ranks import run_ranks
-from reference import causal_mask, in_fp64
+from reference import causal_mask, in_fp64, masks_of
 
 MODELS = {
     "llama": functools.partial(write_llama, num_layers=4),
@@ -31,6 +31,8 @@ MODELS = {
     "qwen2": functools.partial(write_qwen2, num_layers=4),
     "tied qwen2": functools.partial(write_qwen2, num_layers=4, is_tied=True),
     "qwen3": functools.partial(write_qwen3, num_layers=4),
+    "smollm3": functools.partial(write_smollm3, num_layers=4),
+    "granite": functools.partial(write_granite, num_layers=4),
 }
 
 
@@ -60,7 +62,8 @@ def expected(model: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, and our name -> gradient."""
     reference = in_fp64(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64))
     batch = global_batch()
-    logits = reference(batch["tokens"], attention_mask=causal_mask(batch["tokens"], None)).logits
+    mask_of_layers = masks_of(reference.config, causal_mask(batch["tokens"], None))
+    logits = reference(batch["tokens"], attention_mask=mask_of_layers).logits
     per_token = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
     mask = batch["loss_mask"].double()
     loss = (per_token * mask).sum() / mask.sum()

@@ -46,7 +46,7 @@ def test_whatever_transformers_reads_of_a_config_is_accounted_for(teacher: Path)
 
 
 def attributes_of_config(source: str) -> set[str]:
-    """Of `config.NAME`, `self.config.NAME` and `getattr(config, "NAME", ...)`."""
+    """What is read of a variable or attribute that is called config, also by getattr."""
 
     def is_config(node: ast.AST) -> bool:
         return "config" in (getattr(node, "id", ""), getattr(node, "attr", ""))
