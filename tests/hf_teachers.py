@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -147,6 +149,14 @@ def write_granite(
     return _write(directory, GraniteForCausalLM, config, dtype=dtype)
 
 
+def write_phi3(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Phi3ForCausalLM:
+    """A random Phi-3: q, k and v in one matrix, gate and up in another; a sliding window in every layer."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"pad_token_id": None, "eos_token_id": 2}
+    return _write(directory, Phi3ForCausalLM, Phi3Config(**sizes, sliding_window=WINDOW), dtype=dtype)
+
+
 def _sizes(*, num_layers: int, is_tied: bool, vocab_size: int = 301, rope: dict | None = None) -> dict[str, Any]:
     return {
         "hidden_size": 48,
@@ -195,4 +205,4 @@ def write_tokenizer(directory: Path, *, vocab_size: int, is_qwen2: bool = False)
 #: A writer for each kind of tensors that families have.
 WRITERS = (write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3)
 #: Those that have Llama's or Qwen2's tensors and compute with them in another way.
-OTHERWISE = (write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite)
+OTHERWISE = (write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite, write_phi3)

@@ -21,6 +21,8 @@ MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+#: Module that stands for several, and what is in it in its order.
+FUSED = {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}
 PROJECTS_OUTPUT = ("o", "down")
 FROZEN = ("proj.bias", "q_norm.weight", "k_norm.weight")
 
@@ -45,6 +47,21 @@ def in_fp64(model: PreTrainedModel) -> PreTrainedModel:
             exact.weight = module.weight
             model.set_submodule(path, exact)
     return model.double().eval()
+
+
+def places(model: PreTrainedModel) -> dict[str, tuple[str, slice]]:
+    """Site -> the module that holds it in a layer, and which of its output features are its own."""
+    config, layer = model.config, model.model.layers[0]
+    found = {site: (path, slice(None)) for site, path in MODULES.items()}
+    keys = config.num_key_value_heads * layer.self_attn.head_dim
+    sizes = {"q": config.num_attention_heads * layer.self_attn.head_dim, "k": keys, "v": keys}
+    modules = dict(layer.named_modules())
+    for path, sites in FUSED.items():
+        first = 0
+        for site in sites if path in modules else ():
+            size = sizes.get(site, config.intermediate_size)
+            found[site], first = (path, slice(first, first + size)), first + size
+    return found
 
 
 def document_numbers(tokens: Tensor, eod: int) -> Tensor:
@@ -107,15 +124,16 @@ class Reference:
         self.student = in_fp64(type(teacher)(config))
         self.outputs: dict[str, Tensor] = {}
         self.rows: dict[tuple[int, str], Tensor] = {}  # of a layer of the student: the teacher's rows of a matrix
+        self.places = places(self.teacher)
         for prefix, model in (("T", self.teacher), ("S", self.student)):
             for layer in range(len(model.model.layers)):
-                for site, path in MODULES.items():
+                for site, (path, features) in places(model).items():
                     module = model.model.layers[layer].get_submodule(path)
-                    module.register_forward_hook(self._keep(f"{prefix}.{layer}.{site}"))
+                    module.register_forward_hook(self._keep(f"{prefix}.{layer}.{site}", features))
 
-    def _keep(self, name):
+    def _keep(self, name, features):
         def hook(module, inputs, output):
-            self.outputs[name], self.outputs[f"{name}.input"] = output, inputs[0]
+            self.outputs[name], self.outputs[f"{name}.input"] = output[..., features], inputs[0]
 
         return hook
 
@@ -161,12 +179,13 @@ class Reference:
                     weights[name.replace(old_prefix, prefix)] = value
             weights[f"{prefix}.input_layernorm.weight"] = norms[f"layers.{layer}.input"]
             weights[f"{prefix}.post_attention_layernorm.weight"] = norms[f"layers.{layer}.post"]
-            for site, path in MODULES.items():
-                teacher_weight = old[f"{old_prefix}.{path}.weight"]
+            for site, (path, features) in self.places.items():  # parts of one module in the order of its features
+                teacher_weight = old[f"{old_prefix}.{path}.weight"][features]
                 teacher_weight = teacher_weight.index_select(int(site in PROJECTS_OUTPUT), self.rows[layer, site])
                 projection = projections[f"layers.{layer}.{site}"]
                 projected = projection.t() @ teacher_weight if site in PROJECTS_OUTPUT else teacher_weight @ projection
-                weights[f"{prefix}.{path}.weight"] = projected
+                above = [weights[f"{prefix}.{path}.weight"]] if features.start else []
+                weights[f"{prefix}.{path}.weight"] = torch.cat([*above, projected])
         return weights
 
     def losses(

@@ -51,6 +51,7 @@ class Family:
     Keys of `sites` are Site names, of `norms` LAYER_NORMS and "final", of `frozen` FROZEN_BIASES and FROZEN_NORMS.
     config: fields of config.json that tell it from others of the same architecture, and that a student's gets.
     zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
+    fused: templates of matrices that hold those of several sites, one above the other in this order.
     windows: how config.json gives layers sliding windows; "": it cannot. has_unrotated_layers: whether it can say that
     layers have no RoPE. multipliers: fields of config.json that are fields of `ModelShape` too, of the same meaning.
     """
@@ -65,6 +66,7 @@ class Family:
     ignored_suffixes: tuple[str, ...] = ()
     sites: Mapping[str, str] = field(default_factory=lambda: _SITES)
     norms: Mapping[str, str] = field(default_factory=lambda: _NORMS)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     windows: Windows = ""
     has_unrotated_layers: bool = False
     multipliers: tuple[str, ...] = ()
@@ -140,7 +142,20 @@ GRANITE = Family(
     multipliers=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )
 
-FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE)
+_QKV = "model.layers.{layer}.self_attn.qkv_proj.weight"
+_GATE_UP = "model.layers.{layer}.mlp.gate_up_proj.weight"
+
+#: Phi-3 with whole heads rotated and without longrope, and Phi-4, which is of its class.
+PHI3 = Family(
+    name="Phi-3",
+    architecture="Phi3ForCausalLM",
+    model_type="phi3",
+    sites={**_SITES, **dict.fromkeys("qkv", _QKV), "gate": _GATE_UP, "up": _GATE_UP},
+    fused={_QKV: ("q", "k", "v"), _GATE_UP: ("gate", "up")},
+    windows="every layer",
+)
+
+FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, PHI3)
 
 #: Fields of config.json that other architectures have -> what they have that these have not.
 FOREIGN_FEATURES: Mapping[str, str] = {

@@ -20,10 +20,12 @@ _READ = {
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
     *("tie_word_embeddings", "rope_parameters"),
 }
-#: Of a model's first weights, its files, of generation and other uses of the class. Dropout is never applied here.
+#: Of a model's first weights, its files, of generation and other uses of the class; of longrope, which is refused.
+#: Dropout is never applied here.
 _WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "dtype", "initializer_range", "attention_dropout", "pretraining_tp"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "is_encoder_decoder", "chunk_size_feed_forward"),
+    *("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"),
     *("output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"),
 }
 #: What transformers looks for in any config.json, though no class has it -> the value that changes nothing.

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.comparison import find_difference
 from megatron_lrc.hf.exported_tokenizer import find_fault, write_tokenizer
-from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, Weight, by_tensor, expected_weights, tensor_shape
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
 from megatron_lrc.hf.narrowing import is_finite, narrowed
 from megatron_lrc.hf.output_folder import complete_or_absent, write_manifest
@@ -61,7 +61,7 @@ def export_model(
     """
     with complete_or_absent(output, source=base.directory, force=force) as partial:
         family = student_family(base, shape.hidden_size, arch, num_heads=shape.num_attention_heads)
-        weights = {weight.name: weight for weight in expected_weights(family, shape)}
+        weights = by_tensor(expected_weights(family, shape))
         config = json.dumps(student_config(base, shape, family, dtype=dtype), indent=2, sort_keys=True)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         write_tokenizer(base.directory, partial)
@@ -69,7 +69,11 @@ def export_model(
             raise ConfigError(_failed(fault))
 
         def tensor_of(name: str) -> Tensor:
-            weight = weights[name]
+            parts = [written_of(weight) for weight in weights[name]]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        def written_of(weight: Weight) -> Tensor:
+            name = weight.name
             written = narrowed(weight_of(weight), dtype, name)
             if verify and not is_finite(written):  # `fixed_tokens` may not come by the row that it is in
                 raise ConfigError(_failed(f"{name} holds values that are not finite, so the run has diverged"))
@@ -79,7 +83,7 @@ def export_model(
 
         write_model(
             partial,
-            {name: weight.shape for name, weight in weights.items()},
+            {name: tensor_shape(parts) for name, parts in weights.items()},
             dtype=dtype,
             tensor_of=tensor_of,
             max_shard_size=max_shard_size,

@@ -11,8 +11,9 @@ that it is written as.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
 from megatron_lrc.data.pretrained import load_config
@@ -46,7 +48,7 @@ class Weight:
 
     key: `layers.{i}.{site}`, `embed`, `lm_head` (site set) or `layers.{i}.{norm}`, `final`,
     `layers.{i}.{frozen}` (site None). is_frozen: the student has the teacher's tensor unchanged. is_zero: it
-    is zero in both.
+    is zero in both. first_row: where it begins in a tensor of this name that holds others too.
     """
 
     key: str
@@ -56,6 +58,7 @@ class Weight:
     site: Site | None = None
     is_frozen: bool = False
     is_zero: bool = False
+    first_row: int = 0
 
     @property
     def local_name(self) -> str:
@@ -121,7 +124,10 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
         return Weight(key, template.format(layer=layer), size, layer, **kind)
 
     def of_site(site: Site, layer: int | None) -> Weight:
-        return weight(family.sites[site.name], site.name, layer, site_shape(site, shape), site=site)
+        template = family.sites[site.name]
+        above = takewhile(lambda name: name != site.name, family.fused.get(template, ()))
+        first_row = sum(site_shape(SITES[name], shape)[0] for name in above)
+        return weight(template, site.name, layer, site_shape(site, shape), site=site, first_row=first_row)
 
     hidden = (shape.hidden_size,)
     weights = [of_site(EMBED, None)]
@@ -134,6 +140,20 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
             weights.append(weight(template, name, layer, hidden, is_zero=True))
     weights.append(weight(family.norms["final"], "final", None, hidden))
     return weights if shape.is_tied else [*weights, of_site(LM_HEAD, None)]
+
+
+def by_tensor(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
+    """Name of each tensor -> the weights in it, from its first row to its last."""
+    tensors: dict[str, list[Weight]] = {}
+    for weight in weights:
+        tensors.setdefault(weight.name, []).append(weight)
+    return {name: sorted(parts, key=lambda part: part.first_row) for name, parts in tensors.items()}
+
+
+def tensor_shape(parts: Sequence[Weight]) -> tuple[int, ...]:
+    """Of the tensor that holds these, all that `by_tensor` gives of it."""
+    rows, *others = parts[-1].shape
+    return (parts[-1].first_row + rows, *others)
 
 
 def describe_teacher(

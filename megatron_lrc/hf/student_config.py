@@ -58,6 +58,8 @@ def student_family(
 
 def _beyond_llama(family: Family, shape: ModelShape) -> Iterator[str]:
     yield from sorted(set(family.frozen) - set(LLAMA_WITH_BIASES.frozen))
+    yield from ["fused matrices"] * bool(family.fused)
+    yield from ["multipliers"] * bool(family.multipliers)
     yield from ["sliding windows"] * bool(shape.windowed_layers)
     yield from ["layers without RoPE"] * bool(shape.unrotated_layers)
 

@@ -22,7 +22,7 @@ from megatron_lrc.clone.sites import LM_HEAD, Site
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.content_hash import hash_files, root_of
-from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, Weight, by_tensor, expected_weights, tensor_shape
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.sampled_hash import sampled_fingerprint
 from megatron_lrc.json_files import read_json
@@ -57,10 +57,10 @@ class TeacherReader(Reader):
     def check(self) -> None:
         """ConfigError unless the files hold exactly the tensors that config.json implies."""
         family, problems = self.description.family, []
-        expected = {weight.name: weight for weight in self._weights.values()}
+        expected = by_tensor(self._weights.values())
         tied_head = family.sites["lm_head"] if self.description.shape.is_tied else None
-        for name, weight in expected.items():
-            problems += self._problems_of(name, weight)
+        for name, parts in expected.items():
+            problems += self._problems_of(name, parts)
         for name, file in self._file_of.items():
             if name not in expected and name != tied_head and not name.endswith(family.ignored_suffixes):
                 problems.append(f"unexpected tensor {name} in {file}")
@@ -69,20 +69,25 @@ class TeacherReader(Reader):
         if tied_head in self._file_of:
             self._check_repeated_head(tied_head)
 
-    def read(self, name: str, *, split_dim: int | None = None, rank: int = 0, size: int = 1) -> Tensor:
-        """The tensor of this Hugging Face name, or the `rank`-th of `size` equal parts of its `split_dim`."""
+    def read(self, name: str) -> Tensor:
+        """The tensor of this Hugging Face name."""
         view = self._slice(name)
-        self._count_read(math.prod(view.get_shape()) // size)
-        if split_dim is None or size == 1:
-            return view[:]
-        length, remainder = divmod(view.get_shape()[split_dim], size)
-        assert remainder == 0, f"{name} {view.get_shape()} does not split into {size} along {split_dim}"
-        part = slice(rank * length, (rank + 1) * length)
-        return view[part] if split_dim == 0 else view[:, part]
+        self._count_read(math.prod(view.get_shape()))
+        return view[:]
+
+    def _read_weight(self, weight: Weight, split_dim: int | None = None, rank: int = 0, size: int = 1) -> Tensor:
+        """It, or the `rank`-th of `size` equal parts of its `split_dim`."""
+        view, starts, shape = self._slice(weight.name), [weight.first_row, *[0] * 3], list(weight.shape)
+        if split_dim is not None:
+            shape[split_dim], remainder = divmod(shape[split_dim], size)
+            assert remainder == 0, f"{weight.name} {weight.shape} does not split into {size} along {split_dim}"
+            starts[split_dim] += rank * shape[split_dim]
+        self._count_read(math.prod(shape))
+        return view[tuple(slice(start, start + length) for start, length in zip(starts, shape, strict=False))]
 
     def names(self) -> list[str]:
-        """The Hugging Face names of the weights."""
-        return [weight.name for weight in self._weights.values()]
+        """The Hugging Face names of the tensors."""
+        return list(by_tensor(self._weights.values()))
 
     def dtype(self, key: str) -> torch.dtype:
         """The data type in which the files hold the weight of this key (`Weight.key`)."""
@@ -106,10 +111,10 @@ class TeacherReader(Reader):
 
     def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
         split_dim = 0 if name in FROZEN_BIASES else SITES[name].split
-        return self.read(self._weights[f"layers.{layer}.{name}"].name, split_dim=split_dim, rank=rank, size=size)
+        return self._read_weight(self._weights[f"layers.{layer}.{name}"], split_dim, rank, size)
 
     def _whole(self, name: str, layer: int | None) -> Tensor:
-        return self.read(self._weights[name if layer is None else f"layers.{layer}.{name}"].name)
+        return self._read_weight(self._weights[name if layer is None else f"layers.{layer}.{name}"])
 
     def _place(self, key: str) -> str:
         name = self._weights[key].name
@@ -125,13 +130,14 @@ class TeacherReader(Reader):
             self._elements_read = 0
             self._files = {name: _open(self.description.directory / name) for name in self._files}
 
-    def _problems_of(self, name: str, weight: Weight) -> list[str]:
+    def _problems_of(self, name: str, parts: list[Weight]) -> list[str]:
+        weight, shape = parts[0], tensor_shape(parts)
         if name not in self._file_of:
             hint = " (config.json has tie_word_embeddings: false)" if weight.site == LM_HEAD else ""
-            return [f"tensor {name} {list(weight.shape)} is missing{hint}"]
+            return [f"tensor {name} {list(shape)} is missing{hint}"]
         found, file = self._slice(name), self._file_of[name]
-        if tuple(found.get_shape()) != weight.shape:
-            return [f"tensor {name} in {file} has shape {found.get_shape()}, expected {list(weight.shape)}"]
+        if tuple(found.get_shape()) != shape:
+            return [f"tensor {name} in {file} has shape {found.get_shape()}, expected {list(shape)}"]
         if found.get_dtype() not in DTYPES:
             return [f"tensor {name} in {file} has dtype {found.get_dtype()}, expected {', '.join(DTYPES)}"]
         if weight.is_zero and bool(found[:].any()):

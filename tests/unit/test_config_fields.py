@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from damage import change_config
-from hf_teachers import write_granite, write_llama, write_mistral, write_qwen2, write_qwen3, write_smollm3
+from hf_teachers import write_granite, write_llama, write_mistral, write_phi3, write_qwen2, write_qwen3, write_smollm3
 from megatron_lrc.hf import config_fields
 from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.config_fields import unknown_fields
@@ -22,7 +22,7 @@ from students import TOKENS
 CHOOSES_KERNELS = {"_attn_implementation", "_experts_implementation"}
 
 
-CLASSES = [write_llama, write_mistral, write_qwen2, write_qwen3, write_smollm3, write_granite]
+CLASSES = [write_llama, write_mistral, write_qwen2, write_qwen3, write_smollm3, write_granite, write_phi3]
 
 
 @pytest.fixture(params=CLASSES)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from hf_teachers import LLAMA3_ROPE, OTHERWISE, write_llama, write_qwen2, write_qwen3
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher, expected_weights
+from megatron_lrc.hf.families import TeacherDescription, by_tensor, describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
 from reference import in_fp64
 from students import TOKENS, State, export_student, load, logits_of, random_student
@@ -131,8 +131,12 @@ def test_a_student_of_its_teachers_class_is_the_one_composed_by_hand(
     again = describe_teacher(output)
     assert again.shape == replace(description.shape, hidden_size=hidden)
     reader = TeacherReader(again)
-    for weight in expected_weights(again.family, again.shape):
-        assert torch.equal(reader.weight(weight), written[weight.name]), weight.name
+    for name, parts in by_tensor(expected_weights(again.family, again.shape)).items():
+        assert torch.equal(torch.cat([reader.weight(part) for part in parts]), written[name]), name
+
+
+#: Rows of the sites in a fused matrix of a tiny teacher.
+FUSED = {"qkv_proj": {"q": 64, "k": 32, "v": 32}, "gate_up_proj": {"gate": 80, "up": 80}}
 
 
 def compose_by_hand(name: str, weight: Tensor, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
@@ -143,6 +147,10 @@ def compose_by_hand(name: str, weight: Tensor, projections: dict[str, Tensor], n
         return weight
     if "norm" in name:
         return norms["final" if not layer else layer + ("input" if "input" in name else "post")]
+    if parts[-2] in FUSED:
+        sites = FUSED[parts[-2]]
+        pieces = weight.split(list(sites.values()))
+        return torch.cat([piece @ projections[layer + site] for site, piece in zip(sites, pieces, strict=True)])
     projection = projections[layer + parts[-2].removesuffix("_proj").replace("embed_tokens", "embed")]
     return projection.T @ weight if parts[-2] in ("o_proj", "down_proj") else weight @ projection
 

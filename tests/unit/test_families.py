@@ -24,7 +24,13 @@ from hf_teachers import (
     write_smollm3,
 )
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.families import describe_teacher, expected_weights, rope_inverse_frequencies
+from megatron_lrc.hf.families import (
+    by_tensor,
+    describe_teacher,
+    expected_weights,
+    rope_inverse_frequencies,
+    tensor_shape,
+)
 
 
 @pytest.fixture
@@ -45,7 +51,8 @@ def test_shape_is_read_from_config_json(teacher: Path) -> None:
 def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool, write: Callable) -> None:
     model = write(tmp_path / "teacher", is_tied=is_tied)
     description = describe_teacher(tmp_path / "teacher")
-    found = {weight.name: weight.shape for weight in expected_weights(description.family, description.shape)}
+    tensors = by_tensor(expected_weights(description.family, description.shape))
+    found = {name: tensor_shape(parts) for name, parts in tensors.items()}
     assert found == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
