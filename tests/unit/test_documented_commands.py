@@ -98,6 +98,11 @@ def test_a_shown_tool_takes_its_flags(page: str, command: str) -> None:
         load_tool(Path(started(command)).stem).parse_arguments(flags)
         return
     (name,) = re.findall(r'run_tool\("(.*)", __file__\)', tool)
-    read_flags = getattr(import_module(f"megatron_lrc.commands.{MODULES[name]}"), "read_flags", None)
+    command_module = import_module(f"megatron_lrc.commands.{MODULES[name]}")
+    if flags and flags[0] in (subjects := getattr(command_module, "SUBJECTS", {})):
+        command_module = import_module(f"megatron_lrc.commands.{subjects[flags.pop(0)]}")
+    read_flags = getattr(command_module, "read_flags", None)
     if flags and read_flags:  # the others have one or two, which test_names_in_prose.py looks up
-        read_flags(flags, name)
+        read = read_flags(flags, name)
+        if name == "plan":  # the others are flags of a training
+            parse_config(read[1])

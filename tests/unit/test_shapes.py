@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama, write_qwen2, write_qwen3
-from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.shapes import AXES, Candidate, Cost, Serving, Target, find_shapes
 from megatron_lrc.hf.families import describe_teacher
@@ -58,7 +59,7 @@ def test_a_shape_costs_what_transformers_holds_reads_and_multiplies(tmp_path, wr
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cached = cost.kv_cache_bytes * (CONTEXT + 1)
     assert cost.memory_bytes == weights + sequences * cached
-    looked_up = 0 if is_tied else model.get_input_embeddings().weight.nbytes
+    looked_up = 0 if is_tied else 4 * shape.vocab_size * shape.hidden_size
     assert cost.decode_bytes == (weights - looked_up) / sequences + cached
 
 
@@ -78,9 +79,8 @@ def test_nothing_larger_fits_and_nothing_as_large_is_missing(measure, most):
     assert found == largest and len(found) >= 1
 
 
-def candidate_shape(hidden: int, layers: int):
-    values = {name: getattr(TEACHER, name) for name in TEACHER.__slots__}
-    return type(TEACHER)(**values | {"hidden_size": hidden, "num_layers": layers})
+def candidate_shape(hidden: int, layers: int) -> ModelShape:
+    return replace(TEACHER, hidden_size=hidden, num_layers=layers)
 
 
 def test_of_many_those_are_shown_that_cut_no_size_much():
