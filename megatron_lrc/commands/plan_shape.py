@@ -2,7 +2,8 @@
 
     megatron-lrc plan shape --teacher DIR --target-params 1.2B
     megatron-lrc plan shape --preset lrc-1.5b --target-memory 3 --context-length 32768 --batch-size 8
-    megatron-lrc plan shape --teacher DIR --target-decode-bytes 1.5B --score --init ridge --data-path PREFIX ...
+    megatron-lrc plan shape --teacher DIR --target-decode-bytes 1.5B --layer-importance hidden-state --score \\
+        --init ridge --data-path PREFIX ...
 
 Of the shapes within all targets the largest are shown: in none could any one size take its next value. Other flags
 are those of `megatron-lrc train`; a size that they give (--student-num-layers 20) is kept, and the others are
@@ -19,11 +20,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron_lrc.commands import plan_layers
 from megatron_lrc.commands.flags import DTYPES, METAVARS, flag_adder, new_parser, positive
 from megatron_lrc.commands.untrained_scores import flags_of_scores, score
-from megatron_lrc.config import ConfigError, flag_of, given_values, parse_count
+from megatron_lrc.config import Config, ConfigError, describe_layers, flag_of, given_values, most_important, parse_count
 from megatron_lrc.console import complain
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ TARGETS = {
     "target_memory": ("memory_bytes", 1 << 30),
     "target_decode_bytes": ("decode_bytes", 1),
 }
+KEPT = (
+    "which of the teacher's layers a student of fewer keeps: those that matter most by this, as plan layers measures it"
+)
 #: Bytes of a number of each type.
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,6 +62,7 @@ def read_flags(argv: Sequence[str], program: str) -> tuple[argparse.Namespace, l
         default=64,
     )
     add("--top", "shapes to show, those whose most cut size is cut least", type=positive, default=10)
+    add("--layer-importance", f"{KEPT} (default: evenly spread)", choices=plan_layers.MEASURES)
     add("--score", "validate each before its first step", action="store_true")
     add("--score-processes", "processes of each validation, as torchrun starts them", type=positive, default=1)
     add = flag_adder(parser.add_argument_group("output"))
@@ -77,6 +83,8 @@ def run(argv: Sequence[str], program: str) -> int:
     if options.plot:
         check_matplotlib("--plot", "the shapes are printed as a table in any case")
     config = read_config(flags)
+    if options.layer_importance:
+        plan_layers.check(config)
     if options.score:
         flags = flags_of_scores(config, flags)
         config = read_config(flags)
@@ -88,6 +96,8 @@ def run(argv: Sequence[str], program: str) -> int:
     serving = Serving(options.context_length, options.batch_size, WIDTHS[options.dtype])
     found = find_shapes(config, teacher, targets, serving, divisor=options.hidden_size_divisor, top=options.top)
     rows = [candidate.numbers() for candidate in found]
+    if options.layer_importance:
+        name_layers(rows, config, options.layer_importance)
     for number, row in enumerate(rows if options.score else [], 1):
         row.update(score([*flags, *row["flags"].split()], options.score_processes))
         complain(f"[{number}/{len(rows)}] {row['flags']}: untrained LM loss {row['lm_loss']:.4f}")
@@ -104,6 +114,14 @@ def run(argv: Sequence[str], program: str) -> int:
         best = min(rows, key=lambda row: row["lm_loss"])
         print(f"the lowest LM loss before training: {best['flags']}")
     return 0
+
+
+def name_layers(rows: Sequence[dict[str, Any]], config: Config, measure: str) -> None:
+    """Have each shape's flags name the layers that matter most."""
+    importance = plan_layers.measure(config, [measure])[measure]
+    for row in rows:
+        layers = most_important(importance, row["num_layers"])
+        row["flags"] = f"{row['flags']} --student-layers {describe_layers(layers)}".strip()
 
 
 def read_targets(options: argparse.Namespace) -> list[Target]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama, write_qwen2, write_qwen3
-from megatron_lrc.config import Config, ConfigError, ModelShape
+from megatron_lrc.config import Config, ConfigError, ModelShape, parse_config, student_layers
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.shapes import AXES, Candidate, Cost, Serving, Target, find_shapes
 from megatron_lrc.hf.families import describe_teacher
@@ -150,6 +150,26 @@ def test_the_tool_prints_writes_and_draws_them(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_each_shape_names_the_layers_that_matter_most(tiny_llama, tiny_text, capsys):
+    run = ["--teacher", tiny_llama(num_layers=4), "--data-path", tiny_text, "--seq-length", "32"]
+    run += ["--calibration-tokens", "64", "--student-hidden-size", "24"]
+    ranked = []
+    for count in ("1", "2", "3"):
+        assert plan_main(["layers", *run, "--layer-importance", "loss", "--student-num-layers", count, "--json"]) == 0
+        ranked.append(json.loads(capsys.readouterr().out)["loss"]["kept"])
+    size = parameters_of(tiny_llama(num_layers=4), hidden=24, layers=3)
+    assert plan_main(["shape", *run, "--layer-importance", "loss", "--target-params", str(size), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    named = parse_config(row["flags"].split())
+    assert student_layers(named.model, 4) == tuple(ranked[2]) and named.model.student_num_layers == 3
+    assert set(ranked[0]) < set(ranked[1]) < set(ranked[2])
+
+
+def parameters_of(teacher: str, hidden: int, layers: int) -> int:
+    shape = replace(describe_teacher(teacher).shape, hidden_size=hidden, num_layers=layers)
+    return Cost.of(shape, Serving()).parameters
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -157,6 +177,7 @@ def test_the_tool_prints_writes_and_draws_them(tmp_path, capsys):
         (["--target-params", "many"], "--target-params many is no number above 0"),
         (["--target-memory", "-1"], "--target-memory -1.0 is no number above 0"),
         (["--target-params", "1K"], "--target-params 1K is too little"),
+        (["--target-params", "1.2B", "--data-path", "unused", "--layer-importance", "loss"], "--teacher is missing"),
         (["--target-params", "1.2B", "--score"], "--score runs the teacher. Give --teacher DIR"),
         (
             ["--target-params", "1.2B", "--student-num-layers", "99"],
