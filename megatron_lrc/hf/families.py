@@ -251,8 +251,8 @@ def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: Mode
     )
 
 
-def _read_multipliers(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> dict[str, float]:
-    """Fields of `ModelShape`."""
+def _read_multipliers(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> dict[str, Any]:
+    """Fields of `ModelShape`, each a float."""
     for name in family.multipliers:
         value = getattr(config, name)
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):

@@ -7,6 +7,7 @@ under sequence parallel (megatron-core's torch norm refuses it); with either, th
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -228,6 +229,11 @@ def adds_multiple(multiplier: float) -> Callable[..., Callable[..., Tensor]]:
     return choose
 
 
+def multiply_output(multiplier: float, module: nn.Module, inputs: tuple, output: Any) -> Tensor:
+    """A forward hook."""
+    return output * multiplier
+
+
 def build_stage(
     config: Config,
     shape: ModelShape,
@@ -259,7 +265,7 @@ def build_stage(
     )
     model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
     if is_first_stage and shape.embedding_multiplier != 1.0:
-        model.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * shape.embedding_multiplier)
+        model.embedding.register_forward_hook(partial(multiply_output, shape.embedding_multiplier))
     if config.data.reset_position_ids:
         model.rotary_pos_emb = RotaryByPosition(model)
     if is_last_stage:

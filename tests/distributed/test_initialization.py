@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_teachers import write_llama
+from hf_teachers import write_granite, write_llama
 from megatron_lrc.checkpoints.saved_student import open_checkpoint
 from megatron_lrc.clone.kept_rows import KeptRows
 from megatron_lrc.clone.ridge import RIDGE
@@ -131,7 +131,7 @@ def inputs_of_norms(config: Config, kept: dict[int, KeptRows]) -> tuple[dict[str
     data, _ = build_datasets(config)
     count = config.projection.calibration_tokens // config.training.seq_length
     tokens = torch.stack([data[index]["tokens"] for index in range(count)])
-    model = LlamaForCausalLM.from_pretrained(config.model.teacher).eval()
+    model = AutoModelForCausalLM.from_pretrained(config.model.teacher).eval()
     found, missing = {}, torch.zeros(1)
 
     def note(name: str, module: torch.nn.Module, args: tuple) -> None:
@@ -144,7 +144,7 @@ def inputs_of_norms(config: Config, kept: dict[int, KeptRows]) -> tuple[dict[str
     def without(linear: torch.nn.Linear, columns: Tensor, args: tuple) -> Tensor:
         dropped = args[0].clone()
         dropped[..., columns] = 0
-        return linear(dropped)
+        return linear(dropped) * getattr(model.config, "residual_multiplier", 1.0)
 
     for index, layer in enumerate(model.model.layers):
         layer.input_layernorm.register_forward_pre_hook(partial(note, f"layers.{index}.input"))
@@ -168,7 +168,7 @@ def inputs_of_norms(config: Config, kept: dict[int, KeptRows]) -> tuple[dict[str
 
 def gains_of(teacher: str) -> dict[str, Tensor]:
     """Norm -> its gain [D]."""
-    model = LlamaForCausalLM.from_pretrained(teacher).model
+    model = AutoModelForCausalLM.from_pretrained(teacher).model
     gains = {"final": model.norm.weight}
     for index, layer in enumerate(model.layers):
         gains[f"layers.{index}.input"] = layer.input_layernorm.weight
@@ -208,19 +208,24 @@ def test_minitron_starts_as_the_teacher_cut_to_its_most_active_channels(teacher,
     assert record["loss"] == record["kl_loss"] > 0 and all(record["grad_norm_by_group"][group] for group in MATRICES)
 
 
+PART = {"student_num_query_groups": 1, "student_ffn_hidden_size": 40}
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("kept", "part", "layout"),
+    ("write", "kept", "part", "layout"),
     [
-        ((0, 1, 2, 3), {}, {}),
-        ((0, 1, 2, 3), {"student_ffn_hidden_size": 40}, {"tp": 2}),
-        ((0, 2, 3), {"student_num_query_groups": 1, "student_ffn_hidden_size": 40}, {"pp": 2}),
+        (write_llama, (0, 1, 2, 3), {}, {}),
+        (write_llama, (0, 1, 2, 3), {"student_ffn_hidden_size": 40}, {"tp": 2}),
+        (write_llama, (0, 2, 3), PART, {"pp": 2}),
+        pytest.param(write_granite, (0, 2, 3), PART, {}, marks=pytest.mark.slow),
     ],
-    ids=str,
 )
-def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(teacher, tiny_text, tmp_path, kept, part, layout):
+def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(tiny_text, tmp_path, write, kept, part, layout):
     """Against torch's solver, on rows for the tokens and rows for the ridge. A student without layer 1, or without some
     of the groups and neurons, reads a stream to which these have added nothing."""
+    teacher = str(tmp_path / "teacher")
+    write(Path(teacher), num_layers=4)
     config = start_of(make_config(teacher, tiny_text, tmp_path / "run", steps=0), "ridge")
     config.model.student_norm_epsilon = own_epsilon = 0.05
     config.model = replace(config.model, student_layers=[str(layer) for layer in kept], **part)

@@ -31,8 +31,16 @@ class MissingParts:
     It travels between stages in the place of the student's hidden state.
     """
 
-    def __init__(self, skipped: Iterable[nn.Module], pairs: Iterable[tuple[nn.Module, nn.Module]]):
-        """skipped: layers of the teacher that the student has not. pairs: the others, each beside the student's."""
+    def __init__(
+        self,
+        skipped: Iterable[nn.Module],
+        pairs: Iterable[tuple[nn.Module, nn.Module]],
+        *,
+        residual_multiplier: float = 1.0,
+    ):
+        """skipped: layers of the teacher that the student has not. pairs: the others, each beside the student's.
+        residual_multiplier: of what a block gives, before it is added to the stream."""
+        self._multiplier = residual_multiplier
         self._skipped = list(skipped)
         self._writers = [tuple(layer.get_submodule(path) for layer in pair) for pair in pairs for path in WRITERS]
         self.added: Tensor | float = 0.0
@@ -50,7 +58,7 @@ class MissingParts:
             missing = columns.detach()[:, kept.shape[1] :]  # the kept ones come first
             if missing.numel():
                 dtype = torch.promote_types(missing.dtype, torch.float32)
-                into_basis = missing.t().to(dtype) @ basis.to(dtype)  # [g/tp, d]
+                into_basis = missing.t().to(dtype) @ basis.to(dtype) * self._multiplier  # [g/tp, d]
                 yield of_teacher.register_forward_hook(partial(self._add_features, into_basis))
 
     def _add_layer(self, basis: Tensor, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:

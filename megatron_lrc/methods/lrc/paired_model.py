@@ -177,7 +177,8 @@ class PairedModel(TwoModels):
         own = {index: layer for index, layer in layers_of(self.student)}
         pairs = [(of_teacher, own[index]) for index, of_teacher in self.teachers_of_student()]
         kept = {id(of_teacher) for of_teacher, _ in pairs}
-        return MissingParts((layer for _, layer in layers_of(self.teacher) if id(layer) not in kept), pairs)
+        skipped = (layer for _, layer in layers_of(self.teacher) if id(layer) not in kept)
+        return MissingParts(skipped, pairs, residual_multiplier=self.shapes.teacher.residual_multiplier)
 
     def readings(self) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
         """Where the student reads its residual stream here: (its norm's name, the gain [D] of the teacher's norm there,
