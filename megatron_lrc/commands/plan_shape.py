@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from megatron_lrc.commands import plan_layers
 from megatron_lrc.commands.flags import DTYPES, METAVARS, flag_adder, new_parser, positive
 from megatron_lrc.commands.untrained_scores import flags_of_scores, score
 from megatron_lrc.config import Config, ConfigError, describe_layers, flag_of, given_values, most_important, parse_count
-from megatron_lrc.console import complain
+from megatron_lrc.console import say
 
 if TYPE_CHECKING:
     from megatron_lrc.estimate.shapes import Target
@@ -98,9 +99,8 @@ def run(argv: Sequence[str], program: str) -> int:
     rows = [candidate.numbers() for candidate in found]
     if options.layer_importance:
         name_layers(rows, config, options.layer_importance)
-    for number, row in enumerate(rows if options.score else [], 1):
-        row.update(score([*flags, *row["flags"].split()], options.score_processes))
-        complain(f"[{number}/{len(rows)}] {row['flags']}: untrained LM loss {row['lm_loss']:.4f}")
+    if options.score:
+        add_scores(rows, flags, options.score_processes)
     if options.csv:
         write_csv(options.csv, rows)
     if options.plot:
@@ -122,6 +122,13 @@ def name_layers(rows: Sequence[dict[str, Any]], config: Config, measure: str) ->
     for row in rows:
         layers = most_important(importance, row["num_layers"])
         row["flags"] = f"{row['flags']} --student-layers {describe_layers(layers)}".strip()
+
+
+def add_scores(rows: Sequence[dict[str, Any]], flags: Sequence[str], processes: int) -> None:
+    """One after another, each told as it comes."""
+    for number, row in enumerate(rows, 1):
+        row.update(score([*flags, *row["flags"].split()], processes))
+        say(f"[{number}/{len(rows)}] {row['flags']}: untrained LM loss {row['lm_loss']:.4f}", sys.stderr)
 
 
 def read_targets(options: argparse.Namespace) -> list[Target]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_teachers import write_llama, write_qwen2, write_qwen3
+from megatron_lrc.commands.untrained_scores import score
 from megatron_lrc.config import Config, ConfigError, ModelShape, parse_config, student_layers
 from megatron_lrc.estimate.published_teachers import TEACHER_SHAPES
 from megatron_lrc.estimate.shapes import AXES, Candidate, Cost, Serving, Target, find_shapes
@@ -194,12 +195,18 @@ def test_what_cannot_be_searched_is_refused_in_a_sentence(flags, said, capsys):
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_a_run_before_its_first_step(tiny_llama, tiny_text, capsys):
-    """By pca at full width with every layer a clone is its teacher; without one it is not."""
-    run = ["--teacher", tiny_llama(), "--data-path", tiny_text, "--split", "50,50,0", "--init", "pca"]
+@pytest.mark.parametrize("more", [[], ["--score-processes", "2", "--pipeline-model-parallel-size", "2"]])
+def test_scores_are_those_of_a_run_before_its_first_step(more, tiny_llama, tiny_text, capsys):
+    """By pca at full width with every layer a clone is its teacher, on two stages too."""
+    run = ["--teacher", tiny_llama(), "--data-path", tiny_text, "--split", "50,50,0", "--init", "pca", *more]
     run += ["--calibration-tokens", "512", "--seq-length", "32", "--eval-iters", "2", "--student-hidden-size", "48"]
     run += ["--student-num-query-groups", "2", "--student-ffn-hidden-size", "80"]
     assert plan_main(["shape", *run, "--target-params", "1M", "--score", "--json", "--student-num-layers", "2"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["lm_loss"] == pytest.approx(row["teacher_lm_loss"], abs=1e-4) and row["teacher_kl"] < 1e-4
     assert row["top1_agreement"] > 0.99 and math.isfinite(row["lm_loss"])
+
+
+def test_a_score_that_fails_says_why_in_a_line():
+    with pytest.raises(ConfigError, match=r"--score failed with --no-such-flag: .*unknown flag --no-such-flag"):
+        score(["--no-such-flag"], processes=1)
