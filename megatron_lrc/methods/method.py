@@ -143,7 +143,12 @@ class Method(ABC):
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
         """What is allowed, but probably not meant."""
-        return iter(())
+        count = self.config.model.student_num_layers
+        if self.has_teacher and count and not self.config.model.student_layers and count < base.num_layers:
+            yield (
+                f"--student-num-layers {count} spreads the layers evenly, and may leave out one that matters much. "
+                "tools/plan.py layers measures them, and prints the --student-layers to use."
+            )
 
     def why_no_dry_run(self) -> str | None:
         """What --dry-run says where it cannot estimate this method at all."""

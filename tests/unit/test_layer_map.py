@@ -106,6 +106,14 @@ def test_layers_that_the_teacher_lacks_are_refused(flags, expected):
     assert [message] == list(method_of(config).check_against(SMOLLM2))
 
 
+def test_layers_that_are_only_counted_get_a_warning():
+    """Of a clone; a new model has no layers of anyone's."""
+    (warning,) = method_of(config_with("--student-num-layers 20")).warn_against(SMOLLM2)
+    assert warning.startswith("--student-num-layers 20 spreads the layers evenly") and "plan.py layers" in warning
+    for flags in ("--student-num-layers 30", "--student-layers 0-19", "--method ordinary --student-num-layers 20"):
+        assert not list(method_of(config_with(flags)).warn_against(SMOLLM2))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

@@ -68,6 +68,7 @@ class LowRankClone(Method):
                 )
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
+        yield from super().warn_against(base)
         width = self.config.model.student_hidden_size
         if self.config.projection.init == "random" and width is not None and width >= base.hidden_size:
             yield (
