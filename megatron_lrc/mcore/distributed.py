@@ -213,6 +213,14 @@ def sum_over_stage(partial: torch.Tensor) -> torch.Tensor:
     return partial
 
 
+def sum_over_tp(partial: torch.Tensor, *, is_scattered: bool) -> torch.Tensor:
+    """What row parallel linears give, of partial sums [s, b, h]: complete, or with sequence parallelism this rank's
+    tokens of it [s/tp, b, h]."""
+    if is_scattered:
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial)
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(partial)
+
+
 def reduce_over_stage(partial: torch.Tensor, turn: int) -> bool:
     """Sum, in place, over the ranks that hold the same pipeline stage. The sum is complete on one of them only, chosen
     by `turn`; whether it is this one. With tensor parallelism for what each rank has of its own tokens."""

@@ -13,14 +13,11 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_lrc.clone.sites import LAYER_SITES
+from megatron_lrc.mcore.distributed import sum_over_tp
 
 WRITERS = [site.linear for site in LAYER_SITES if site.projected == "output"]
 
@@ -69,7 +66,4 @@ class MissingParts:
     def _add_features(self, into_basis: Tensor, linear: nn.Module, inputs: tuple, output: tuple) -> None:
         partial_sum = inputs[0][..., -len(into_basis) :].to(into_basis) @ into_basis  # [s, b, d]
         is_scattered = output[0].shape[0] != partial_sum.shape[0]
-        to_rank = (
-            reduce_scatter_to_sequence_parallel_region if is_scattered else reduce_from_tensor_model_parallel_region
-        )
-        self.added = self.added + to_rank(partial_sum)
+        self.added = self.added + sum_over_tp(partial_sum, is_scattered=is_scattered)
