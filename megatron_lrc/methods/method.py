@@ -270,7 +270,7 @@ class Method(ABC):
     def headline(self, base: ModelShape, student: ModelShape, trained: int, *, has_changed: bool) -> str:
         """The console's line about the models. trained: parameters."""
         return (
-            f"teacher d_T {base.hidden_size}, student d_S {width_and_depth(student)}{_parts(student, base)}; "
+            f"teacher d_T {base.hidden_size}, student d_S {width_and_depth(student)}{describe_parts(student, base)}; "
             f"trained: {trained / 1e6:.1f}M parameters{self.trained_where(has_changed=has_changed)}"
         )
 
@@ -315,7 +315,7 @@ def width_and_depth(shape: ModelShape) -> str:
     return f"{shape.hidden_size} ({describe_tying(shape)}), {describe_depth(shape)}"
 
 
-def _parts(student: ModelShape, base: ModelShape) -> str:
+def describe_parts(student: ModelShape, base: ModelShape) -> str:
     """What a slimmer student's layers have of those of the base model."""
     if not is_slimmer(student, base):
         return ""

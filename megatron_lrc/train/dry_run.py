@@ -36,7 +36,7 @@ from megatron_lrc.estimate.stage import parameter_count
 from megatron_lrc.mcore.engine import too_old_for_recipe
 from megatron_lrc.mcore.kernels import check_machine
 from megatron_lrc.methods import Method, method_of
-from megatron_lrc.methods.method import describe_depth, describe_tying
+from megatron_lrc.methods.method import describe_depth, describe_parts, describe_tying
 from megatron_lrc.train.start_checks import check
 
 
@@ -98,7 +98,8 @@ def describe_models(method: Method, teacher: ModelShape, student: ModelShape) ->
     for name, shape in shapes.items():
         yield (
             f"{name}: {parameter_count(shape) / 1e9:.2f}B parameters, {'' if method.is_estimated else 'all trained, '}"
-            f"hidden size {shape.hidden_size}, {describe_depth(shape)}, {describe_tying(shape)}"
+            f"hidden size {shape.hidden_size}, {describe_depth(shape)}{describe_parts(shape, teacher)}, "
+            f"{describe_tying(shape)}"
         )
 
     def count(has_changed: bool) -> int:
