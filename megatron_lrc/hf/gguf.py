@@ -124,7 +124,8 @@ def saveable(source: Any) -> PreTrainedModel:
 
 def _check_architecture(path: Path, contents: Any) -> str:
     """Refuse what cannot be a teacher before it is dequantised. The name of its architecture."""
-    architecture, supported = contents.fields["general.architecture"].contents(), {one.model_type for one in FAMILIES}
+    architecture = contents.fields["general.architecture"].contents()
+    supported = {one.model_type for one in FAMILIES if not one.fused}
     if architecture not in supported:
         raise ConfigError(
             f"{path} holds a {architecture} model. Supported: {', '.join(sorted(supported))}. Choose another teacher."
@@ -139,15 +140,16 @@ def _check_nothing_is_lost(path: Path, contents: Any, model: Any) -> None:
     tensors = {tensor.name: int(tensor.n_elements) for tensor in contents.tensors}
     key_length = contents.fields.get(f"{architecture}.attention.key_length")
     config = model.config
-    window = contents.fields.get(f"{architecture}.attention.sliding_window")
+    window_field = contents.fields.get(f"{architecture}.attention.sliding_window")
+    window = (window_field.contents() or None) if window_field else None  # 0: none
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     owned = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
     if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
         lost = "its RoPE scaling"
     elif key_length is not None and key_length.contents() != head_dim:
         lost = f"its head size, {key_length.contents()}"
-    elif (window and window.contents()) != getattr(config, "sliding_window", None):  # it takes its class's default
-        lost = f"its sliding window ({window.contents() if window else 'not in the file'})"
+    elif window != getattr(config, "sliding_window", None):  # its class may have one by default
+        lost = f"its sliding window ({window or 'none'})"
     elif sorted(tensors.values()) != sorted(owned.values()):
         lost = f"some of its tensors ({len(tensors)} in the file, {len(owned)} in {type(model).__name__})"
     else:

@@ -19,6 +19,7 @@ from hf_teachers import (
     write_llama_with_biases,
     write_mistral,
     write_mistral_with_windows,
+    write_phi3,
     write_qwen2,
     write_qwen3,
     write_smollm3,
@@ -82,6 +83,8 @@ def test_rope_settings_in_the_older_spelling_are_understood(teacher: Path) -> No
     assert torch.equal(rope_inverse_frequencies(describe_teacher(teacher)), expected)
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -149,6 +152,8 @@ def test_qwen2_without_head_dim_has_hidden_size_over_heads(tmp_path: Path) -> No
         (write_qwen3, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types .'chunked_attention'"),
         (write_mistral_with_windows, {"sliding_window": 0}, "sliding_window 0.*whole number"),
         (write_smollm3, {"no_rope_layers": [1, 2]}, "no_rope_layers .1, 2.*is expected"),
+        (write_phi3, {"rope_parameters": LONGROPE}, "RoPE type 'longrope'"),
+        (write_phi3, {"rope_parameters": PARTIAL}, "partial_rotary_factor 0.5. Only heads that are rotated whole"),
         (write_granite, {"logits_scaling": 0.0}, "logits_scaling 0.0. A number above 0"),
         (write_granite, {"attention_bias": True}, "Granite .*attention_bias: false"),
         (write_smollm3, {"no_rope_layers": [1]}, "no_rope_layers .1..*is expected"),
