@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_teachers import LLAMA3_ROPE, write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
+from hf_teachers import (
+    LLAMA3_ROPE,
+    write_llama,
+    write_llama_with_biases,
+    write_mistral,
+    write_qwen2,
+    write_qwen2_with_windows,
+    write_qwen3,
+    write_smollm3,
+)
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.architectures import LLAMA_WITH_BIASES, MISTRAL
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
@@ -83,6 +92,28 @@ def test_a_class_that_cannot_hold_the_student_is_refused(
     write(tmp_path)
     with pytest.raises(ConfigError, match=words):
         student_family(describe_teacher(tmp_path), hidden, arch)
+
+
+def test_a_student_with_fewer_layers_says_what_its_own_layers_have(tmp_path: Path) -> None:
+    """Read back it is a model of its own, whose layers are as they were in training."""
+    write_smollm3(tmp_path / "teacher", num_layers=4)
+    teacher = describe_teacher(tmp_path / "teacher")
+    assert (teacher.shape.unrotated_layers, teacher.shape.windowed_layers) == ((1, 3), (3,))
+    shape = replace(teacher.shape, num_layers=2, teacher_layers=(0, 3))
+    values = student_config(teacher, shape, student_family(teacher, 48), dtype=torch.float32)
+    assert values["no_rope_layers"] == [1, 0]
+    assert values["layer_types"] == ["full_attention", "sliding_attention"]
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/config.json").write_text(json.dumps(dict(values)))
+    assert describe_teacher(tmp_path / "student", needs_weights=False).shape == shape.without_teacher()
+
+
+def test_no_class_without_windows_is_chosen_for_a_student_with_them(tmp_path: Path) -> None:
+    write_qwen2_with_windows(tmp_path)
+    teacher = describe_teacher(tmp_path)
+    assert student_family(teacher, 28).architecture == "Qwen2ForCausalLM"  # otherwise Llama, for its narrow heads
+    with pytest.raises(ConfigError, match="has no place for what Qwen2ForCausalLM has .sliding windows.. Use"):
+        student_family(teacher, 28, "llama")
 
 
 def test_mistral_computes_what_llama_computes(tmp_path: Path, teacher: TeacherDescription) -> None:
