@@ -27,6 +27,7 @@ COMMANDS = {
     "start": "what it costs that 1,024 ranks compare what they are before they start (simulated)",
     "methods": "tokens/s of an optimizer step of every method, over ordinary training's",
     "kernels": "launches, bytes and FLOPs of an LRC step by part, counted without a GPU, beside their bounds",
+    "generation": "tokens/s and KV cache of models that transformers generates with, as ratios to the first",
     "step": "tokens/s of whole optimizer steps: LRC, ordinary training of the student, a naive LRC",
 }
 

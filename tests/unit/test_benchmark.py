@@ -15,6 +15,7 @@ from benchmarks import data_benchmark as data
 from benchmarks import head_benchmark as head
 from benchmarks import start_benchmark as start
 from benchmarks.measure import Spread, measure, table
+from hf_teachers import write_llama
 from megatron_lrc.config import ConfigError
 from tools_path import load_tool
 
@@ -212,3 +213,18 @@ def test_1024_ranks_compare_themselves_in_less_than_a_second():
     with start.Simulation(1024) as simulation:
         for name in ("all alike", "one rank differs"):
             assert min(simulation.compare(start.CASES[name])[0] for _ in range(5)) < 1, name
+
+
+def test_models_that_generate_are_compared_with_the_first(tmp_path, capsys):
+    """A KV cache holds two tensors of 2 groups x 16 features x 4 bytes in each of two layers."""
+    write_llama(tmp_path / "one")
+    write_llama(tmp_path / "other", num_layers=4)
+    models = [str(tmp_path / name) for name in ("one", "other")]
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "2", "--device", "cpu"]
+    assert benchmark(["generation", *models, *sizes]) == 0
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert first[0] == models[0] and second[0] == models[1]
+    assert (first[2], second[2]) == (str(2 * 2 * 2 * 16 * 4), "1,024") and first[5:] == ["1.00", "(1.00-1.00)"]
+    assert 0 < float(second[5]) < 2
+    assert benchmark(["generation", *models, "--new-tokens", "0"]) == 2
+    assert capsys.readouterr().err == "benchmark.py: --new-tokens 0: expected is a number from 1.\n"
