@@ -5,7 +5,7 @@ a forward pass computes, and a family says what its own ones are. Whatever is le
 so a field that a later version of transformers adds to a class cannot change a teacher without a word.
 """
 
-import dataclasses
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,7 +42,7 @@ def unknown_fields(family: Family, config: PretrainedConfig, values: Mapping[str
         yield from (_described(name, value, _UNDECLARED[name]) for name, value in asked.items())
         return  # a config whose layers differ gives no values of its own
     known, plain = {*_READ, *_WITHOUT_EFFECT, *family.fields}, type(config)()
-    declared = [field.name for field in dataclasses.fields(config)]
+    declared = [name for name in inspect.signature(type(config)).parameters if hasattr(plain, name)]
     for name in declared:
         value, default = getattr(config, name), getattr(plain, name)
         if name not in known and value != default:
