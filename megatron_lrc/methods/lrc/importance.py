@@ -7,6 +7,7 @@ heads. Both are the same on every layout, to rounding.
 Notation: f the input features of a linear that writes into the stream; `/tp` split over tensor parallelism.
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -40,7 +41,7 @@ class _Counted:
             for linear in self._linears
         ]
 
-    def readers(self):
+    def readers(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], None]]]:
         return zip(self._linears, (partial(_add_squares, sums) for sums in self._squares), strict=True)
 
     def kept(self) -> KeptRows:
@@ -64,7 +65,8 @@ def _columns(linear: nn.Module) -> Tensor:
 
 def _add_squares(sums: Tensor, inputs: Tensor) -> None:
     """sums: fp64 [f/tp], over tokens. inputs: [..., f/tp]."""
-    sums += inputs.flatten(0, -2).double().square().sum(0)
+    tokens = inputs.flatten(0, -2)
+    sums += tokens.to(torch.promote_types(tokens.dtype, torch.float32)).square().sum(0, dtype=torch.float64)
 
 
 def _largest(counts: Tensor, number: int) -> Tensor:
