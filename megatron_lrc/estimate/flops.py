@@ -77,7 +77,9 @@ def layer_flops(shape: ModelShape, keys: float) -> float:
 
 def layers_flops(shape: ModelShape, seq_length: int) -> float:
     """Forward FLOPs per token of all layers."""
-    return sum(layer_flops(shape, keys_met(seq_length, shape.window(layer))) for layer in range(shape.num_layers))
+    windowed = [layer for layer in range(shape.num_layers if shape.windowed_layers else 0) if shape.window(layer)]
+    of_full, of_windowed = (layer_flops(shape, keys_met(seq_length, window)) for window in (None, shape.sliding_window))
+    return of_full * (shape.num_layers - len(windowed)) + of_windowed * len(windowed)
 
 
 def keys_met(seq_length: int, window: int | None = None) -> float:

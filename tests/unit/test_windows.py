@@ -1,10 +1,13 @@
 """Sliding windows: which keys a query meets, in pieces of a sequence and in documents, and what they cost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_lrc.estimate.flops import keys_met
+from config_cases import SMOLLM2
+from megatron_lrc.estimate.flops import keys_met, layer_flops, layers_flops
 from megatron_lrc.mcore import attention
 from megatron_lrc.mcore.attention import ScaledDotProductAttention
 
@@ -48,5 +51,8 @@ def test_a_query_meets_the_keys_of_its_window(monkeypatch, window: int, queries:
 
 @pytest.mark.parametrize("window", [None, 1, 5, S, 99])
 def test_the_estimate_counts_the_keys_that_are_met(window: int | None) -> None:
-    met = [min(place + 1, window or S) for place in range(S)]
-    assert keys_met(S, window) == pytest.approx(sum(met) / S, abs=1e-12)
+    met = sum(min(place + 1, window or S) for place in range(S)) / S
+    assert keys_met(S, window) == pytest.approx(met, abs=1e-12)
+    shape = replace(SMOLLM2, sliding_window=window or 0, windowed_layers=(3, 7) if window else ())
+    expected = 28 * layer_flops(shape, (S + 1) / 2) + 2 * layer_flops(shape, met)
+    assert layers_flops(shape, S) == pytest.approx(expected, rel=1e-12)
