@@ -202,7 +202,8 @@ def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, 
     batch = global_batch(sizes)
     documents = document_numbers(batch["tokens"], sizes.eod) if variant.reset_attention else None
     positions = batch["position_ids"] if variant.reset_positions else None
-    reference.choose_rows(batch["tokens"], documents, positions)
+    if variant.groups or variant.neurons:
+        reference.choose_rows(batch["tokens"], documents, positions)
     losses = reference.losses(
         projections,
         norms,

@@ -123,7 +123,8 @@ class Reference:
                 setattr(config, by_layer, [getattr(teacher.config, by_layer)[layer] for layer in self.kept])
         self.student = in_fp64(type(teacher)(config))
         self.outputs: dict[str, Tensor] = {}
-        self.rows: dict[tuple[int, str], Tensor] = {}  # of a layer of the student: the teacher's rows of a matrix
+        #: Of a layer of the student, the teacher's rows of a matrix, or of o and down columns; all where not named.
+        self.rows: dict[tuple[int, str], Tensor] = {}
         self.places = places(self.teacher)
         for prefix, model in (("T", self.teacher), ("S", self.student)):
             for layer in range(len(model.model.layers)):
@@ -138,7 +139,8 @@ class Reference:
         return hook
 
     def choose_rows(self, tokens: Tensor, documents: Tensor | None = None, positions: Tensor | None = None) -> None:
-        """Keep the groups and neurons that add most to the residual stream over these tokens, each by itself."""
+        """Keep the groups and neurons that add most to the residual stream over these tokens, each by itself. Without
+        this a student has all of them."""
         masks = masks_of(self.teacher.config, causal_mask(tokens, documents))
         self.teacher(input_ids=tokens, position_ids=positions, attention_mask=masks)
         config, head_dim = self.student.config, self.student.config.head_dim
@@ -160,6 +162,10 @@ class Reference:
             kept = {"q": queries, "o": queries, "k": keys, "v": keys, "gate": busy, "up": busy, "down": busy}
             self.rows |= {(layer, site): torch.tensor(rows) for site, rows in kept.items()}
 
+    def kept_part(self, layer: int, site: str, tensor: Tensor, dim: int) -> Tensor:
+        rows = self.rows.get((layer, site))
+        return tensor if rows is None else tensor.index_select(dim, rows)
+
     def student_weights(self, projections: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """transformers name -> W_S, inside the graph. Without `lm_head`, `embed` serves both ends."""
         old = self.teacher.state_dict()
@@ -175,13 +181,13 @@ class Reference:
             for name, value in old.items():
                 if name.startswith(f"{old_prefix}.") and name.endswith(FROZEN):
                     if name.endswith("proj.bias"):
-                        value = value[self.rows[layer, name.split(".")[-2][0]]]
+                        value = self.kept_part(layer, name.split(".")[-2][0], value, 0)
                     weights[name.replace(old_prefix, prefix)] = value
             weights[f"{prefix}.input_layernorm.weight"] = norms[f"layers.{layer}.input"]
             weights[f"{prefix}.post_attention_layernorm.weight"] = norms[f"layers.{layer}.post"]
             for site, (path, features) in self.places.items():  # parts of one module in the order of its features
                 teacher_weight = old[f"{old_prefix}.{path}.weight"][features]
-                teacher_weight = teacher_weight.index_select(int(site in PROJECTS_OUTPUT), self.rows[layer, site])
+                teacher_weight = self.kept_part(layer, site, teacher_weight, int(site in PROJECTS_OUTPUT))
                 projection = projections[f"layers.{layer}.{site}"]
                 projected = projection.t() @ teacher_weight if site in PROJECTS_OUTPUT else teacher_weight @ projection
                 above = [weights[f"{prefix}.{path}.weight"]] if features.start else []
@@ -230,12 +236,12 @@ class Reference:
         for layer, of_teacher in enumerate(self.kept):
             for site in MODULES:
                 target, student = self.outputs[f"T.{of_teacher}.{site}"], self.outputs[f"S.{layer}.{site}"]
-                rows = self.rows[layer, site]
-                target = target if site in PROJECTS_OUTPUT else target[..., rows]
+                target = target if site in PROJECTS_OUTPUT else self.kept_part(layer, site, target, -1)
                 energy = target.detach().square().mean(-1)
                 typical = mean(energy.log()).exp()
                 if site == "o" and attention_at_teacher_width:
-                    matrix = self.teacher.model.layers[of_teacher].self_attn.o_proj.weight[:, rows]
+                    matrix = self.teacher.model.layers[of_teacher].self_attn.o_proj.weight
+                    matrix = self.kept_part(layer, site, matrix, 1)
                     student = self.outputs[f"S.{layer}.o.input"] @ matrix.t()
                 elif site in PROJECTS_OUTPUT:
                     target = target @ projections[f"layers.{layer}.{site}"]

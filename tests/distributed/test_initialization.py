@@ -20,6 +20,7 @@ from runs import assert_same_parameters, make_config, on_layout, records, train
 from tools_path import convert_to_hf
 
 WIDTH, HEAD_DIM, HEADS_IN_GROUP = 48, 16, 2  # the tiny teacher's
+ALL_ROWS = KeptRows(torch.arange(2), torch.arange(80))
 INITS = ["orthogonal", "channel", "pca", "ridge"]
 #: What `make test` holds on every layout; the others: `make test-slow`.
 QUICK = ["ridge"]
@@ -192,8 +193,8 @@ def test_minitron_starts_as_the_teacher_cut_to_its_most_active_channels(teacher,
     config.loss.alpha, config.loss.lm_weight, config.loss.kl_temperature = 0, 0, 1
     config.optimizer.lr = 1e-9
     train(config)
-    ((streams, _, _),) = run_ranks(1, inputs_of_norms, config.resolved(1))
-    activity = sum(torch.nn.functional.rms_norm(rows, (WIDTH,)).square().sum(0) for rows in streams.values())
+    ((read, _),) = run_ranks(1, inputs_of_norms, config.resolved(1), dict.fromkeys(range(4), ALL_ROWS))
+    activity = sum(torch.nn.functional.rms_norm(rows, (WIDTH,)).square().sum(0) for rows, _ in read.values())
     channels = activity.argsort(descending=True)[:24]
     assert convert_to_hf(["--load", str(tmp_path / "run"), "--output", str(tmp_path / "student")]) == 0
     models = (LlamaForCausalLM.from_pretrained(path).state_dict() for path in (teacher, tmp_path / "student"))
@@ -233,9 +234,8 @@ def test_ridge_is_the_least_squares_fit_of_what_the_teacher_reads(tiny_text, tmp
     found = projections_of(tmp_path / "run")
     basis = found["embed"].double()
     assert torch.equal(found["embed"], found["layers.1.o"]) and torch.equal(found["embed"], found["layers.2.down"])
-    all_rows = KeptRows(torch.arange(2), torch.arange(80))
     saved = open_checkpoint(str(tmp_path / "run")).kept
-    rows = {layer: saved.get(index, all_rows) for index, layer in enumerate(kept)}
+    rows = {layer: saved.get(index, ALL_ROWS) for index, layer in enumerate(kept)}
     assert bool(part) == bool(saved)
     ((read, epsilon),) = run_ranks(1, inputs_of_norms, config.resolved(1), rows)
     width, gains = basis.shape[1], gains_of(teacher)

@@ -46,6 +46,7 @@ SCRIPT = str(ROOT / "examples/pretrain_lrc.sh")
 def train_and_ask(config: Config, moment: str, at: int, rank: int, ask: Callable[[], None]) -> tuple[int, str]:
     """Train; on one rank call `ask` at a moment ("step", "validation", "save", "finish") of a step, "finish" when a
     background save is written. Step reached, last line."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have said nohup, which a run heeds
     handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
     trainer = loop.Trainer(config, check(config, distributed.world_size()), distributed.start(config))
     is_to_ask = dist.get_rank() == rank

@@ -154,6 +154,7 @@ def test_the_tool_prints_writes_and_draws_them(tmp_path, capsys):
 def test_each_shape_names_the_layers_that_matter_most(tiny_llama, tiny_text, capsys):
     run = ["--teacher", tiny_llama(num_layers=4), "--data-path", tiny_text, "--seq-length", "32"]
     run += ["--calibration-tokens", "64", "--student-hidden-size", "24"]
+    run += ["--student-num-query-groups", "2", "--student-ffn-hidden-size", "80"]
     ranked = []
     for count in ("1", "2", "3"):
         assert plan_main(["layers", *run, "--layer-importance", "loss", "--student-num-layers", count, "--json"]) == 0

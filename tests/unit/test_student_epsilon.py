@@ -45,7 +45,8 @@ def test_another_epsilon_cannot_continue_a_run(folder, tiny_text):
     config.model.student_norm_epsilon = None
     with pytest.raises(ConfigError) as caught:
         check(config.resolved(1), 1)
-    assert "epsilon 0.02; the flags ask for 24 (untied), 2 layers, 3e-05. Repeat --student-hid" in str(caught.value)
+    size = "24 (untied), 2 layers, 2 KV groups, 80 FFN neurons"
+    assert f"of hidden size {size}, norm epsilon 0.02; the flags ask for {size}, 3e-05." in str(caught.value)
 
 
 def config_of(method: str, **model: object) -> Config:
