@@ -49,17 +49,21 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A point for each shape: the untrained LM loss, or without scores the FLOPs, over the bytes read per token."""
+    """A point for each shape, numbered as the table's rows: the untrained LM loss, or without scores the FLOPs, over the
+    bytes read per token."""
     vertical = "lm_loss" if "lm_loss" in rows[0] else "flops"
     label = {"lm_loss": "held-out LM loss before training", "flops": "GFLOP per decoded token"}[vertical]
     scale = {"lm_loss": 1.0, "flops": 1e9}[vertical]
     path.parent.mkdir(parents=True, exist_ok=True)
     with png_chart(path, inches=(8, 5)) as axes:
         across, up = ([row[name] / by for row in rows] for name, by in (("decode_bytes", 1e9), (vertical, scale)))
-        axes.plot(across, up, "o")
-        for row, place in zip(rows, zip(across, up, strict=True), strict=True):
+        for number, (row, *place) in enumerate(zip(rows, across, up, strict=True), 1):
             sizes = " x ".join(str(row[axis.field]) for axis in AXES)
-            axes.annotate(sizes, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+            axes.plot(*place, "o", color="tab:blue", label=f"{number}: {sizes}")
+            axes.annotate(str(number), place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.legend(
+            handlelength=0, markerscale=0, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False
+        )
         axes.set_xlabel("GB read per decoded token")
         axes.set_ylabel(label)
         axes.set_title(" x ".join(axis.heading for axis in AXES))
