@@ -49,8 +49,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A point for each shape, numbered as the table's rows: the untrained LM loss, or without scores the FLOPs, over the
-    bytes read per token."""
+    """A point for each shape, numbered as the table's rows: the untrained LM loss, or without scores the FLOPs, over
+    the bytes read per token."""
     vertical = "lm_loss" if "lm_loss" in rows[0] else "flops"
     label = {"lm_loss": "held-out LM loss before training", "flops": "GFLOP per decoded token"}[vertical]
     scale = {"lm_loss": 1.0, "flops": 1e9}[vertical]
