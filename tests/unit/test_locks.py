@@ -117,16 +117,16 @@ def test_the_owner_touches_the_file(path, monkeypatch):
             time.sleep(0.01)
 
 
-def sleep_for_long() -> None:
+def say_and_sleep(sender) -> None:
+    """Its number is the sign that it has begun, and so has closed what a forked child closes at once."""
+    sender.send(os.getpid())
     time.sleep(60)
 
 
 def hold_and_fork(path: str, sender) -> None:
     """Take the lock, leave a forked child behind, and be killed."""
     lock_at(Path(path)).take()
-    child = multiprocessing.get_context("fork").Process(target=sleep_for_long)
-    child.start()
-    sender.send(child.pid)
+    multiprocessing.get_context("fork").Process(target=say_and_sleep, args=(sender,)).start()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
