@@ -26,7 +26,8 @@ from benchmarks.measured_models import add_teacher_flags, add_width_flags, check
 from megatron_lrc.clone.products import add_product
 from megatron_lrc.clone.sites import CAPTURED_LINEARS
 from megatron_lrc.config import Config, ModelShape, check_precision, raise_all, validate_against_teacher
-from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
+from megatron_lrc.hf.families import TeacherDescription
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import layers_of
 from megatron_lrc.mcore.optimizer import StageOptimizer, parameter_dtype
@@ -154,7 +155,8 @@ def _count_layers(
 def _build(config: Config, base: TeacherDescription, groups: distributed.Groups) -> tuple[PairedModel, Any]:
     """A stage, and megatron-core's buffers for the gradients of what it trains."""
     method = method_of(config)
-    shapes = Shapes(base.shape, method.student_shape(base.shape), rope_inverse_frequencies(base))
+    rope = rotations(base, config.training.seq_length)
+    shapes = Shapes(base.shape, method.student_shape(base.shape), rope)
     losses = partial(CloneLosses, terms_of=method.terms_of)
     stage = PairedModel(config, shapes, groups, parameter_dtype(config), layer_losses=losses)
     return stage, StageOptimizer._data_parallel(config, stage)

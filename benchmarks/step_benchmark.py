@@ -307,7 +307,7 @@ class Bench:
 
     def summary(self, parts: dict[str, list[float]]) -> list[str]:
         first, *_ = self.runs.values()
-        kernels = describe_kernels(self.config, self.dtype, "student", first.optimizer.kind)
+        kernels = describe_kernels(self.config, self.dtype, self.student_shape, "student", first.optimizer.kind)
         training, student = self.config.training, self.student_shape.hidden_size
         lines = [
             "",

@@ -28,7 +28,7 @@ def names(teacher: str) -> dict[str, Any]:
                 for weight in stage.cloned_weights
             ],
             "gains": {name: list(gain.shape) for name, gain in norm_gains(stage.teacher).items()},
-            "readers": len(residual_readers(stage.teacher)),
+            "readers": len(list(residual_readers(stage.teacher))),
             "input norms": [index for index, _ in layer_input_norms(stage.teacher)],
             "hooks": [
                 len(layer.get_submodule(linear)._forward_hooks) for layer in layers for linear in CAPTURED_LINEARS

@@ -145,7 +145,8 @@ def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _turn(t: Tensor, freqs: Tensor, *, tensor_format: str, interleaved: bool, fused: bool) -> Tensor:
-    """RoPE of [s, b, heads, c] by one table of angles [s, 1, 1, c], in fp32 and rounded once, as the kernel does."""
+    """RoPE of [s, b, heads, c] by one table of angles [s, 1, 1, c], in fp32 and rounded once, as the kernel does. Whole
+    heads only: the kernel takes a smaller table too, and rotates as many features."""
     assert fused and not interleaved and tensor_format == "sbhd"
     assert freqs.shape == (len(t), 1, 1, t.shape[-1]) and freqs.dtype == torch.float32
     wide = t.float()

@@ -1,4 +1,7 @@
-"""Writes a tiny Llama or Qwen2 as a GGUF file, as llama.cpp's converter lays them out. Needs the package gguf."""
+"""Writes a tiny Llama, Qwen2 or Gemma 3 as a GGUF file, as llama.cpp's converter lays them out.
+
+Needs the package gguf.
+"""
 
 import json
 from pathlib import Path
@@ -21,6 +24,14 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+#: Gemma 3's post_attention_layernorm is what the name says, and not, as Llama's, the norm before the MLP.
+_GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
 _OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -38,7 +49,7 @@ def write_gguf(
     tokenizer: a directory with a byte-level one, or a SentencePiece model. pre: the name of the former's rules; "" for
     those that tests' teachers have, None for no name.
     """
-    config, architecture = model.config, model.config.model_type
+    config, architecture = model.config, model.config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
@@ -47,7 +58,11 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_key_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
     writer.add_rope_dimension_count(model.model.layers[0].self_attn.head_dim)
     writer.add_vocab_size(config.vocab_size)
     for name, value in (extra_fields or {}).items():
@@ -60,7 +75,7 @@ def write_gguf(
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        _add_tensor(writer, _gguf_name(name), tensor.numpy(), config)
+        _add_tensor(writer, _gguf_name(name, architecture), tensor.numpy(), config)
     for name, tensor in (extra_tensors or {}).items():
         writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
@@ -69,12 +84,13 @@ def write_gguf(
     writer.close()
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, architecture: str) -> str:
     module, _, kind = name.rpartition(".")
     if module in _OTHER_NAMES:
         return f"{_OTHER_NAMES[module]}.{kind}"
     _, _, layer, module = module.split(".", 3)
-    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
+    names = _LAYER_NAMES | (_GEMMA_NAMES if architecture == "gemma3" else {})
+    return f"blk.{layer}.{names[module]}.{kind}"
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: numpy.ndarray, config: Any) -> None:
@@ -82,6 +98,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: numpy.ndarray, confi
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         halves = values.reshape(heads, 2, -1, *values.shape[1:])  # llama.cpp rotates neighbours, not halves
         values = numpy.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+    if config.model_type.startswith("gemma") and "norm" in name:
+        values = values + 1  # what the norm multiplies by
     if ".attn_output." in name and values.shape[1] % 32 == 0:
         kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,13 +54,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a run. student: its hidden size; batch: sequences per step; vocab: ids that occur; eod: ends a document."""
+    """Of a run. student: its hidden size; batch: sequences per step; vocab: ids that occur; eod: ends a document.
+    turns: whether what counts are turns of a chat. corrupted: whether other tokens are where nothing that counts sees
+    them."""
 
     student: int = 20
     sequence: int = 16
     batch: int = 24
     vocab: int = VOCAB
     eod: int = -1
+    turns: bool = False
+    corrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,30 @@ def global_batch(sizes: Sizes = SIZES) -> dict[str, torch.Tensor]:
     tokens = torch.randint(sizes.vocab, (sizes.batch, sizes.sequence + 1), generator=generator)
     # Ragged: a mean per micro-batch would differ.
     mask = (torch.rand(sizes.batch, sizes.sequence, generator=generator) > 0.25).float()
-    positions = positions_in_documents(tokens[:, :-1], sizes.eod)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask, "position_ids": positions}
+    if sizes.turns:
+        mask = mask_of_turns(sizes)
+    tokens, labels = tokens[:, :-1], tokens[:, 1:]
+    if sizes.corrupted:
+        tokens, labels = corrupt(tokens, labels, mask, sizes.vocab)
+    positions = positions_in_documents(tokens, sizes.eod)
+    return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+
+
+def mask_of_turns(sizes: Sizes) -> torch.Tensor:
+    """[batch, sequence]: two turns in each sequence, none at its end; no turn in the first six sequences."""
+    mask = torch.zeros(sizes.batch, sizes.sequence)
+    for row in range(6, sizes.batch):
+        first, second = 1 + row % 3, sizes.sequence // 2 + row % 2
+        mask[row, first : first + 1 + row % 4] = 1
+        mask[row, second : sizes.sequence - 2 - row % 3] = 1
+    return mask
+
+
+def corrupt(tokens: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, vocab: int) -> tuple[torch.Tensor, ...]:
+    """Other labels wherever they do not count; other tokens after the last position of a sequence that does."""
+    counts = mask.bool()
+    is_after = counts.flip(1).cumsum(1).flip(1) == 0
+    return torch.where(is_after, (tokens + 7) % vocab, tokens), torch.where(counts, labels, (labels + 5) % vocab)
 
 
 def own_micro_batches(config: Config, groups: distributed.Groups, sizes: Sizes):
@@ -197,9 +223,10 @@ def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, 
         seed = int.from_bytes(hashlib.sha256(f"1:{name}".encode()).digest()[:8], "little") >> 1
         matrix = torch.randn(teacher_size, sizes.student, generator=torch.Generator().manual_seed(seed)) * 0.2
         projections[name] = matrix.double().requires_grad_()
-    gains = [f"layers.{layer}.{kind}" for layer in range(reference.num_layers) for kind in ("input", "post")]
+    kinds = reference.norm_names.values()
+    gains = [f"layers.{layer}.{kind}" for layer in range(reference.num_layers) for kind in kinds]
     norms = {name: some_gain(name, sizes.student).requires_grad_() for name in [*gains, "final"]}
-    batch = global_batch(sizes)
+    batch = global_batch(replace(sizes, corrupted=False))
     documents = document_numbers(batch["tokens"], sizes.eod) if variant.reset_attention else None
     positions = batch["position_ids"] if variant.reset_positions else None
     if variant.groups or variant.neurons:

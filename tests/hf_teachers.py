@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -149,12 +157,120 @@ def write_granite(
     return _write(directory, GraniteForCausalLM, config, dtype=dtype)
 
 
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+
+
 def write_phi3(
     directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
 ) -> Phi3ForCausalLM:
-    """A random Phi-3: q, k and v in one matrix, gate and up in another; a sliding window in every layer."""
-    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"pad_token_id": None, "eos_token_id": 2}
+    """A random Phi-3: q, k and v in one matrix, gate and up in another; a sliding window in every layer; three quarters
+    of a head are rotated."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied, rope=PARTIAL_ROPE)
+    sizes |= {"pad_token_id": None, "eos_token_id": 2}
     return _write(directory, Phi3ForCausalLM, Phi3Config(**sizes, sliding_window=WINDOW), dtype=dtype)
+
+
+ORIGINAL_CONTEXT = 8  # of scaled RoPE: fewer tokens than any test has
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
+    "beta_fast": 2.0,
+    "truncate": False,
+}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.5, 6.0],
+    "partial_rotary_factor": 0.5,
+}
+
+
+def write_qwen2_with_yarn(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Qwen2ForCausalLM:
+    """A random Qwen2 with YaRN: cos and sin have a factor, 1.14."""
+    config = Qwen2Config(**_sizes(num_layers=num_layers, is_tied=is_tied, rope=YARN_ROPE))
+    return _write(directory, Qwen2ForCausalLM, config, dtype=dtype)
+
+
+def write_mistral_with_dynamic_rope(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> MistralForCausalLM:
+    """A random Mistral whose frequencies depend on the length of the sequence."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied, rope=DYNAMIC_ROPE)
+    sizes |= {"max_position_embeddings": ORIGINAL_CONTEXT}
+    return _write(directory, MistralForCausalLM, MistralConfig(**sizes, sliding_window=None), dtype=dtype)
+
+
+def write_phi3_with_longrope(
+    directory: Path,
+    *,
+    is_tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    num_layers: int = 2,
+    rope: dict | None = None,
+) -> Phi3ForCausalLM:
+    """A random Phi-4-mini: longrope, whose factors change at the original context, in half of each head; cos and sin
+    have a factor. A head is hidden / heads, which transformers' Phi-3 wants of longrope."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied, rope=rope or LONG_ROPE)
+    sizes |= {"head_dim": 12, "original_max_position_embeddings": ORIGINAL_CONTEXT}
+    sizes |= {"pad_token_id": None, "eos_token_id": 2}
+    return _write(directory, Phi3ForCausalLM, Phi3Config(**sizes), dtype=dtype)
+
+
+def write_olmo2(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Olmo2ForCausalLM:
+    """A random OLMo 2: norms of what blocks give and none before them, norms of q and k over all heads together."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"pad_token_id": None, "eos_token_id": 2}
+    return _write(directory, Olmo2ForCausalLM, Olmo2Config(**sizes), dtype=dtype)
+
+
+def write_gemma2(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Gemma2ForCausalLM:
+    """A random Gemma 2: norms before and after blocks with gains 1 + w, capped scores and logits, windows in every
+    other layer, embeddings multiplied by the root of the hidden size."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied) | {"pad_token_id": None, "eos_token_id": 2}
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 20}
+    config = Gemma2Config(**sizes, **caps, sliding_window=WINDOW, bos_token_id=1)
+    return _write(directory, Gemma2ForCausalLM, config, dtype=dtype)
+
+
+#: RoPE of layers with and without sliding windows.
+ROPE_BY_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+}
+
+
+def write_olmo3(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Olmo3ForCausalLM:
+    """A random OLMo 3: an OLMo 2 with sliding windows in all layers but the last, whose RoPE alone is scaled."""
+    rope = {"sliding_attention": ROPE_BY_TYPE["sliding_attention"], "full_attention": YARN_ROPE}
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied, rope=rope)
+    sizes |= {"pad_token_id": None, "eos_token_id": 2}
+    config = Olmo3Config(**sizes, sliding_window=WINDOW, layer_types=_all_windowed_but_the_last(num_layers))
+    return _write(directory, Olmo3ForCausalLM, config, dtype=dtype)
+
+
+def write_gemma3(
+    directory: Path, *, is_tied: bool = False, dtype: torch.dtype = torch.float32, num_layers: int = 2
+) -> Gemma3ForCausalLM:
+    """A random Gemma 3: norms as of Gemma 2, norms of q and k over each head, RoPE by type of layer, capped logits."""
+    sizes: dict[str, Any] = _sizes(num_layers=num_layers, is_tied=is_tied, rope=ROPE_BY_TYPE)
+    sizes |= {"pad_token_id": None, "eos_token_id": 2, "bos_token_id": 1, "sliding_window": WINDOW}
+    sizes |= {"layer_types": _all_windowed_but_the_last(num_layers), "query_pre_attn_scalar": 20}
+    return _write(directory, Gemma3ForCausalLM, Gemma3TextConfig(**sizes, final_logit_softcapping=3.0), dtype=dtype)
+
+
+def _all_windowed_but_the_last(num_layers: int) -> list[str]:
+    return ["sliding_attention"] * (num_layers - 1) + ["full_attention"]
 
 
 def _sizes(*, num_layers: int, is_tied: bool, vocab_size: int = 301, rope: dict | None = None) -> dict[str, Any]:
@@ -180,7 +296,8 @@ def _write(
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.0 if name.endswith("o_proj.bias") else 0.2)
+            is_gain = "norm" in name and not config.model_type.startswith("gemma")  # whose gains are 1 + w
+            parameter.normal_(mean=float(is_gain), std=0.0 if name.endswith("o_proj.bias") else 0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     if config.vocab_size > 256:
         write_tokenizer(directory, vocab_size=config.vocab_size, is_qwen2=config.model_type == "qwen2")
@@ -205,4 +322,9 @@ def write_tokenizer(directory: Path, *, vocab_size: int, is_qwen2: bool = False)
 #: A writer for each kind of tensors that families have.
 WRITERS = (write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3)
 #: Those that have Llama's or Qwen2's tensors and compute with them in another way.
-OTHERWISE = (write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite, write_phi3)
+OTHERWISE = (
+    *(write_mistral_with_windows, write_qwen2_with_windows, write_smollm3, write_granite, write_phi3),
+    *(write_olmo2, write_olmo3, write_gemma2, write_gemma3),
+)
+#: Those that differ in RoPE alone.
+ROTATED = (write_qwen2_with_yarn, write_mistral_with_dynamic_rope, write_phi3_with_longrope)

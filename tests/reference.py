@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MODULES = {
     "q": "self_attn.q_proj",
@@ -25,6 +27,11 @@ MODULES = {
 FUSED = {"self_attn.qkv_proj": "qkv", "mlp.gate_up_proj": ("gate", "up")}
 PROJECTS_OUTPUT = ("o", "down")
 FROZEN = ("proj.bias", "q_norm.weight", "k_norm.weight")
+#: Names that transformers gives to a layer's norms -> ours, for each set of norms that a layer may have.
+NORMS_BEFORE = {"input_layernorm": "input", "post_attention_layernorm": "post"}
+NORMS_AFTER = {"post_attention_layernorm": "after_attention", "post_feedforward_layernorm": "after_mlp"}
+NORMS_AROUND = {"input_layernorm": "input", "pre_feedforward_layernorm": "post", **NORMS_AFTER}
+NORM_SETS = {frozenset(names): names for names in (NORMS_BEFORE, NORMS_AFTER, NORMS_AROUND)}
 
 
 @dataclass
@@ -39,14 +46,60 @@ class Losses:
         return lm_weight * self.lm + kl_weight * self.kl + alpha * sum(self.clone.values())
 
 
+class ShiftedNorm(torch.nn.Module):
+    """Gemma's: its weight is what is beyond 1."""
+
+    def __init__(self, norm: torch.nn.Module):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * (1 + self.weight)
+
+
 def in_fp64(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in fp64 throughout. transformers' RMSNorm goes to fp32 whatever the dtype; torch's does not."""
+    """The model in fp64 throughout. transformers' RMSNorm goes to fp32 whatever the dtype; torch's does not. Where it
+    caps attention's scores its softmax does so too."""
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and type(module) is not torch.nn.RMSNorm:
-            exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
-            exact.weight = module.weight
+            if is_shifted(model):
+                exact = ShiftedNorm(module)
+            else:
+                exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+                exact.weight = module.weight
             model.set_submodule(path, exact)
-    return model.double().eval()
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.config._attn_implementation = "capped"
+    model = model.double().eval()
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "embed_scale"):  # the root of the hidden size, as another dtype has rounded it
+        embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=torch.float64)
+    return model
+
+
+def is_shifted(model: PreTrainedModel) -> bool:
+    return type(model).__name__.startswith("Gemma")
+
+
+def capped_attention(module, query, key, value, attention_mask, *, scaling, softcap, **others) -> tuple[Tensor, None]:
+    """query, key, value [batch, heads, sequence, features]; the mask is True where a query meets a key."""
+    if attention_mask is None:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = softcap * torch.tanh(query @ key.mT * scaling / softcap)
+    scores = torch.where(attention_mask, scores, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("capped", capped_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("capped", sdpa_mask)
+
+
+def norm_names(model: PreTrainedModel) -> dict[str, str]:
+    """transformers' name of each of a layer's norms -> ours."""
+    found = frozenset(name for name, _ in model.model.layers[0].named_children() if name.endswith("layernorm"))
+    return NORM_SETS[found]
 
 
 def places(model: PreTrainedModel) -> dict[str, tuple[str, slice]]:
@@ -125,7 +178,7 @@ class Reference:
         self.outputs: dict[str, Tensor] = {}
         #: Of a layer of the student, the teacher's rows of a matrix, or of o and down columns; all where not named.
         self.rows: dict[tuple[int, str], Tensor] = {}
-        self.places = places(self.teacher)
+        self.places, self.norm_names = places(self.teacher), norm_names(self.teacher)
         for prefix, model in (("T", self.teacher), ("S", self.student)):
             for layer in range(len(model.model.layers)):
                 for site, (path, features) in places(model).items():
@@ -153,6 +206,10 @@ class Reference:
                 return (own.square().sum((0, 1)) * matrix[:, start : start + width].square().sum(0)).sum().item()
 
             o, down = block.self_attn.o_proj.weight, block.mlp.down_proj.weight
+            if hasattr(block, "post_feedforward_layernorm"):  # channels count by what the norms behind multiply them by
+                shift = is_shifted(self.teacher)
+                o = o * (block.post_attention_layernorm.weight + shift).unsqueeze(1)
+                down = down * (block.post_feedforward_layernorm.weight + shift).unsqueeze(1)
             groups = [energy("o", o, group * in_group, in_group) for group in range(o.shape[1] // in_group)]
             neurons = [energy("down", down, neuron, 1) for neuron in range(down.shape[1])]
             best = sorted(sorted(range(len(groups)), key=lambda g: -groups[g])[: config.num_key_value_heads])
@@ -180,11 +237,11 @@ class Reference:
             # Qwen's biases and q/k norms live in head space: the teacher's, unchanged.
             for name, value in old.items():
                 if name.startswith(f"{old_prefix}.") and name.endswith(FROZEN):
-                    if name.endswith("proj.bias"):
+                    if name.endswith("proj.bias") or len(value) != self.student.config.head_dim:
                         value = self.kept_part(layer, name.split(".")[-2][0], value, 0)
                     weights[name.replace(old_prefix, prefix)] = value
-            weights[f"{prefix}.input_layernorm.weight"] = norms[f"layers.{layer}.input"]
-            weights[f"{prefix}.post_attention_layernorm.weight"] = norms[f"layers.{layer}.post"]
+            for name, ours in self.norm_names.items():
+                weights[f"{prefix}.{name}.weight"] = norms[f"layers.{layer}.{ours}"]
             for site, (path, features) in self.places.items():  # parts of one module in the order of its features
                 teacher_weight = old[f"{old_prefix}.{path}.weight"][features]
                 teacher_weight = self.kept_part(layer, site, teacher_weight, int(site in PROJECTS_OUTPUT))

@@ -25,7 +25,7 @@ def random_student(description: TeacherDescription, hidden: int, *, has_lm_head:
     size = (description.shape.hidden_size, hidden)
     names = projection_names(layers, True, has_lm_head)
     projections = {name: (torch.randn(size, generator=generator) * 0.2).to(dtype) for name in names}
-    gains = [f"layers.{layer}.{norm}" for layer in layers for norm in ("input", "post")] + ["final"]
+    gains = [f"layers.{layer}.{norm}" for layer in layers for norm in description.shape.norms] + ["final"]
     norms = {name: (1 + 0.1 * torch.randn(hidden, generator=generator)).to(dtype) for name in gains}
     return projections, norms
 

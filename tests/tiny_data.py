@@ -51,6 +51,21 @@ def write_dataset(prefix: Path, documents: list[list[int]], *, dtype: type = num
     return str(prefix)
 
 
+def write_chats(prefix: Path, documents: list[list[int]], masks: list[list[bool]], tokenizer_folder: str) -> str:
+    """A dataset with a manifest that names this tokenizer, and a mask of which tokens count."""
+    from megatron_lrc.data.tokenizers import load_tokenizer
+    from megatron_lrc.data.writing import DatasetWriter, publish
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    writer = DatasetWriter(str(prefix), tokenizer.vocab_size)
+    tokens = numpy.array([token for document in documents for token in document], numpy.int32)
+    writer.add(tokens, [len(document) for document in documents], numpy.concatenate(masks).astype(bool))
+    writer.complete({"tokenizer": tokenizer.as_manifest(), "documents": writer.documents, "tokens": writer.tokens})
+    publish(str(prefix))
+    writer.close()
+    return str(prefix)
+
+
 def write_counting(prefix: Path) -> str:
     """A dataset that can be learned: noisy counting within 64 of `write_llama`'s 301 tokens."""
     generator = numpy.random.default_rng(0)

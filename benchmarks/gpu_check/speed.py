@@ -153,7 +153,7 @@ class Bench:
             "done": median(each.done for each in times),
             **self._memory(run, student),
             **(count_waits(run, batches) if self._device.type == "cuda" else {}),
-            "layers": describe_kernels(run.config, parameter_dtype(run.config), "student", run.optimizer.kind)
+            "layers": describe_kernels(run.config, parameter_dtype(run.config), student, "student", run.optimizer.kind)
             or "megatron-core's own",
         }
 

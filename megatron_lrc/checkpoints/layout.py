@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
-from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import ModelShape
 
 #: Prefixes of a checkpoint's keys for what a clone trains: its projections (D, d), and its norm gains (d,).
@@ -25,16 +25,19 @@ ENERGIES = "clone_energies."
 KEPT = "kept."
 
 _LAYERS = "decoder.layers."
+#: Ends of the names of q and k norms' gains: over a head, and over all heads together.
+QK_NORMS = ("_norm", "_wide_norm")
 SITES: dict[str, Site] = {site.name: site for site in (EMBED, *LAYER_SITES, LM_HEAD)}
 _QKV, _FC1 = SITES["q"].linear, SITES["gate"].linear
 
 #: Our names -> keys of what is no site's weight.
 _OTHER_KEYS: dict[str, str] = {
     "input": f"{_LAYERS}{_QKV}.layer_norm_weight",
+    "after_attention": f"{_LAYERS}self_attn_bda.norm.weight",
     "post": f"{_LAYERS}{_FC1}.layer_norm_weight",
+    "after_mlp": f"{_LAYERS}mlp_bda.norm.weight",
     "final": "decoder.final_layernorm.weight",
-    "q_norm": f"{_LAYERS}self_attention.q_layernorm.weight",
-    "k_norm": f"{_LAYERS}self_attention.k_layernorm.weight",
+    **{f"{site}{kind}": f"{_LAYERS}self_attention.{site}_layernorm.weight" for site in "qk" for kind in QK_NORMS},
     **{f"{name}_bias": f"{_LAYERS}{_QKV}.bias" for name in "qkv"},
 }
 
@@ -62,7 +65,7 @@ class Box:
 
 
 def key_of(name: str) -> str:
-    """The key of a tensor: a site, "input", "post", "final", or a frozen one ("q_bias", "k_norm", ...)."""
+    """The key of a tensor: a site, a norm of `ModelShape.norms`, "final", or a frozen one ("q_bias", "k_norm", ...)."""
     if name in _OTHER_KEYS:
         return _OTHER_KEYS[name]
     site = SITES[name]
@@ -76,25 +79,27 @@ def stored_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     qkv_rows = queries + 2 * shape.num_query_groups * head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (shape.vocab_size, hidden),
-        "input": (layers, hidden),
         "q": (layers, qkv_rows, hidden),
         "o": (layers, hidden, queries),
-        "post": (layers, hidden),
         "gate": (layers, 2 * ffn, hidden),
         "down": (layers, hidden, ffn),
         "final": (hidden,),
+        **{name: (layers, hidden) for name in shape.norms},
     }
     if shape.has_qkv_bias:
         shapes["q_bias"] = (layers, qkv_rows)
     if shape.has_qk_norm:
         shapes |= {"q_norm": (layers, head_dim), "k_norm": (layers, head_dim)}
+    if shape.has_wide_qk_norm:
+        shapes |= {"q_wide_norm": (layers, queries), "k_wide_norm": (layers, shape.num_query_groups * head_dim)}
     if not shape.is_tied:
         shapes["lm_head"] = (shape.vocab_size, hidden)
     return {key_of(name): size for name, size in shapes.items()}
 
 
 def box_of(shape: ModelShape, name: str, layer: int | None = None, *, part: int = 0, parts: int = 1) -> Box:
-    """The box that holds the `part`-th of `parts` tensor parallel shares of a tensor; norm gains do not split.
+    """The box that holds the `part`-th of `parts` tensor parallel shares of a tensor; norm gains do not split, but for
+    those of wide norms.
 
     q, k and v (weights and biases) come in one box: each KV group's rows are together.
     """
@@ -105,6 +110,9 @@ def box_of(shape: ModelShape, name: str, layer: int | None = None, *, part: int 
     offsets, sizes = [0] * len(global_shape), list(global_shape)
     if layer is not None:
         offsets[0], sizes[0] = layer, 1
+    if name.endswith("_wide_norm"):
+        sizes[1] //= parts
+        offsets[1] = part * sizes[1]
     if site is not None:
         blocks = ["gate", "up"] if site.linear == _FC1 else [name]  # stored one after the other
         dim = site.split + (layer is not None)
@@ -141,13 +149,14 @@ def all_boxes(shape: ModelShape) -> Iterator[Box]:
     parts = gcd(shape.num_query_groups, shape.ffn_hidden_size, 8)
     vocabulary_parts = gcd(shape.vocab_size, 64)
     frozen = ["q_bias"] * shape.has_qkv_bias + ["q_norm", "k_norm"] * shape.has_qk_norm
+    frozen += ["q_wide_norm", "k_wide_norm"] * shape.has_wide_qk_norm
 
     def split(name: str, layer: int | None, parts: int) -> Iterator[Box]:
         return (box_of(shape, name, layer, part=part, parts=parts) for part in range(parts))
 
     yield from split("embed", None, vocabulary_parts)
     for layer in range(shape.num_layers):
-        for name in (*LAYER_NORMS, *frozen):
+        for name in (*shape.norms, *frozen):
             yield box_of(shape, name, layer)
         for name in ("q", "o", "gate", "up", "down"):
             yield from split(name, layer, parts)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_lrc import __version__
 from megatron_lrc.checkpoints.files import FileSum
@@ -48,6 +48,7 @@ class RunState:
     data_order: str = ""  # hash over what decides that order (`data/sample_order.py`); not known to older checkpoints
     teacher_fingerprint: str = ""
     tokenizer_fingerprint: str = ""  # of the data; "" where no manifest names it
+    tokens_that_count: str = "all"  # in the losses: "all", or of chats the "assistant"'s (`data/counted_tokens.py`)
     grad_norm_mean: float = 0.0  # running mean over the steps taken, for --spike-factor
     grad_norm_count: int = 0
     changed_at: int | None = None  # the step after which the method changed what is trained (`Method.change`)
@@ -107,10 +108,17 @@ def read_state(path: Path) -> tuple[RunState, Config, ModelShape]:
 def _check_kinds(values: RunState | ModelShape | FileSum) -> None:
     """TypeError unless every field is of the kind that it is declared as."""
     for one in fields(values):
-        value = getattr(values, one.name)
-        kinds = {float: (int, float), tuple[int, ...]: tuple}.get(one.type, one.type)  # type: ignore[arg-type]
-        if not isinstance(value, kinds):  # type: ignore[arg-type]
+        if not _is_of_kind(getattr(values, one.name), one.type):
             raise TypeError(f"{one.name} is of another kind")
+
+
+def _is_of_kind(value: Any, declared: Any) -> bool:
+    origin, arguments = get_origin(declared), get_args(declared)
+    if origin is tuple:  # of any length
+        return isinstance(value, tuple) and all(_is_of_kind(item, arguments[0]) for item in value)
+    if origin is Literal:
+        return value in arguments
+    return isinstance(value, (int, float) if declared is float else declared)
 
 
 def with_names_of_today(state: dict[str, Any]) -> dict[str, Any]:

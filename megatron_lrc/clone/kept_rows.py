@@ -1,10 +1,10 @@
 """Which KV groups and FFN neurons of a teacher's layer a slimmer student's layer keeps, and where they are put.
 
-A kept group has its rows in q, k and v (weights and biases) and its columns in o; a kept neuron a row in gate and up
-and a column in down. What a layer computes does not depend on the order of its groups and neurons, if all of these
-follow. So a teacher is read in an order of ours: each tensor parallel rank has an equal share of the kept ones first,
-in rising order, and an equal share of the others after them. The student's matrices are then made of the first rows or
-columns of the teacher's on the same rank, which are a view (`sites.kept_part`), and no rank needs another's.
+A kept group has its rows in q, k and v (weights, biases and wide norms) and its columns in o; a kept neuron a row in
+gate and up and a column in down. What a layer computes does not depend on the order of its groups and neurons, if all
+of these follow. So a teacher is read in an order of ours: each tensor parallel rank has an equal share of the kept ones
+first, in rising order, and an equal share of the others after them. The student's matrices are then made of the first
+rows or columns of the teacher's on the same rank, which are a view (`sites.kept_part`), and no rank needs another's.
 
 The choice itself knows nothing of a layout: it is stored in the teacher's own order.
 """
@@ -22,7 +22,7 @@ UNITS: tuple[Unit, ...] = get_args(Unit)
 
 #: What a tensor's rows (of o and down its columns) belong to.
 UNIT_OF: dict[str, Unit] = {
-    **dict.fromkeys(("q", "k", "v", "o", "q_bias", "k_bias", "v_bias"), "groups"),
+    **dict.fromkeys(("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "q_wide_norm", "k_wide_norm"), "groups"),
     **dict.fromkeys(("gate", "up", "down"), "neurons"),
 }
 

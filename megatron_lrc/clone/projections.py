@@ -112,6 +112,7 @@ class Projections(nn.Module):
     norms: global name -> the student's gain, held by reference.
     tp_group: shards every P on its first dimension; None is a group of one.
     sharing: which of the matrices this replica composes and pulls back.
+    gain_offset: what a norm adds to its gain (`ModelShape.gain_offset`).
     """
 
     def __init__(
@@ -126,12 +127,14 @@ class Projections(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         sharing: Sharing | None = None,
+        gain_offset: float = 0.0,
     ):
         super().__init__()
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         self.tp_size = self.tp_group.size() if self.tp_group else 1
         self.tp_rank = self.tp_group.rank() if self.tp_group else 0
         self.teacher_size, self.student_size = teacher_size, student_size
+        self._gain_offset = gain_offset
         # First, so that DDP puts them into the bucket that is complete last: one is before the first layer.
         self.norms = nn.ParameterDict({_key(name): gain for name, gain in norms.items()})
         size = (teacher_size // self.tp_size, student_size)
@@ -163,6 +166,17 @@ class Projections(nn.Module):
     def named_norms(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(global name, gain [d]) of each of the student's norms."""
         return ((key.replace("/", "."), gain) for key, gain in self.norms.items())
+
+    @torch.no_grad()
+    def set_gain(self, name: str, effective: Tensor | float) -> None:
+        """Have a norm multiply by this, [d] or one number for all."""
+        gain = self.norms[_key(name)]
+        gain.copy_(torch.as_tensor(effective, dtype=torch.float64, device=gain.device) - self._gain_offset)
+
+    @torch.no_grad()
+    def effective_gain(self, name: str) -> Tensor:
+        """What a norm multiplies by, [d], fp64."""
+        return self.norms[_key(name)].double() + self._gain_offset
 
     def matrix(self, name: str) -> nn.Parameter:
         """This rank's shard [D/tp, d]."""

@@ -12,6 +12,9 @@ n_S is what the student would read if its residual stream were the teacher's in 
 need the teacher only, and all layers' are gathered in one pass. Of a student without some of the teacher's layers, x is
 the stream without what those have added: its projections learn to read what is missing from what is there.
 
+What reads the stream without a norm reads x, of which each token counts as if it had unit RMS: n_T = x / rms(x), n_S =
+Q^T x / rms(x), and P_0 = Q.
+
 Notation: D teacher hidden, d student hidden, n tokens.
 """
 
@@ -32,10 +35,11 @@ def rms_norm(stream: Tensor, epsilon: float) -> Tensor:
 class ReadingMoments:
     """Sums over the tokens that this rank saw of n_T n_S^T [D, d] and, below it, n_S n_S^T [d, d]: fp64 [D + d, d].
 
-    basis: Q [D, d], fp64. teacher_gain: [D], of the norm. epsilons: the teacher's and the student's.
+    basis: Q [D, d], fp64. teacher_gain: [D], what the norm multiplies by; None where there is no norm. epsilons: the
+    teacher's and the student's.
     """
 
-    def __init__(self, basis: Tensor, teacher_gain: Tensor, epsilons: tuple[float, float]):
+    def __init__(self, basis: Tensor, teacher_gain: Tensor | None, epsilons: tuple[float, float]):
         self._basis, self._gain, self._epsilons = basis, teacher_gain, epsilons
         self.total = basis.new_zeros(sum(basis.shape), basis.shape[1], dtype=torch.float64)
 
@@ -44,16 +48,20 @@ class ReadingMoments:
         """stream: what the teacher's norm is given, [..., D]. missing: what of it comes from parts of the teacher that
         the student has not, in the basis, [..., d]. Products in fp32 or better, sums of them in fp64."""
         tokens = stream.flatten(0, -2).to(torch.promote_types(stream.dtype, torch.float32))  # [n, D]
-        teacher = rms_norm(tokens, self._epsilons[0]) * self._gain.to(tokens.dtype)
+        teacher = rms_norm(tokens, self._epsilons[0])
         missing = missing.flatten(0, -2) if isinstance(missing, Tensor) else missing
-        student = rms_norm(tokens @ self._basis.to(tokens.dtype) - missing, self._epsilons[1])  # [n, d]
+        student = tokens @ self._basis.to(tokens.dtype) - missing  # [n, d]
+        if self._gain is None:
+            student = student * (tokens.square().mean(-1, keepdim=True) + self._epsilons[0]).rsqrt()
+        else:
+            teacher, student = teacher * self._gain.to(tokens.dtype), rms_norm(student, self._epsilons[1])
         self.total += torch.cat([teacher, student], dim=-1).t() @ student
 
     @torch.no_grad()
     def fit(self) -> Tensor:
         """P [D, d], fp64. `total` must have been summed over ranks."""
         teacher, student = self.total.split(self._basis.shape)
-        prior = behind_norm(self._basis, self._gain)
+        prior = self._basis if self._gain is None else behind_norm(self._basis, self._gain)
         ridge = RIDGE * student.diagonal().mean()
         factor = torch.linalg.cholesky(student + ridge * torch.eye(len(student)).to(student))
         return prior + torch.cholesky_solve((teacher - prior @ student).t(), factor).t().contiguous()

@@ -56,8 +56,12 @@ LM_HEAD = Site("lm_head", "input", "output_layer", 0)
 #: Linear modules of a layer whose outputs the clone loss compares.
 CAPTURED_LINEARS: tuple[str, ...] = (_QKV, _PROJ, _FC1, _FC2)
 
-#: Norm gains of a layer, in the order they act.
-LAYER_NORMS: tuple[str, ...] = ("input", "post")
+#: Norms that a layer may have (`ModelShape.norms`), in the order they act: of what attention and the MLP read, and of
+#: what they give, before it is added to the residual stream. `post` is the one before the MLP.
+LAYER_NORMS: tuple[str, ...] = ("input", "after_attention", "post", "after_mlp")
+
+#: A norm of what a block gives -> the site that gives it.
+WRITER_BEFORE: dict[str, str] = {"after_attention": "o", "after_mlp": "down"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,8 @@ class VocabularyShard:
 class HeadLossSettings:
     """lm, kl: weights of the losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
     loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise. logits_scaling:
-    what both models' logits are divided by."""
+    what both models' logits are divided by. logits_soft_cap: c of c tanh(logits / c), which takes the place of both
+    models' logits; 0: none."""
 
     lm: float
     kl: float
@@ -60,6 +61,7 @@ class HeadLossSettings:
     chunk_tokens: int
     loss_scale: Tensor | float = 1.0
     logits_scaling: float = 1.0
+    logits_soft_cap: float = 0.0
 
 
 Sums = TypeVar("Sums", bound="HeadSums")
@@ -154,6 +156,7 @@ class _LmAndKl(torch.autograd.Function):
             teacher_logits = None
             if teacher_hidden is not None and teacher_head is not None and is_teacher_wanted:
                 teacher_logits = _logits(teacher_hidden[chunk], teacher_head[: shard.num_valid], settings)
+            slope = _cap_slope(student_logits, settings.logits_soft_cap) if needs_grad else None
             for part in _parts(student_logits, shard):
                 sums += _replace_by_gradient(
                     student_logits[part],
@@ -170,6 +173,9 @@ class _LmAndKl(torch.autograd.Function):
                 scale = settings.loss_scale / settings.logits_scaling
                 if isinstance(scale, Tensor) or scale != 1.0:
                     student_logits.mul_(scale)
+                if slope is not None:
+                    student_logits.mul_(slope)
+                    del slope
                 narrow = student_logits.to(student_hidden.dtype)
                 del student_logits
                 hidden_grad[chunk] = narrow @ student_rows
@@ -197,7 +203,15 @@ class _LmAndKl(torch.autograd.Function):
 def _logits(hidden: Tensor, rows: Tensor, settings: HeadLossSettings) -> Tensor:
     """[n', v], in fp32 or better, of tokens [n', h] and rows of the head [v, h]."""
     logits = wide_product(hidden, rows)
-    return logits if settings.logits_scaling == 1.0 else logits.div_(settings.logits_scaling)
+    if settings.logits_scaling != 1.0:
+        logits.div_(settings.logits_scaling)
+    cap = settings.logits_soft_cap
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def _cap_slope(capped: Tensor, cap: float) -> Tensor | None:
+    """What the gradient of capped logits [n', v] is multiplied by to be that of the logits; None without a cap."""
+    return None if not cap else (capped / cap).square_().neg_().add_(1.0)
 
 
 class _HeadGradient:

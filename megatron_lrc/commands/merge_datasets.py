@@ -2,7 +2,8 @@
 
     megatron-lrc merge --input data/a_text_document data/b_text_document --output-prefix data/all
 
-writes data/all.bin and .idx, and .json (a manifest) if every input has one. Documents keep their order.
+writes data/all.bin and .idx, and .json (a manifest) if every input has one. Documents keep their order. Where an input
+says which of its tokens count in the losses (.mask, of chats), so does the result; of the others all count.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ def run(argv: Sequence[str], program: str) -> int:
     parser = new_parser(program, __doc__)
     inputs = "datasets in order, PREFIX of PREFIX.bin and .idx"
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help=inputs)
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
+    outputs = "writes PREFIX.bin, .idx, .json, .mask"
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
     flags = parser.parse_args(argv)
     try:
         merge_datasets(flags.input, flags.output_prefix, report=say)

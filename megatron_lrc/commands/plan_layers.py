@@ -85,7 +85,8 @@ def measure(config: Config, measures: Sequence[str]) -> dict[str, list[float]]:
     from megatron_lrc.data.data_checks import check_data
     from megatron_lrc.data.datasets import first_samples
     from megatron_lrc.hf.checkpoint_reader import open_teacher
-    from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
+    from megatron_lrc.hf.families import describe_teacher
+    from megatron_lrc.hf.rope import rotations
     from megatron_lrc.mcore.layer_importance import layer_importance
     from megatron_lrc.verify.weight_streams import stream_weights
 
@@ -98,7 +99,8 @@ def measure(config: Config, measures: Sequence[str]) -> dict[str, list[float]]:
     for name in measures:
         weights = stream_weights(teacher.family, teacher.shape, reader.weight)
         dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-        found[name] = layer_importance(name, weights, teacher.shape, rope_inverse_frequencies(teacher), batch, dtype)
+        rope = rotations(teacher, batch["tokens"].shape[1])
+        found[name] = layer_importance(name, weights, teacher.shape, rope, batch, dtype)
     if not all(math.isfinite(figure) for figures in found.values() for figure in figures):
         raise ConfigError("The teacher's activations are not finite on these tokens. Try without --bf16.")
     return found

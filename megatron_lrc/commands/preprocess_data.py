@@ -53,7 +53,8 @@ def read_flags(argv: Sequence[str], program: str) -> tuple[IndexingOptions, str 
         help="keys or columns to read, one dataset each (default: text); a list of messages there, as in chat data, is "
         "rendered with the tokenizer's chat template",
     )
-    add("--output-prefix", "writes PREFIX_KEY_document.bin, .idx, .json", required=True, metavar="PREFIX")
+    outputs = "writes PREFIX_KEY_document.bin, .idx, .json, .mask"
+    add("--output-prefix", outputs, required=True, metavar="PREFIX")
     kinds = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer")
     add("--tokenizer-type", "kind of --tokenizer-model", choices=kinds, default=kinds[0])
     models = "tokenizer directory, SentencePiece .model file, or for TikTokenizer a rank file"
@@ -74,6 +75,12 @@ def read_flags(argv: Sequence[str], program: str) -> tuple[IndexingOptions, str 
     add("--chat-template-name", "of a tokenizer's several chat templates, the one for chats", metavar="NAME")
     dates = "the date that chat templates take for today's, so that every day gives the same data"
     add("--chat-date", f"{dates} (default: {DEFAULT_DATE})", metavar="YYYY-MM-DD")
+    add(
+        "--no-assistant-mask",
+        "do not write which tokens of chats are the assistant's (PREFIX_KEY_document.mask); a run then trains on all",
+        action="store_false",
+        dest="assistant_mask",
+    )
     add_selection_flags(parser)
     add("--workers", "processes that encode", type=positive, default=1)
     bad = "a line that is not UTF-8, not JSON, lacks a key or cannot be filtered: stop, or leave it out and count it"

@@ -10,7 +10,7 @@ the same answer on every rank. Nothing here imports torch: `--help` answers at o
 from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from .budget import count_steps, is_counted
 from .layer_map import parse_layers
@@ -74,6 +74,11 @@ class ModelShape:
     `window` and `is_rotated`.
     embedding_multiplier, residual_multiplier: of embeddings, and of what a block adds to the residual stream.
     attention_multiplier: of the scores of queries and keys; None: 1 / sqrt(head_dim). logits_scaling: divides logits.
+    scales_embeddings: embeddings are multiplied by sqrt(hidden_size), rounded to the weights' dtype; each model by its
+    own. attention_soft_cap, logits_soft_cap: c of c tanh(x / c), of attention's scores and of logits; 0: none.
+    norms: those of a layer, of LAYER_NORMS. has_zero_centered_norms: a norm's stored gain w multiplies by 1 + w.
+    has_wide_qk_norm: q and k are normed over all heads together, with gains of all their features; has_qk_norm: over
+    each head, with gains over head_dim. activation: of the gate, "silu" or "gelu" (its tanh form).
     """
 
     num_layers: int
@@ -96,10 +101,27 @@ class ModelShape:
     residual_multiplier: float = 1.0
     attention_multiplier: float | None = None
     logits_scaling: float = 1.0
+    scales_embeddings: bool = False
+    attention_soft_cap: float = 0.0
+    logits_soft_cap: float = 0.0
+    norms: tuple[str, ...] = ("input", "post")
+    has_zero_centered_norms: bool = False
+    has_wide_qk_norm: bool = False
+    activation: Literal["silu", "gelu"] = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("teacher_layers", "windowed_layers", "unrotated_layers"):
+        for name in ("teacher_layers", "windowed_layers", "unrotated_layers", "norms"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+
+    @property
+    def gain_offset(self) -> float:
+        """What a norm adds to its stored gain."""
+        return 1.0 if self.has_zero_centered_norms else 0.0
+
+    @property
+    def has_norms_after(self) -> bool:
+        """Whether what blocks give is normed before it is added to the residual stream."""
+        return "after_mlp" in self.norms
 
     def window(self, layer: int) -> int | None:
         """How many keys a query of one of its own layers (from 0) meets at most, itself among them; None: all."""

@@ -12,6 +12,7 @@ _REFERENCE = {
     "init_method_std": 0.02,
     "student_norm_epsilon": 1e-5,
     "lr_warmup_fraction": 0.005,  # of however few steps
+    "train_on_inputs": True,
 }
 #: What the measurements of docs/recipes.md speak for; for `--lr auto` see `rates.py`.
 _RECOMMENDED = {

@@ -16,14 +16,15 @@ from files and from Python, but not from loops without end: so time, memory and 
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date as calendar_date
 from datetime import datetime
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_turns import ASSISTANT, MarkedText, find_turns, has_markers, writes_no_header
 from megatron_lrc.data.limits import TakesTooMuch, call_within
 from megatron_lrc.data.lines import LONGEST_LINE
 
@@ -33,6 +34,7 @@ DEFAULT_DATE = "2024-07-26"
 _SECONDS, _MEMORY = 3.0, 1 << 28
 _DEFAULT_NAME = "default"  # of the template that apply_chat_template takes, too
 
+Result = TypeVar("Result")
 Content = str | list[dict[str, Any]]  # a string, or parts {"type": "text", "text": ...}
 
 
@@ -102,13 +104,22 @@ class ChatTemplate:
 
         messages: as `chats.read_chat` gives them.
         """
+        return self._rendered(lambda renderer: renderer(messages))
+
+    def mark(self, messages: list[dict[str, Any]]) -> MarkedText:
+        """The same text, and which parts of it are the assistant's. ConfigError also where that cannot be found."""
+        return self._rendered(lambda renderer: renderer.mark(messages))
+
+    def _rendered(self, use: "Callable[[_Renderer], Result]") -> Result:
         if self.template is None:
             raise ConfigError(
                 f"it is a chat, and the tokenizer has several chat templates ({', '.join(sorted(self.templates))}), "
                 "none of them named default; choose one with --chat-template-name"
             )
         try:
-            return _renderer(self.path, self.template, self.date)(messages)
+            return use(_renderer(self.path, self.template, self.date))
+        except ConfigError:
+            raise
         except TakesTooMuch as error:
             raise ConfigError(
                 f"the tokenizer's chat template takes {error} for it, perhaps in a loop without end; mend the "
@@ -138,14 +149,51 @@ class _Renderer:
         # unless one is asked for.
         self._variables = {"date_string": _clock(date)("%d %b %Y")} if date else {}
         self._forms: dict[str, set[str]] = {}  # by role
+        self._has_markers = has_markers(template)
 
     def __call__(self, messages: list[dict[str, Any]]) -> str:
         if self._refused:
             raise self._refused
-        in_form = [{**message, "content": self._in_form(message["role"], message["content"])} for message in messages]
-        text = self._render(in_form)
+        text = self._render(self._all_in_form(messages))
         self._refuse_places_in_memory(text, messages)
         return text
+
+    def mark(self, messages: list[dict[str, Any]]) -> MarkedText:
+        text, in_form = self(messages), self._all_in_form(messages)
+        if self._has_markers:
+            return MarkedText(text, self._marked_spans(in_form, text))
+        ends, is_headerless = self._special_tokens, self._is_headerless
+        return MarkedText(text, find_turns(in_form, text, self._render, end_tokens=ends, is_headerless=is_headerless))
+
+    def _marked_spans(self, messages: list[dict[str, Any]], text: str) -> tuple[tuple[int, int], ...]:
+        """What stands between the template's {% generation %} markers: [from, to) in characters of the text."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        variables = {**self._tokenizer.special_tokens_map, **self._variables}
+        rendered: Any = call_within(
+            lambda: render_jinja_template(
+                [messages], chat_template=self._source, return_assistant_tokens_mask=True, **variables
+            ),
+            seconds=_SECONDS,
+            num_bytes=_MEMORY,
+        )
+        (marked,), (spans,) = rendered
+        if marked != text:
+            raise ValueError("it gives another text where its {% generation %} markers are followed")
+        return tuple((start, end) for start, end in spans if end > start)
+
+    @functools.cached_property
+    def _special_tokens(self) -> list[str]:
+        return [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+
+    @functools.cached_property
+    def _is_headerless(self) -> bool:
+        question = self._all_in_form([{"role": "user", "content": "a"}])
+        answer = self._all_in_form([{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": _FIRST}])
+        return writes_no_header(question, answer, _FIRST, self._render)
+
+    def _all_in_form(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**message, "content": self._in_form(message["role"], message["content"])} for message in messages]
 
     def _compile(self, template: str, date: str) -> str:
         try:
@@ -154,10 +202,14 @@ class _Renderer:
             self._refused = error
             return ""
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], with_prompt: bool = False) -> str:
         text: str = call_within(
             lambda: self._tokenizer.apply_chat_template(
-                messages, chat_template=self._source, tokenize=False, **self._variables
+                messages,
+                chat_template=self._source,
+                tokenize=False,
+                add_generation_prompt=with_prompt,
+                **self._variables,
             ),
             seconds=_SECONDS,
             num_bytes=_MEMORY,

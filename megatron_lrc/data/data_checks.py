@@ -11,6 +11,7 @@ import numpy
 
 from megatron_lrc.config import Config, ConfigError, budgets_of, describe_budgets, flag_of
 from megatron_lrc.data.blends import dataset_prefixes, plan_data
+from megatron_lrc.data.counted_tokens import check_masks
 from megatron_lrc.data.directory_tokenizer import has_tokenizer
 from megatron_lrc.data.indexed_files import IndexedFile, read_index, read_indexed_file
 from megatron_lrc.data.loaded_tokenizer import Tokenizer, describe_unlike
@@ -33,6 +34,7 @@ def check_data(config: Config, teacher_vocab_size: int) -> str:
     tokenizer = _check_vocabulary(config, files, teacher_vocab_size) if files else None
     for prefix in dataset_prefixes(plan_data(config)):
         read_index(prefix, allow_empty_documents=True)
+    check_masks(config)
     return tokenizer.fingerprint if tokenizer else ""
 
 

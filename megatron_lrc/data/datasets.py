@@ -220,6 +220,7 @@ class Request:
                         maps,
                         gpt_config,
                         masks_last_label=config.data.mask_last_label,
+                        train_on_inputs=config.data.train_on_inputs,
                     )
                 )
             is_blend = len(datasets) > 1

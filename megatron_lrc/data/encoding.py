@@ -26,18 +26,21 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_turns import MarkedIds, mark_tokens
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.encoders import Encode
 from megatron_lrc.data.file_kinds import kind_of
 from megatron_lrc.data.filters import Filter
 from megatron_lrc.data.input_files import Source, is_divisible
 from megatron_lrc.data.lines import LONGEST_LINE, lines_of, pass_line
-from megatron_lrc.data.records import as_text, check_ids, parse_record, values_of
+from megatron_lrc.data.records import as_marked_chat, as_text, check_ids, parse_record, values_of
 from megatron_lrc.data.restart import Position
 from megatron_lrc.data.selection import ROW_COUNTS, Outcome, Selection
 
 CHUNK_BYTES = 256 * 1024  # of text per unit of work: large against the cost of handing it over, small against memory
 CHUNKS_AHEAD_PER_WORKER = 4
+
+Document = str | list[int] | MarkedIds  # a text, ids, or a chat's ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class EncodedChunk:
     chunk: Chunk  # without its lines
     tokens: dict[str, numpy.ndarray]  # key -> all documents end to end, int32
     lengths: dict[str, list[int]]  # key -> tokens of each document; 0 where the text gave none
+    masks: dict[str, numpy.ndarray | None]  # key -> of each token whether it counts, bool; None where there is no chat
     bad_lines: list[tuple[int, str]]  # (line of the chunk, from 0; what is wrong with it)
     outcomes: bytes  # an `Outcome` for each line; each that was kept gave a document
 
@@ -100,10 +104,12 @@ class EncodedChunk:
         kept = numpy.flatnonzero(numpy.frombuffer(self.outcomes, numpy.uint8) == Outcome.KEPT)
         num_lines = int(kept[num_documents - 1]) + 1
         lengths = {name: lengths[:num_documents] for name, lengths in self.lengths.items()}
+        num_taken = {name: sum(lengths[name]) for name in lengths}
         return replace(
             self,
-            tokens={name: self.tokens[name][: sum(lengths[name])] for name in lengths},
+            tokens={name: self.tokens[name][:taken] for name, taken in num_taken.items()},
             lengths=lengths,
+            masks={name: mask if mask is None else mask[: num_taken[name]] for name, mask in self.masks.items()},
             bad_lines=[(line, what) for line, what in self.bad_lines if line < num_lines],
             outcomes=self.outcomes[:num_lines],
         )
@@ -120,10 +126,11 @@ class ChunkEncoder:
     after: list[int] = field(default_factory=list)
     chat: ChatTemplate | None = None
     has_token_ids: bool = False  # the keys hold token ids, not text
+    marks_chats: bool = True  # whether it is found which of a chat's tokens are the assistant's
     selection: Selection = field(default_factory=Selection)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        documents: dict[str, list[str | list[int]]] = {key: [] for key in self.keys}
+        documents: dict[str, list[Document]] = {key: [] for key in self.keys}
         bad_lines = []
         outcomes = bytearray()
         for number, line in enumerate(chunk.read()):
@@ -135,15 +142,16 @@ class ChunkEncoder:
             outcomes.append(outcome)
             for key, value in zip(self.keys, values, strict=False):  # none but of a line that is kept
                 documents[key].append(value)
-        tokens, lengths = {}, {}
+        tokens, lengths, masks = {}, {}, {}
         for key in self.keys:
             encoded = self._encode(documents[key])
             lengths[key] = [len(ids) for ids in encoded]
             tokens[key] = numpy.fromiter(chain.from_iterable(encoded), dtype=numpy.int32, count=sum(lengths[key]))
-        return EncodedChunk(replace(chunk, lines=None), tokens, lengths, bad_lines, bytes(outcomes))
+            masks[key] = self._join_masks(documents[key], lengths[key])
+        return EncodedChunk(replace(chunk, lines=None), tokens, lengths, masks, bad_lines, bytes(outcomes))
 
-    def read(self, line: bytes) -> tuple[Outcome, list[str | list[int]]]:
-        """What becomes of a line, and its documents if it is kept: a text or ids for each key. ConfigError: it is bad.
+    def read(self, line: bytes) -> tuple[Outcome, list[Document]]:
+        """What becomes of a line, and its documents, one for each key, if it is kept. ConfigError: it is bad.
 
         Whatever a line is left out for is found before its texts are looked at.
         """
@@ -158,15 +166,36 @@ class ChunkEncoder:
             return Outcome.NOT_SAMPLED, []
         return Outcome.KEPT, [self._as_document(value, key) for key, value in zip(self.keys, values, strict=True)]
 
-    def _as_document(self, value: Any, key: str) -> str | list[int]:
-        return check_ids(value, key, self.vocab_size) if self.has_token_ids else as_text(value, key, self.chat)
+    def _as_document(self, value: Any, key: str) -> Document:
+        if self.has_token_ids:
+            return check_ids(value, key, self.vocab_size)
+        if self.marks_chats and isinstance(value, list):
+            return mark_tokens(as_marked_chat(value, key, self.chat), self.encode_batch)
+        return as_text(value, key, self.chat)
 
-    def _encode(self, documents: list[str | list[int]]) -> list[list[int]]:
+    def _encode(self, documents: list[Document]) -> list[list[int]]:
         texts = iter(self.encode_batch([document for document in documents if isinstance(document, str)]))
-        encoded = [next(texts) if isinstance(document, str) else document for document in documents]
+        encoded = [next(texts) if isinstance(document, str) else _ids_of(document) for document in documents]
         if self.before or self.after:
             encoded = [[*self.before, *ids, *self.after] if ids else ids for ids in encoded]
         return encoded
+
+    def _join_masks(self, documents: list[Document], lengths: list[int]) -> numpy.ndarray | None:
+        """[tokens of all documents], bool: all of a document that is no chat; of a chat not what goes round it."""
+        if not any(isinstance(document, MarkedIds) for document in documents):
+            return None
+        mask = numpy.ones(sum(lengths), dtype=bool)
+        end = 0
+        for document, length in zip(documents, lengths, strict=True):
+            start, end = end, end + length
+            if isinstance(document, MarkedIds) and length:
+                mask[start:end] = False
+                mask[start + len(self.before) : end - len(self.after)] = document.mask
+        return mask
+
+
+def _ids_of(document: list[int] | MarkedIds) -> list[int]:
+    return document.ids if isinstance(document, MarkedIds) else document
 
 
 def read_chunks(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_masks import AssistantMask, check_entry, open_mask
 from megatron_lrc.data.loaded_tokenizer import TokenizerIdentity
 from megatron_lrc.data.mapped_files import map_array
 from megatron_lrc.json_files import Unreadable, read_object
@@ -62,6 +63,11 @@ class IndexedFile:
     def tokens(self) -> numpy.ndarray:
         """[num_tokens]: the .bin, memory-mapped."""
         return map_array(f"{self.prefix}.bin", self.dtype, (self.num_tokens,))
+
+    @cached_property
+    def mask(self) -> AssistantMask | None:
+        """Which tokens count in the losses, or None: all. ConfigError where the file is another dataset's."""
+        return open_mask(self.prefix, self.manifest, self.num_tokens)
 
     def documents(self, bounds: tuple[float, float]) -> range:
         """The documents of a part, cut where megatron-core's BlendedMegatronDatasetBuilder cuts."""
@@ -133,7 +139,7 @@ def _similar(prefix: str) -> str:
     if not os.path.isdir(folder or "."):
         return ""
     known = sorted(path.removesuffix(".idx") for path in os.listdir(folder or ".") if path.endswith(".idx"))
-    of_file = [other for other in known if name in (f"{other}.bin", f"{other}.idx", f"{other}.json")]
+    of_file = [other for other in known if name.removeprefix(other) in (".bin", ".idx", ".json", ".mask")]
     of_prefix = [other for other in known if other.startswith(f"{name}_")]
     close = of_file or of_prefix or difflib.get_close_matches(name, known, n=1)
     return f"; was {' or '.join(os.path.join(folder, other) for other in close[:3])} meant?" if close else ""
@@ -166,6 +172,7 @@ def _read_manifest(prefix: str, lengths: numpy.ndarray) -> dict[str, Any] | None
         documents, tokens = manifest["documents"], manifest["tokens"]
         identity_of(manifest)
         _check_kinds(manifest, _KINDS)
+        check_entry(manifest)
         _check_kinds(manifest["tokenizer"], _KINDS_OF_TOKENIZER)
         _check_kinds(manifest.get("options") or {}, _KINDS_OF_OPTIONS)
         _check_kinds(manifest.get("rows", {}), dict.fromkeys(manifest.get("rows", {}), (int,)))

@@ -8,12 +8,14 @@ stopped goes on where it was, without a byte's difference (`restart.py`). `prepa
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_masks import describe_counted
 from megatron_lrc.data.encoding import EncodedChunk, encode_chunks, read_chunks, take_tokens
 from megatron_lrc.data.preparation import IndexingOptions, Preparation, check_options, check_paths, prepare
 from megatron_lrc.data.progress import Progress
@@ -111,7 +113,7 @@ def why_empty(options: IndexingOptions, key: str, done: Done) -> str:
 def publish_all(prefixes: dict[str, str], report: Callable[[str], None]) -> None:
     for prefix in prefixes.values():
         publish(prefix)
-        report(f"wrote {prefix}.bin, .idx, .json")
+        report(f"wrote {prefix}.bin, .idx, .json{', .mask' if os.path.exists(f'{prefix}.mask') else ''}")
 
 
 def write_chunks(
@@ -143,7 +145,7 @@ def write_chunks(
             if bad_lines and options.on_bad_line == "fail":
                 raise ConfigError(f"{bad_lines[0]}. Mend the line, or use --on-bad-line skip.")
             for key, writer in writers.items():
-                writer.add(encoded.tokens[key], encoded.lengths[key])
+                writer.add(encoded.tokens[key], encoded.lengths[key], encoded.masks[key])
             # In one assignment: an interrupt may come anywhere, and position and counts have to belong together.
             done = replace(
                 done,
@@ -175,6 +177,8 @@ def report_left_out(
     for key, writer in writers.items():
         if writer.empty:
             report(f"left out {writer.empty:,} empty document{'s' if writer.empty > 1 else ''} of {key!r}")
+        if writer.counted_tokens is not None:
+            report(describe_counted(writer.counted_tokens, writer.tokens, f"of {key!r}"))
     if options.selection.is_partial:
         kept, filtered, not_sampled = (done.rows.get(name, 0) for name in ROW_COUNTS.values())
         report(f"kept {kept:,} rows; filters left out {filtered:,}, sampling {not_sampled:,}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_masks import AssistantMask
 from megatron_lrc.data.directory_tokenizer import open_tokenizer
 from megatron_lrc.data.indexed_files import Index, check_token_ids, read_index
 from megatron_lrc.data.loaded_tokenizer import Tokenizer, describe_unlike
@@ -39,15 +40,20 @@ def inspect_dataset(
         report(f"  {line}")
     tokenizer = _tokenizer(index, tokenizer_model, needs_one=samples > 0)
     if verify:
+        if index.mask:
+            index.mask.check()
         manifest_size = index.manifest["tokenizer"]["vocab_size"] if index.manifest else None
         vocab_size = tokenizer.vocab_size if tokenizer else manifest_size
         largest = check_token_ids(index, vocab_size)
         below = "vocabulary not known" if vocab_size is None else f"below the tokenizer's {vocab_size:,}"
-        report(f"  verified     header, sizes, lengths, pointers, documents; largest token id {largest:,} ({below})")
+        what = f"header, sizes, lengths, pointers, documents{', checksum of the mask' if index.mask else ''}"
+        report(f"  verified     {what}; largest token id {largest:,} ({below})")
     if samples and tokenizer:
         decode = load_decoder(tokenizer)
         for number in sample_numbers(index.num_documents, samples, sample_seed):
             report(f"  {decoded_sample(index, number, tokenizer.vocab_size, decode)}")
+            if index.mask:
+                report(f"    that count: {counted_parts(index, index.mask, number, decode)}")
     return lengths
 
 
@@ -73,7 +79,16 @@ def describe(index: Index) -> list[str]:
         *(f"{suffix}         {size:,} bytes" for suffix, size in sizes.items()),
         f"tokenizer    {tokenizer}",
         *describe_selection(index.manifest or {}),
+        *describe_mask(index.mask),
     ]
+
+
+def describe_mask(mask: AssistantMask | None) -> list[str]:
+    """A line where the losses do not count every token."""
+    if mask is None:
+        return []
+    share = mask.num_counted / mask.num_tokens
+    return [f"in losses    {mask.num_counted:,} tokens ({share:.1%}): of chats the assistant's"]
 
 
 def describe_selection(manifest: Mapping[str, Any]) -> list[str]:
@@ -130,6 +145,15 @@ def decoded_sample(index: Index, number: int, vocab_size: int, decode: Callable[
             )
     more = " ..." if len(tokens) > len(ids) else ""
     return f"document {number} ({len(tokens):,} tokens): {json.dumps(decode(ids), ensure_ascii=False)}{more}"
+
+
+def counted_parts(index: Index, mask: AssistantMask, number: int, decode: Callable[[list[int]], str]) -> str:
+    """Of the tokens that `decoded_sample` shows those that count, as a JSON list of their runs."""
+    tokens = index.document(number)[:_SAMPLE_TOKENS]
+    bits = mask.bits(int(index.pointers[index.bounds[number]]) // index.dtype.itemsize, len(tokens))
+    edges = numpy.flatnonzero(numpy.diff(numpy.concatenate([[False], bits, [False]]).astype(numpy.int8)))
+    runs = [decode(tokens[start:end].tolist()) for start, end in edges.reshape(-1, 2)]
+    return json.dumps(runs, ensure_ascii=False)
 
 
 def load_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:

@@ -12,24 +12,30 @@ from typing import Any, BinaryIO
 
 from megatron_lrc import __version__
 from megatron_lrc.config import ConfigError
-from megatron_lrc.data.indexed_files import Index, read_index
+from megatron_lrc.data.assistant_masks import ENTRY, MaskWriter, describe_counted
+from megatron_lrc.data.indexed_files import Index, pieces, read_index
 from megatron_lrc.data.loaded_tokenizer import are_alike, describe_unlike
 from megatron_lrc.data.selection import ROW_COUNTS
 from megatron_lrc.data.writing import IndexPart, lock_of_dataset, make_folder_of, write_index, write_manifest
 
-_SUFFIXES = (".bin", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
+_SUFFIXES = (".bin", ".mask", ".json", ".idx")  # the .idx takes its final name last: where one stands, all is there
 _COPY_BYTES = 1 << 24
 
 
 def merge_datasets(inputs: list[str], output_prefix: str, *, report: Callable[[str], None]) -> None:
-    """Writes the inputs' documents in order as one dataset, with a manifest if every input has one."""
+    """Writes the inputs' documents in order as one dataset, with a manifest if every input has one, and with a mask if
+    any has one: of an input without a mask all tokens count, as in a run on both."""
     indexes = [read_index(prefix) for prefix in inputs]
     check_alike(indexes)
+    check_masks(indexes)
     check_output(inputs, output_prefix)
     manifest = merged_manifest(indexes)
     with lock_of_dataset(output_prefix):
         _write(indexes, output_prefix, manifest, report)
-    report(f"wrote {output_prefix}.bin, .idx{', .json' if manifest else ''}")
+    mask = manifest and manifest.get(ENTRY)
+    report(f"wrote {output_prefix}.bin, .idx{', .json' if manifest else ''}{', .mask' if mask else ''}")
+    if manifest and mask:
+        report(describe_counted(mask["counted_tokens"], manifest["tokens"], "in all"))
     if manifest is None:
         missing = next(index.prefix for index in indexes if index.manifest is None)
         report(f"no manifest was written: {missing}.json does not exist")
@@ -50,6 +56,8 @@ def _write(
         with open(temporary[".idx"], "wb") as output:
             write_index([IndexPart(index.dtype, index.lengths, index.bounds) for index in indexes], output)
         if manifest:
+            if any(index.mask for index in indexes):
+                manifest[ENTRY] = write_mask(indexes, temporary[".mask"])
             write_manifest(temporary[".json"], manifest)
         rename(output_prefix, temporary)
     finally:
@@ -75,6 +83,18 @@ def check_alike(indexes: list[Index]) -> None:
                 f"{first_prefix} was made with the tokenizer {describe_unlike(first_tokenizer)} and {prefix} with "
                 f"{describe_unlike(tokenizer)}. Merge datasets of one tokenizer."
             )
+
+
+def check_masks(indexes: list[Index]) -> None:
+    """Masks are what was written, and there are manifests that can name the one of all."""
+    for index in indexes:
+        if index.mask:
+            index.mask.check()
+            if lacking := next((other.prefix for other in indexes if other.manifest is None), None):
+                raise ConfigError(
+                    f"{index.prefix}.mask says which tokens count in the losses, and {lacking} has no manifest, so "
+                    "that the result would have none to name its mask. Merge datasets of tools/preprocess_data.py."
+                )
 
 
 def check_output(inputs: list[str], output_prefix: str) -> None:
@@ -114,6 +134,19 @@ def merged_manifest(indexes: list[Index]) -> dict[str, Any] | None:
     }
 
 
+def write_mask(indexes: list[Index], path: str) -> dict[str, int]:
+    """The mask of all inputs end to end. Gives the manifest's entry."""
+    writer = MaskWriter(path)
+    with writer.file:
+        for index in indexes:
+            if index.mask is None:
+                writer.add_all(index.num_tokens)
+                continue
+            for piece in pieces(index.num_tokens):
+                writer.add(index.mask.bits(piece.start, piece.stop - piece.start))
+        return writer.complete()
+
+
 def copy_tokens(index: Index, output: BinaryIO) -> None:
     """Appends a .bin."""
     before = output.tell()
@@ -128,8 +161,9 @@ def copy_tokens(index: Index, output: BinaryIO) -> None:
 
 
 def rename(prefix: str, temporary: dict[str, str]) -> None:
-    """Gives the files their final names. An older .idx and manifest go first: neither ever stands beside newer data."""
-    for suffix in (".idx", ".json"):
+    """Gives the files their final names. What was there before of .idx, manifest and mask goes first: none of them ever
+    stands beside newer data."""
+    for suffix in (".idx", ".json", ".mask"):
         Path(f"{prefix}{suffix}").unlink(missing_ok=True)
     for suffix, path in temporary.items():
         if os.path.exists(path):

@@ -36,6 +36,7 @@ class IndexingOptions:
     token_ids: bool = False
     chat_template_name: str | None = None
     chat_date: str | None = None
+    assistant_mask: bool = True
     filters: tuple[Filter, ...] = ()
     sample_fraction: float = 1.0
     sample_seed: int = 0
@@ -86,6 +87,7 @@ def prepare(options: IndexingOptions, files: list[dict[str, Any]], tokenizer: To
         after=after,
         chat=tokenizer.chat,
         has_token_ids=options.token_ids,
+        marks_chats=options.assistant_mask,
         selection=options.selection,
     )
     return Preparation(options=options, files=files, tokenizer=tokenizer, encoder=encoder)
@@ -100,6 +102,7 @@ def identity_of(options: IndexingOptions, sources: list[dict[str, Any]], tokeniz
         "keys": options.json_keys,
         "joining": [options.append_eod, options.eos_before_bos_after],
         "token_ids": options.token_ids,
+        "assistant_mask": options.assistant_mask,
         "selection": [options.selection.as_manifest(), options.max_tokens],
         "tokenizer": [tokenizer.fingerprint, chat and [chat.template, chat.date]],
     }
@@ -172,6 +175,6 @@ def check_paths(options: IndexingOptions, report: Callable[[str], None]) -> list
 def check_no_overwriting(prefixes: Iterable[str], files: Iterable[str]) -> None:
     inputs = set(map(os.path.realpath, files))
     for prefix in prefixes:
-        for suffix in (".bin", ".idx", ".json"):
+        for suffix in (".bin", ".mask", ".idx", ".json"):
             if os.path.realpath(prefix + suffix) in inputs:
                 raise ConfigError(f"The output {prefix + suffix} is one of the inputs. Use another --output-prefix.")

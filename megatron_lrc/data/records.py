@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_turns import MarkedText
 from megatron_lrc.data.chat_template import ChatTemplate
 from megatron_lrc.data.chats import read_chat
 from megatron_lrc.data.json_kinds import kind_named
@@ -70,16 +71,29 @@ def check_ids(value: Any, key: str, vocab_size: int) -> list[int]:
 def as_text(value: Any, key: str, chat: ChatTemplate | None) -> str:
     """Text as it is but for a byte order mark before it, which is of a file that it came from; or a rendered chat."""
     if isinstance(value, list):
-        value = render_messages(value, key, chat)
+        template, messages = _chat_of(value, key, chat)
+        value = template(messages)
     if not isinstance(value, str):
         raise ConfigError(f"the value of {key!r} is {kind_named(value)}, not text")
-    if not value.isascii() and _SURROGATE.search(value):
-        raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
+    _check_text(value, key)
     return value.removeprefix(_MARK)
 
 
-def render_messages(messages: list[Any], key: str, chat: ChatTemplate | None) -> str:
-    checked = read_chat(messages, key)
+def as_marked_chat(value: list[Any], key: str, chat: ChatTemplate | None) -> MarkedText:
+    """What `as_text` makes of a chat, and which of it is the assistant's."""
+    template, messages = _chat_of(value, key, chat)
+    marked = template.mark(messages)
+    _check_text(marked.text, key)
+    return marked.without_prefix(_MARK)
+
+
+def _check_text(text: str, key: str) -> None:
+    if not text.isascii() and _SURROGATE.search(text):
+        raise ConfigError(f"the value of {key!r} has half of a surrogate pair, which is not text")
+
+
+def _chat_of(value: list[Any], key: str, chat: ChatTemplate | None) -> tuple[ChatTemplate, list[dict[str, Any]]]:
+    messages = read_chat(value, key)
     if chat is None:
         raise ConfigError(f"the value of {key!r} is a chat, and the tokenizer has no chat template to render it with")
-    return chat(checked)
+    return chat, messages

@@ -1,7 +1,8 @@
-"""One indexed dataset while it is being made: PREFIX.bin.partial and PREFIX.lengths.partial, then the final files.
+"""One indexed dataset while it is being made: PREFIX.bin.partial and PREFIX.lengths.partial, with chats also
+PREFIX.mask.partial, then the final files.
 
 Only appended to, so that a process that was killed leaves a good beginning and maybe something behind it:
-whoever goes on cuts both files to the sizes it knows to be good. The .idx takes its final name last: where
+whoever goes on cuts the files to the sizes it knows to be good. The .idx takes its final name last: where
 one stands, all is there.
 """
 
@@ -17,9 +18,12 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_lrc.config import ConfigError
+from megatron_lrc.data.assistant_masks import ENTRY, MaskWriter
 from megatron_lrc.data.indexed_files import HEADER, MAGIC, TOKEN_DTYPES, pieces
 from megatron_lrc.locks import FileLock
 from megatron_lrc.os_errors import explain
+
+_SUFFIXES = (".bin", ".lengths", ".mask", ".json", ".idx")  # of partial files
 
 
 class DatasetWriter:
@@ -37,10 +41,13 @@ class DatasetWriter:
         self.empty = counts.get("empty", 0)
         self._lock = lock_of_dataset(prefix)
         self._lock.take()
-        self._partial = {suffix: f"{prefix}{suffix}.partial" for suffix in (".bin", ".lengths", ".json", ".idx")}
+        self._partial = {suffix: f"{prefix}{suffix}.partial" for suffix in _SUFFIXES}
         try:
             self._bin = self._open(".bin", self.tokens * numpy.dtype(self.dtype).itemsize)
             self._lengths = self._open(".lengths", self.documents * 4)
+            self._mask = self._open_mask(counts) if counts.get("has_mask") else None
+            if self._mask is None:
+                Path(self._partial[".mask"]).unlink(missing_ok=True)
         except BaseException:
             self._lock.release()
             raise
@@ -57,12 +64,34 @@ class DatasetWriter:
         file.truncate(size)
         return file
 
+    def _open_mask(self, counts: dict[str, int]) -> MaskWriter:
+        """Of the tokens that were written before."""
+        counted, tail = counts["counted"], counts["mask_tail"]
+        return MaskWriter(self._partial[".mask"], num_tokens=self.tokens, num_counted=counted, tail=tail)
+
     @property
     def counts(self) -> dict[str, int]:
-        return {"documents": self.documents, "tokens": self.tokens, "empty": self.empty}
+        counts = {"documents": self.documents, "tokens": self.tokens, "empty": self.empty}
+        if self._mask is None:
+            return counts
+        return {**counts, "has_mask": 1, "counted": self._mask.num_counted, "mask_tail": self._mask.tail}
 
-    def add(self, tokens: numpy.ndarray, lengths: list[int]) -> None:
-        """Appends documents. Those without a token are counted and left out: megatron-core's datasets need none."""
+    @property
+    def counted_tokens(self) -> int | None:
+        """Tokens that count in the losses; None without a chat: all."""
+        return None if self._mask is None else self._mask.num_counted
+
+    def add(self, tokens: numpy.ndarray, lengths: list[int], mask: numpy.ndarray | None = None) -> None:
+        """Appends documents. Those without a token are counted and left out: megatron-core's datasets need none.
+
+        mask: [tokens], bool, whether each counts in the losses; None: all do. The file begins with the first that has
+        one.
+        """
+        if mask is not None and self._mask is None:
+            self._mask = MaskWriter(self._partial[".mask"])
+            self._mask.add_all(self.tokens)
+        if self._mask is not None:
+            self._mask.add(numpy.ones(len(tokens), dtype=bool) if mask is None else mask)
         self._bin.write(tokens.astype(self.dtype).tobytes())
         kept = numpy.array([length for length in lengths if length], dtype=numpy.int32)
         self._lengths.write(kept.tobytes())
@@ -72,19 +101,25 @@ class DatasetWriter:
 
     def sync(self) -> None:
         """Puts all that was added on the disk, whatever happens to the machine."""
-        for file in (self._bin, self._lengths):
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
+
+    @property
+    def _files(self) -> list[Any]:
+        return [self._bin, self._lengths, *([self._mask.file] if self._mask else [])]
 
     def complete(self, manifest: dict[str, Any]) -> None:
         """Writes the index and the manifest, under temporary names still."""
         self.sync()
+        if self._mask is not None:
+            manifest = {**manifest, ENTRY: self._mask.complete()}
         with open(self._partial[".idx"], "wb") as output:
             write_index([IndexPart(numpy.dtype(self.dtype), _LengthsFile(self._partial[".lengths"]))], output)
         write_manifest(self._partial[".json"], manifest)
 
     def close(self) -> None:
-        for file in (self._bin, self._lengths):
+        for file in self._files:
             with contextlib.suppress(OSError):  # a full disk: what is known to be good is there already
                 file.close()
         self._lock.release()
@@ -171,18 +206,19 @@ def is_complete(prefix: str) -> bool:
 def publish(prefix: str) -> None:
     """Gives a complete dataset its final names. May be done again after a crash in the middle of it.
 
-    An older .idx goes first, so that it never stands beside newer data.
+    An older .idx goes first, so that it never stands beside newer data, and an older .mask with it.
     """
     if os.path.exists(f"{prefix}.bin.partial"):
-        Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for suffix in (".bin", ".json", ".idx"):
+        for suffix in (".idx", ".mask"):
+            Path(f"{prefix}{suffix}").unlink(missing_ok=True)
+    for suffix in (".bin", ".mask", ".json", ".idx"):
         with contextlib.suppress(FileNotFoundError):
             os.replace(f"{prefix}{suffix}.partial", f"{prefix}{suffix}")
     Path(f"{prefix}.lengths.partial").unlink(missing_ok=True)
 
 
 def lock_of_dataset(prefix: str) -> FileLock:
-    """For whoever writes PREFIX.bin, .idx and .json."""
+    """For whoever writes PREFIX.bin, .mask, .idx and .json."""
     path = Path(prefix)
     remedy = "Wait until it has ended, or use another --output-prefix."
     return FileLock(path.with_name(f".{path.name}.lock"), place=prefix, remedy=remedy)

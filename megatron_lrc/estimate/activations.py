@@ -51,14 +51,14 @@ def attention_bytes(
     saved = (queries + 2 * keys) * e + (queries + keys) * e + queries * e  # q, k, v; after RoPE; output
     if cp > 1:  # keys and values of all ranks; either piece's output, and both together
         saved = queries * e + cp * 2 * keys * e + 2 * queries * e + compared
-    if student.has_qk_norm:
+    if student.has_qk_norm or student.has_wide_qk_norm:
         saved += (queries + keys) * (e if on_cuda else 2 * FP32 if e < FP32 else FP32)
     saved += FP32 * student.num_attention_heads  # logarithms of the softmax's sums
     captured, at_output = _output_bytes(config, teacher, "o" if "o" in terms else None)
     return _block(
         config,
         captured=compared + captured,
-        saved=_norm_bytes(config, on_cuda) + saved + compared + at_output,
+        saved=_norm_bytes(config, student, ("input", "after_attention"), on_cuda) + saved + compared + at_output,
         teacher_input=teacher.hidden_size * e if terms & {"q", "k", "v", "o"} else 0,
         backward=_gradient_bytes(compared, e, on_cuda),
     )
@@ -70,12 +70,13 @@ def mlp_bytes(
     """The same of the MLP."""
     e, ffn = bytes_per_element(config), student.ffn_hidden_size
     compared = 2 * ffn * e if terms & {"gate", "up"} else 0
+    norms = _norm_bytes(config, student, ("post", "after_mlp"), on_cuda)
     beyond = (1 if on_cuda else 3) * ffn * e  # silu(gate), a copy of up, and their product; on CUDA the product
     captured, at_output = _output_bytes(config, teacher, "down" if "down" in terms else None)
     return _block(
         config,
         captured=compared + captured,
-        saved=_norm_bytes(config, on_cuda) + 2 * ffn * e + beyond + compared + at_output,
+        saved=norms + 2 * ffn * e + beyond + compared + at_output,
         teacher_input=teacher.hidden_size * e if terms & {"gate", "up", "down"} else 0,
         backward=max(_gradient_bytes(compared, e, on_cuda), 4 * ffn * e) - beyond,
     )
@@ -87,11 +88,13 @@ def _block(config: Config, **sizes: float) -> BlockBytes:
     return BlockBytes(**{name: size / tp for name, size in sizes.items()})
 
 
-def _norm_bytes(config: Config, on_cuda: bool) -> float:
-    """Its input, its input normed, and its output, which a linear layer takes."""
-    assert config.model.student_hidden_size is not None
-    e = bytes_per_element(config)
-    return config.model.student_hidden_size * (2 * e if on_cuda else 2 * FP32 + e)
+def _norm_bytes(config: Config, student: ModelShape, norms: tuple[str, str], on_cuda: bool) -> float:
+    """Of a block's norms: their input, their input normed, and of one before the block its output, which a linear layer
+    takes; where there is none, it takes the residual stream, which is there anyway. norms: before and after it."""
+    e, (before, after) = bytes_per_element(config), norms
+    kept = (2 * e if on_cuda else 2 * FP32 + e) * (before in student.norms)
+    kept += (e if on_cuda else 2 * FP32) * (after in student.norms)
+    return student.hidden_size * kept
 
 
 def _output_bytes(config: Config, teacher: ModelShape, term: str | None) -> tuple[float, float]:

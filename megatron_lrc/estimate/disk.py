@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megatron_lrc.clone.sites import LAYER_NORMS, LAYER_SITES
+from megatron_lrc.clone.sites import LAYER_SITES
 from megatron_lrc.config import MATRICES, Config, ModelShape
 from megatron_lrc.estimate.activations import FP32, bytes_per_element
 from megatron_lrc.estimate.stage import parameter_count
@@ -16,7 +16,7 @@ def trained_elements(teacher: ModelShape, student: ModelShape, own: frozenset[st
     if own.issuperset(MATRICES):
         return parameter_count(student)
     matrices = sum(site.name not in own for site in LAYER_SITES) * student.num_layers + (1 if student.is_tied else 2)
-    gains = (len(LAYER_NORMS) * student.num_layers + 1) * student.hidden_size
+    gains = (len(student.norms) * student.num_layers + 1) * student.hidden_size
     owned = sum(math.prod(site_shape(site, student)) for site in LAYER_SITES if site.name in own) * student.num_layers
     return matrices * teacher.hidden_size * student.hidden_size + gains + owned
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_lrc.clone.sharing import divide
-from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
+from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.hf.families import site_shape
 from megatron_lrc.mcore.gpt_models import padded_vocab_size
@@ -79,10 +79,11 @@ class Stage:
         """Of q, k and v biases, and of q and k norms: frozen in a clone."""
         heads = shape.num_attention_heads + 2 * shape.num_query_groups
         biases = shape.has_qkv_bias * heads * shape.head_dim // self.tp + shape.has_qk_norm * 2 * shape.head_dim
+        biases += shape.has_wide_qk_norm * (heads - shape.num_query_groups) * shape.head_dim // self.tp
         return biases * self.num_layers(shape)
 
     def gain_elements(self, shape: ModelShape) -> int:
-        return (len(LAYER_NORMS) * self.num_layers(shape) + self.is_last) * shape.hidden_size
+        return (len(shape.norms) * self.num_layers(shape) + self.is_last) * shape.hidden_size
 
     @property
     def own(self) -> frozenset[str]:
@@ -170,9 +171,10 @@ class Stage:
 
 def parameter_count(shape: ModelShape) -> int:
     """Of a whole model, unpadded, as Hugging Face counts it."""
-    layer = sum(math.prod(site_shape(site, shape)) for site in LAYER_SITES) + len(LAYER_NORMS) * shape.hidden_size
+    layer = sum(math.prod(site_shape(site, shape)) for site in LAYER_SITES) + len(shape.norms) * shape.hidden_size
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
     layer += shape.has_qkv_bias * heads * shape.head_dim + shape.has_qk_norm * 2 * shape.head_dim
+    layer += shape.has_wide_qk_norm * (heads - shape.num_query_groups) * shape.head_dim
     ends = (1 if shape.is_tied else 2) * shape.vocab_size
     return layer * shape.num_layers + (ends + 1) * shape.hidden_size
 

@@ -2,7 +2,7 @@
 
 A `Family` is a declaration: name templates for the rows of `clone/sites.py`, for the norm gains and for frozen tensors,
 config fields that must be off, tensors that may be ignored. A frozen tensor does not depend on the hidden size (a bias
-of q, k or v, a norm gain over head_dim): the student has the teacher's own, untrained. Adding a family is adding one
+of q, k or v, a gain of a norm of q or k): the student has the teacher's own, untrained. Adding a family is adding one
 declaration here, as long as it computes what these compute.
 """
 
@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-#: Frozen tensors by kind: biases, split over TP with their rows, and gains of RMSNorms over head_dim, which are not.
+#: Frozen tensors by kind: biases, and gains of RMSNorms over all heads together, which are split over TP with their
+#: rows; gains of RMSNorms over head_dim, which are not.
 FROZEN_BIASES: tuple[str, ...] = ("q_bias", "k_bias", "v_bias")
+FROZEN_WIDE_NORMS: tuple[str, ...] = ("q_wide_norm", "k_wide_norm")
 FROZEN_NORMS: tuple[str, ...] = ("q_norm", "k_norm")
 
 
@@ -33,13 +35,18 @@ _NORMS = {
 }
 
 
-Windows = Literal["", "every layer", "by layer"]
+Windows = Literal["", "every layer", "by layer", "by type"]
 
-#: Fields of config.json by how windows are given: by `sliding_window`, or by `layer_types` too.
+#: The RoPE types that are supported; a family may have fewer.
+ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+
+#: Fields of config.json by how windows are given: by `sliding_window`, or by `layer_types` too, with or without a
+#: switch and a first layer beside them.
 _WINDOW_FIELDS: Mapping[Windows, tuple[str, ...]] = {
     "": (),
     "every layer": ("sliding_window",),
     "by layer": ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+    "by type": ("sliding_window", "layer_types", "sliding_window_pattern"),
 }
 _UNROTATED_FIELDS = ("no_rope_layers", "no_rope_layer_interval")
 
@@ -53,7 +60,15 @@ class Family:
     zeros: tensors [hidden] of the class that have to be all zero, since the student has no place for what they add.
     fused: templates of matrices that hold those of several sites, one above the other in this order.
     windows: how config.json gives layers sliding windows; "": it cannot. has_unrotated_layers: whether it can say that
-    layers have no RoPE. multipliers: fields of config.json that are fields of `ModelShape` too, of the same meaning.
+    layers have no RoPE. rope_types: those that the class takes. has_partial_rotation: whether it rotates part of a head
+    where config.json says so. rope_by_layer: whether layers with and without sliding windows have RoPE settings of
+    their own. sliding_base_field: the older spelling's field for the base of the former. counts_factors_by_width:
+    whether the config class counts longrope's factors as if a head had hidden size / heads features. multipliers:
+    fields of config.json that are fields of `ModelShape` too, of the same meaning. soft_caps: fields of config.json ->
+    those of `ModelShape`. query_scale: the field whose inverse root multiplies attention's scores. activation: the
+    field that names the gate's, and its value. has_whole_heads: transformers refuses a hidden size that is no multiple
+    of the heads. scales_embeddings, has_zero_centered_norms: as of `ModelShape`. gguf: what GGUF files call it, if not
+    by the model type.
     """
 
     name: str
@@ -69,13 +84,26 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     windows: Windows = ""
     has_unrotated_layers: bool = False
+    rope_types: tuple[str, ...] = ROPE_TYPES
+    has_partial_rotation: bool = False
+    rope_by_layer: bool = False
+    sliding_base_field: str = ""
+    counts_factors_by_width: bool = False
     multipliers: tuple[str, ...] = ()
+    soft_caps: Mapping[str, str] = field(default_factory=dict)
+    query_scale: str = ""
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    has_whole_heads: bool = False
+    scales_embeddings: bool = False
+    has_zero_centered_norms: bool = False
+    gguf: str = ""
 
     @property
     def fields(self) -> set[str]:
         """Fields of config.json that this declaration speaks of, beside those that are read of every family."""
         by_layer = {*_WINDOW_FIELDS[self.windows], *(_UNROTATED_FIELDS if self.has_unrotated_layers else ())}
-        return {*self.must_be_off, *self.config, *by_layer, *self.multipliers}
+        others = {*self.multipliers, *self.soft_caps, self.query_scale, self.activation[0], self.sliding_base_field}
+        return {*self.must_be_off, *self.config, *by_layer, *others} - {""}
 
 
 _QKV_BIASES = {f"{site}_bias": f"model.layers.{{layer}}.self_attn.{site}_proj.bias" for site in "qkv"}
@@ -86,6 +114,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     must_be_off=("attention_bias", "mlp_bias"),
+    has_whole_heads=True,
     ignored_suffixes=_ROPE_BUFFERS,
 )
 
@@ -98,6 +127,7 @@ LLAMA_WITH_BIASES = Family(
     zeros={"o_bias": "model.layers.{layer}.self_attn.o_proj.bias"},
     config={"attention_bias": True},
     must_be_off=("mlp_bias",),
+    has_whole_heads=True,
     ignored_suffixes=_ROPE_BUFFERS,
 )
 
@@ -145,7 +175,7 @@ GRANITE = Family(
 _QKV = "model.layers.{layer}.self_attn.qkv_proj.weight"
 _GATE_UP = "model.layers.{layer}.mlp.gate_up_proj.weight"
 
-#: Phi-3 with whole heads rotated and without longrope, and Phi-4, which is of its class.
+#: Phi-4 and Phi-4-mini are of its class, too.
 PHI3 = Family(
     name="Phi-3",
     architecture="Phi3ForCausalLM",
@@ -153,9 +183,81 @@ PHI3 = Family(
     sites={**_SITES, **dict.fromkeys("qkv", _QKV), "gate": _GATE_UP, "up": _GATE_UP},
     fused={_QKV: ("q", "k", "v"), _GATE_UP: ("gate", "up")},
     windows="every layer",
+    rope_types=("default", "longrope"),  # its config class refuses the others
+    has_partial_rotation=True,
+    counts_factors_by_width=True,
 )
 
-FAMILIES: tuple[Family, ...] = (LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, PHI3)
+_NORMS_AFTER = {
+    "after_attention": "model.layers.{layer}.post_attention_layernorm.weight",
+    "after_mlp": "model.layers.{layer}.post_feedforward_layernorm.weight",
+    "final": "model.norm.weight",
+}
+
+OLMO2 = Family(
+    name="OLMo 2",
+    architecture="Olmo2ForCausalLM",
+    model_type="olmo2",
+    frozen={f"{site}_wide_norm": f"model.layers.{{layer}}.self_attn.{site}_norm.weight" for site in "qk"},
+    norms=_NORMS_AFTER,
+    must_be_off=("attention_bias",),
+)
+
+OLMO3 = Family(
+    name="OLMo 3",
+    architecture="Olmo3ForCausalLM",
+    model_type="olmo3",
+    frozen=OLMO2.frozen,
+    norms=_NORMS_AFTER,
+    must_be_off=("attention_bias",),
+    windows="by type",
+    rope_by_layer=True,
+)
+
+GEMMA2 = Family(
+    name="Gemma 2",
+    architecture="Gemma2ForCausalLM",
+    model_type="gemma2",
+    norms={
+        **_NORMS_AFTER,
+        "input": "model.layers.{layer}.input_layernorm.weight",
+        "post": "model.layers.{layer}.pre_feedforward_layernorm.weight",
+    },
+    must_be_off=("attention_bias", "use_bidirectional_attention"),
+    windows="by type",
+    soft_caps={"attn_logit_softcapping": "attention_soft_cap", "final_logit_softcapping": "logits_soft_cap"},
+    query_scale="query_pre_attn_scalar",
+    activation=("hidden_activation", "gelu_pytorch_tanh"),
+    has_whole_heads=True,
+    scales_embeddings=True,
+    has_zero_centered_norms=True,
+)
+
+#: Gemma 3 of text only. Its attention scores have a cap in config.json that transformers' fast attention ignores: a cap
+#: is refused as an unknown field.
+GEMMA3 = Family(
+    name="Gemma 3",
+    architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    frozen=QWEN3.frozen,
+    norms=GEMMA2.norms,
+    gguf="gemma3",
+    must_be_off=GEMMA2.must_be_off,
+    windows="by type",
+    rope_by_layer=True,
+    sliding_base_field="rope_local_base_freq",
+    soft_caps={"final_logit_softcapping": "logits_soft_cap"},
+    query_scale=GEMMA2.query_scale,
+    activation=GEMMA2.activation,
+    has_whole_heads=True,
+    scales_embeddings=True,
+    has_zero_centered_norms=True,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, QWEN3),
+    *(SMOLLM3, GRANITE, PHI3, OLMO2, OLMO3, GEMMA2, GEMMA3),
+)
 
 #: Fields of config.json that other architectures have -> what they have that these have not.
 FOREIGN_FEATURES: Mapping[str, str] = {

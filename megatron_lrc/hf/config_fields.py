@@ -14,18 +14,17 @@ from transformers import PretrainedConfig
 
 from megatron_lrc.hf.architectures import FOREIGN_FEATURES, Family
 
-#: Read for every family, by `families.py` and `teacher_checks.py`.
+#: Read for every family, by `families.py`, `rope.py` and `teacher_checks.py`.
 _READ = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
-    *("tie_word_embeddings", "rope_parameters"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+    *("tie_word_embeddings", "rope_parameters", "original_max_position_embeddings"),
 }
-#: Of a model's first weights, its files, of generation and other uses of the class; of longrope, which is refused.
-#: Dropout is never applied here.
+#: Of a model's first weights, its files, of generation and other uses of the class. Dropout is never applied here.
 _WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "dtype", "initializer_range", "attention_dropout", "pretraining_tp"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "is_encoder_decoder", "chunk_size_feed_forward"),
-    *("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"),
+    *("resid_pdrop", "embd_pdrop"),
     *("output_hidden_states", "return_dict", "id2label", "label2id", "problem_type"),
 }
 #: What transformers looks for in any config.json, though no class has it -> the value that changes nothing.

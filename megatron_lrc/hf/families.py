@@ -17,17 +17,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LAYER_NORMS, LAYER_SITES, LM_HEAD, Site
 from megatron_lrc.config import TEACHER, ConfigError, ModelRole, ModelShape
 from megatron_lrc.data.pretrained import load_config
-from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, Family
+from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, FROZEN_WIDE_NORMS, Family
 from megatron_lrc.hf.layer_attributes import read_layer_attributes
+from megatron_lrc.hf.rope import check_rope
 from megatron_lrc.hf.teacher_checks import (
     check_features,
     check_sizes,
@@ -35,11 +33,6 @@ from megatron_lrc.hf.teacher_checks import (
     find_family,
     read_config_file,
 )
-
-#: RoPE types whose frequencies do not depend on the sequence length and that leave attention scores unscaled.
-ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3")
-#: Settings of RoPE that positions are divided by or compared with.
-ROPE_NUMBERS = {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +105,9 @@ def site_shape(site: Site, shape: ModelShape) -> tuple[int, int]:
 
 def frozen_shape(name: str, shape: ModelShape) -> tuple[int]:
     """Shape of a frozen tensor, unsharded. It is the same in teacher and student."""
-    heads = {"q_bias": shape.num_attention_heads, **dict.fromkeys(("k_bias", "v_bias"), shape.num_query_groups)}
-    return (heads.get(name, 1) * shape.head_dim,)
+    if name in FROZEN_NORMS:
+        return (shape.head_dim,)
+    return ((shape.num_attention_heads if name.startswith("q") else shape.num_query_groups) * shape.head_dim,)
 
 
 def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
@@ -132,7 +126,7 @@ def expected_weights(family: Family, shape: ModelShape) -> list[Weight]:
     hidden = (shape.hidden_size,)
     weights = [of_site(EMBED, None)]
     for layer in range(shape.num_layers):
-        weights += [weight(family.norms[name], name, layer, hidden) for name in LAYER_NORMS]
+        weights += [weight(family.norms[name], name, layer, hidden) for name in shape.norms]
         weights += [of_site(site, layer) for site in LAYER_SITES]
         for name, template in family.frozen.items():
             weights.append(weight(template, name, layer, frozen_shape(name, shape), is_frozen=True))
@@ -180,47 +174,8 @@ def describe_teacher(
         ) from error
     check_features(path, family, config, values, role)
     description = TeacherDescription(path, family, _read_shape(path, family, config, role), config, values, role)
-    rope_settings(description)
+    check_rope(description)
     return description
-
-
-def rope_settings(description: TeacherDescription) -> dict[str, Any]:
-    """`rope_type`, `rope_theta` and the type's own settings. Refuses the types that are not supported."""
-    settings = dict(description.hf_config.rope_parameters)
-    settings.pop("type", None)  # older spelling of rope_type; transformers fills in the new one
-    if settings["rope_type"] not in ROPE_TYPES:
-        raise ConfigError(
-            f"{description.given}: config.json has RoPE type {settings['rope_type']!r}, which depends on the "
-            f"sequence length or scales attention. Supported: {', '.join(ROPE_TYPES)}. Choose another "
-            f"{description.role.noun}."
-        )
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            f"{description.given}: config.json has partial_rotary_factor "
-            f"{settings['partial_rotary_factor']}. Only heads that are rotated whole (1.0) are supported. "
-            f"Choose another {description.role.noun}."
-        )
-    for name in ROPE_NUMBERS & settings.keys():
-        value = settings[name]
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise ConfigError(
-                f"{description.given}: config.json has {name} {value!r}, and positions cannot be rotated by it. A "
-                "number above 0 is expected. Correct config.json."
-            )
-    return settings
-
-
-def rope_inverse_frequencies(description: TeacherDescription) -> Tensor:
-    """The rotation per position of each pair of features, float32 [head_dim / 2]: transformers' values, bit for bit."""
-    settings = rope_settings(description)
-    if settings["rope_type"] == "default":  # not in transformers 5's table: each model class has its own copy
-        exponents = torch.arange(0, description.shape.head_dim, 2, dtype=torch.float) / description.shape.head_dim
-        return 1.0 / (settings["rope_theta"] ** exponents)
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](
-        description.hf_config, torch.device("cpu")
-    )
-    assert attention_factor == 1.0, f"RoPE type {settings['rope_type']} scales attention by {attention_factor}"
-    return frequencies.float()
 
 
 def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> ModelShape:
@@ -245,6 +200,11 @@ def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: Mode
         is_tied=bool(config.tie_word_embeddings),
         has_qkv_bias=FROZEN_BIASES[0] in family.frozen,
         has_qk_norm=FROZEN_NORMS[0] in family.frozen,
+        has_wide_qk_norm=FROZEN_WIDE_NORMS[0] in family.frozen,
+        norms=tuple(name for name in LAYER_NORMS if name in family.norms),
+        has_zero_centered_norms=family.has_zero_centered_norms,
+        scales_embeddings=family.scales_embeddings,
+        activation="gelu" if family.activation[1].startswith("gelu") else "silu",
         max_position_embeddings=config.max_position_embeddings,
         **read_layer_attributes(family, config, f"{role.flag} {path}"),
         **_read_multipliers(path, family, config, role),
@@ -253,11 +213,17 @@ def _read_shape(path: Path, family: Family, config: PretrainedConfig, role: Mode
 
 def _read_multipliers(path: Path, family: Family, config: PretrainedConfig, role: ModelRole) -> dict[str, Any]:
     """Fields of `ModelShape`, each a float."""
-    for name in family.multipliers:
+    absent = {name for name in family.soft_caps if getattr(config, name) is None}
+    names = {*family.multipliers, *family.soft_caps, *[family.query_scale] * bool(family.query_scale)} - absent
+    for name in sorted(names):
         value = getattr(config, name)
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigError(
                 f"{role.flag} {path}: config.json has {name} {str(value)[:50]}. A number above 0 is expected. Correct "
                 "config.json."
             )
-    return {name: float(getattr(config, name)) for name in family.multipliers}
+    values = {name: float(getattr(config, name)) for name in family.multipliers}
+    values |= {field: float(getattr(config, name)) for name, field in family.soft_caps.items() if name not in absent}
+    if family.query_scale:
+        values["attention_multiplier"] = getattr(config, family.query_scale) ** -0.5
+    return values

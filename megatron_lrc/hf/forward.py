@@ -25,6 +25,8 @@ from megatron_lrc.json_files import read_json
 
 #: Rows of an LM head that are widened at once, and the batch that models are compared on.
 HEAD_ROWS, SEQUENCES, SEQUENCE_LENGTH = 8192, 2, 64
+#: The name under which transformers knows `_capped_attention`.
+_CAPPED = "megatron_lrc_capped"
 
 
 def fixed_tokens(vocab_size: int) -> Tensor:
@@ -56,8 +58,8 @@ class HuggingFaceModel:
         """[b, s, v], computed in `dtype`. tokens: [b, s]. Once per opened model.
 
         weights_dtype: what weights are rounded to first; None leaves them as they are in the files. Memory: a layer in
-        `dtype`, and the LM head as it is in the files. In float64 transformers' RMSNorm, which always rounds to
-        float32, gives way to torch's, which does not.
+        `dtype`, and the LM head as it is in the files. In float64 transformers' RMSNorm, and its softmax of capped
+        scores, which always round to float32, give way to others, which do not.
         """
         model, self._model = self._model, None
         assert model is not None, "its hooks have taken the weights apart"
@@ -66,14 +68,19 @@ class HuggingFaceModel:
         if head.bias is not None:
             raise ConfigError(f"{self.directory}: an LM head with a bias is not supported.")
         embedding.weight.data = self._read(embedding.weight)  # a view of the file: only the tokens' rows are read
-        embedding.register_forward_hook(lambda module, inputs, output: self._rounded(output).to(dtype))
+        embedding.register_forward_hook(self._embed)
         model.set_output_embeddings(_HeadByRows(self._read(head.weight), lambda rows: self._rounded(rows).to(dtype)))
         if dtype == torch.float64:
-            _keep_norms_wide(model)
+            _keep_wide(model)
         for unit in (*decoder.layers, decoder.norm):
             unit.register_forward_pre_hook(lambda module, inputs: self._fill(module))
             unit.register_forward_hook(lambda module, inputs, output: _empty(module))
         return model(tokens, use_cache=False).logits
+
+    def _embed(self, embedding: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """A forward hook. Gemma's class multiplies embeddings, which is to be done in the wide dtype too."""
+        rows = self._rounded(F.embedding(inputs[0], embedding.weight)).to(self._dtype)
+        return rows * embedding.embedding_dim**0.5 if hasattr(embedding, "embed_scale") else rows
 
     def _fill(self, unit: nn.Module) -> None:
         """Give a layer its weights, in room that all layers use in turn: freed room would not all be used again."""
@@ -175,13 +182,41 @@ def _file_names_of_parameters(model: nn.Module, file_of: dict[str, Path]) -> dic
     return names
 
 
-def _keep_norms_wide(model: nn.Module) -> None:
+def _keep_wide(model: Any) -> None:
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and type(module) is not nn.RMSNorm:
             norm: Any = module
-            exact = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
+            is_zero_centered = not hasattr(norm, "variance_epsilon")  # Gemma's class
+            epsilon = norm.eps if is_zero_centered else norm.variance_epsilon
+            exact = (_ZeroCenteredNorm if is_zero_centered else nn.RMSNorm)(norm.weight.shape, epsilon, device="meta")
             exact.weight = norm.weight
             model.set_submodule(path, exact)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        # Here, since they import torch.compile's front end.
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register(_CAPPED, _capped_attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_CAPPED, sdpa_mask)
+        model.set_attn_implementation(_CAPPED)
+
+
+class _ZeroCenteredNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
+
+
+def _capped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
+    """transformers' own but for the softmax's dtype. query [b, heads, s, c], key and value [b, groups, s, c]."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = torch.tanh(query @ key.mT * (how["scaling"] / how["softcap"])) * how["softcap"]
+    if attention_mask is None:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    weights = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def _empty(module: nn.Module) -> None:

@@ -125,7 +125,7 @@ def saveable(source: Any) -> PreTrainedModel:
 def _check_architecture(path: Path, contents: Any) -> str:
     """Refuse what cannot be a teacher before it is dequantised. The name of its architecture."""
     architecture = contents.fields["general.architecture"].contents()
-    supported = {one.model_type for one in FAMILIES if not one.fused}
+    supported = {one.gguf or one.model_type for one in FAMILIES if not one.fused}
     if architecture not in supported:
         raise ConfigError(
             f"{path} holds a {architecture} model. Supported: {', '.join(sorted(supported))}. Choose another teacher."
@@ -136,16 +136,34 @@ def _check_architecture(path: Path, contents: Any) -> str:
 def _check_nothing_is_lost(path: Path, contents: Any, model: Any) -> None:
     """transformers ignores RoPE scaling and every tensor that it has no name for, and invents tensors it misses."""
     architecture = contents.fields["general.architecture"].contents()
-    scaling = contents.fields.get(f"{architecture}.rope.scaling.type")
+    rope = {
+        name: field.contents()
+        for name in ("scaling.type", "dimension_count", "freq_base_swa")
+        if (field := contents.fields.get(f"{architecture}.rope.{name}")) is not None
+    }
     tensors = {tensor.name: int(tensor.n_elements) for tensor in contents.tensors}
     key_length = contents.fields.get(f"{architecture}.attention.key_length")
     config = model.config
     window_field = contents.fields.get(f"{architecture}.attention.sliding_window")
     window = (window_field.contents() or None) if window_field else None  # 0: none
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scale = getattr(config, "query_pre_attn_scalar", head_dim)
+    caps = {
+        name: field.contents()
+        for name in ("attn_logit_softcapping", "final_logit_softcapping")
+        if (field := contents.fields.get(f"{architecture}.{name}")) is not None
+    }
     owned = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
-    if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
+    if "rope_freqs.weight" in tensors or rope.get("scaling.type", "none") != "none":
         lost = "its RoPE scaling"
+    elif rope.get("dimension_count", head_dim) != head_dim:
+        lost = f"that {rope['dimension_count']} features of a head are rotated"
+    elif "freq_base_swa" in rope:
+        lost = "the RoPE base of its layers with sliding windows"
+    elif scale != head_dim:  # the largest Gemmas', which no field of theirs says
+        lost = f"what its attention scores are divided by (it takes the root of {scale})"
+    elif other := [name for name, cap in caps.items() if cap != getattr(config, name, None)]:
+        lost = f"its {' and '.join(other)}"
     elif key_length is not None and key_length.contents() != head_dim:
         lost = f"its head size, {key_length.contents()}"
     elif window != getattr(config, "sliding_window", None):  # its class may have one by default

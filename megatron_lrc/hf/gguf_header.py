@@ -21,6 +21,7 @@ _VERSIONS = (2, 3)
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by type of a value
 _TEXT, _ARRAY = 8, 9
 _MOST_DIMS = 4
+_OPTIONAL = ("vocab_size", "attention.head_count_kv")
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 
@@ -51,6 +52,8 @@ def check_sizes(contents: Any, architecture: str) -> None:
     }
     for name, is_right in said.items():
         size = _number(contents, f"{architecture}.{name}")
+        if size is None and name not in _OPTIONAL:  # transformers would make a model of its class's default sizes
+            raise ValueError(f"it has no {architecture}.{name}")
         if size is not None and not is_right(size):
             raise ValueError(f"{architecture}.{name} is {size}, and its tensors have another size")
 

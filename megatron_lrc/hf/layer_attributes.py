@@ -12,6 +12,8 @@ from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.architectures import Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+#: Values of `Family.windows` with which layers may differ.
+_BY_LAYER = ("by layer", "by type")
 
 
 def read_layer_attributes(family: Family, config: PretrainedConfig, given: str) -> dict[str, Any]:
@@ -34,9 +36,12 @@ def write_layer_attributes(family: Family, shape: ModelShape) -> dict[str, Any]:
     values: dict[str, Any] = {"no_rope_layers": is_rotated} if family.has_unrotated_layers else {}
     if family.windows == "every layer":
         values["sliding_window"] = shape.sliding_window if any(is_windowed) else None
+    if family.windows in _BY_LAYER:
+        values["layer_types"] = [SLIDING if windowed else FULL for windowed in is_windowed]
+    if family.windows == "by type":
+        values["sliding_window"] = shape.sliding_window if any(is_windowed) else None
     if family.windows == "by layer":
         values["use_sliding_window"] = any(is_windowed)
-        values["layer_types"] = [SLIDING if windowed else FULL for windowed in is_windowed]
         if any(is_windowed):
             values["sliding_window"] = shape.sliding_window
             # Readers without layer_types take all layers from this one on.
@@ -48,7 +53,7 @@ def can_write(family: Family, shape: ModelShape) -> bool:
     """Whether a config.json of this family can say which layers of such a model have windows and which no RoPE."""
     layers = range(shape.num_layers)
     is_windowed = {shape.window(layer) is not None for layer in layers}
-    if family.windows != "by layer" and is_windowed == {True, False}:
+    if family.windows not in _BY_LAYER and is_windowed == {True, False}:
         return False
     has_place = bool(family.windows) or True not in is_windowed
     return has_place and (family.has_unrotated_layers or all(shape.is_rotated(layer) for layer in layers))
@@ -61,10 +66,10 @@ def _windowed_layers(family: Family, config: PretrainedConfig, given: str) -> tu
             f"{given}: config.json has layer_types of {len(types)} layers, and num_hidden_layers {count}. One for each "
             "layer is expected. Correct config.json."
         )
-    if unknown := sorted(set(types or ()) - {FULL, *[SLIDING] * (family.windows == "by layer")}):
+    if unknown := sorted(set(types or ()) - {FULL, *[SLIDING] * (family.windows in _BY_LAYER)}):
         raise ConfigError(
             f"{given}: config.json has layer_types {unknown}. Layers of a {family.name} may be {FULL}"
-            f"{f' or {SLIDING}' * (family.windows == 'by layer')} here. Choose another model."
+            f"{f' or {SLIDING}' * (family.windows in _BY_LAYER)} here. Choose another model."
         )
     if family.windows == "every layer":
         return tuple(range(count)) if config.sliding_window is not None else ()

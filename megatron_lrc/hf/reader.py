@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import EMBED, LM_HEAD, Site
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.architectures import FROZEN_BIASES
+from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_WIDE_NORMS
 from megatron_lrc.hf.constant_tensors import find_suspicious
 from megatron_lrc.hf.content_hash import FileContents
-from megatron_lrc.hf.families import TeacherDescription, Weight
+from megatron_lrc.hf.families import TeacherDescription, Weight, expected_weights
 from megatron_lrc.hf.narrowing import is_finite
 
 Contents = Mapping[Path, FileContents]  # by the file's path
@@ -51,7 +51,16 @@ class Reader(ABC):
 
     def suspicious(self, contents: Contents) -> list[str]:
         """Tensors that no trained model has, each with its file and what it is. contents: of `files`."""
-        return [what for path, found in contents.items() for what in find_suspicious(path, found.pieces)]
+        found = (what for path, found in contents.items() for what in find_suspicious(path, found.pieces))
+        return [what for what in found if not self._is_gain_of_one(what)]
+
+    def _is_gain_of_one(self, what: str) -> bool:
+        """Whether `find_suspicious` has found a norm's gain that is stored as what is beyond 1."""
+        shape, family = self.description.shape, self.description.family
+        if not shape.has_zero_centered_norms or not what.endswith("all zero"):
+            return False
+        gains = (weight for weight in expected_weights(family, shape) if weight.site is None)
+        return what.partition(" in ")[0] in {weight.name for weight in gains}
 
     @abstractmethod
     def _rows(self, site: Site, start: int, count: int) -> Tensor:
@@ -59,7 +68,7 @@ class Reader(ABC):
 
     @abstractmethod
     def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
-        """The `rank`-th of `size` tensor parallel parts of a layer's weight or bias."""
+        """The `rank`-th of `size` tensor parallel parts of a layer's weight, bias or wide norm gain."""
 
     @abstractmethod
     def _whole(self, name: str, layer: int | None) -> Tensor:
@@ -88,12 +97,13 @@ class Reader(ABC):
         return self._finite(self._part(site.name, layer, tp_rank, tp_size), site.name, layer)
 
     def norm(self, name: str, layer: int | None = None) -> Tensor:
-        """A norm gain [D]: "input" or "post" of a layer, or "final"."""
+        """A norm gain [D] as it is stored: one of `ModelShape.norms` of a layer, or "final"."""
         return self._finite(self._whole(name, layer), name, layer)
 
     def frozen(self, name: str, layer: int, *, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
-        """This rank's part of a frozen tensor: a bias [o/tp], split like its weight, or a norm gain [head_dim]."""
-        is_split = name in FROZEN_BIASES
+        """This rank's part of a frozen tensor: a bias or a wide norm's gain [o/tp], split like its weight, or a norm
+        gain [head_dim]."""
+        is_split = name in (*FROZEN_BIASES, *FROZEN_WIDE_NORMS)
         tensor = self._part(name, layer, tp_rank, tp_size) if is_split else self._whole(name, layer)
         return self._finite(tensor, name, layer)
 

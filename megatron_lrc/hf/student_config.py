@@ -1,10 +1,11 @@
 """What a student's directory says about it: config.json for programs, README.md for people.
 
 Both follow from the teacher's description and the student's shape. The class that a student is written as is
-its teacher's, or another one that computes the same from the same tensor names, for one of two reasons:
+its teacher's, or another one that computes the same, for one of three reasons:
 
 * transformers 5 refuses a Llama config whose hidden size is no multiple of its heads, even with an explicit head_dim;
-* some servers take the size of a Qwen2 head to be hidden size / heads, whatever config.json says.
+* some servers take the size of a Qwen2 head to be hidden size / heads, whatever config.json says;
+* transformers' Phi-3 config counts longrope's factors as if a head had hidden size / heads features.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ import transformers
 
 from megatron_lrc.config import ConfigError, ModelShape, describe_layers
 from megatron_lrc.hf.architectures import LLAMA, LLAMA_WITH_BIASES, MISTRAL, QWEN2, Family
-from megatron_lrc.hf.families import TeacherDescription, rope_settings
+from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.layer_attributes import can_write, write_layer_attributes
+from megatron_lrc.hf.rope import fits_longrope, is_partial, rope_fields
 
 Arch = Literal["auto", "native", "llama"]
 
@@ -37,27 +39,49 @@ def student_family(
     same_as_llama = {QWEN2.name: LLAMA_WITH_BIASES, MISTRAL.name: LLAMA}.get(family.name, family)
     as_llama = same_as_llama if can_write(same_as_llama, teacher.shape) else family
     instead_of_llama = {LLAMA.name: MISTRAL, LLAMA_WITH_BIASES.name: QWEN2}.get(family.name, family)
-    if arch == "auto":
+    is_taken = fits_longrope(teacher, student_hidden_size, heads)
+    is_whole = is_divisible or not instead_of_llama.has_whole_heads
+    if arch == "auto" and is_taken and is_whole:
         if not is_divisible:
             return instead_of_llama
         return as_llama if family is QWEN2 and student_hidden_size != heads * head_dim else family
+    if arch == "auto" and not is_taken and not is_partial(teacher):
+        return MISTRAL
     wanted = as_llama if arch == "llama" else family
     if arch == "llama" and wanted.architecture != LLAMA.architecture:
         raise ConfigError(
             f"--arch llama: LlamaForCausalLM has no place for what {family.architecture} has "
             f"({', '.join(_beyond_llama(family, teacher.shape))}). Use --arch native."
         )
-    if wanted.architecture == LLAMA.architecture and not is_divisible:
+    if wanted.has_whole_heads and not is_divisible:
+        below = student_hidden_size // heads * heads
+        remedy = (
+            "Use --arch auto, which writes a class that computes the same."
+            if not instead_of_llama.has_whole_heads
+            else f"Train with --student-hidden-size {below or heads} or {below + heads}."
+        )
         raise ConfigError(
-            f"--arch {arch}: transformers refuses a {wanted.architecture} whose hidden size "
-            f"({student_hidden_size}) is no multiple of its heads ({heads}). Use --arch auto, which writes a "
-            "class that computes the same."
+            f"transformers refuses a {wanted.architecture} whose hidden size ({student_hidden_size}) is no multiple of "
+            f"its heads ({heads}). {remedy}"
+        )
+    if wanted is family and not is_taken:
+        remedy = "Use --arch auto, which writes a class that computes the same."
+        if is_partial(teacher):
+            remedy = (
+                f"No other class rotates part of a head. Use --student-hidden-size {heads * head_dim}, or with "
+                f"--student-num-query-groups so few heads that {head_dim} for each make the hidden size."
+            )
+        raise ConfigError(
+            f"--student-hidden-size {student_hidden_size}: transformers refuses a {family.architecture} with longrope "
+            f"whose hidden size / heads ({student_hidden_size} / {heads}) is not the size of its heads ({head_dim}). "
+            f"{remedy}"
         )
     return wanted
 
 
 def _beyond_llama(family: Family, shape: ModelShape) -> Iterator[str]:
     yield from sorted(set(family.frozen) - set(LLAMA_WITH_BIASES.frozen))
+    yield from ["norms of what blocks give"] * ("after_mlp" in family.norms)
     yield from ["fused matrices"] * bool(family.fused)
     yield from ["multipliers"] * bool(family.multipliers)
     yield from ["sliding windows"] * bool(shape.windowed_layers)
@@ -73,13 +97,13 @@ def student_config(
     engines still read): whoever knows only one would take its default and compute something else without a
     word.
     """
-    config, rope, dtype_name = teacher.hf_config, rope_settings(teacher), str(dtype).removeprefix("torch.")
-    left_out = {"auto_map", "_name_or_path", *(teacher.family.fields - family.fields)}
-    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    config, dtype_name = teacher.hf_config, str(dtype).removeprefix("torch.")
+    left_out = {"auto_map", "_name_or_path", "sliding_window_pattern", *(teacher.family.fields - family.fields)}
     kept = {name: value for name, value in teacher.config_values.items() if name not in left_out}
     return {
         **kept,
-        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "hidden_act")},
+        **{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **dict([family.activation]),
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_size": shape.hidden_size,
@@ -92,14 +116,13 @@ def student_config(
         "max_position_embeddings": shape.max_position_embeddings,
         "rms_norm_eps": shape.norm_epsilon,
         "tie_word_embeddings": shape.is_tied,
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        **rope_fields(teacher, family),
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
         "transformers_version": transformers.__version__,
         **family.config,
         **{name: getattr(shape, name) for name in family.multipliers},
+        **{name: getattr(shape, field) or None for name, field in family.soft_caps.items()},
         **write_layer_attributes(family, shape),
     }
 

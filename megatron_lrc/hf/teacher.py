@@ -20,7 +20,6 @@ from torch import Tensor
 from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.sites import LM_HEAD, Site
 from megatron_lrc.config import ConfigError
-from megatron_lrc.hf.architectures import FROZEN_BIASES
 from megatron_lrc.hf.content_hash import hash_files, root_of
 from megatron_lrc.hf.families import TeacherDescription, Weight, by_tensor, expected_weights, tensor_shape
 from megatron_lrc.hf.reader import Contents, Reader
@@ -110,7 +109,7 @@ class TeacherReader(Reader):
         return view[start : start + count]
 
     def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
-        split_dim = 0 if name in FROZEN_BIASES else SITES[name].split
+        split_dim = SITES[name].split if name in SITES else 0
         return self._read_weight(self._weights[f"layers.{layer}.{name}"], split_dim, rank, size)
 
     def _whole(self, name: str, layer: int | None) -> Tensor:

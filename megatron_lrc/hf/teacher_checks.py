@@ -139,8 +139,9 @@ def check_features(
                 f"supported with {name}: {wanted} only, since the student has no place for what it adds. "
                 f"Choose another {role.noun}."
             )
-    if config.hidden_act != "silu":
+    field, wanted = family.activation
+    if getattr(config, field) != wanted:
         raise ConfigError(
-            f'{role.flag} {path}: config.json has hidden_act "{config.hidden_act}". Only "silu" (SwiGLU) is '
-            f"supported. Choose another {role.noun}."
+            f'{role.flag} {path}: config.json has {field} "{getattr(config, field)}". Of {family.name} {role.noun}s '
+            f'only "{wanted}" is supported. Choose another {role.noun}.'
         )

@@ -1,18 +1,19 @@
-"""Attention and RoPE of both models: causal, over whole sequences or document by document, in sliding windows or not.
+"""Attention of both models: causal, over whole sequences or document by document, in sliding windows or not.
 
 Attention is torch's scaled_dot_product_attention (flash kernels on CPU and CUDA, no S x S matrix). Documents are
 attended to one after another, each causally, and what lies between them is not computed. Rejected: a mask, with which
 all of it is computed and hidden. Forward and backward of one sequence of 2048 tokens (4 heads of 64, fp32, one CPU
 core): 54 ms as 4 documents, 158 ms with their mask, 99 ms as a whole. In a layer with a sliding window some queries at
-a time meet the keys of their windows alone, under a mask of the size of these.
+a time meet the keys of their windows alone, under a mask of the size of these. Torch's kernels have no soft cap of the
+scores: with one, some queries at a time meet all of their keys, and what they made is made again in backward.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -23,7 +24,16 @@ _WINDOW_ROWS = 512
 
 
 class ScaledDotProductAttention(nn.Module):
-    """Causal attention of megatron-core's core_attention interface, by torch's fused kernels."""
+    """Causal attention of megatron-core's core_attention interface, by torch's fused kernels.
+
+    soft_cap: c of c tanh(score / c), which takes the place of the scores; 0: none.
+    """
+
+    soft_cap = 0.0
+
+    @classmethod
+    def capped_at(cls, soft_cap: float) -> type["ScaledDotProductAttention"]:
+        return type(cls.__name__, (cls,), {"soft_cap": soft_cap}) if soft_cap else cls
 
     def __init__(
         self,
@@ -98,7 +108,9 @@ class ScaledDotProductAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of queries that are the last of the keys' tokens."""
         if self.window is not None and self.window < len(key):
-            return self._attend_in_windows(query, key, value, self.window)
+            return self._attend_in_rows(query, key, value, self.window)
+        if self.soft_cap:
+            return self._attend_in_rows(query, key, value, len(key))
         mask = None
         if len(query) < len(key):
             from torch.nn.attention.bias import causal_lower_right  # here, since it imports torch.compile's front end
@@ -106,7 +118,7 @@ class ScaledDotProductAttention(nn.Module):
             mask = causal_lower_right(len(query), len(key))
         return self._attend_under(mask, query, key, value)
 
-    def _attend_in_windows(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    def _attend_in_rows(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         """The same, of no more than `window` keys to each query, the last of them its own."""
         rows, before = min(window, _WINDOW_ROWS), len(key) - len(query)
         parts = []
@@ -120,6 +132,11 @@ class ScaledDotProductAttention(nn.Module):
 
     def _attend_under(self, mask: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention under a mask that torch takes; None: causal, of as many queries as keys."""
+        if self.soft_cap:
+            from torch.utils.checkpoint import checkpoint  # here, since it imports torch.compile's front end
+
+            attend = partial(capped_attention, cap=self.soft_cap, scale=self.softmax_scale)
+            return checkpoint(attend, mask, query, key, value, use_reentrant=False, preserve_rng_state=False)
         is_grouped = query.shape[2] != key.shape[2]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
         context = F.scaled_dot_product_attention(
@@ -143,24 +160,17 @@ class ScaledDotProductAttention(nn.Module):
         return key, value
 
 
-class RotaryByPosition(nn.Module):
-    """RoPE by the position ids that a GPTModel is called with, which megatron-core's own does not look at.
-    Takes the place of the model's `rotary_pos_emb`, whose table it reads."""
-
-    def __init__(self, model: GPTModel):
-        super().__init__()
-        self.rotary = model.rotary_pos_emb
-        self.position_ids: Tensor | None = None
-        model.register_forward_pre_hook(self._keep_position_ids)
-
-    def _keep_position_ids(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self.position_ids = args[1]
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        return self.rotary.get_rotary_seq_len(*args, **kwargs)
-
-    def forward(self, sequence_length: int, **kwargs: Any) -> Tensor:
-        """Angles [s, b, 1, c], fp32, of this rank's tokens. sequence_length: of all context parallel ranks together."""
-        assert self.position_ids is not None
-        table = self.rotary.get_emb(sequence_length)  # [sequence, 1, 1, c]
-        return table[self.position_ids.t(), 0]
+def capped_attention(
+    mask: Tensor, query: Tensor, key: Tensor, value: Tensor, *, cap: float, scale: float | None
+) -> Tensor:
+    """Attention whose scores are softly capped, the softmax in fp32 or better. Shapes as of
+    `ScaledDotProductAttention`; mask [queries, keys], True where a query meets a key."""
+    queries_of_group = query.shape[2] // key.shape[2]
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads/tp, s, c]
+    query = query.unflatten(1, (-1, queries_of_group))  # [b, groups/tp, heads of a group, s, c]
+    scores = query @ key.unsqueeze(2).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    capped = torch.tanh(wide / cap) * cap
+    weights = capped.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype)
+    context = (weights @ value.unsqueeze(2)).flatten(1, 2)
+    return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, heads/tp * c]

@@ -1,9 +1,11 @@
 """Differences between megatron-core versions (0.16 to 0.19), and defects of theirs to step round."""
 
 import contextlib
+import copy
 import inspect
 import itertools
 import logging
+import math
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,3 +223,16 @@ def _keep_step_through_load(optimizer: MegatronOptimizer) -> None:
         set_state(model_param, {"step": present["step"], **tensors} if "step" in present else tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_state_with_step
+
+
+def scale_rotation(attention: Any, factor: float) -> None:
+    """Have cos and sin of an attention's RoPE multiplied by this, in the dtype of its angles. It is megatron-core's
+    concentration factor of YaRN, which its own models have alike in all layers; 0.16 computes it in each forward pass
+    from YaRN's settings. Fused kernels do not know it."""
+    attention.config = copy.copy(attention.config)
+    attention.config.apply_rope_fusion = attention.config.apply_rope_fusion and factor == 1.0
+    if hasattr(attention, "_yarn_concentration_factor"):
+        attention._yarn_concentration_factor = factor
+    else:  # 1 + 0.1 mscale log(scaling factor), over the same with mscale_all_dim
+        attention.config.yarn_rotary_scaling_factor = math.e
+        attention.config.yarn_mscale, attention.config.yarn_mscale_all_dim = 10.0 * (factor - 1.0), 0.0

@@ -2,11 +2,12 @@
 
 The layer spec is megatron-core's for Transformer Engine, or its local one, there with an RMSNorm that works
 under sequence parallel (megatron-core's torch norm refuses it); with either, the attention may be that of
-`attention.py`. `kernels.py` chooses. Every use of GPTModel is in this file.
+`attention.py`, and norms of what blocks give those of `norms.py`. `kernels.py` chooses. Every use of GPTModel is in
+this file.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,22 +19,27 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_lrc.clone.fusion import why_nothing_is_compiled
+from megatron_lrc.clone.rotation import Rotations
 from megatron_lrc.clone.vocab_parallel import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
-from megatron_lrc.mcore.attention import RotaryByPosition, ScaledDotProductAttention
+from megatron_lrc.mcore.attention import ScaledDotProductAttention
 from megatron_lrc.mcore.kernels import (
     fuse_weight_gradients,
     fuses_rotary_embedding,
     uses_engine_attention,
     uses_transformer_engine,
 )
+from megatron_lrc.mcore.norms import AddNormed, RMSNorm, WideRMSNorm, ZeroCenteredRMSNorm, adds_multiple
+from megatron_lrc.mcore.rotary import set_rotations
 
 VOCAB_MULTIPLE = 128  # as Megatron-LM's --make-vocab-size-divisible-by: whole GEMM tiles on every rank
 
@@ -48,15 +54,6 @@ def vocabulary_shard(shape: ModelShape, tp_group: ProcessGroup) -> VocabularySha
     """This rank's rows of the embedding and the LM head."""
     padded = padded_vocab_size(shape.vocab_size, tp_group.size())
     return VocabularyShard.of(shape.vocab_size, padded, tp_group)
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's constructor. The gain is replicated over TP, its gradient partial."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class OutputLayer(nn.Module):
@@ -118,7 +115,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
     # megatron-core's fused kernels are compiled just in time; without CUDA that only costs minutes.
     is_compiled = not on_cpu and why_nothing_is_compiled() is None
     is_fp8 = compute.fp8_format is not None and (is_trained or compute.teacher_fp8)
-    backend = compute.attention_backend if uses_engine_attention(config, dtype) else "auto"
+    backend = compute.attention_backend if uses_engine_attention(config, dtype, shape) else "auto"
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -129,11 +126,12 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         softmax_scale=shape.attention_multiplier,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon,
+        layernorm_zero_centered_gamma=shape.has_zero_centered_norms,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if shape.activation == "silu" else gelu_tanh,
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
-        qk_layernorm=shape.has_qk_norm,
+        qk_layernorm=shape.has_qk_norm or shape.has_wide_qk_norm,
         **_by_layer(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -166,7 +164,7 @@ def transformer_config(config: Config, shape: ModelShape, dtype: torch.dtype, *,
         perform_initialization=False,  # the teacher is read, the student composed
         use_cpu_initialization=on_cpu,
         calculate_per_token_loss=True,
-        bias_activation_fusion=is_compiled,
+        bias_activation_fusion=is_compiled and shape.activation == "silu",
         bias_dropout_fusion=is_compiled,
         apply_rope_fusion=fuses_rotary_embedding(config, dtype),
         masked_softmax_fusion=False,
@@ -195,38 +193,73 @@ def _by_layer(shape: ModelShape) -> dict[str, Any]:
 
 def block_spec(config: Config, shape: ModelShape, dtype: torch.dtype, num_layers: int) -> TransformerBlockSubmodules:
     """What a stage's layers and the final norm are built of."""
+    norm = ZeroCenteredRMSNorm if shape.has_zero_centered_norms else RMSNorm
     if uses_transformer_engine(config):
         from megatron.core.extensions.transformer_engine import TENorm
 
-        final_norm = TENorm
         layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.has_qk_norm))
+        final_norm = TENorm
+        _leave_out_norms_of_engine(layer.submodules, shape)
     else:
-        final_norm = RMSNorm
         layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.has_qk_norm))
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        final_norm = norm
+        layer.submodules.input_layernorm = norm if "input" in shape.norms else IdentityOp
+        layer.submodules.pre_mlp_layernorm = norm if "post" in shape.norms else IdentityOp
         if shape.has_qk_norm:
             attention = layer.submodules.self_attention.submodules
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if not uses_engine_attention(config, dtype):
-        layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
-    if shape.residual_multiplier != 1.0:
-        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = adds_multiple(shape.residual_multiplier)
+            attention.q_layernorm = attention.k_layernorm = norm
+    attention = layer.submodules.self_attention.submodules
+    if shape.has_wide_qk_norm:
+        attention.q_layernorm = WideRMSNorm.over(shape.num_attention_heads)
+        attention.k_layernorm = WideRMSNorm.over(shape.num_query_groups)
+    if not uses_engine_attention(config, dtype, shape):
+        attention.core_attention = ScaledDotProductAttention.capped_at(shape.attention_soft_cap)
+    model_config = transformer_config(config, shape, dtype, is_trained=False)
+    layer.submodules.self_attn_bda = _adding("after_attention", shape, model_config) or layer.submodules.self_attn_bda
+    layer.submodules.mlp_bda = _adding("after_mlp", shape, model_config) or layer.submodules.mlp_bda
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 
 
-def adds_multiple(multiplier: float) -> Callable[..., Callable[..., Tensor]]:
-    """In place of megatron-core's bias-dropout-add, for blocks without bias and dropout: what a block gives is
-    multiplied before it is added to the residual stream [s/tp, b, h]."""
+def _leave_out_norms_of_engine(layer: Any, shape: ModelShape) -> None:
+    """Transformer Engine joins the norms before blocks to the linears behind them."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
-    def choose(is_training: bool, is_fused: bool) -> Callable[..., Tensor]:
-        return add
+    if "input" not in shape.norms:
+        layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if "post" not in shape.norms:
+        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
 
-    def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        output, bias = output_with_bias
-        assert bias is None and not dropout
-        return torch.add(residual, output, alpha=multiplier)
 
-    return choose
+def _adding(name: str, shape: ModelShape, model_config: TransformerConfig) -> Any:
+    """What adds a block's output to the residual stream, where that is not megatron-core's own. name: of a norm."""
+    if name in shape.norms:
+        params = {
+            "norm": ZeroCenteredRMSNorm if shape.has_zero_centered_norms else RMSNorm,
+            "config": model_config,
+            "hidden_size": shape.hidden_size,
+            "eps": shape.norm_epsilon,
+            "multiplier": shape.residual_multiplier,
+        }
+        return ModuleSpec(AddNormed, params=params)
+    return adds_multiple(shape.residual_multiplier) if shape.residual_multiplier != 1.0 else None
+
+
+def embedding_factor(shape: ModelShape, dtype: torch.dtype) -> float:
+    """What embeddings are multiplied by. The root of the hidden size is rounded to the weights' dtype, as transformers
+    does for Gemma."""
+    if shape.scales_embeddings:
+        return torch.tensor(shape.hidden_size**0.5, dtype=dtype).item()
+    return shape.embedding_multiplier
+
+
+def cap_logits(logits: Tensor, shape: ModelShape) -> Tensor:
+    """c tanh(logits / c), in place, where the shape has a soft cap."""
+    cap = shape.logits_soft_cap
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def multiply_output(multiplier: float, module: nn.Module, inputs: tuple, output: Any) -> Tensor:
@@ -237,7 +270,7 @@ def multiply_output(multiplier: float, module: nn.Module, inputs: tuple, output:
 def build_stage(
     config: Config,
     shape: ModelShape,
-    inverse_frequencies: Tensor,
+    rotations: Rotations,
     *,
     dtype: torch.dtype,
     chunk: int,
@@ -247,8 +280,7 @@ def build_stage(
 ) -> GPTModel:
     """One stage of a model of `shape`, its weights not yet set. chunk: which of this rank's virtual stages.
 
-    inverse_frequencies: float32 [head_dim/2], RoPE with whatever scaling the teacher has. megatron-core's own tying of
-    embedding and LM head stays out of the way.
+    rotations: the teacher's. megatron-core's own tying of embedding and LM head stays out of the way.
     """
     model_config = transformer_config(config, shape, dtype, is_trained=is_trained)
     num_layers = get_num_layers_to_build(model_config, vp_stage=chunk)
@@ -263,11 +295,9 @@ def build_stage(
         position_embedding_type="rope",
         vp_stage=chunk,
     )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies.to(model.rotary_pos_emb.inv_freq.device)
-    if is_first_stage and shape.embedding_multiplier != 1.0:
-        model.embedding.register_forward_hook(partial(multiply_output, shape.embedding_multiplier))
-    if config.data.reset_position_ids:
-        model.rotary_pos_emb = RotaryByPosition(model)
+    set_rotations(model, shape, rotations, by_position=config.data.reset_position_ids)
+    if is_first_stage and (factor := embedding_factor(shape, dtype)) != 1.0:
+        model.embedding.register_forward_hook(partial(multiply_output, factor))
     if is_last_stage:
         model.output_layer = OutputLayer(model.output_layer.weight)
     tie_ends(model, shape)
@@ -289,26 +319,41 @@ def layers_of(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:
 
 
 def norm_gains(model: GPTModel) -> dict[str, nn.Parameter]:
-    """Global name (`layers.{i}.input`, `layers.{i}.post`, `final`) -> gain [h] of each RMSNorm here."""
+    """Global name (`layers.{i}.` and one of LAYER_NORMS, or `final`) -> gain [h] of each RMSNorm here, as stored."""
     gains = {}
     for index, layer in layers_of(model):
-        gains[f"layers.{index}.input"] = _gain(layer.input_layernorm, layer.self_attention.linear_qkv)
-        gains[f"layers.{index}.post"] = _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
+        found = {
+            "input": _gain(layer.input_layernorm, layer.self_attention.linear_qkv),
+            "after_attention": getattr(norm_after(layer, "after_attention"), "weight", None),
+            "post": _gain(layer.pre_mlp_layernorm, layer.mlp.linear_fc1),
+            "after_mlp": getattr(norm_after(layer, "after_mlp"), "weight", None),
+        }
+        gains |= {f"layers.{index}.{name}": gain for name, gain in found.items() if gain is not None}
     if model.post_process:
         gains["final"] = model.decoder.final_layernorm.weight
     return gains
 
 
-def _gain(norm: nn.Module, reader: nn.Module) -> nn.Parameter:
-    """Of a norm, or with Transformer Engine of the linear that it is part of; `norm` is an identity then."""
-    return reader.layer_norm_weight if hasattr(reader, "layer_norm_weight") else norm.weight
+def _gain(norm: nn.Module, reader: nn.Module) -> nn.Parameter | None:
+    """Of a norm, or with Transformer Engine of the linear that it is part of; `norm` is an identity then. None where
+    there is neither."""
+    return getattr(reader, "layer_norm_weight", getattr(norm, "weight", None))
 
 
-def residual_readers(model: GPTModel) -> list[nn.Module]:
-    """The norms on this stage, or the identities in their place: their inputs are all the places where the
-    residual stream is read."""
-    norms = [norm for _, layer in layers_of(model) for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
-    return norms + ([model.decoder.final_layernorm] if model.post_process else [])
+def norm_after(layer: Any, name: str) -> nn.Module | None:
+    """The norm of what attention or the MLP gives. name: `after_attention` or `after_mlp`."""
+    adding = layer.self_attn_bda if name == "after_attention" else layer.mlp_bda
+    return adding.norm if isinstance(adding, AddNormed) else None
+
+
+def residual_readers(model: GPTModel) -> Iterator[tuple[str, nn.Module]]:
+    """Where the residual stream is read on this stage: (global name of the norm there, the norm, or an identity in its
+    place), whether the model has one there or not."""
+    for index, layer in layers_of(model):
+        yield f"layers.{index}.input", layer.input_layernorm
+        yield f"layers.{index}.post", layer.pre_mlp_layernorm
+    if model.post_process:
+        yield "final", model.decoder.final_layernorm
 
 
 def layer_input_norms(model: GPTModel) -> Iterator[tuple[int, nn.Module]]:

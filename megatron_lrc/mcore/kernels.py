@@ -11,8 +11,10 @@ quantised once for each time that they are composed, and the teacher's, whose fl
 """
 
 import contextlib
+import functools
 import inspect
 import os
+import timeit
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
@@ -59,12 +61,17 @@ def _would_use_engine(config: Config) -> bool:
     return config.compute.transformer_impl == "auto" and is_half and torch.cuda.is_available()
 
 
-def uses_engine_attention(config: Config, dtype: torch.dtype) -> bool:
+def uses_engine_attention(config: Config, dtype: torch.dtype, shape: ModelShape) -> bool:
     """Whether Transformer Engine's attention is used, or that of `attention.py`. By --attention-backend auto
     only where its fast kernels apply and the results could be the same: not in fp32, nor document by
-    document, nor with context parallelism (its ring attention has not been tried here)."""
+    document, nor with context parallelism (its ring attention has not been tried here). It has no soft caps."""
     backend = config.compute.attention_backend
-    if not uses_transformer_engine(config) or backend == "local" or config.data.reset_attention_mask:
+    if (
+        shape.attention_soft_cap
+        or not uses_transformer_engine(config)
+        or backend == "local"
+        or config.data.reset_attention_mask
+    ):
         return False
     is_half = torch.finfo(dtype).bits == 16
     return backend != "auto" or (is_half and config.parallel.context_parallel_size == 1)
@@ -127,15 +134,15 @@ def stop_userbuffers(config: Config) -> None:
         base.destroy_ub()
 
 
-def describe_kernels(config: Config, dtype: torch.dtype, trained: str, optimizer: str) -> str | None:
+def describe_kernels(config: Config, dtype: torch.dtype, shape: ModelShape, trained: str, optimizer: str) -> str | None:
     """For a run's first lines: what computes layers, attention, matrix products and the optimizer's step. None without
-    CUDA, where there is no choice. trained: what the trained model is called, `student` or `model`. optimizer: its
-    kind."""
+    CUDA, where there is no choice. shape: the student's. trained: what the trained model is called, `student` or
+    `model`. optimizer: its kind."""
     if not torch.cuda.is_available():
         return None
     uses_engine = uses_transformer_engine(config)
     layers = f"Transformer Engine {get_te_version()}" if uses_engine else "megatron-core's own modules"
-    attention = "its own" if uses_engine_attention(config, dtype) else "torch's"
+    attention = "its own" if uses_engine_attention(config, dtype, shape) else "torch's"
     overlap = ", the student's exchanges over TP beside its products" * config.parallel.tp_comm_overlap
     products = _describe_products(config, dtype, trained)
     return f"layers by {layers}, {attention} attention{overlap}; matrix products in {products}; {optimizer}"
@@ -161,10 +168,15 @@ def _rounds_to_tf32(config: Config) -> bool:
 
 
 def warn_of_kernels(config: Config, dtype: torch.dtype) -> Iterator[str]:
-    """For a run's first lines: what makes it slower than the GPU could be, and the remedy. Nothing without CUDA."""
-    if not torch.cuda.is_available():
-        return
+    """For a run's first lines: what makes it slower than the machine could be, and the remedy."""
     is_half = torch.finfo(dtype).bits == 16
+    if not torch.cuda.is_available():
+        if is_half and (times := slowdown_on_cpu(dtype)) > 2:
+            yield (
+                f"products of matrices in {_DTYPE_NAMES[dtype]} take {times:.0f} times as long as in fp32 on this CPU, "
+                f"which has no instructions for them. Leave --{_DTYPE_NAMES[dtype]} out here."
+            )
+        return
     if problem := broken_engine():
         yield problem
     elif _would_use_engine(config) and not HAVE_TE:
@@ -181,6 +193,17 @@ def warn_of_kernels(config: Config, dtype: torch.dtype) -> Iterator[str]:
         )
     if problem := warn_of_compiler():
         yield problem
+
+
+def slowdown_on_cpu(dtype: torch.dtype) -> float:
+    """How many times as long as in fp32 a product of matrices takes, by the best of a few; measured in some 0.1 s."""
+    left, right = torch.ones(256, 512), torch.ones(512, 512)
+    times = {}
+    for one in (torch.float32, dtype):
+        product = functools.partial(torch.nn.functional.linear, left.to(one), right.to(one))
+        product()
+        times[one] = min(timeit.repeat(product, number=1, repeat=5))
+    return times[dtype] / times[torch.float32]
 
 
 def choose_determinism(config: Config) -> None:

@@ -15,17 +15,22 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_lrc.checkpoints.layout import QK_NORMS
 from megatron_lrc.clone.products import ROWS_AT_ONCE
+from megatron_lrc.clone.rotation import Rotations
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, select
 from megatron_lrc.config import Config, ModelShape
 from megatron_lrc.mcore import distributed
-from megatron_lrc.mcore.gpt_models import build_stage, layers_of, norm_gains
+from megatron_lrc.mcore.compat import scale_rotation
+from megatron_lrc.mcore.gpt_models import build_stage, cap_logits, embedding_factor, layers_of, norm_gains
+from megatron_lrc.mcore.rotary import with_frequencies
 
 _NORMS = {
     "input": "input_layernorm.weight",
+    "after_attention": "self_attn_bda.norm.weight",
     "post": "pre_mlp_layernorm.weight",
-    "q_norm": "self_attention.q_layernorm.weight",
-    "k_norm": "self_attention.k_layernorm.weight",
+    "after_mlp": "mlp_bda.norm.weight",
+    **{f"{site}{kind}": f"self_attention.{site}_layernorm.weight" for site in "qk" for kind in QK_NORMS},
 }
 #: Tokens that pass a layer together, in whole sequences.
 TOKENS_AT_ONCE = 4096
@@ -34,20 +39,20 @@ TOKENS_AT_ONCE = 4096
 class LayerByLayer:
     """Takes a model's weights one after another, in the order of the forward pass, and computes on the way.
 
-    tokens: int64 [b, s]. inverse_frequencies: float32 [head_dim/2]. Memory: a layer in `dtype`, and of a tied model the
-    embedding as it was given. Needs megatron-core's process groups: `layer_by_layer` makes both.
+    tokens: int64 [b, s]. rotations: those for s tokens. Memory: a layer in `dtype`, and of a tied model the embedding
+    as it was given. Needs megatron-core's process groups: `layer_by_layer` makes both.
     """
 
-    def __init__(self, shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype):
+    def __init__(self, shape: ModelShape, rotations: Rotations, tokens: Tensor, dtype: torch.dtype):
         config = Config()
         config.training.seq_length = tokens.shape[1]
         config.compute.transformer_impl = "local"  # one module for each weight
-        self.shape, self.tokens, self.dtype = shape, tokens, dtype
+        self.shape, self.rotations, self.tokens, self.dtype = shape, rotations, tokens, dtype
         self._model = build_stage(
             config,
             # The ends are computed here, a part at a time; what differs from layer to layer is set as they come.
             replace(shape, num_layers=1, vocab_size=1, windowed_layers=(), unrotated_layers=()),
-            inverse_frequencies,
+            Rotations(rotations.full, rotations.full),
             dtype=dtype,
             chunk=0,
             is_trained=False,
@@ -57,8 +62,6 @@ class LayerByLayer:
         ((_, layer),) = layers_of(self._model)
         self._layer: Any = layer
         self._final_norm: Any = self._model.decoder.final_layernorm
-        rotary: Any = self._model.rotary_pos_emb
-        self._angles: Tensor = rotary(tokens.shape[1])  # [s, 1, 1, head_dim]
         self._places = self._places_of_layer()
         self._scope, self._filled = "", set[str]()
         self._hidden = torch.empty(0)
@@ -69,8 +72,8 @@ class LayerByLayer:
     def add(self, key: str, weight: Tensor) -> None:
         """The next weight, whole and in Hugging Face's order of rows, in any dtype.
 
-        key: `embed`, then `layers.{i}.` with q, k, v, o, gate, up, down, input, post and what the shape says of q_bias,
-        k_bias, v_bias, q_norm, k_norm in any order, then `final`, and `lm_head` unless the model is tied.
+        key: `embed`, then `layers.{i}.` with q, k, v, o, gate, up, down and what the shape says of norms and biases in
+        any order, then `final`, and `lm_head` unless the model is tied.
         """
         scope, _, name = key.rpartition(".")
         if scope != self._scope:
@@ -81,7 +84,7 @@ class LayerByLayer:
         elif name == EMBED.name:
             gain = norm_gains(self._model)["final"]
             embedded = weight[self.tokens.t()].to(gain.device, self.dtype)
-            self._hidden = embedded * self.shape.embedding_multiplier  # [s, b, h]
+            self._hidden = embedded * embedding_factor(self.shape, self.dtype)  # [s, b, h]
             self._tied_head = weight if self.shape.is_tied else None
         elif name == "final":
             self._final_norm.weight.copy_(weight)
@@ -104,7 +107,8 @@ class LayerByLayer:
         if shape.has_qkv_bias:
             for site in LAYER_SITES[:3]:
                 places[f"{site.name}_bias"] = select(site, layer.get_parameter(f"{site.linear}.bias"), heads)
-        norms = [name for name in _NORMS if shape.has_qk_norm or name in ("input", "post")]
+        norms = [*shape.norms, *["q_norm", "k_norm"] * shape.has_qk_norm]
+        norms += ["q_wide_norm", "k_wide_norm"] * shape.has_wide_qk_norm
         return places | {name: layer.get_parameter(_NORMS[name]) for name in norms}
 
     def _fill(self, name: str, weight: Tensor) -> None:
@@ -126,7 +130,10 @@ class LayerByLayer:
         """[s, b, h], of the layer whose weights are there."""
         layer = int(self._scope.rpartition(".")[2])
         self._layer.self_attention.core_attention.window = self.shape.window(layer)
-        angles = self._angles if self.shape.is_rotated(layer) else None
+        rotation = self.rotations.of_layer(self.shape, layer)
+        scale_rotation(self._layer.self_attention, rotation.factor)
+        table = with_frequencies(self._model.rotary_pos_emb, rotation.frequencies)
+        angles = table.get_emb(len(hidden)) if self.shape.is_rotated(layer) else None  # [s, 1, 1, c]
         parts = hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[0]), dim=1)
         passed = [self._layer(part, attention_mask=None, rotary_pos_emb=angles)[0] for part in parts]
         return torch.cat(passed, dim=1)
@@ -136,16 +143,16 @@ class LayerByLayer:
         hidden = self._final_norm(self._hidden)
         blocks = (rows.to(hidden.device, self.dtype) for rows in head.split(ROWS_AT_ONCE))
         logits = torch.cat([F.linear(hidden, block).cpu() for block in blocks], dim=-1).transpose(0, 1)
-        self._logits = logits.div_(self.shape.logits_scaling)
+        self._logits = cap_logits(logits.div_(self.shape.logits_scaling), self.shape)
 
 
 @contextmanager
 def layer_by_layer(
-    shape: ModelShape, inverse_frequencies: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32
+    shape: ModelShape, rotations: Rotations, tokens: Tensor, dtype: torch.dtype = torch.float32
 ) -> Iterator[LayerByLayer]:
     """A LayerByLayer, in `world_of_one`."""
     with world_of_one():
-        yield LayerByLayer(shape, inverse_frequencies, tokens, dtype)
+        yield LayerByLayer(shape, rotations, tokens, dtype)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lrc.clone.rotation import Rotations
 from megatron_lrc.config import ModelShape
+from megatron_lrc.mcore.gpt_models import cap_logits
 from megatron_lrc.mcore.layer_by_layer import LayerByLayer, world_of_one
 
 #: Tokens whose logits exist at once.
@@ -22,8 +24,8 @@ class HiddenStateChange(LayerByLayer):
     """`importance`: 1 - the cosine between a layer's input and output, mean over tokens, of each layer. It is called
     block influence in arXiv 2403.03853."""
 
-    def __init__(self, shape: ModelShape, frequencies: Tensor, batch: dict[str, Tensor], dtype: torch.dtype):
-        super().__init__(shape, frequencies, batch["tokens"], dtype)
+    def __init__(self, shape: ModelShape, rotations: Rotations, batch: dict[str, Tensor], dtype: torch.dtype):
+        super().__init__(shape, rotations, batch["tokens"], dtype)
         self.importance: list[float] = []
 
     def _pass_layer(self, hidden: Tensor) -> Tensor:
@@ -44,8 +46,8 @@ class LossWithoutLayer(LayerByLayer):
     states, [s, b, h] for each layer and one more.
     """
 
-    def __init__(self, shape: ModelShape, frequencies: Tensor, batch: dict[str, Tensor], dtype: torch.dtype):
-        super().__init__(shape, frequencies, batch["tokens"], dtype)
+    def __init__(self, shape: ModelShape, rotations: Rotations, batch: dict[str, Tensor], dtype: torch.dtype):
+        super().__init__(shape, rotations, batch["tokens"], dtype)
         self._labels, self._weights = batch["labels"].t(), batch["loss_mask"].t()  # [s, b]
         self._without: list[Tensor] = []  # each [s, b, h], of the model without one of the layers so far
         self.importance: list[float] = []
@@ -68,7 +70,7 @@ class LossWithoutLayer(LayerByLayer):
         total = hidden.new_zeros((), dtype=torch.float64)
         for part, label, weight in zip(tokens, labels, weights, strict=True):
             logits = F.linear(part, head).to(torch.promote_types(self.dtype, torch.float32))
-            logits.div_(self.shape.logits_scaling)
+            cap_logits(logits.div_(self.shape.logits_scaling), self.shape)
             total += (F.cross_entropy(logits, label, reduction="none") * weight).sum(dtype=torch.float64)
         return (total / self._weights.sum(dtype=torch.float64).to(hidden.device)).item()
 
@@ -84,14 +86,14 @@ def layer_importance(
     measure: str,
     weights: Iterable[tuple[str, Tensor]],
     shape: ModelShape,
-    inverse_frequencies: Tensor,
+    rotations: Rotations,
     batch: dict[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> list[float]:
     """Of each layer; the larger, the more it matters. measure: one of MEASURES. weights: as `LayerByLayer.add` takes
     them. batch: tokens and labels, int64 [b, s], and loss_mask [b, s]. dtype: of the arithmetic."""
     with world_of_one():
-        forward = MEASURES[measure](shape, inverse_frequencies, batch, dtype)
+        forward = MEASURES[measure](shape, rotations, batch, dtype)
         for key, weight in weights:
             forward.add(key, weight)
         return forward.importance

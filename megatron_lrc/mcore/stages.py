@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_lrc.clone.overlap import Overlap
+from megatron_lrc.clone.rotation import Rotations
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site
 from megatron_lrc.clone.vocab_parallel import HeadSums
 from megatron_lrc.config import Config, ModelShape
@@ -32,12 +33,12 @@ GRADIENT_GROUPS: tuple[str, ...] = (*(site.name for site in LAYER_SITES), EMBED.
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The two models, and the teacher's RoPE (float32 [head_dim/2]), which the student shares. Where there is
-    no teacher, `teacher` is the student's own shape."""
+    """The two models, and the teacher's RoPE, which the student shares. Where there is no teacher, `teacher` is the
+    student's own shape."""
 
     teacher: ModelShape
     student: ModelShape
-    inverse_frequencies: Tensor
+    rotations: Rotations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +145,14 @@ class PipelineStage(nn.Module, ABC):
         self._input: Tensor | None = None
 
     def _build_model(
-        self, shape: ModelShape, inverse_frequencies: Tensor, *, is_trained: bool, config: Config | None = None
+        self, shape: ModelShape, rotations: Rotations, *, is_trained: bool, config: Config | None = None
     ) -> GPTModel:
         """This stage of a model of some shape, its weights not yet set. config: of a model that is divided over the
         stages in another way than the run's configuration says."""
         return build_stage(
             config or self.settings,
             shape,
-            inverse_frequencies,
+            rotations,
             dtype=self._dtype,
             chunk=self._chunk,
             is_trained=is_trained,

@@ -140,6 +140,12 @@ class Method(ABC):
         """Errors that depend on the shape of the teacher, or of the model that is trained by itself."""
         yield from check_layers_against(self.config.model, base.num_layers)
         yield from check_kept_sizes(self.config.model, base, self.config.parallel.tensor_model_parallel_size)
+        backend = self.config.compute.attention_backend
+        if base.attention_soft_cap and backend not in ("auto", "local"):
+            yield (
+                f"--attention-backend {backend} cannot cap the scores of attention, as this model does. Leave it out: "
+                "torch operations compute that."
+            )
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
         """What is allowed, but probably not meant."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_lrc.checkpoints.layout import QK_NORMS
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, Site, select
 from megatron_lrc.hf.reader import Reader
 from megatron_lrc.mcore.gpt_models import GPTModel, layers_of, norm_gains, padded_vocab_size
@@ -56,6 +57,7 @@ def load_frozen(
                 place = select(site, layer.get_parameter(f"{site.linear}.bias"), stage.heads)
                 found = reader.frozen(name, source_of(index), tp_rank=tp.rank(), tp_size=tp.size())
                 place.copy_(found.view(place.shape))
-            if (name := f"{site.name}_norm") in frozen:
-                gain = layer.get_parameter(f"self_attention.{site.name}_layernorm.weight")
-                gain.copy_(reader.frozen(name, source_of(index)))
+            for kind in QK_NORMS:
+                if (name := f"{site.name}{kind}") in frozen:
+                    gain = layer.get_parameter(f"self_attention.{site.name}_layernorm.weight")
+                    gain.copy_(reader.frozen(name, source_of(index), tp_rank=tp.rank(), tp_size=tp.size()))

@@ -15,6 +15,7 @@ from megatron_lrc.checkpoints.run_directory import (
     step_of,
 )
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.data.counted_tokens import ASSISTANT
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.teacher_identity import is_same_teacher, why_not_comparable
 from megatron_lrc.methods import Method, method_of
@@ -76,6 +77,22 @@ def check_method(path: Path, method: Method) -> RunState:
             f"{method.name}. Repeat that, or export it with tools/convert_to_hf.py and start from the result."
         )
     return state
+
+
+def check_tokens_that_count(path: Path, state: RunState, counted: str) -> None:
+    """ConfigError where a run would go on with other losses. counted: what `which_tokens_count` says of its data."""
+    if state.tokens_that_count == counted:
+        return
+    if counted == ASSISTANT:
+        raise ConfigError(
+            f"{path} was trained with losses on every token, and of the data given now only the assistant's tokens "
+            "count. Go on as before with --train-on-inputs, or start a new run from its student: with "
+            f"--pretrained-checkpoint {path}, or tools/convert_to_hf.py and --method ordinary --student."
+        )
+    raise ConfigError(
+        f"{path} was trained with losses on the assistant's tokens of chats only, and now every token would count. "
+        "Leave out --train-on-inputs, and give data that says which tokens are the assistant's (PREFIX.mask)."
+    )
 
 
 def check_fits(path: Path, method: Method, reader: Reader, fingerprint: str) -> RunState:

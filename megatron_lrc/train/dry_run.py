@@ -25,6 +25,7 @@ from megatron_lrc.config import (
     describe_training,
 )
 from megatron_lrc.console import say
+from megatron_lrc.data.counted_tokens import describe_counted_tokens
 from megatron_lrc.estimate.devices import DEFAULT_GPU, GIB, Gpu, gpu_named
 from megatron_lrc.estimate.disk import disk_need, trained_elements
 from megatron_lrc.estimate.flops import step_flops
@@ -72,6 +73,7 @@ def dry_run(config: Config, wanted: DryRun, world_size: int, presets: Sequence[s
         describe_changes(config),
         describe_models(method, shape, student),
         describe_layout(config, world_size, checked.state),
+        filter(None, [describe_counted_tokens(config)]),
         describe_flops(config, shape, student),
         memory,
         describe_disk(config, shape, student),

@@ -20,6 +20,7 @@ from megatron_lrc.config import (
 )
 from megatron_lrc.console import say
 from megatron_lrc.data.batches import BatchIterator
+from megatron_lrc.data.counted_tokens import describe_counted_tokens
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.estimate.spans import span
 from megatron_lrc.estimate.speed import DEFAULT_MFU
@@ -333,10 +334,12 @@ class Trainer:
         if self.config.parallel.share_compose:
             self._say(distributed.describe_sharing(self.groups))
         self._say(self._describe_training())
+        if counted := describe_counted_tokens(self.config):
+            self._say(counted)
         if self.config.decay_iters:
             self._say(describe_schedule(self.config.optimizer, self.config.decay_iters))
         dtype = parameter_dtype(self.config)
-        if kernels := describe_kernels(self.config, dtype, self.method.noun, self.run.optimizer.kind):
+        if kernels := describe_kernels(self.config, dtype, shapes.student, self.method.noun, self.run.optimizer.kind):
             self._say(kernels)
         for warning in (*warn_of_kernels(self.config, dtype), *checked.warnings):
             self._say(f"warning: {warning}")

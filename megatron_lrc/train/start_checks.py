@@ -22,12 +22,14 @@ from megatron_lrc.config import (
     raise_all,
     validate_against_teacher,
 )
+from megatron_lrc.data.counted_tokens import which_tokens_count
 from megatron_lrc.data.data_checks import check_data
 from megatron_lrc.data.datasets import resolve_train_iters
 from megatron_lrc.hf.checkpoint_reader import open_teacher
 from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.reader import Contents, Reader
 from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
+from megatron_lrc.hf.student_config import student_family
 from megatron_lrc.hf.teacher_identity import said_if_slow, warn_of_samples, warn_of_suspicious
 from megatron_lrc.launch import torchrun
 from megatron_lrc.mcore.gpt_models import check_pipeline_layout
@@ -38,6 +40,7 @@ from megatron_lrc.train.boards import check_boards
 from megatron_lrc.train.checkpoint_checks import (
     check_fits,
     check_method,
+    check_tokens_that_count,
     find_checkpoint,
     find_weights,
     fingerprint_of,
@@ -81,6 +84,7 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     warnings = validate_against_teacher(method, teacher.shape)
     check_pipeline_layout(config, method.divided_shape(teacher.shape))
     student = method.student_shape(teacher.shape)
+    student_family(teacher, student.hidden_size, num_heads=student.num_attention_heads)  # or it could not be exported
     if student.teacher_layers:
         check_student_stages(config, teacher.shape, student)
         config = _with_layers(config, student)
@@ -90,7 +94,10 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     resume_from, passed_over = find_checkpoint(config, damaged)
     warnings += passed_over
     state = check_method(resume_from, method) if resume_from else RunState()
-    state = replace(state, tokenizer_fingerprint=tokenizer_fingerprint)
+    counted = which_tokens_count(config)
+    if resume_from:
+        check_tokens_that_count(resume_from, state, counted)
+    state = replace(state, tokenizer_fingerprint=tokenizer_fingerprint, tokens_that_count=counted)
     weights_from = None if resume_from else find_weights(config)
     if weights_from:
         check_method(weights_from, method)

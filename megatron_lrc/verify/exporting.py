@@ -13,9 +13,10 @@ import torch
 from megatron_lrc.checkpoints.saved_student import SavedStudent
 from megatron_lrc.config import describe_changes
 from megatron_lrc.hf.export import Source, export_model
-from megatron_lrc.hf.families import TeacherDescription, rope_inverse_frequencies
+from megatron_lrc.hf.families import TeacherDescription
 from megatron_lrc.hf.forward import fixed_tokens
 from megatron_lrc.hf.kept_file import write_kept
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.hf.student_config import Arch, model_card, student_family
 from megatron_lrc.hf.student_weights import StudentWeights
 from megatron_lrc.methods import method_of
@@ -86,4 +87,5 @@ def export_saved(
 def _engine(student: SavedStudent, base: TeacherDescription) -> AbstractContextManager[Source]:
     from megatron_lrc.mcore.layer_by_layer import layer_by_layer  # here, since it imports megatron-core
 
-    return layer_by_layer(student.shape, rope_inverse_frequencies(base), fixed_tokens(student.shape.vocab_size))
+    tokens = fixed_tokens(student.shape.vocab_size)
+    return layer_by_layer(student.shape, rotations(base, tokens.shape[1]), tokens)

@@ -12,8 +12,9 @@ from megatron_lrc.checkpoints.run_directory import STATE_FILE, newest_checkpoint
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.checkpoint_reader import RECORD_FILE, open_teacher
 from megatron_lrc.hf.comparison import Difference, compare_logits, find_difference
-from megatron_lrc.hf.families import TeacherDescription, describe_teacher, rope_inverse_frequencies
+from megatron_lrc.hf.families import TeacherDescription, describe_teacher
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.hf.student_weights import StudentWeights
 from megatron_lrc.hf.teacher_identity import read_everything, warn_of_samples
 from megatron_lrc.verify.weight_streams import WeightOf, open_student, stream_logits, stream_weights
@@ -90,7 +91,7 @@ def _streamed(opened: Callable[[], WeightOf], shape: ModelShape, base: TeacherDe
 
     def logits(tokens: Tensor, dtype: torch.dtype, rounded_to: torch.dtype | None) -> Tensor:
         weights = stream_weights(base.family, shape, opened())
-        return stream_logits(weights, shape, rope_inverse_frequencies(base), tokens, dtype, rounded_to)
+        return stream_logits(weights, shape, rotations(base, tokens.shape[1]), tokens, dtype, rounded_to)
 
     return logits
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_lrc.checkpoints.saved_student import SavedStudent, open_checkpoint
+from megatron_lrc.clone.rotation import Rotations
 from megatron_lrc.config import ConfigError, ModelShape
 from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.checkpoint_reader import open_teacher
@@ -30,18 +31,18 @@ WeightOf = Callable[[Weight], Tensor]
 def stream_logits(
     weights: Iterable[tuple[str, Tensor]],
     shape: ModelShape,
-    inverse_frequencies: Tensor,
+    rotations: Rotations,
     tokens: Tensor,
     dtype: torch.dtype = torch.float32,
     weights_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """[b, s, v], computed in `dtype`. tokens: [b, s]; inverse_frequencies: float32 [head_dim/2].
+    """[b, s, v], computed in `dtype`. tokens: [b, s]; rotations: those for s tokens.
 
     weights_dtype: what weights are rounded to first; None leaves them as they come.
     """
     from megatron_lrc.mcore.layer_by_layer import layer_by_layer  # here, since it imports megatron-core
 
-    with layer_by_layer(shape, inverse_frequencies, tokens, dtype) as forward:
+    with layer_by_layer(shape, rotations, tokens, dtype) as forward:
         for key, weight in weights:
             forward.add(key, weight if weights_dtype is None else weight.to(weights_dtype))
         return forward.logits

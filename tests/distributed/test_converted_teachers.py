@@ -16,7 +16,8 @@ from built_stages import build_stages
 from hf_teachers import WRITERS
 from megatron_lrc.config import Config
 from megatron_lrc.hf.checkpoint_reader import CheckpointReader
-from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import distributed
 from megatron_lrc.mcore.gpt_models import padded_vocab_size, transformer_config
@@ -85,7 +86,7 @@ def load_into_plain_model(config: Config, directory: Path) -> GPTModel:
         share_embeddings_and_output_weights=shape.is_tied,
         position_embedding_type="rope",
     ).eval()
-    model.rotary_pos_emb.inv_freq = rope_inverse_frequencies(description)
+    model.rotary_pos_emb.inv_freq = rotations(description, 16).full.frequencies
     sharded = {"model": model.sharded_state_dict()}
     loaded, unused, absent = dist_checkpointing.load(sharded, str(directory / "release"), strict="return_all")
     assert not absent and all("_extra_state" in key for key in unused), (absent, unused)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradient_cases import VOCAB, Layout, Sizes, Variant, compare_with_the_reference
-from hf_teachers import OTHERWISE, write_qwen2, write_qwen3
+from hf_teachers import OTHERWISE, ROTATED, write_qwen2, write_qwen3
 
 LAYOUTS = [
     Layout(micro=24),
@@ -95,7 +95,7 @@ def test_other_families_equal_the_reference(tmp_path, layout, write, variant):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("write", OTHERWISE, ids=lambda write: write.__name__.removeprefix("write_"))
+@pytest.mark.parametrize("write", [*OTHERWISE, *ROTATED], ids=lambda write: write.__name__.removeprefix("write_"))
 @pytest.mark.parametrize(
     "layout",
     [

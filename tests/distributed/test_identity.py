@@ -9,7 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from built_stages import build_stages
-from hf_teachers import OTHERWISE, write_llama, write_llama_with_biases, write_mistral, write_qwen2, write_qwen3
+from hf_teachers import (
+    OTHERWISE,
+    ROTATED,
+    write_llama,
+    write_llama_with_biases,
+    write_mistral,
+    write_qwen2,
+    write_qwen3,
+)
 from megatron_lrc.checkpoints.run_directory import newest_checkpoint
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
@@ -24,7 +32,7 @@ from tools_path import convert_to_hf
 VOCAB = 301
 FAMILIES = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 OTHERS = {"Mistral": write_mistral, "Llama with biases": write_llama_with_biases}  # the same tensors, other classes
-MORE = {write.__name__: write for write in OTHERWISE}
+MORE = {write.__name__: write for write in (*OTHERWISE, *ROTATED)}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -60,6 +68,8 @@ def logits_in_training(config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         divisor = teacher.shape.logits_scaling
         teacher_logits = finals["teacher"] @ stage.teacher.output_layer.weight[:VOCAB].t() / divisor
         student_logits = finals["student"] @ stage.student.output_layer.weight[:VOCAB].t() / divisor
+        if cap := teacher.shape.logits_soft_cap:
+            teacher_logits, student_logits = (cap * torch.tanh(of / cap) for of in (teacher_logits, student_logits))
     return teacher_logits.transpose(0, 1), student_logits.transpose(0, 1)
 
 
@@ -78,10 +88,12 @@ def exported_logits(run: Path, output: Path) -> torch.Tensor:
 )
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 def test_a_student_as_wide_as_its_teacher_is_the_teacher(write_teacher, tiny_text, tmp_path, is_tied):
+    """With norms of what blocks give, from its channels: rotated, it is only near."""
     teacher = write_teacher(is_tied=is_tied)
     config = make_config(teacher, tiny_text, tmp_path / "run", steps=0)
     config.model.student_hidden_size = 48
-    config.projection.init, config.projection.calibration_tokens = "pca", 512
+    has_norms_after = describe_teacher(teacher).shape.has_norms_after
+    config.projection.init, config.projection.calibration_tokens = "channel" if has_norms_after else "pca", 512
     config = on_layout(config, pp=2)
     train(config, 2)
 

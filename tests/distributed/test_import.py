@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from built_stages import build_stages
-from hf_teachers import OTHERWISE, WRITERS
+from hf_teachers import OTHERWISE, ROTATED, WRITERS
 from megatron_lrc.config import Config
 from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.teacher import TeacherReader
@@ -22,7 +22,7 @@ from runs import make_config, on_layout
 
 VOCAB, SEQUENCE = 301, 16
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-FAMILIES = {write.__name__.removeprefix("write_"): write for write in (*WRITERS, *OTHERWISE)}
+FAMILIES = {write.__name__.removeprefix("write_"): write for write in (*WRITERS, *OTHERWISE, *ROTATED)}
 HEADS = {"untied": False, "tied": True}
 
 #: id -> ranks and what `on_layout` takes
@@ -67,6 +67,10 @@ def transformers_logits(teachers: dict[tuple[str, str], Path]) -> Logits:
     return logits
 
 
+def capped(logits: Tensor, cap: float) -> Tensor:
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def our_logits(request: pytest.FixtureRequest, teachers: dict[tuple[str, str], Path]) -> Logits:
     """All families in one world per layout."""
@@ -76,17 +80,20 @@ def our_logits(request: pytest.FixtureRequest, teachers: dict[tuple[str, str], P
     last = [result for result in results if result]  # by TP rank
     return {
         key: {
-            dtype: torch.cat([rank[key, dtype][0] for rank in last]).transpose(0, 1)
-            @ torch.cat([rank[key, dtype][1] for rank in last])[:VOCAB].t()
+            dtype: capped(
+                torch.cat([rank[key, dtype][0] for rank in last]).transpose(0, 1)
+                @ torch.cat([rank[key, dtype][1] for rank in last])[:VOCAB].t(),
+                last[0][key, dtype][2],
+            )
             for dtype in DTYPES
         }
         for key in teachers
     }
 
 
-def final_states(config: Config, teachers: dict[tuple[str, str], Path]) -> dict[tuple, tuple[Tensor, Tensor]]:
-    """(teacher, dtype) -> (state after the final norm [s/tp, b, D], LM head [v/tp, D], over what divides logits) of
-    the last stage's ranks. In bf16 both come in fp32: logits are, whatever the model's dtype."""
+def final_states(config: Config, teachers: dict[tuple[str, str], Path]) -> dict[tuple, tuple[Tensor, Tensor, float]]:
+    """(teacher, dtype) -> (state after the final norm [s/tp, b, D], LM head [v/tp, D], over what divides logits, their
+    cap) of the last stage's ranks. In bf16 both come in fp32: logits are, whatever the model's dtype."""
     groups, results = distributed.start(config), {}
     others = {"loss_mask": torch.ones(2, SEQUENCE), "position_ids": torch.arange(SEQUENCE).expand(2, -1)}
     batches = [{"tokens": tokens, "labels": tokens, **others} for tokens in micro_batches()]
@@ -105,7 +112,7 @@ def final_states(config: Config, teachers: dict[tuple[str, str], Path]) -> dict[
                 wide = torch.promote_types(dtype, torch.float32)
                 head = stages[-1].teacher.get_parameter("output_layer.weight")
                 scaled_head = head.detach().to(wide) / description.shape.logits_scaling
-                results[key, dtype] = torch.cat(states, dim=1).to(wide), scaled_head
+                results[key, dtype] = torch.cat(states, dim=1).to(wide), scaled_head, description.shape.logits_soft_cap
     return results
 
 

@@ -165,7 +165,7 @@ def masked_and_cut(config: Config) -> tuple[float, float, int]:
 
     before, shape = loss(), method_of(config).student_shape(base.shape)
     for stage in run.stages:
-        stage.prune(Shapes(shape, shape, stage.shapes.inverse_frequencies))
+        stage.prune(Shapes(shape, shape, stage.shapes.rotations))
     run.optimizer = build_optimizer(config, run.stages, run.groups)
     return before, loss(), run.stages[0].config.hidden_size
 

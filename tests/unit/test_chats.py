@@ -21,6 +21,7 @@ from tiny_data import read_documents
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 CHATS = [
     [{"role": "user", "content": "word1 word2"}, {"role": "assistant", "content": "word3 \u00e9"}],
@@ -328,7 +329,7 @@ def test_date_and_name_are_in_the_manifest_and_another_date_is_other_data(tmp_pa
         (("--chat-date", "2025-01-02"), "2025-01-02", "default"),
         (("--chat-date", "2025-01-02", "--chat-template-name", "short"), "2025-01-02", "short"),
     ):
-        assert preprocess(*flags, "--json-keys", "messages", *more) == 0
+        assert preprocess(*flags, "--json-keys", "messages", "--no-assistant-mask", *more) == 0
         recorded = json.loads((tmp_path / "o_messages_document.json").read_text())["options"]
         assert (recorded["chat_date"], recorded["chat_template_name"]) == (date, name)
         values = dict(zip(("chat_date", "chat_template_name"), (more[1::2]), strict=False))

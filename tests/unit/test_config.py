@@ -224,6 +224,15 @@ def test_a_student_as_wide_as_its_teacher_warns_with_random_and_passes_with_pca(
     assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
 
 
+def test_a_start_that_no_norm_behind_blocks_lets_through_is_warned_of(valid_config):
+    behind = replace(SMOLLM2, norms=("after_attention", "after_mlp"))
+    for init, is_warned_of in (("random", False), ("channel", False), ("pca", True), ("ridge", True)):
+        change(valid_config, init=init)
+        warnings = validate_against_teacher(method_of(valid_config), behind)
+        assert any("only --init channel passes exactly" in warning for warning in warnings) == is_warned_of, init
+    assert validate_against_teacher(method_of(valid_config), SMOLLM2) == []
+
+
 def test_a_sequence_beyond_the_teachers_positions_warns(valid_config):
     change(valid_config, seq_length=8193)
     (warning,) = validate_against_teacher(method_of(valid_config), SMOLLM2)

@@ -11,7 +11,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from damage import change_config
-from hf_teachers import write_granite, write_llama, write_mistral, write_phi3, write_qwen2, write_qwen3, write_smollm3
+from hf_teachers import (
+    write_gemma2,
+    write_gemma3,
+    write_granite,
+    write_llama,
+    write_mistral,
+    write_olmo2,
+    write_olmo3,
+    write_phi3,
+    write_qwen2,
+    write_qwen3,
+    write_smollm3,
+)
 from megatron_lrc.hf import config_fields
 from megatron_lrc.hf.architectures import Family
 from megatron_lrc.hf.config_fields import unknown_fields
@@ -20,9 +32,12 @@ from students import TOKENS
 
 #: Of a config: which kernels compute, by way of `load_pretrained` always torch's.
 CHOOSES_KERNELS = {"_attn_implementation", "_experts_implementation"}
+#: Of the config of Gemma 3's class for images, in the same file.
+OF_IMAGES = {"image_token_id", "mm_tokens_per_image", "text_config"}
 
 
-CLASSES = [write_llama, write_mistral, write_qwen2, write_qwen3, write_smollm3, write_granite, write_phi3]
+CLASSES = [write_llama, write_mistral, write_qwen2, write_qwen3, write_smollm3, write_granite, write_phi3, write_olmo2]
+CLASSES += [write_olmo3, write_gemma2, write_gemma3]
 
 
 @pytest.fixture(params=CLASSES)
@@ -36,7 +51,7 @@ def test_whatever_transformers_reads_of_a_config_is_accounted_for(teacher: Path)
     description = describe_teacher(teacher)
     model = sys.modules[AutoModelForCausalLM._model_mapping[type(description.hf_config)].__module__]
     accounted_for = {*config_fields._READ, *config_fields._WITHOUT_EFFECT, *config_fields._UNDECLARED}
-    accounted_for |= {*description.family.fields, *CHOOSES_KERNELS, *config_fields.FOREIGN_FEATURES}
+    accounted_for |= {*description.family.fields, *CHOOSES_KERNELS, *config_fields.FOREIGN_FEATURES, *OF_IMAGES}
     declared = {field.name for field in fields(description.hf_config)}
     methods = {name for name in dir(type(description.hf_config)) if name not in declared}
     for module in (model, masking_utils):
@@ -68,7 +83,7 @@ def test_a_field_that_no_declaration_knows_is_refused_by_its_name(teacher: Path,
     monkeypatch.setattr(config_fields, "_WITHOUT_EFFECT", set())
     plain = type(description.hf_config)()
     assert not list(unknown_fields(bare, plain, {}))
-    for name in {field.name for field in fields(plain)} - {"rope_parameters"}:
+    for name in {field.name for field in fields(plain)} - {"rope_parameters", bare.activation[0]}:
         default, changed = getattr(plain, name), type(plain)()
         object.__setattr__(changed, name, not default if isinstance(default, bool) else 3)
         (found,) = unknown_fields(bare, changed, {})

@@ -15,11 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed import FileStore
 
+from hf_teachers import write_gemma3
 from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.constant_tensors import find_suspicious
 from megatron_lrc.hf.content_hash import CHUNK_BYTES, FileContents, hash_files, root_of
+from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.hash_cache import CACHE_FILE, FileState, cache_text
 from megatron_lrc.hf.shared_hash import Sharers, contents_at_start
+from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.launch.agreement import RanksMissing
 
 MODULES = ("content_hash", "hash_cache", "shared_hash", "constant_tensors", "sampled_hash")
@@ -312,3 +315,16 @@ def test_a_hole_of_a_whole_chunk_and_a_constant_over_several_chunks_are_found(tm
         "a in model.safetensors is constant",
         "b in model.safetensors is partly zero",
     ]
+
+
+def test_gains_that_are_stored_as_what_is_beyond_one_may_be_zero(tmp_path: Path) -> None:
+    """As in every student that has not been trained; a matrix may not."""
+    model = write_gemma3(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "layers.1.mlp.up_proj" in name:
+                parameter.zero_()
+    model.save_pretrained(tmp_path)
+    reader = TeacherReader(describe_teacher(tmp_path))
+    found = reader.suspicious(hash_files(reader.files))
+    assert found == ["model.layers.1.mlp.up_proj.weight in model.safetensors is all zero"]

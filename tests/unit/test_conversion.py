@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from convert_tool import convert, refused_conversion
 from damage import change_config, change_weights
-from hf_teachers import OTHERWISE, WRITERS, write_llama, write_qwen2
+from hf_teachers import OTHERWISE, ROTATED, WRITERS, write_llama, write_qwen2
 from megatron_lrc.checkpoints.layout import all_boxes
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
 from megatron_lrc.config import ConfigError
@@ -50,7 +50,9 @@ def refusal(directory: Path) -> str:
 # ---- what is written ----
 
 
-@pytest.mark.parametrize("write", [*WRITERS, *(pytest.param(write, marks=pytest.mark.slow) for write in OTHERWISE)])
+@pytest.mark.parametrize(
+    "write", [*WRITERS, *(pytest.param(write, marks=pytest.mark.slow) for write in (*OTHERWISE, *ROTATED))]
+)
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_both_readers_give_the_same_tensors_in_every_dtype(tmp_path: Path, write, is_tied: bool, tp: int) -> None:
@@ -72,7 +74,8 @@ def test_both_readers_give_the_same_tensors_in_every_dtype(tmp_path: Path, write
             assert_equal(lambda reader, site=site, place=place: reader.site(site, 1, **place))
         for name in one.description.family.frozen:
             assert_equal(lambda reader, name=name, place=place: reader.frozen(name, 0, **place))
-    for name, layer in (("input", 1), ("post", 0), ("final", None)):
+    norms = one.description.shape.norms
+    for name, layer in ((norms[0], 1), (norms[-1], 0), ("final", None)):
         assert_equal(lambda reader, name=name, layer=layer: reader.norm(name, layer))
 
 

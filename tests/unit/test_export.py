@@ -12,16 +12,38 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from hf_teachers import LLAMA3_ROPE, OTHERWISE, write_llama, write_qwen2, write_qwen3
+from hf_teachers import (
+    LLAMA3_ROPE,
+    OTHERWISE,
+    ROTATED,
+    write_gemma3,
+    write_llama,
+    write_olmo2,
+    write_olmo3,
+    write_qwen2,
+    write_qwen2_with_windows,
+    write_qwen3,
+)
+from megatron_lrc.clone.sites import projection_names
+from megatron_lrc.config import ConfigError
 from megatron_lrc.hf.families import TeacherDescription, by_tensor, describe_teacher, expected_weights
 from megatron_lrc.hf.teacher import TeacherReader
-from reference import in_fp64
+from reference import NORMS_AROUND, NORMS_BEFORE, in_fp64, norm_names
 from students import TOKENS, State, export_student, load, logits_of, random_student
 
 
 def closed_form(model: PreTrainedModel, basis: Tensor) -> State:
-    """The closed-form start at d_S = d_T: an orthonormal basis, each norm gain moved into the matrices behind it."""
+    """The closed-form start at d_S = d_T: an orthonormal basis, each norm gain moved into the matrices behind it. Of a
+    model with norms behind blocks: all of its own channels."""
     state, hidden = model.state_dict(), basis.shape[0]
+    if (kinds := norm_names(model)) is not NORMS_BEFORE:
+        names = projection_names(range(2), True, True)
+        norms = {
+            f"layers.{i}.{ours}": state[f"model.layers.{i}.{name}.weight"]
+            for i in (0, 1)
+            for name, ours in kinds.items()
+        }
+        return dict.fromkeys(names, torch.eye(hidden, dtype=basis.dtype)), norms | {"final": state["model.norm.weight"]}
 
     def behind(norm: str) -> Tensor:
         return state[norm].to(basis.dtype)[:, None] * basis
@@ -45,7 +67,8 @@ def teacher(tmp_path: Path) -> TeacherDescription:
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["untied teacher", "tied teacher"])
 @pytest.mark.parametrize(
-    ("write", "kind"), [(write_llama, "identity"), *((write, "rotation") for write in (write_llama, *OTHERWISE))]
+    ("write", "kind"),
+    [(write_llama, "identity"), *((write, "rotation") for write in (write_llama, *OTHERWISE, *ROTATED))],
 )
 def test_at_full_width_the_student_is_the_teacher(tmp_path: Path, write: Callable, is_tied: bool, kind: str) -> None:
     model = write(tmp_path / "teacher", is_tied=is_tied, dtype=torch.float64)
@@ -87,7 +110,8 @@ def test_exported_weights_are_the_composed_ones(tmp_path: Path, hidden: int, is_
 
 
 #: Writer of a teacher whose student is of the same class -> its frozen tensors.
-NATIVE = {write_qwen2: 6, write_qwen3: 4, **{write: 6 if "qwen2" in write.__name__ else 0 for write in OTHERWISE}}
+NATIVE = {write_qwen2: 6, write_qwen3: 4, **dict.fromkeys(OTHERWISE, 0), write_qwen2_with_windows: 6}
+NATIVE |= dict.fromkeys((write_olmo2, write_olmo3, write_gemma3), 4)
 
 
 @pytest.mark.parametrize("hidden", [28, 30])
@@ -102,14 +126,22 @@ def test_a_student_of_its_teachers_class_is_the_one_composed_by_hand(
     description = describe_teacher(tmp_path / "teacher")
     projections, norms = random_student(description, hidden, has_lm_head=not is_tied)
     output = tmp_path / "student"
-    export_student(
-        teacher=description,
-        projections=projections,
-        norms=norms,
-        student_hidden_size=hidden,
-        output=output,
-        arch="native",
-    )
+
+    def export() -> None:
+        export_student(
+            teacher=description,
+            projections=projections,
+            norms=norms,
+            student_hidden_size=hidden,
+            output=output,
+            arch="native",
+        )
+
+    if description.family.has_whole_heads and hidden % description.shape.num_attention_heads:
+        with pytest.raises(ConfigError, match="Train with --student-hidden-size 28 or 32"):
+            export()
+        return
+    export()
     student = load(output)
     assert type(student) is type(model)
     assert (student.config.hidden_size, student.config.head_dim) == (hidden, 16)
@@ -146,7 +178,8 @@ def compose_by_hand(name: str, weight: Tensor, projections: dict[str, Tensor], n
     if name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
         return weight
     if "norm" in name:
-        return norms["final" if not layer else layer + ("input" if "input" in name else "post")]
+        has_norms_after = "layers.0.after_mlp" in norms
+        return norms["final" if not layer else layer + (NORMS_AROUND if has_norms_after else NORMS_BEFORE)[parts[-2]]]
     if parts[-2] in FUSED:
         sites = FUSED[parts[-2]]
         pieces = weight.split(list(sites.values()))

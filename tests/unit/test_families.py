@@ -1,25 +1,23 @@
 """What config.json says of a teacher, and which directories are refused before a weight is read."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from damage import change_config
 from hf_teachers import (
-    LLAMA3_ROPE,
     OTHERWISE,
+    ROTATED,
     WRITERS,
+    write_gemma2,
     write_granite,
     write_llama,
     write_llama_with_biases,
     write_mistral,
     write_mistral_with_windows,
-    write_phi3,
+    write_olmo2,
     write_qwen2,
     write_qwen3,
     write_smollm3,
@@ -29,7 +27,6 @@ from megatron_lrc.hf.families import (
     by_tensor,
     describe_teacher,
     expected_weights,
-    rope_inverse_frequencies,
     tensor_shape,
 )
 
@@ -48,44 +45,13 @@ def test_shape_is_read_from_config_json(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-@pytest.mark.parametrize("write", [*WRITERS, *OTHERWISE])
+@pytest.mark.parametrize("write", [*WRITERS, *OTHERWISE, *ROTATED])
 def test_expected_weights_are_those_of_transformers(tmp_path: Path, is_tied: bool, write: Callable) -> None:
     model = write(tmp_path / "teacher", is_tied=is_tied)
     description = describe_teacher(tmp_path / "teacher")
     tensors = by_tensor(expected_weights(description.family, description.shape))
     found = {name: tensor_shape(parts) for name, parts in tensors.items()}
     assert found == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 500000.0},
-        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-        LLAMA3_ROPE,
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rope_frequencies_equal_those_of_transformers_bit_for_bit(tmp_path: Path, rope: dict) -> None:
-    write_llama(tmp_path / "teacher", rope=rope)
-    description = describe_teacher(tmp_path / "teacher")
-    frequencies = rope_inverse_frequencies(description)
-    assert frequencies.dtype == torch.float32 and frequencies.shape == (8,)
-    assert torch.equal(frequencies, LlamaRotaryEmbedding(description.hf_config).inv_freq)
-
-
-def test_rope_settings_in_the_older_spelling_are_understood(teacher: Path) -> None:
-    expected = rope_inverse_frequencies(describe_teacher(teacher))
-    scaling = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
-    values = json.loads((teacher / "config.json").read_text())
-    del values["rope_parameters"]
-    (teacher / "config.json").write_text(json.dumps(values | {"rope_theta": 10000.0, "rope_scaling": scaling}))
-    assert torch.equal(rope_inverse_frequencies(describe_teacher(teacher)), expected)
-
-
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
-PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
@@ -100,11 +66,6 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
         ({"mlp_bias": True}, ["mlp_bias: true"]),
         ({"hidden_act": "gelu"}, ['hidden_act "gelu"', '"silu"']),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
-        ({"rope_parameters": YARN}, ["'yarn'", "default, linear, llama3"]),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["'dynamic'"]),
-        ({"rope_parameters": LLAMA3_ROPE | {"rope_theta": 0.0}}, ["rope_theta 0.0", "above 0"]),
-        ({"rope_parameters": LLAMA3_ROPE | {"factor": float("nan")}}, ["factor nan", "above 0"]),
-        ({"rope_parameters": LLAMA3_ROPE | {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "must divide"]),
         ({"hidden_size": "wide"}, ["transformers refuses config.json", "hidden_size"]),
     ],
@@ -152,11 +113,14 @@ def test_qwen2_without_head_dim_has_hidden_size_over_heads(tmp_path: Path) -> No
         (write_qwen3, {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types .'chunked_attention'"),
         (write_mistral_with_windows, {"sliding_window": 0}, "sliding_window 0.*whole number"),
         (write_smollm3, {"no_rope_layers": [1, 2]}, "no_rope_layers .1, 2.*is expected"),
-        (write_phi3, {"rope_parameters": LONGROPE}, "RoPE type 'longrope'"),
-        (write_phi3, {"rope_parameters": PARTIAL}, "partial_rotary_factor 0.5. Only heads that are rotated whole"),
         (write_granite, {"logits_scaling": 0.0}, "logits_scaling 0.0. A number above 0"),
         (write_granite, {"attention_bias": True}, "Granite .*attention_bias: false"),
         (write_smollm3, {"no_rope_layers": [1]}, "no_rope_layers .1..*is expected"),
+        (write_gemma2, {"hidden_activation": "silu"}, 'hidden_activation "silu". Of Gemma 2 .*"gelu_pytorch_tanh"'),
+        (write_gemma2, {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0. A number above 0"),
+        (write_gemma2, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar -1. A number above 0"),
+        (write_gemma2, {"use_bidirectional_attention": True}, "use_bidirectional_attention: false"),
+        (write_olmo2, {"attention_bias": True}, "OLMo 2 .*attention_bias: false"),
     ],
 )
 def test_features_that_a_family_may_not_have_are_refused(

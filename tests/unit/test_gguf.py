@@ -9,10 +9,10 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from convert_tool import convert, refused_conversion
-from hf_teachers import write_llama, write_qwen2
+from hf_teachers import _sizes, _write, write_gemma3, write_llama, write_qwen2
 from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD
 from megatron_lrc.data.tokenizer_probes import PLAIN_TEXTS, with_special_tokens
 from megatron_lrc.data.tokenizers import load_tokenizer
@@ -65,6 +65,43 @@ def test_gguf_gives_the_model_that_was_written_into_it(tmp_path: Path, family: s
     assert tokens[0] == tokens[1]
 
 
+@pytest.fixture
+def gemma3(tmp_path: Path) -> tuple[Path, Gemma3ForCausalLM]:
+    """(GGUF file, model) of a tiny Gemma 3, heads as large as those of most real ones: what GGUF files do not say is
+    transformers' default then."""
+    sizes = _sizes(num_layers=6, is_tied=True, vocab_size=600) | {"head_dim": 256, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "rope_parameters": None, "sliding_window": 5, "pad_token_id": None}
+    model = _write(tmp_path / "source", Gemma3ForCausalLM, Gemma3TextConfig(**sizes), dtype=torch.float32)
+    pieces = write_sentencepiece(tmp_path / "pieces.model")
+    write_gguf(tmp_path / "model.gguf", model, pieces)
+    return tmp_path / "model.gguf", model
+
+
+def test_gguf_gives_the_gemma_that_was_written_into_it(gemma3, tmp_path: Path) -> None:
+    source, model = gemma3
+    convert(source, tmp_path / "hf", "--format", "hf")
+    found = Gemma3ForCausalLM.from_pretrained(tmp_path / "hf")
+    assert found.config.layer_types == model.config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert found.config.rope_parameters == model.config.rope_parameters
+    tokens = torch.arange(40).view(2, 20) * 7 % 600
+    with torch.no_grad():
+        for of_source, layer in zip(model.model.layers, found.model.layers, strict=True):  # o is stored in 8 bits
+            kept = layer.self_attn.o_proj.weight
+            assert 0 < (of_source.self_attn.o_proj.weight - kept).abs().max() < 0.02
+            of_source.self_attn.o_proj.weight.copy_(kept)
+        assert (found(tokens).logits - model(tokens).logits).abs().max() < 1e-4
+    convert(tmp_path / "hf", tmp_path / "torch_dist")
+
+
+def test_gguf_whose_scale_of_scores_is_not_read_is_refused(tmp_path: Path, capsys) -> None:
+    """That of the largest Gemmas: no field of theirs says it."""
+    write_gemma3(tmp_path / "source")
+    model = Gemma3ForCausalLM.from_pretrained(tmp_path / "source")
+    write_gguf(tmp_path / "model.gguf", model, write_sentencepiece(tmp_path / "pieces.model"))
+    message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "hf", "--format", "hf")
+    assert "does not read what its attention scores are divided by (it takes the root of 256)" in message
+
+
 def test_gguf_can_be_stored_in_another_dtype(tmp_path: Path) -> None:
     source, state = write_gguf_model(tmp_path, "llama")
     convert(source, tmp_path / "hf", "--format", "hf", "--dtype", "bfloat16")
@@ -76,6 +113,18 @@ def test_gguf_with_scaled_rope_is_refused(tmp_path: Path, capsys) -> None:
     """transformers would leave the scaling out without a word."""
     source, _ = write_gguf_model(tmp_path, "llama", extra_fields={"rope.scaling.type": "yarn"})
     assert "does not read its RoPE scaling" in refused_conversion(capsys, source, tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope.dimension_count": 8}, "that 8 features of a head are rotated"),
+        ({"rope.freq_base_swa": 10000}, "the RoPE base of its layers with sliding windows"),
+    ],
+)
+def test_gguf_whose_rotation_is_not_read_is_refused(tmp_path: Path, capsys, fields: dict, words: str) -> None:
+    source, _ = write_gguf_model(tmp_path, "qwen2", extra_fields=fields)
+    assert f"does not read {words}" in refused_conversion(capsys, source, tmp_path / "output")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +146,15 @@ def test_gguf_whose_sliding_window_is_not_read_is_refused(tmp_path: Path, capsys
 
 
 def test_gguf_of_an_architecture_that_cannot_be_a_teacher_is_refused(tmp_path: Path, capsys) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma2")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "starcoder2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     message = refused_conversion(capsys, tmp_path / "model.gguf", tmp_path / "output")
-    assert "holds a gemma2 model" in message and "Supported: granite, llama, mistral, qwen2, qwen3, smollm3" in message
+    assert (
+        "holds a starcoder2 model" in message
+        and "Supported: gemma2, gemma3, granite, llama, mistral, olmo2, " in message
+    )
 
 
 def test_gguf_with_tensors_that_the_class_has_not_is_refused(tmp_path: Path, capsys) -> None:

@@ -4,6 +4,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,32 +171,52 @@ def with_engine(monkeypatch, version: str, initialize_ub: Callable = lambda: Non
 def test_a_start_on_cuda_says_what_computes_without_transformer_engine(on_gpu, monkeypatch):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     own = "layers by megatron-core's own modules, torch's attention; matrix products in"
-    line = kernels.describe_kernels(on_gpu, torch.bfloat16, "student", "torch's AdamW")
+    line = kernels.describe_kernels(on_gpu, torch.bfloat16, SMOLLM2, "student", "torch's AdamW")
     assert line == f"{own} bf16, logits in fp32 from bf16 operands; torch's AdamW"
     change(on_gpu, bf16=False)
-    line = kernels.describe_kernels(on_gpu, torch.float32, "student", "apex's FusedAdam")
+    line = kernels.describe_kernels(on_gpu, torch.float32, SMOLLM2, "student", "apex's FusedAdam")
     assert line == f"{own} fp32; apex's FusedAdam"
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    assert f"{own} fp32, rounded to TF32; " in str(kernels.describe_kernels(on_gpu, torch.float32, "student", "x"))
+    line = str(kernels.describe_kernels(on_gpu, torch.float32, SMOLLM2, "student", "x"))
+    assert f"{own} fp32, rounded to TF32; " in line
 
 
 def test_a_start_on_cuda_says_what_computes_with_transformer_engine(on_gpu, monkeypatch):
     with_engine(monkeypatch, "2.4.0+3cd6870")
-    line = kernels.describe_kernels(on_gpu, torch.bfloat16, "student", "Transformer Engine's FusedAdam")
+    line = kernels.describe_kernels(on_gpu, torch.bfloat16, SMOLLM2, "student", "Transformer Engine's FusedAdam")
     assert line == (
         "layers by Transformer Engine 2.4.0+3cd6870, its own attention; matrix products in bf16, logits in fp32 from "
         "bf16 operands; Transformer Engine's FusedAdam"
     )
     change(on_gpu, fp8_format="hybrid", attention_backend="local")
-    line = str(kernels.describe_kernels(on_gpu, torch.bfloat16, "student", "x"))
+    line = str(kernels.describe_kernels(on_gpu, torch.bfloat16, SMOLLM2, "student", "x"))
     assert "torch's attention; matrix products in bf16, in the layers of student in FP8 (hybrid, tensorwise), " in line
     assert list(kernels.warn_of_kernels(on_gpu, torch.bfloat16)) == []
 
 
+def test_capped_scores_are_torchs_to_compute(on_gpu, monkeypatch):
+    with_engine(monkeypatch, "2.4.0")
+    capped = replace(SMOLLM2, attention_soft_cap=50.0)
+    assert ", torch's attention; " in str(kernels.describe_kernels(on_gpu, torch.bfloat16, capped, "student", "x"))
+    change(on_gpu, attention_backend="flash")
+    with pytest.raises(ConfigError, match="--attention-backend flash cannot cap the scores of attention"):
+        validate_against_teacher(method_of(on_gpu), capped)
+
+
 @without_gpu
-def test_without_cuda_there_is_nothing_to_say(valid_config):
-    assert kernels.describe_kernels(valid_config, torch.float32, "student", "torch's AdamW") is None
-    assert list(kernels.warn_of_kernels(changed(valid_config, bf16=True), torch.bfloat16)) == []
+def test_without_cuda_a_slow_half_precision_is_all_there_is_to_say(valid_config, monkeypatch):
+    assert kernels.describe_kernels(valid_config, torch.float32, SMOLLM2, "student", "torch's AdamW") is None
+    half = changed(valid_config, bf16=True)
+    monkeypatch.setattr(kernels, "slowdown_on_cpu", lambda dtype: 7.6)
+    (warning,) = kernels.warn_of_kernels(half, torch.bfloat16)
+    assert "products of matrices in bf16 take 8 times as long as in fp32 on this CPU" in warning and "--bf16" in warning
+    assert list(kernels.warn_of_kernels(valid_config, torch.float32)) == []
+    monkeypatch.setattr(kernels, "slowdown_on_cpu", lambda dtype: 0.7)
+    assert list(kernels.warn_of_kernels(half, torch.bfloat16)) == []
+
+
+def test_the_slowdown_of_half_precision_is_measured():
+    assert 0.01 < kernels.slowdown_on_cpu(torch.bfloat16) < 1000
 
 
 def test_half_precision_without_transformer_engine_is_a_warning_with_the_remedy(on_gpu):
@@ -211,7 +232,9 @@ def test_a_torch_without_wide_products_is_a_warning(on_gpu, monkeypatch):
     change(on_gpu, transformer_impl="local")
     (warning,) = kernels.warn_of_kernels(on_gpu, torch.bfloat16)
     assert warning.startswith(f"torch {torch.__version__} has no product") and warning.endswith("2.8 or newer.")
-    assert "logits in fp32 from widened operands" in str(kernels.describe_kernels(on_gpu, torch.bfloat16, "model", "x"))
+    assert "logits in fp32 from widened operands" in str(
+        kernels.describe_kernels(on_gpu, torch.bfloat16, SMOLLM2, "model", "x")
+    )
     assert list(kernels.warn_of_kernels(changed(on_gpu, bf16=False), torch.float32)) == []
 
 

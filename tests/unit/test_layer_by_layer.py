@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_teachers import OTHERWISE, WRITERS, write_llama
+from hf_teachers import OTHERWISE, ROTATED, WRITERS, write_llama
 from megatron_lrc.hf.comparison import compare_logits
-from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
+from megatron_lrc.hf.families import describe_teacher
 from megatron_lrc.hf.forward import HuggingFaceModel, fixed_tokens
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.verify.weight_streams import stream_logits, stream_weights
 
@@ -45,7 +46,7 @@ def test_layer_by_layer_transformers_reads_sharded_files_and_lets_go_of_every_la
     assert [weight.numel() for weight in layers.parameters()] == [0] * 18
 
 
-@pytest.mark.parametrize("write", (*WRITERS, *OTHERWISE))
+@pytest.mark.parametrize("write", (*WRITERS, *OTHERWISE, *ROTATED))
 @either_head
 def test_both_engines_agree_about_every_family(tmp_path: Path, write: Callable, is_tied: bool) -> None:
     """In fp32 to rounding; in fp64 to 1e-9, so that the difference in fp32 is rounding and nothing else."""
@@ -53,7 +54,7 @@ def test_both_engines_agree_about_every_family(tmp_path: Path, write: Callable, 
     teacher = describe_teacher(tmp_path)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         weights = stream_weights(teacher.family, teacher.shape, TeacherReader(teacher).weight)
-        ours = stream_logits(weights, teacher.shape, rope_inverse_frequencies(teacher), TOKENS, dtype)
+        ours = stream_logits(weights, teacher.shape, rotations(teacher, TOKENS.shape[1]), TOKENS, dtype)
         difference = compare_logits(ours, HuggingFaceModel(tmp_path).logits(TOKENS, dtype))
         assert difference.is_within(tolerance) and difference.top1_agreement == 1.0, (dtype, difference)
 

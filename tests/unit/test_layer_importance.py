@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from hf_teachers import write_llama, write_qwen2, write_qwen3
 from megatron_lrc.config import describe_layers, most_important, parse_config, student_layers
 from megatron_lrc.data.datasets import first_samples
-from megatron_lrc.hf.families import describe_teacher, rope_inverse_frequencies
+from megatron_lrc.hf.families import describe_teacher
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.hf.teacher import TeacherReader
 from megatron_lrc.mcore import layer_by_layer
 from megatron_lrc.mcore.layer_importance import layer_importance
@@ -68,7 +69,7 @@ def test_both_measures_are_those_of_transformers(tmp_path: Path, monkeypatch, wr
     expected = by_transformers(tmp_path, batch)
     for measure, figures in expected.items():
         weights = stream_weights(teacher.family, teacher.shape, TeacherReader(teacher).weight)
-        found = layer_importance(measure, weights, teacher.shape, rope_inverse_frequencies(teacher), batch)
+        found = layer_importance(measure, weights, teacher.shape, rotations(teacher, batch["tokens"].shape[1]), batch)
         assert found == pytest.approx(figures, rel=1e-4, abs=1e-6), measure
         assert max(found) - min(found) > 1e-3, "layers that are alike prove nothing"
 

@@ -225,7 +225,9 @@ def chat_folder(tmp_path, tokenizer_folder) -> Path:
     import shutil
 
     folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
+    (folder / "chat_template.jinja").write_text(template + prompt)
     return folder
 
 

@@ -168,6 +168,11 @@ def test_links_between_pages_lead_somewhere(path):
     assert [target for target in files if target and not (path.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.name)
+def test_no_page_has_what_a_merge_left(path):
+    assert re.findall(r"^(?:<{7}|={7}$|>{7}).*", path.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
 def test_docs_index_lists_every_page():
     listed = set(re.findall(r"\]\(([\w.]+)\)", (ROOT / "docs/index.md").read_text(encoding="utf-8")))
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}

@@ -1,6 +1,7 @@
 """RoPE: Transformer Engine's kernel turns queries and keys wherever it may; what it takes the place of is counted."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +13,20 @@ from torch.utils._pytree import tree_leaves
 from config_cases import SMOLLM2, change
 from megatron_lrc.config import Config
 from megatron_lrc.mcore import kernels
+from megatron_lrc.mcore.compat import scale_rotation
 from megatron_lrc.mcore.gpt_models import transformer_config
 
 HALF, FULL = torch.bfloat16, torch.float32
 
 
 def turn_at_once(t: Tensor, freqs: Tensor, interleaved: bool = False) -> Tensor:
-    """What the kernel computes: in fp32, rounded once. It refuses a table of angles for each sequence."""
+    """What the kernel computes: in fp32, rounded once; features beyond those of the table pass. It refuses a table of
+    angles for each sequence."""
     assert not interleaved and freqs.shape[1:3] == (1, 1) and freqs.dtype == FULL
-    wide = t.float()
+    wide, rest = t.float().tensor_split([freqs.shape[-1]], dim=-1)
     first, second = wide.chunk(2, dim=-1)
-    return (wide * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()).to(t.dtype)
+    turned = wide * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()
+    return torch.cat((turned, rest), dim=-1).to(t.dtype)
 
 
 @pytest.fixture
@@ -77,7 +81,8 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("engine")
-def test_megatron_core_hands_queries_and_keys_to_the_kernel(monkeypatch):
+@pytest.mark.parametrize("rotated", [64, 48], ids=["whole heads", "part of a head"])
+def test_megatron_core_hands_queries_and_keys_to_the_kernel(monkeypatch, rotated: int):
     """The configuration that is built leads to one call, on what the layers hold, and to the unfused result."""
     calls: list[torch.Size] = []
 
@@ -89,13 +94,23 @@ def test_megatron_core_hands_queries_and_keys_to_the_kernel(monkeypatch):
     config = Config()
     change(config, bf16=True)
     built = transformer_config(config, SMOLLM2, HALF, is_trained=True)
-    query, angles = torch.randn(16, 2, 9, 64), torch.randn(16, 1, 1, 64)
+    query, angles = torch.randn(16, 2, 9, 64), torch.randn(16, 1, 1, rotated)
     group = type("Group", (), {"size": lambda self: 1, "rank": lambda self: 0})()
     found = rope_utils.apply_rotary_pos_emb(query.to(HALF), angles, config=built, cp_group=group)
     exact = turn_at_once(query.to(HALF).double(), angles)
     plain = rope_utils._apply_rotary_pos_emb_bshd(query.to(HALF), angles)
     assert calls == [query.shape] and torch.allclose(found, plain, atol=0.05)
     assert (found.double() - exact).norm() < (plain.double() - exact).norm()  # rounded once
+
+
+@pytest.mark.usefixtures("engine")
+def test_an_attention_whose_cos_and_sin_have_a_factor_is_not_fused_and_the_others_are():
+    config = Config()
+    change(config, bf16=True)
+    built = transformer_config(config, SMOLLM2, HALF, is_trained=True)
+    scaled, other = (SimpleNamespace(config=built) for _ in range(2))
+    scale_rotation(scaled, 1.1386)
+    assert not scaled.config.apply_rope_fusion and other.config.apply_rope_fusion
 
 
 def test_what_unfused_rope_costs():

@@ -267,6 +267,7 @@ def test_openhermes_like_rows_become_the_chats_that_the_template_renders(tokeniz
     shutil.copytree(tokenizer_folder, folder)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
     chats = [[("system", "word1"), ("human", "word2"), ("gpt", "word3")], [("human", "word4"), ("gpt", "word5")]]
     rows = [

@@ -286,6 +286,11 @@ class DataConfig:
         None, "Tokenizer directory. Default: --teacher, or --student.", metavar="DIR", per_rank="path"
     )
     eod_mask_loss: bool = setting(False, "Leave the end-of-document tokens out of every loss.")
+    train_on_inputs: bool = setting(
+        False,
+        "Count every token of chats in the losses. Default: only the assistant's, where the dataset says which these "
+        "are (PREFIX.mask, which preprocess_data.py writes of chats).",
+    )
     mask_last_label: bool = setting(
         False,
         "Leave each sample's last label out of every loss: the first token after the sample, which is of another chunk "

@@ -5,8 +5,8 @@ from functools import partial
 
 from megatron_lrc.checkpoints.saved_student import read_kept_rows
 from megatron_lrc.config import is_slimmer
-from megatron_lrc.hf.families import rope_inverse_frequencies
 from megatron_lrc.hf.kept_rows_reader import KeptFirst, KeptOnly
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
 from megatron_lrc.methods.lrc.calibration import calibrate_losses, initialize
 from megatron_lrc.methods.lrc.clone_captures import CloneLosses
@@ -35,7 +35,7 @@ def build_paired_stages(
 ) -> list[PairedModel]:
     """The teacher read into its shards; projections are still zero, and the student's own matrices have no values."""
     config, base, reader = method.config, materials.base, materials.reader
-    shapes = Shapes(base.shape, method.student_shape(base.shape), rope_inverse_frequencies(base))
+    shapes = Shapes(base.shape, method.student_shape(base.shape), rotations(base, config.training.seq_length))
     own = method.own_matrices(has_changed=materials.has_changed)
     stages = [
         PairedModel(config, shapes, materials.groups, materials.dtype, chunk, own, layer_losses=layer_losses)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lrc.clone.initialization import (
+    OutputRatios,
     SecondMoment,
     initialize_from_basis,
     initialize_random,
@@ -20,8 +21,15 @@ from megatron_lrc.clone.initialization import (
     random_basis,
 )
 from megatron_lrc.clone.ridge import ReadingMoments
+from megatron_lrc.clone.sites import WRITER_BEFORE
 from megatron_lrc.config import Config, ConfigError
-from megatron_lrc.mcore.distributed import broadcast_from_first, broadcast_over_stage, reduce_over_stage, sum_over_world
+from megatron_lrc.mcore.distributed import (
+    broadcast_from_first,
+    broadcast_over_stage,
+    reduce_over_stage,
+    sum_over_stage,
+    sum_over_world,
+)
 from megatron_lrc.mcore.schedules import forward_backward
 from megatron_lrc.methods.lrc.paired_model import PairedModel
 
@@ -44,17 +52,19 @@ def initialize(config: Config, stages: list[PairedModel], calibration: Callable[
     # From one rank: a decomposition may differ between machines.
     basis = broadcast_from_first(basis.to(stages[0].groups.device))
     for stage in stages:
-        gains = {norm: gain for norm, gain, _ in stage.readings()}
-        initialize_from_basis(stage.projections, basis, gains)
+        gains = stage.teacher_gains()
+        initialize_from_basis(stage.projections, basis, gains, embedding_ratio=stage.embedding_ratio)
     if projection.init == "ridge":
         fit_to_readings(config, stages, basis, calibration())
+    if projection.init != "orthogonal" and stages[0].shapes.teacher.has_norms_after:
+        fit_output_gains(config, stages, calibration())
 
 
 def residual_basis(config: Config, stages: list[PairedModel], batches: Batches) -> Tensor:
     """Q [D, d], fp64: directions, or channels, of the teacher's residual stream, computed from all ranks' tokens."""
     shapes = stages[0].shapes
     moment = SecondMoment(shapes.teacher.hidden_size, stages[0].groups.device)
-    readers = [(reader, moment.add) for stage in stages for _, _, reader in stage.readings()]
+    readers = [(reader, moment.add) for stage in stages for _, reader in stage.readings()]
     run_teacher(config, stages, batches, readers)
     sum_over_world(moment.total)
     if config.projection.init == "channel":
@@ -68,8 +78,9 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
     epsilons = (shapes.teacher.norm_epsilon, shapes.student.norm_epsilon)
     readers, moments = [], []
     for stage in stages:
-        for norm, gain, reader in stage.readings():
-            moment = ReadingMoments(basis, gain, epsilons)
+        gains = stage.teacher_gains()
+        for norm, reader in stage.readings():
+            moment = ReadingMoments(basis, gains.get(norm), epsilons)
             readers.append((reader, partial(_add_reading, moment, stage)))
             moments.append((stage.projections, norm, moment))
     followed = [hook for stage in stages for hook in stage.missing.follow(basis)]
@@ -83,6 +94,23 @@ def fit_to_readings(config: Config, stages: list[PairedModel], basis: Tensor, ba
         for name, _ in projections.named_matrices():
             if norm_before(name) == norm:
                 projections.set_matrix(name, fitted)
+
+
+def fit_output_gains(config: Config, stages: list[PairedModel], batches: Batches) -> None:
+    """Multiply the gains of norms of what blocks give by what the closed form leaves to measure (`OutputRatios`)."""
+    shapes = stages[0].shapes
+    epsilons = (shapes.teacher.norm_epsilon, shapes.student.norm_epsilon)
+    readers, measured = [], []
+    for stage in stages:
+        for norm, module in stage.norms_after():
+            layer, _, kind = norm.rpartition(".")
+            ratios = OutputRatios(stage.projections.full(f"{layer}.{WRITER_BEFORE[kind]}"), epsilons)
+            readers.append((module, ratios.add))
+            measured.append((stage.projections, norm, ratios))
+    run_teacher(config, stages, batches, readers)
+    for projections, norm, ratios in measured:
+        total, count = broadcast_over_stage(sum_over_stage(ratios.total), turn=0)
+        projections.set_gain(norm, projections.effective_gain(norm) * (total / count))
 
 
 def _add_reading(moment: ReadingMoments, stage: PairedModel, stream: Tensor) -> None:

@@ -75,6 +75,12 @@ class LowRankClone(Method):
                 f"--student-hidden-size {width} is not below the teacher's {base.hidden_size}: the student will not be "
                 "smaller."
             )
+        init = self.config.projection.init
+        if base.has_norms_after and self.config.projection.is_closed_form and init != "channel":
+            yield (
+                f"--init {init} is far off where the teacher norms what its blocks give: through such norms "
+                "only --init channel passes exactly (docs/models.md)."
+            )
 
     # --- the student, and its losses ------------------------------------------------------------------------------
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_lrc.clone.sites import LAYER_SITES
+from megatron_lrc.checkpoints.layout import SITES
+from megatron_lrc.clone.sites import WRITER_BEFORE
+from megatron_lrc.config import ModelShape
 from megatron_lrc.mcore.distributed import sum_over_tp
-
-WRITERS = [site.linear for site in LAYER_SITES if site.projected == "output"]
+from megatron_lrc.mcore.gpt_models import norm_after
 
 
 class MissingParts:
@@ -32,14 +33,16 @@ class MissingParts:
         self,
         skipped: Iterable[nn.Module],
         pairs: Iterable[tuple[nn.Module, nn.Module]],
-        *,
-        residual_multiplier: float = 1.0,
+        teacher: ModelShape,
     ):
-        """skipped: layers of the teacher that the student has not. pairs: the others, each beside the student's.
-        residual_multiplier: of what a block gives, before it is added to the stream."""
-        self._multiplier = residual_multiplier
+        """skipped: layers of the teacher that the student has not. pairs: the others, each beside the student's."""
+        self._shape = teacher
         self._skipped = list(skipped)
-        self._writers = [tuple(layer.get_submodule(path) for layer in pair) for pair in pairs for path in WRITERS]
+        self._writers = [
+            (*(layer.get_submodule(SITES[site].linear) for layer in pair), norm_after(pair[0], norm))
+            for pair in pairs
+            for norm, site in WRITER_BEFORE.items()
+        ]
         self.added: Tensor | float = 0.0
 
     def begin(self, received: Tensor | None) -> None:
@@ -50,20 +53,30 @@ class MissingParts:
         """From now on, until these hooks are removed, add up. basis: Q [D, d]."""
         for layer in self._skipped:
             yield layer.register_forward_hook(partial(self._add_layer, basis), with_kwargs=True)
-        for of_teacher, of_student in self._writers:
+        for of_teacher, of_student, norm in self._writers:
             columns, kept = (linear.get_parameter("weight") for linear in (of_teacher, of_student))  # [D or d, f/tp]
             missing = columns.detach()[:, kept.shape[1] :]  # the kept ones come first
             if missing.numel():
                 dtype = torch.promote_types(missing.dtype, torch.float32)
-                into_basis = missing.t().to(dtype) @ basis.to(dtype) * self._multiplier  # [g/tp, d]
-                yield of_teacher.register_forward_hook(partial(self._add_features, into_basis))
+                written = basis.to(dtype) * self._shape.residual_multiplier
+                if norm is not None:
+                    gain = norm.get_parameter("weight").detach().to(dtype) + self._shape.gain_offset
+                    written = gain.unsqueeze(1) * written
+                into_basis = missing.t().to(dtype) @ written  # [g/tp, d]
+                yield of_teacher.register_forward_hook(partial(self._add_features, into_basis, norm is not None))
 
     def _add_layer(self, basis: Tensor, layer: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         before, after = args[0] if args else kwargs["hidden_states"], output[0]  # [s/tp, b, D]
         dtype = torch.promote_types(after.dtype, torch.float32)
         self.added = self.added + (after.to(dtype) - before.to(dtype)) @ basis.to(dtype)
 
-    def _add_features(self, into_basis: Tensor, linear: nn.Module, inputs: tuple, output: tuple) -> None:
+    def _add_features(
+        self, into_basis: Tensor, is_normed: bool, linear: nn.Module, inputs: tuple, output: tuple
+    ) -> None:
         partial_sum = inputs[0][..., -len(into_basis) :].to(into_basis) @ into_basis  # [s, b, d]
         is_scattered = output[0].shape[0] != partial_sum.shape[0]
-        self.added = self.added + sum_over_tp(partial_sum, is_scattered=is_scattered)
+        added = sum_over_tp(partial_sum, is_scattered=is_scattered)
+        if is_normed:  # the rest of the block's output goes through the same norm
+            mean_square = output[0].to(added).square().mean(-1, keepdim=True)
+            added = added * (mean_square + self._shape.norm_epsilon).rsqrt()
+        self.added = self.added + added

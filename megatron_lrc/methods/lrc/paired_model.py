@@ -19,13 +19,25 @@ from megatron_lrc.clone.kept_rows import UNITS, KeptRows
 from megatron_lrc.clone.overlap import Overlap
 from megatron_lrc.clone.projections import ClonedWeight, Projections, accumulate_in_fp32, gradient_of, zero_gradient
 from megatron_lrc.clone.sharing import Sharing
-from megatron_lrc.clone.sites import EMBED, LAYER_SITES, LM_HEAD, HeadLayout, Site, compose, projection_names, select
+from megatron_lrc.clone.sites import (
+    EMBED,
+    LAYER_SITES,
+    LM_HEAD,
+    WRITER_BEFORE,
+    HeadLayout,
+    Site,
+    compose,
+    projection_names,
+    select,
+)
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
 from megatron_lrc.config import MATRICES, Config
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import (
     GPTModel,
+    embedding_factor,
     layers_of,
+    norm_after,
     norm_gains,
     residual_readers,
     tie_ends,
@@ -68,9 +80,9 @@ class PairedModel(TwoModels):
     ):
         super().__init__(config, groups, dtype, chunk)
         self.shapes = shapes
-        self.teacher = self._build_model(shapes.teacher, shapes.inverse_frequencies, is_trained=False)
+        self.teacher = self._build_model(shapes.teacher, shapes.rotations, is_trained=False)
         divided = config_of_student(config, shapes.teacher, shapes.student)
-        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True, config=divided)
+        self.student = self._build_model(shapes.student, shapes.rotations, is_trained=True, config=divided)
         # What the schedules read: the student's settings, with room for both hidden states between stages.
         self.config = copy.copy(self.student.config)
         self.config.hidden_size = shapes.teacher.hidden_size + shapes.student.hidden_size
@@ -110,6 +122,7 @@ class PairedModel(TwoModels):
             dtype=self._dtype,
             device=self.groups.device,
             sharing=Sharing(self.groups.sharing, self._composed_matrices()),
+            gain_offset=self.shapes.student.gain_offset,
         )
         for name in targets:
             self.projections.add_target(name, is_detached=self.settings.loss.detach_clone_targets)
@@ -174,20 +187,40 @@ class PairedModel(TwoModels):
             yield index, teacher_layers[self.shapes.student.teacher_layer(index)]
 
     def _find_missing(self) -> MissingParts:
-        own = {index: layer for index, layer in layers_of(self.student)}
+        own = dict(layers_of(self.student))
         pairs = [(of_teacher, own[index]) for index, of_teacher in self.teachers_of_student()]
         kept = {id(of_teacher) for of_teacher, _ in pairs}
         skipped = (layer for _, layer in layers_of(self.teacher) if id(layer) not in kept)
-        return MissingParts(skipped, pairs, residual_multiplier=self.shapes.teacher.residual_multiplier)
+        return MissingParts(skipped, pairs, self.shapes.teacher)
 
-    def readings(self) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-        """Where the student reads its residual stream here: (its norm's name, the gain [D] of the teacher's norm there,
-        the module whose input the teacher's norm is given)."""
-        gains = norm_gains(self.teacher)
-        readers = dict(zip(gains, residual_readers(self.teacher), strict=True))
-        for name in norm_gains(self.student):
-            of_teacher = self.shapes.student.teacher_name(name)
-            yield name, gains[of_teacher], readers[of_teacher]
+    def readings(self) -> Iterator[tuple[str, nn.Module]]:
+        """Where the student reads its residual stream here: (name of the norm there, the module that the teacher gives
+        its own stream to)."""
+        readers = dict(residual_readers(self.teacher))
+        for name, _ in residual_readers(self.student):
+            yield name, readers[self.shapes.student.teacher_name(name)]
+
+    def teacher_gains(self) -> dict[str, Tensor]:
+        """By the name of the student's norm, what the teacher's multiplies by, [D] in fp32 or better."""
+        stored, offset = norm_gains(self.teacher), self.shapes.teacher.gain_offset
+        of_teacher = {name: stored[self.shapes.student.teacher_name(name)] for name in norm_gains(self.student)}
+        return {
+            name: gain.detach().to(torch.promote_types(gain.dtype, torch.float32)) + offset
+            for name, gain in of_teacher.items()
+        }
+
+    def norms_after(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name of a norm of what the student's blocks give, the teacher's norm there)."""
+        for index, layer in self.teachers_of_student():
+            for name in WRITER_BEFORE:
+                if norm := norm_after(layer, name):
+                    yield f"layers.{index}.{name}", norm
+
+    @property
+    def embedding_ratio(self) -> float:
+        """What the teacher's embeddings are multiplied by, over what the student's are."""
+        factors = [embedding_factor(shape, self._dtype) for shape in (self.shapes.teacher, self.shapes.student)]
+        return factors[0] / factors[1]
 
     def _set_trainable(self) -> None:
         """The teacher is frozen. The student's matrices gather gradients, composed ones by themselves and its
@@ -299,6 +332,8 @@ class PairedModel(TwoModels):
         if self._is_to_compose:
             self._compose_now()
         if embedded is not None:
+            if (ratio := self.embedding_ratio) != 1.0:  # the teacher's factor is in there, and the student has its own
+                embedded = embedded / ratio
             embedded = embedded @ self.projections.target(EMBED.name)
         student_hidden = self.layer_losses.end(run_stage(self.student, batch, student_in, embedded))
         if not self.post_process:
@@ -346,6 +381,7 @@ class PairedModel(TwoModels):
                 chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=student_hidden.is_cuda),
                 loss_scale=self.main_loss_scale(),
                 logits_scaling=self.shapes.student.logits_scaling,
+                logits_soft_cap=self.shapes.student.logits_soft_cap,
             ),
             is_embedding=self.pre_process and self.shapes.student.is_tied,
         )

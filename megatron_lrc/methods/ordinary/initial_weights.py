@@ -16,7 +16,7 @@ from megatron_lrc.checkpoints.layout import SITES
 from megatron_lrc.clone.seeds import generator_of
 from megatron_lrc.clone.sites import Site
 from megatron_lrc.config import ModelShape
-from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS
+from megatron_lrc.hf.architectures import FROZEN_BIASES, FROZEN_NORMS, FROZEN_WIDE_NORMS
 from megatron_lrc.hf.families import TeacherDescription, frozen_shape, site_shape
 from megatron_lrc.hf.reader import Contents, Reader
 
@@ -41,13 +41,17 @@ class InitialWeights(Reader):
     def _part(self, name: str, layer: int | None, rank: int, size: int) -> Tensor:
         if name in FROZEN_BIASES:
             return torch.zeros(frozen_shape(name, self.description.shape)[0] // size)
-        if name in FROZEN_NORMS:
-            return self._whole(name, layer)
+        if name in FROZEN_WIDE_NORMS:
+            return self._gains(frozen_shape(name, self.description.shape)[0] // size)
         return self._matrix(SITES[name], layer).chunk(size, dim=SITES[name].split)[rank]
 
     def _whole(self, name: str, layer: int | None) -> Tensor:
         shape = self.description.shape
-        return torch.ones(shape.head_dim if name in FROZEN_NORMS else shape.hidden_size)
+        return self._gains(shape.head_dim if name in FROZEN_NORMS else shape.hidden_size)
+
+    def _gains(self, count: int) -> Tensor:
+        """That multiply by 1, as they are stored."""
+        return torch.ones(count) - self.description.shape.gain_offset
 
     def _place(self, key: str) -> str:
         return f"{key} of the initialisation"

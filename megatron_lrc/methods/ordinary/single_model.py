@@ -42,7 +42,7 @@ class SingleModel(PipelineStage):
 
     def _build(self, shapes: Shapes) -> None:
         self.shapes = shapes
-        self.student = self._build_model(shapes.student, shapes.inverse_frequencies, is_trained=True)
+        self.student = self._build_model(shapes.student, shapes.rotations, is_trained=True)
         self.config = copy.copy(self.student.config)
         self.heads = HeadLayout.of(shapes.student)
         self.vocabulary = vocabulary_shard(shapes.student, self.groups.tp)
@@ -84,6 +84,7 @@ class SingleModel(PipelineStage):
             chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=hidden.is_cuda),
             loss_scale=self.main_loss_scale(),
             logits_scaling=self.shapes.student.logits_scaling,
+            logits_soft_cap=self.shapes.student.logits_soft_cap,
         )
         loss, sums = lm_and_kl_loss(
             all_tokens(self.student, hidden),  # [s*b, d]
@@ -119,9 +120,12 @@ def trained_parameters(model: GPTModel, shape: ModelShape) -> Iterator[Trained]:
             if "q" in groups and shape.has_qkv_bias:
                 bias = layer.get_parameter(f"{linear}.bias")
                 yield Trained(f"layers.{index}.{linear}.bias", key_of("q_bias"), bias, (BIASES,), 0, place)
-        for kind in ("q_norm", "k_norm") if shape.has_qk_norm else ():
-            gain = layer.get_parameter(f"self_attention.{kind[0]}_layernorm.weight")
-            yield Trained(f"layers.{index}.{kind}", key_of(kind), gain, (NORMS,), layer=place)
+        names = ("q_norm", "k_norm") * shape.has_qk_norm + ("q_wide_norm", "k_wide_norm") * shape.has_wide_qk_norm
+        for kind in names:
+            gain, split = layer.get_parameter(f"self_attention.{kind[0]}_layernorm.weight"), None
+            if shape.has_wide_qk_norm:
+                split = 0
+            yield Trained(f"layers.{index}.{kind}", key_of(kind), gain, (NORMS,), split, place)
     for name, gain in norm_gains(model).items():
         *layer_name, kind = name.split(".")
         place = (int(layer_name[1]), shape.num_layers) if layer_name else None

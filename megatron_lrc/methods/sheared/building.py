@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_lrc.hf.families import rope_inverse_frequencies
+from megatron_lrc.hf.rope import rotations
 from megatron_lrc.mcore.stages import PipelineStage, Shapes
 from megatron_lrc.methods.method import Materials, Method
 from megatron_lrc.methods.ordinary import building as ordinary
@@ -17,7 +17,7 @@ def build_stages(method: Method, materials: Materials) -> Sequence[PipelineStage
     if materials.has_changed:
         return ordinary.build_stages(method, materials)
     config, base, groups = method.config, materials.base, materials.groups
-    shapes = Shapes(base.shape, base.shape, rope_inverse_frequencies(base))
+    shapes = Shapes(base.shape, base.shape, rotations(base, config.training.seq_length))
     masks = Masks(masks_between(base.shape, method.student_shape(base.shape)), config, groups.device)
     stages = [
         ShearedModel(config, shapes, groups, materials.dtype, chunk, masks=masks) for chunk in range(config.num_chunks)

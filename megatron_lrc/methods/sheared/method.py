@@ -55,6 +55,11 @@ class Sheared(WithoutTeacher):
 
     def check_against(self, base: ModelShape) -> Iterator[str]:
         """Pruned to no more than there is, and to what TP divides."""
+        if base.has_norms_after or base.has_wide_qk_norm or base.scales_embeddings:
+            yield (
+                "--method sheared cannot prune this teacher: the mask of a channel or a head would change what norms "
+                "behind its blocks, or over all heads together, do to the others. Use --method lrc."
+            )
         pruned, tp = self.student_shape(base), self.config.parallel.tensor_model_parallel_size
         sizes = {
             "student_hidden_size": (pruned.hidden_size, base.hidden_size),
