@@ -6,7 +6,8 @@ custom_generate all the same, and config.json can name a kernel of the Hub or ot
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def load_tokenizer_files(tokenizer_class: Any, directory: str | os.PathLike[str]
     ConfigError where only code of the directory's own could load it."""
     check_counts(os.fspath(directory))  # transformers looks for the tokenizer's class in config.json
     try:
-        return tokenizer_class.from_pretrained(os.fspath(directory), **_OURS, **how)
+        with _files_as_they_are():
+            return tokenizer_class.from_pretrained(os.fspath(directory), **_OURS, **how)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -41,6 +43,22 @@ def load_tokenizer_files(tokenizer_class: Any, directory: str | os.PathLike[str]
             f"The tokenizer of {os.fspath(directory)} asks for Python code of its own (auto_map), which is never run "
             "here. Give a directory with tokenizer.json or tokenizer.model."
         ) from error
+
+
+@contextmanager
+def _files_as_they_are() -> Iterator[None]:
+    """Without tiktoken's cache, which keeps files by their path, among the temporary ones, and would give what a path
+    held when it was first read."""
+    name = "TIKTOKEN_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = ""  # tiktoken: no cache
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def load_causal_model(directory: Path, **how: Any) -> Any:

@@ -39,18 +39,18 @@ def byte_pair_tokenizer(vocabulary: list[str], model, pattern: str):
     return tokenizer
 
 
-def train_tokenizer(pattern: str, special_tokens: list[str], *, vocab_size: int = 2000):
+def train_tokenizer(pattern: str, special_tokens: list[str], *, texts: list[str] | None = None):
     """The library's own BPE, special tokens after the others or, as the trainer's own, before."""
     from tokenizers import models, pre_tokenizers, trainers
 
     tokenizer = byte_pair_tokenizer([], models.BPE(ignore_merges=True), pattern)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=2000,
         special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*TEXTS, *AWKWARD], trainer)
+    tokenizer.train_from_iterator(texts or [*TEXTS, *AWKWARD], trainer)
     return tokenizer
 
 
@@ -116,9 +116,10 @@ def test_a_rank_file_gives_the_documents_of_the_directory(tmp_path, llama, worke
     assert manifests[0]["tokenizer"]["vocab_size"] == manifests[1]["tokenizer"]["vocab_size"] == 2003
 
 
-def test_transformers_conversion_of_the_rank_file_agrees(tmp_path, llama):
+def test_transformers_conversion_of_the_rank_file_agrees(tmp_path, llama, monkeypatch):
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # or another run's file of this path is read
     ranks, _ = llama
     converter = TikTokenConverter(str(ranks), extra_special_tokens=SPECIAL_TOKENS)
     assert converter.pattern == PATTERNS["llama3"]
@@ -131,6 +132,24 @@ def test_transformers_conversion_of_the_rank_file_agrees(tmp_path, llama):
     assert directory.made(file.as_manifest()) and file.bos == directory.bos
     base = load_tokenizer(str(ranks), "TikTokenizer", LLAMA_OPTIONS)
     assert not directory.made(base.as_manifest())  # whose EOS is another
+
+
+def test_a_directory_whose_rank_file_was_replaced_has_the_new_ids(tmp_path, monkeypatch):
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(tmp_path / "cache"))  # tiktoken's cache, by path
+    directory = tmp_path / "model"
+    directory.mkdir()
+    roles = {"bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[1]}
+    label = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+    (directory / "tokenizer_config.json").write_text(json.dumps(label))
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ids = []
+    for texts in (["the cat"], ["cathedral"]):
+        tokenizer = train_tokenizer(PATTERNS["llama3"], [], texts=texts)
+        write_ranks(directory / "tokenizer.model", tokens_of(tokenizer))
+        ids.append(load_tokenizer(str(directory)).encode_batch(["cathedral"]))
+        assert ids[-1] == [tokenizer.encode("cathedral").ids]
+    assert ids[0] != ids[1]
 
 
 @pytest.mark.parametrize("pattern", ["v1", "v2"])
