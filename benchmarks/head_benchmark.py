@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Spread, table
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
+from megatron_lrc.clone.vocabulary_shard import VocabularyShard
 from megatron_lrc.config import ConfigError
 from megatron_lrc.train.process_memory import memory_bytes
 

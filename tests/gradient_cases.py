@@ -69,15 +69,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained on. terms: as --clone-terms; off: the (layer, site) pairs that they leave out. student_epsilon:
-    of the student's norms, if not the teacher's. kept: the teacher's layers that the student has, if not all; groups,
-    neurons: how many of each layer's KV groups and FFN neurons it has, if not all."""
+    """What is trained on. divergence, top_k: as --kl-divergence and --kl-top-k. terms: as --clone-terms; off: the
+    (layer, site) pairs that they leave out. student_epsilon: of the student's norms, if not the teacher's. kept: the
+    teacher's layers that the student has, if not all; groups, neurons: how many of each layer's KV groups and FFN
+    neurons it has, if not all."""
 
     released: bool = False
     detach: bool = False
     normalization: str = "none"
     lm_weight: float = 1.0
     kl_weight: float = KL_WEIGHT
+    divergence: str = "forward"
+    top_k: int | None = None
     alpha: float = ALPHA
     terms: str = "q k v o gate up down"
     off: tuple[tuple[int, str], ...] = ()
@@ -104,6 +107,7 @@ def gradient_config(
     config.projection.init_method_std = 0.2
     config.loss.alpha, config.loss.lm_weight = variant.alpha, variant.lm_weight
     config.loss.kl_weight, config.loss.kl_temperature = variant.kl_weight, TEMPERATURE
+    config.loss.kl_divergence, config.loss.kl_top_k = variant.divergence, variant.top_k
     config.loss.clone_normalization = variant.normalization
     if config.calibrations:
         config.projection.calibration_tokens = sizes.batch * sizes.sequence
@@ -238,6 +242,8 @@ def reference_gradients(teacher: str, names: tuple[str, ...], variant: Variant, 
         labels=batch["labels"],
         mask=batch["loss_mask"],
         temperature=TEMPERATURE,
+        kl_divergence=variant.divergence,
+        kl_top_k=variant.top_k,
         attention_at_teacher_width=variant.released,
         detach_targets=variant.detach,
         is_relative=variant.normalization == "token",

@@ -54,11 +54,16 @@ LAYOUTS = {
 RELATIVE = Variant(normalization="token")
 FEWER_LAYERS = Variant(kept=(0, 2, 3))
 SLIMMER = Variant(groups=2, neurons=24)  # of 4 and 80
+TOP_K = Variant(divergence="jsd:0.3", top_k=8, kl_weight=50.0)
 PARTS = ("1 rank, 4 micro-batches", "TP2 + SP", "PP2", "CP2", "DP2")
 VARIANTS = {
     **{f"{title}, --clone-normalization token": (LAYOUTS[title], RELATIVE) for title in PARTS},
     **{f"{title}, layers 0, 2 and 3 of 4": (LAYOUTS[title], FEWER_LAYERS) for title in (*PARTS, "PP2, stages by hand")},
     **{f"{title}, half the KV groups, 3 of 10 neurons": (LAYOUTS[title], SLIMMER) for title in PARTS},
+    **{
+        f"{title}, --kl-divergence jsd:0.3 --kl-top-k 8": (LAYOUTS[title], TOP_K)
+        for title in (*PARTS, "TP2 + SP x PP2", "TP4 + SP")
+    },
     "TP2 + SP x PP2, the same and layers 0, 2 and 3": (
         LAYOUTS["TP2 + SP x PP2"],
         replace(SLIMMER, kept=FEWER_LAYERS.kept, normalization="token"),

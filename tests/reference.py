@@ -147,6 +147,27 @@ def masks_of(config, causal: Tensor) -> Tensor | dict[str, Tensor]:
     return {"full_attention": causal, "sliding_attention": near} if hasattr(config, "layer_types") else near
 
 
+def divergence(log_teacher: Tensor, log_student: Tensor, kind: str, top_k: int | None = None) -> Tensor:
+    """By token, of log-probabilities [..., vocabulary]. top_k: of the teacher's likeliest tokens one by one, and of all
+    others together."""
+    if top_k is not None:
+        ids = log_teacher.topk(top_k).indices
+        is_kept = torch.zeros_like(log_teacher, dtype=torch.bool).scatter(-1, ids, True)
+        log_teacher, log_student = (
+            torch.cat([x.gather(-1, ids), x.masked_fill(is_kept, -torch.inf).logsumexp(-1, keepdim=True)], dim=-1)
+            for x in (log_teacher, log_student)
+        )
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    if kind in ("forward", "reverse"):
+        return kl(log_teacher, log_student) if kind == "forward" else kl(log_student, log_teacher)
+    beta = float(kind.removeprefix("jsd:"))
+    log_mixture = (beta * log_teacher.exp() + (1 - beta) * log_student.exp()).log()
+    return beta * kl(log_teacher, log_mixture) + (1 - beta) * kl(log_student, log_mixture)
+
+
 class Reference:
     """A teacher, and the student that projections and gains make of it. kept: the layers of the teacher that the
     student's are made of, in order; None: all of them. groups, neurons: how many of each layer's it has; None: all."""
@@ -260,6 +281,8 @@ class Reference:
         labels: Tensor,
         mask: Tensor,
         temperature: float,
+        kl_divergence: str = "forward",
+        kl_top_k: int | None = None,
         attention_at_teacher_width: bool = False,
         detach_targets: bool = False,
         is_relative: bool = False,
@@ -288,7 +311,7 @@ class Reference:
         lm = mean(F.cross_entropy(student_logits.transpose(1, 2), labels, reduction="none"))
         log_student = F.log_softmax(student_logits / temperature, -1)
         log_teacher = F.log_softmax(teacher_logits / temperature, -1)
-        kl = temperature**2 * mean((log_teacher.exp() * (log_teacher - log_student)).sum(-1))
+        kl = temperature**2 * mean(divergence(log_teacher, log_student, kl_divergence, kl_top_k))
         clone = {}
         for layer, of_teacher in enumerate(self.kept):
             for site in MODULES:

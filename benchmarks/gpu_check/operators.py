@@ -18,7 +18,8 @@ from megatron_lrc.clone.losses import CloneLoss, squared_errors
 from megatron_lrc.clone.products import add_product, has_wide_gemm, product_with_gradient, wide_product
 from megatron_lrc.clone.projections import gradient_of
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
+from megatron_lrc.clone.vocabulary_shard import VocabularyShard
 
 EXACT, ROUNDED, SEVERAL_ROUNDINGS = 1e-5, 4e-3, 1e-2
 TEMPERATURE = 40.0

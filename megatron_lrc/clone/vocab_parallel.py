@@ -7,6 +7,7 @@ not grow with tokens x vocabulary. Logits and all that follows are fp32 also for
 = 40 a bf16 log-softmax turns the KL's gradient by 45 to 65 degrees, and logits rounded to bf16 by as much
 once both models nearly agree. Under tensor parallelism each rank has a slice of the vocabulary; per token two
 small reductions (the largest logits, then seven sums) give the exact loss, and the gradients stay local.
+Other divergences than this KL are in `divergences.py`.
 dhidden is then a partial sum over ranks, which the backward of the sequence-parallel gather sums.
 
 Rejected: gathering logits. It costs the full matrix, and its gradient comes out tp times too large.
@@ -21,31 +22,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from megatron_lrc.clone.divergences import BothLogits, GradientScales, divergence, sums_of_both
 from megatron_lrc.clone.fusion import fused_on_cuda
 from megatron_lrc.clone.products import add_product, wide_product
-
-
-@dataclass(frozen=True, slots=True)
-class VocabularyShard:
-    """This rank's rows of a vocabulary padded to equal shards. Rows of padding are never used."""
-
-    start: int
-    num_valid: int
-    group: ProcessGroup | None
-
-    @classmethod
-    def of(cls, vocab_size: int, padded_size: int, group: ProcessGroup | None) -> "VocabularyShard":
-        """vocab_size: rows that mean tokens; padded_size: rows in all, a multiple of the group's size."""
-        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
-        start = rank * (padded_size // size)
-        return cls(start, min(max(vocab_size - start, 0), padded_size // size), group if size > 1 else None)
-
-    def reduce(self, partial: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(partial, op, group=self.group)
-        return partial
+from megatron_lrc.clone.vocabulary_shard import VocabularyShard
+from megatron_lrc.config import FORWARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +35,8 @@ class HeadLossSettings:
     """lm, kl: weights of the losses; kl counts tau^2 * KL. chunk_tokens: tokens whose logits exist at once.
     loss_scale: what the main loss is multiplied by before backward (fp16 loss scaling), 1 otherwise. logits_scaling:
     what both models' logits are divided by. logits_soft_cap: c of c tanh(logits / c), which takes the place of both
-    models' logits; 0: none."""
+    models' logits; 0: none. beta, top_k: which divergence takes the place of the KL, and of how many of the teacher's
+    tokens, 0 of all (`divergences.py`)."""
 
     lm: float
     kl: float
@@ -62,6 +45,8 @@ class HeadLossSettings:
     loss_scale: Tensor | float = 1.0
     logits_scaling: float = 1.0
     logits_soft_cap: float = 0.0
+    beta: float = FORWARD
+    top_k: int = 0
 
 
 Sums = TypeVar("Sums", bound="HeadSums")
@@ -81,6 +66,7 @@ class HeadSums:
     teacher_lm: Tensor
     teacher_kl: Tensor  # KL(teacher || student) at temperature 1
     same_top1: Tensor  # tokens whose likeliest successor is the same for both models
+    covered: Tensor  # the teacher's probability within its top k, at the loss's temperature
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -295,31 +281,31 @@ def _replace_by_gradient(
     if teacher_logits is None:
         sums.append(_student_sum(student_logits, largest[0]))
         student_label, student_sum = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
-        kl = teacher_lm = teacher_kl = num_same = student_sum.new_zeros(())
+        kl = teacher_lm = teacher_kl = num_same = covered = student_sum.new_zeros(())
         if needs_grad:
             _student_gradient(student_logits, largest[0], settings.lm * weight / student_sum)
     else:
-        sums += _sums_of_both(student_logits, teacher_logits, largest[0], largest[1], temperature)
+        sums += sums_of_both(student_logits, teacher_logits, largest[0], largest[1], temperature)
         total = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
-        student_label, teacher_label, student_sum, teacher_sum, warm_sum, excess_sum, gap_sum = total
-        kl = temperature**2 * (weight @ (torch.log1p(excess_sum / warm_sum) + gap_sum / warm_sum))
+        student_label, teacher_label, student_sum, teacher_sum, *of_both = total
         teacher_lm = weight @ (teacher_sum.log() - teacher_label)
         teacher_kl = num_same = teacher_lm.new_zeros(())
+        scales = None
         if not needs_grad:
             gap = _gap_sum(student_logits, teacher_logits, largest[0], largest[1])
             gap = shard.reduce(gap, dist.ReduceOp.SUM)
             teacher_kl = weight @ (gap / teacher_sum - teacher_sum.log() + student_sum.log())
             num_same = weight @ _have_same_likeliest(both, largest, shard).to(weight.dtype)
         else:
-            # softmax(z_S / tau) - softmax(z_T / tau), without subtracting the two.
-            kl_scale = settings.kl * temperature * weight / (warm_sum + excess_sum)
-            lm_scale = settings.lm * weight / student_sum
-            scales = torch.stack([lm_scale, kl_scale, kl_scale * excess_sum / warm_sum])
-            _gradient_of_both(student_logits, teacher_logits, largest[0], largest[1], scales, temperature)
+            scales = GradientScales(settings.lm * weight / student_sum, settings.kl * temperature * weight)
+        pair = BothLogits(student_logits, teacher_logits, *largest, *of_both, temperature, shard)
+        divergences, shares = divergence(pair, settings.beta, settings.top_k, scales)
+        kl, covered = temperature**2 * (weight @ divergences), weight @ shares
     if needs_grad and shard.num_valid:
         student_logits.scatter_add_(1, own_label, (-settings.lm * weight * is_here).unsqueeze(1))
     lm = weight @ (student_sum.log() - student_label)
-    return HeadSums(lm=lm, kl=kl, teacher_lm=teacher_lm, teacher_kl=teacher_kl, same_top1=num_same).stacked()
+    found = HeadSums(lm=lm, kl=kl, teacher_lm=teacher_lm, teacher_kl=teacher_kl, same_top1=num_same, covered=covered)
+    return found.stacked()
 
 
 def _have_same_likeliest(both: list[Tensor], largest: Tensor, shard: VocabularyShard) -> Tensor:
@@ -333,8 +319,7 @@ def _have_same_likeliest(both: list[Tensor], largest: Tensor, shard: VocabularyS
     return student == teacher
 
 
-# Each of these is one pass over both models' logits [n', v], less their largest [n']. Nothing is kept between
-# them, so that no other matrix of this size exists.
+# Each of these is one pass over logits [n', v], less their largest [n'], as those of `divergences.py` are.
 
 
 @fused_on_cuda
@@ -350,55 +335,8 @@ def _student_gradient(logits: Tensor, top: Tensor, scale: Tensor) -> None:
 
 
 @fused_on_cuda
-def _sums_of_both(
-    student_logits: Tensor, teacher_logits: Tensor, student_top: Tensor, teacher_top: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """[n'] each: sums of exp(z_S), exp(z_T), exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau), and of
-    (z_T - z_S)/tau * exp(z_T/tau)."""
-    student, teacher = student_logits - student_top.unsqueeze(1), teacher_logits - teacher_top.unsqueeze(1)
-    teacher_sum = teacher.exp().sum(1)
-    warm, excess, gap = _warm_terms(student, teacher, temperature)
-    return student.exp_().sum(1), teacher_sum, warm.sum(1), excess.sum(1), gap.mul_(warm).sum(1)
-
-
-@fused_on_cuda
 def _gap_sum(student_logits: Tensor, teacher_logits: Tensor, student_top: Tensor, teacher_top: Tensor) -> Tensor:
     """Sum of (z_T - z_S) exp(z_T), of logits less the largest: [n']."""
     student, teacher = student_logits - student_top.unsqueeze(1), teacher_logits - teacher_top.unsqueeze(1)
     gap = student.neg_().add_(teacher)
     return teacher.exp_().mul_(gap).sum(1)
-
-
-@fused_on_cuda
-def _gradient_of_both(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    student_top: Tensor,
-    teacher_top: Tensor,
-    scales: Tensor,
-    temperature: float,
-) -> None:
-    """student_logits <- a exp(z_S) + b (exp(z_S/tau) - exp(z_T/tau)) - c exp(z_T/tau), a, b, c the scales.
-    scales: [3, n']."""
-    lm_scale, excess_scale, warm_scale = scales.unsqueeze(2)
-    student = student_logits.sub_(student_top.unsqueeze(1))
-    teacher = teacher_logits - teacher_top.unsqueeze(1)  # in place a GPU would write back what nobody reads
-    warm, excess, _ = _warm_terms(student, teacher, temperature)
-    student.exp_().mul_(lm_scale).addcmul_(excess, excess_scale).addcmul_(warm, warm_scale, value=-1.0)
-
-
-#: Of z_T / tau: exp of it is nothing beside 1; expm1 of (z_S - z_T) / tau, with z_S at most 0, stays finite.
-_COLDEST = -80.0
-
-
-def _warm_terms(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z_T/tau), exp(z_S/tau) - exp(z_T/tau) and (z_T - z_S)/tau, each [n', v], of logits at most 0;
-    overwrites the teacher's.
-
-    At a high temperature the distributions nearly agree, and KL is a small difference of large numbers (at
-    tau = 40, 1e-3 of logarithms near 10, then times tau^2). expm1 of the gap keeps its digits.
-    """
-    teacher.mul_(1.0 / temperature).clamp_min_(_COLDEST)
-    gap = torch.sub(teacher, student, alpha=1.0 / temperature)
-    warm = teacher.exp_()
-    return warm, gap.neg().expm1_().mul_(warm), gap

@@ -21,6 +21,7 @@ from .budget import budgets_of, check_budget, count_steps, describe_budgets, des
 from .config import MATRICES, Config, ConfigError, ModelShape, RunFailed, RunStopped, flag_of, parse_clone_term
 from .counts import exact_count, parse_count, short_count
 from .departures import describe_departures, propose_batches
+from .divergence import FORWARD, REVERSE, parse_divergence
 from .layer_map import (
     check_layers,
     check_layers_against,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .budget import budgets_of, check_budget, describe_budgets
 from .config import Config, ConfigError, ModelShape, flag_of, parse_clone_term
+from .divergence import parse_divergence
 from .layout_checks import (
     check_batches,
     check_layout,
@@ -61,6 +62,7 @@ def validate_against_teacher(method: Rules, teacher: ModelShape) -> list[str]:
             *check_pipeline(config, method.divided_shape(teacher)),
             *check_overlap(config, student),
             *method.check_against(teacher),
+            *check_top_k(config, teacher),
             *check_fp8_sizes(config, teacher, student),
         ]
     )
@@ -131,9 +133,24 @@ def check_losses(method: Rules) -> Iterator[str]:
                 f"--clone-terms {text}: {problem}. Expected is {' '.join(CLONE_TERMS)}, each alone or with layers, "
                 "as in gate:0-13 or up:4,8-11."
             )
+    try:
+        parse_divergence(loss.kl_divergence)
+    except ValueError as problem:
+        yield f"--kl-divergence {loss.kl_divergence}: {problem}."
+    if not loss.kl_weight and (given := flags_set(config, {"kl_divergence", "kl_top_k"})):
+        yield f"{given} cannot go with --kl-weight 0, which leaves the KL loss out. Leave it out too."
     unknown = [module for module in config.parallel.recompute_modules if module not in RECOMPUTE_MODULES]
     if unknown:
         yield f"--recompute-modules {' '.join(unknown)}: expected are any of {' '.join(RECOMPUTE_MODULES)}."
+
+
+def check_top_k(config: Config, teacher: ModelShape) -> Iterator[str]:
+    top_k = config.loss.kl_top_k
+    if top_k is not None and top_k >= teacher.vocab_size:
+        yield (
+            f"--kl-top-k {top_k} is not below the vocabulary's {teacher.vocab_size} tokens. Leave it out to compare "
+            "all of them."
+        )
 
 
 def check_rate(method: Rules) -> Iterator[str]:

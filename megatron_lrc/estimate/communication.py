@@ -16,8 +16,9 @@ from megatron_lrc.estimate.activations import FP32, bytes_per_element
 from megatron_lrc.estimate.links import ranks_in_a_node
 from megatron_lrc.estimate.stage import Stage
 
-#: fp32 numbers per token that the tensor parallel ranks exchange for LM and KL: two maxima, seven sums.
-_HEAD_SUMS = 9
+#: fp32 numbers per token that the tensor parallel ranks sum up for LM and KL: two maxima, seven sums. Another
+#: divergence than the forward KL takes two sums more, and one over the top k four, and each rank's k largest logits.
+_HEAD_SUMS, _DIVERGENCE_SUMS, _TOP_K_SUMS = 9, 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,15 @@ def _activations(stage: Stage, tokens: float) -> float:
     blocks, own_blocks = 2 * stage.num_layers(stage.teacher), 2 * stage.num_layers(stage.student)
     width = blocks * 2 * teacher + own_blocks * 5 * student + again * 2 * (teacher + student)
     width += (stage.is_first + stage.is_last) * (teacher + 2 * student) - stage.looks_up * 2 * student
-    head = 2 * _HEAD_SUMS * FP32 * tokens * stage.is_last  # an all-reduce
-    return tokens * width * e + head
+    return tokens * (width * e + _of_the_head(stage) * FP32 * stage.is_last)
+
+
+def _of_the_head(stage: Stage) -> int:
+    """Numbers per token that the losses over the vocabulary exchange, an all-reduce's twice."""
+    loss, tp = stage.config.loss, stage.config.parallel.tensor_model_parallel_size
+    if loss.kl_top_k:
+        return 2 * (_HEAD_SUMS + _TOP_K_SUMS) + tp * loss.kl_top_k
+    return 2 * (_HEAD_SUMS + _DIVERGENCE_SUMS * (loss.kl_divergence != "forward"))
 
 
 def _blocks_run_again(stage: Stage) -> float:

@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_lrc.clone.fusion import why_nothing_is_compiled
 from megatron_lrc.clone.rotation import Rotations
-from megatron_lrc.clone.vocab_parallel import VocabularyShard
+from megatron_lrc.clone.vocabulary_shard import VocabularyShard
 from megatron_lrc.config import Config, ConfigError, ModelShape
 from megatron_lrc.mcore.attention import ScaledDotProductAttention
 from megatron_lrc.mcore.kernels import (

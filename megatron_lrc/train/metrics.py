@@ -13,8 +13,10 @@
 Where they cannot be written for a while, they are later (`log_files.py`).
 
 Losses are means over all tokens since the record before (or of the whole validation), without steps whose losses were
-not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it, `clone_loss` is the sum over layers and
-terms, before alpha, and `clone_by_layer` its parts: term -> one value per layer, whatever its pipeline stage.
+not finite. `loss` is the sum that is minimised, `kl_loss` has tau^2 in it and is of the kind that --kl-divergence
+names, `clone_loss` is the sum over layers and terms, before alpha, and `clone_by_layer` its parts: term -> one value
+per layer, whatever its pipeline stage. `kl_top_k_mass`, with --kl-top-k: the probability that the teacher gives to its
+top k at temperature tau.
 `teacher_lm_loss` is the teacher's LM loss on the same tokens, `teacher_kl` KL(teacher || student) at temperature 1 in
 nats per token, `top1_agreement` the share of tokens after which both hold the same one likeliest. `skipped_steps`
 counts the steps since the record before that updated nothing. `grad_norm` is the record's own step's, before clipping,

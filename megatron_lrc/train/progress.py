@@ -52,6 +52,8 @@ def losses_text(record: dict[str, Any]) -> str:
     terms = {name.removesuffix("_loss"): _loss(record[name]) for name in LOSS_TERMS if name in record}
     if record.get("teacher_lm_loss") is not None:
         terms["lm"] += f" (teacher {_loss(record['teacher_lm_loss'])})"
+    if "kl_top_k_mass" in record:
+        terms["kl"] += f" (of {record['kl_top_k_mass']:.1%})"
     return " ".join(f"{name} {text}" for name, text in terms.items())
 
 

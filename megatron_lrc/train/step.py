@@ -82,7 +82,10 @@ class LossTotals(MainSums):
         """`loss` and its terms, and the teacher's own LM loss, as means over tokens; without a teacher only what there
         is. Waits for the device."""
         sums = {"lm": self.lm, "kl": self.kl, "clone": self.clone.sum(), "teacher_lm": self.teacher_lm}
-        return method.losses(**{name: (value / self.tokens).item() for name, value in sums.items()})
+        means = method.losses(**{name: (value / self.tokens).item() for name, value in sums.items()})
+        if method.config.loss.kl_top_k:
+            means["kl_top_k_mass"] = (self.covered / self.tokens).item()
+        return means
 
     def agreement(self, method: Method) -> dict[str, float]:
         """Of a validation: how far the student agrees with its teacher; empty without one. Waits for the device."""

@@ -124,6 +124,14 @@ def fewer_layers(config: Config) -> None:
     config.model.student_layers = ["0", "2-3"]
 
 
+def reverse(config: Config) -> None:
+    config.loss.kl_divergence = "reverse"
+
+
+def top_k(config: Config) -> None:
+    config.loss.kl_top_k = 6
+
+
 def overlap(config: Config) -> None:
     parallel = config.parallel
     parallel.overlap_grad_reduce = parallel.overlap_param_gather = True
@@ -163,6 +171,8 @@ def mean_of_replicas(sent: list[dict[str, float]], layout: dict[str, Any]) -> li
         ({"tp": 2}, recompute_mlp),
         ({"tp": 2}, logits),
         ({"tp": 2}, fewer_layers),
+        ({"tp": 2}, top_k),
+        pytest.param({"tp": 2}, reverse, marks=pytest.mark.slow),
         ({"pp": 2}, logits),
         ({"dp": 2, "dist_opt": True}, logits),
         ({"pp": 2}, no_change),

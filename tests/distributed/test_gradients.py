@@ -47,6 +47,8 @@ VARIANTS = [
     Variant(detach=True),
     Variant(normalization="token", terms="q v o gate up down", off=tuple((i, "k") for i in range(4))),
     Variant(lm_weight=0.4, kl_weight=0.0),
+    Variant(divergence="jsd:0.3", kl_weight=50.0),
+    Variant(divergence="reverse", top_k=5, kl_weight=50.0),
     Variant(lm_weight=0.0, alpha=1.5),
     Variant(
         terms="q v:0,2-3 o:1 gate up down:0-1",
@@ -67,6 +69,13 @@ def test_losses_and_gradients_equal_the_reference(tiny_llama, layout, tied):
 @pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
 def test_every_variant_of_the_loss_equals_the_reference(tiny_llama, layout, variant):
     assert_equal_to_the_reference(tiny_llama, layout, variant, tied=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(cp=2), Layout(dp=2), Layout(tp=2, pp=2)], ids=str)
+def test_a_divergence_over_the_top_k_equals_the_reference(tiny_llama, layout):
+    assert_equal_to_the_reference(tiny_llama, layout, Variant(divergence="jsd:0.3", top_k=8, kl_weight=50.0), tied=True)
 
 
 @pytest.mark.distributed

@@ -13,6 +13,7 @@ from megatron_lrc.config import Config
 from megatron_lrc.data.datasets import build_datasets
 from megatron_lrc.methods import method_of
 from megatron_lrc.train.boards import scalars
+from megatron_lrc.train.progress import losses_text
 from megatron_lrc.train.step import Interval, LossTotals, StepReport
 from ranks import run_ranks
 from runs import make_config, on_layout, records, train
@@ -81,11 +82,28 @@ def test_skipped_steps_are_counted_and_left_out_of_losses_that_they_would_spoil(
             assert all(line[key] is None for key in LOSSES)
 
 
+def test_records_say_how_much_of_the_teacher_its_top_k_is(seven_step_config, tiny_llama):
+    """At temperature 1, unless another one is given."""
+    config = seven_step_config
+    config.training.train_iters, config.training.micro_batch_size, config.training.global_batch_size = 1, 1, 1
+    config.logging.eval_iters, config.loss.kl_top_k = 1, 4
+    assert config.loss.kl_temperature is None
+    train(config)
+    (trained,), (validated, _) = records(config.checkpoint.save), records(config.checkpoint.save, "validation.jsonl")
+    for record, dataset in zip((trained, validated), build_datasets(config), strict=True):
+        with torch.no_grad():
+            logits = LlamaForCausalLM.from_pretrained(tiny_llama(num_layers=4))(dataset[0]["tokens"][None]).logits[0]
+        expected = logits.softmax(-1).topk(4).values.sum(-1).mean().item()
+        assert record["kl_top_k_mass"] == pytest.approx(expected, rel=1e-5)
+        assert f" kl {record['kl_loss']:.3g} (of {expected:.1%}) " in losses_text(record)
+
+
+@pytest.mark.distributed
 def test_a_step_with_more_tokens_weighs_more():
     def report(tokens: float, lm: float, *, is_finite: bool = True) -> StepReport:
         per_token = torch.tensor(lm, dtype=torch.float64)
         clone = per_token.expand(2, 7) * tokens
-        others = dict.fromkeys(("kl", "teacher_lm", "teacher_kl", "same_top1"), per_token * 0)
+        others = dict.fromkeys(("kl", "teacher_lm", "teacher_kl", "same_top1", "covered"), per_token * 0)
         losses = LossTotals(lm=per_token * tokens, **others, tokens=torch.tensor(tokens), clone=clone)
         return StepReport(losses, is_finite, 1.0, None, is_finite)
 

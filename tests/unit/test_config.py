@@ -314,6 +314,8 @@ def test_small_helpers():
         ({"clone_terms": ["q:x"]}, "each alone or with layers"),
         ({"recompute_modules": ["attn"]}, "--recompute-modules attn: expected are any of core_attn mlp"),
         ({"alpha": 0.0, "kl_weight": 0.0, "lm_weight": 0.0}, "nothing is left to train on"),
+        ({"kl_divergence": "jsd"}, "--kl-divergence jsd: expected is forward, reverse, or jsd:BETA with"),
+        ({"kl_weight": 0.0, "kl_top_k": 8}, "--kl-top-k cannot go with --kl-weight 0"),
     ],
 )
 def test_losses_that_cannot_be_meant_are_refused(valid_config, values, expected):

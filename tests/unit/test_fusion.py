@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from megatron_lrc.clone import fusion, losses, vocab_parallel
+from megatron_lrc.clone import divergences, fusion, losses, vocab_parallel
 from megatron_lrc.clone.fusion import compile_nothing, compile_problem, fused_on_cuda
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout
 
@@ -31,9 +31,13 @@ def arguments(name, n, v):
     return {
         "_student_sum": (student, tops[0]),
         "_student_gradient": (student, tops[0], torch.rand(n)),
-        "_sums_of_both": (student, teacher, *tops, 40.0),
+        "sums_of_both": (student, teacher, *tops, 40.0),
         "_gap_sum": (student, teacher, *tops),
-        "_gradient_of_both": (student, teacher, *tops, torch.rand(3, n), 40.0),
+        "_forward_gradient": (student, teacher, *tops, torch.rand(3, n), 40.0),
+        "_divergence_sums": (student, teacher, *tops, torch.rand(2, n) + 1, 2.0, 0.3),
+        "_divergence_gradient": (student, teacher, *tops, torch.rand(2, n) + 1, 2.0, 0.3, torch.rand(3, n)),
+        "_sums_of_shares": (student, teacher, *tops, torch.rand(2, n) + 1, 2.0),
+        "_scaled_shares": (student, tops[0], torch.rand(2, n), 2.0),
         "squared_errors": (*pair, *places),
         "mean_squares": (pair[0], *places),
         "_add_error": (torch.randn(n, 2, v).to(HALF), *pair, torch.rand(n, 2, len(sites)), *places),
@@ -122,7 +126,9 @@ def elements_allocated(code):
 @pytest.mark.slow  # compiling takes 20 s
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("module, names", [
-    (vocab_parallel, ("_student_sum", "_student_gradient", "_sums_of_both", "_gap_sum", "_gradient_of_both")),
+    (vocab_parallel, ("_student_sum", "_student_gradient", "_gap_sum")),
+    (divergences, ("sums_of_both", "_forward_gradient", "_divergence_sums", "_divergence_gradient")),
+    (divergences, ("_sums_of_shares", "_scaled_shares")),
     (losses, ("squared_errors", "mean_squares", "_add_error", "_error")),
 ])  # fmt: skip
 def test_compiled_functions_equal_themselves_and_keep_nothing_between(module, names):

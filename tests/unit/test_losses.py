@@ -10,7 +10,8 @@ from megatron_lrc.clone.losses import CarryLoss, CloneLoss, mean_squares, square
 from megatron_lrc.clone.products import wide_product
 from megatron_lrc.clone.projections import accumulate_in_fp32
 from megatron_lrc.clone.sites import LAYER_SITES, HeadLayout, select
-from megatron_lrc.clone.vocab_parallel import HeadLossSettings, HeadSums, VocabularyShard, lm_and_kl_loss
+from megatron_lrc.clone.vocab_parallel import HeadLossSettings, HeadSums, lm_and_kl_loss
+from megatron_lrc.clone.vocabulary_shard import VocabularyShard
 from megatron_lrc.mcore.stages import LossSums
 
 TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 13, 6, 9, 21, 32
@@ -99,12 +100,12 @@ def test_a_validation_makes_no_gradients_and_has_the_teachers_loss_and_agreement
 
 
 def test_sums_are_found_by_name_only():
-    scalars = dict(zip(HeadSums.names(), torch.arange(1.0, 6.0), strict=True))
+    scalars = dict(zip(HeadSums.names(), torch.arange(1.0, 7.0), strict=True))
     sums = LossSums(torch.device("cpu"))
     for _ in range(2):
         sums.add_main(HeadSums(**scalars), torch.ones(3, 2))
     found = {name: value.item() for name, value in sums.main.named().items()}
-    assert found == {"lm": 2, "kl": 4, "teacher_lm": 6, "teacher_kl": 8, "same_top1": 10, "tokens": 12}
+    assert found == {"lm": 2, "kl": 4, "teacher_lm": 6, "teacher_kl": 8, "same_top1": 10, "covered": 12, "tokens": 12}
     with pytest.raises(TypeError):
         sums.main[3]
     sums.reset()

@@ -22,7 +22,14 @@ from runs import make_config
 from students import random_student
 
 #: Settings that are texts, but no paths. A new one belongs here, or is marked `per_rank` in `settings`.
-TEXTS = {"clone_terms", "split", "student_layers", "pipeline_model_parallel_layout", "recompute_modules"}
+TEXTS = {
+    "clone_terms",
+    "kl_divergence",
+    "split",
+    "student_layers",
+    "pipeline_model_parallel_layout",
+    "recompute_modules",
+}
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda setting: setting.name)

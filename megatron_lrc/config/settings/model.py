@@ -155,12 +155,26 @@ class LossConfig:
     kl_weight: float = setting(
         1.0, "Weight of tau^2 * KL(teacher || student), mean over tokens; 0 turns it off.", at_least=0
     )
+    kl_divergence: str = setting(
+        "forward",
+        "forward: KL(teacher || student); reverse: KL(student || teacher); jsd:BETA: BETA KL(teacher || mixture) + "
+        "(1 - BETA) KL(student || mixture), the mixture with BETA of the teacher. Whichever it is, records call it KL.",
+        metavar="forward|reverse|jsd:BETA",
+    )
+    kl_top_k: int | None = setting(
+        None,
+        "Compare the teacher's likeliest so many tokens, and all others as one. The teacher's probability within them, "
+        "at the temperature, is in every record.",
+        at_least=1,
+    )
     kl_reduction: Literal["mean", "sequence-sum"] = setting(
         "mean",
         "mean: over tokens, times tau^2; sequence-sum: over the tokens of a sequence, then the mean over sequences, "
         "without tau^2 (the released code), which is --seq-length / tau^2 times the other.",
     )
-    kl_temperature: float = setting(40.0, "Temperature tau of both distributions in the KL loss.", above=0)
+    kl_temperature: float | None = setting(
+        None, "Temperature tau of both distributions in the KL loss. Default: 40, with --kl-top-k 1.", above=0
+    )
     clone_terms: list[str] = setting(
         list(CLONE_TERMS),
         "Terms of the clone loss, each with the layers it covers (from 0) if not all: q k v o gate:0-13 up:4,8-11.",
@@ -189,6 +203,11 @@ class LossConfig:
 
     def chunk_tokens(self, *, on_cuda: bool) -> int:
         return self.loss_chunk_tokens or (2048 if on_cuda else 512)
+
+    @property
+    def temperature(self) -> float:
+        """tau. At the 40 of the paper the likeliest few tokens hold next to nothing of a large vocabulary."""
+        return self.kl_temperature or (1.0 if self.kl_top_k else 40.0)
 
     @property
     def is_relative(self) -> bool:

@@ -31,7 +31,7 @@ from megatron_lrc.clone.sites import (
     select,
 )
 from megatron_lrc.clone.vocab_parallel import HeadLossSettings, lm_and_kl_loss
-from megatron_lrc.config import MATRICES, Config
+from megatron_lrc.config import MATRICES, Config, parse_divergence
 from megatron_lrc.mcore.distributed import Groups
 from megatron_lrc.mcore.gpt_models import (
     GPTModel,
@@ -377,7 +377,9 @@ class PairedModel(TwoModels):
             settings=HeadLossSettings(
                 lm=self.settings.loss.lm_weight,
                 kl=self.settings.total_kl_weight,
-                temperature=self.settings.loss.kl_temperature,
+                temperature=self.settings.loss.temperature,
+                beta=parse_divergence(self.settings.loss.kl_divergence),
+                top_k=self.settings.loss.kl_top_k or 0,
                 chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=student_hidden.is_cuda),
                 loss_scale=self.main_loss_scale(),
                 logits_scaling=self.shapes.student.logits_scaling,
