@@ -24,7 +24,7 @@ def flags_of_scores(config: Config, flags: Sequence[str]) -> list[str]:
             "--score is a loss on held-out text. Give --data-path, or --train-data-path and --valid-data-path, and an "
             "--eval-iters above 0."
         )
-    return [*flags, *([] if config.projection.is_closed_form else ["--init", "ridge"])]
+    return [*flags, *([] if config.projection.init != "random" else ["--init", "ridge"])]
 
 
 def score(flags: Sequence[str], processes: int) -> dict[str, float]:

@@ -143,7 +143,7 @@ def start_runs(contestants: Sequence[Contestant], seed: int, *, sizes: Sizes, ma
         config = parse_config(shlex.split(with_layers(one.flags, material.num_layers)))
         if config.model.method == "lrc":
             start = config.projection
-            key = ("lrc", start.init, start.init_method_std, start.calibration_tokens)
+            key = ("lrc", start.init, start.init_method_std, start.calibration_tokens, start.released_checkpoint)
         elif config.model.method == "sheared":
             continue
         else:

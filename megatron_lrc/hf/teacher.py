@@ -45,9 +45,9 @@ class TeacherReader(Reader):
 
     def __init__(self, description: TeacherDescription) -> None:
         self.description = description
-        self._files = _open_files(description.directory)
+        self._files = open_files(description.directory)
         self._elements_read = 0
-        self._file_of = _locate(description.directory, self._files)
+        self._file_of = locate(description.directory, self._files)
         self._weights = {
             weight.key: weight for weight in expected_weights(description.family, description.shape)
         }  # a tied teacher's LM head is its embedding, even where the file repeats it
@@ -217,14 +217,15 @@ def _open(path: Path):
 
 def files_of_tensors(directory: Path) -> dict[str, str]:
     """Tensor name -> name of the safetensors file that holds it. ConfigError as at the opening of a teacher."""
-    return _locate(directory, _open_files(directory))
+    return locate(directory, open_files(directory))
 
 
-def _open_files(directory: Path) -> dict:
+def open_files(directory: Path) -> dict:
+    """Name -> open safetensors file: the single one, or those that the index names. ConfigError if one is damaged."""
     return {name: _open(directory / name) for name in _file_names(directory)}
 
 
-def _locate(directory: Path, files: dict) -> dict[str, str]:
+def locate(directory: Path, files: dict) -> dict[str, str]:
     """Tensor name -> file, from the headers alone. An index is held against them and can change nothing.
 
     So it need not be in the fingerprint, and a name in two files, of which it would choose one, is refused.

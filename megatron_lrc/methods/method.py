@@ -147,6 +147,10 @@ class Method(ABC):
                 "torch operations compute that."
             )
 
+    def check_new(self, base: ModelShape) -> Iterator[str]:
+        """Errors of a run that starts, and not from another one's weights: it cannot have its first values."""
+        yield from ()
+
     def warn_against(self, base: ModelShape) -> Iterator[str]:
         """What is allowed, but probably not meant."""
         count = self.config.model.student_num_layers

@@ -101,6 +101,8 @@ def check_start(config: Config, world_size: int, damaged: Mapping[Path, str] = M
     weights_from = None if resume_from else find_weights(config)
     if weights_from:
         check_method(weights_from, method)
+    elif not resume_from:
+        raise_all(list(method.check_new(teacher.shape)))
     if not state.step:  # of that run there is no schedule to keep
         state = replace(state, has_least_warmup=True)
     elif not state.has_least_warmup:

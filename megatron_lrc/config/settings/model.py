@@ -83,11 +83,19 @@ class ModelConfig:
 class ProjectionConfig:
     """How the projections P start, and when they are dropped."""
 
-    init: Literal["random", "orthogonal", "channel", "pca", "ridge"] = setting(
+    init: Literal["random", "orthogonal", "channel", "pca", "ridge", "released"] = setting(
         "random",
         "random: every P ~ N(0, --init-method-std) (the released code). The others start from one basis of the "
         "teacher's residual stream in closed form. orthogonal: a random one; channel: the most active channels; pca: "
-        "the principal directions; ridge: those, then each P in front of a matrix fitted to the teacher's activations.",
+        "the principal directions; ridge: those, then each P in front of a matrix fitted to the teacher's activations. "
+        "released: from --released-checkpoint.",
+    )
+    released_checkpoint: str | None = setting(
+        None,
+        "Of --init released: a training checkpoint of the code that was released with the paper, the directory with "
+        "config.json and its zoom matrices in safetensors. Its optimizer's state is not read.",
+        metavar="DIR",
+        per_rank="path",
     )
     init_method_std: float = setting(
         0.02,
@@ -120,7 +128,7 @@ class ProjectionConfig:
     @property
     def is_closed_form(self) -> bool:
         """Whether P follows from a basis: then embedding and LM head have a P each, and d <= D."""
-        return self.init != "random"
+        return self.init not in ("random", "released")
 
     @property
     def is_calibrated(self) -> bool:

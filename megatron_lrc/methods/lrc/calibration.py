@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lrc.clone.initialization import (
@@ -23,6 +24,7 @@ from megatron_lrc.clone.initialization import (
 from megatron_lrc.clone.ridge import ReadingMoments
 from megatron_lrc.clone.sites import WRITER_BEFORE
 from megatron_lrc.config import Config, ConfigError
+from megatron_lrc.hf.released_projections import ReleasedProjections
 from megatron_lrc.mcore.distributed import (
     broadcast_from_first,
     broadcast_over_stage,
@@ -44,8 +46,12 @@ def initialize(config: Config, stages: list[PairedModel], calibration: Callable[
         for stage in stages:
             initialize_random(stage.projections, std=projection.init_method_std, seed=seed)
         return
+    shapes = stages[0].shapes
+    if projection.init == "released":
+        assert projection.released_checkpoint is not None, "check_models() has passed"
+        take_over(ReleasedProjections(projection.released_checkpoint, shapes.teacher, shapes.student), stages)
+        return
     if projection.init == "orthogonal":
-        shapes = stages[0].shapes
         basis = random_basis(shapes.teacher.hidden_size, shapes.student.hidden_size, seed=seed)
     else:
         basis = residual_basis(config, stages, calibration())
@@ -58,6 +64,23 @@ def initialize(config: Config, stages: list[PairedModel], calibration: Callable[
         fit_to_readings(config, stages, basis, calibration())
     if projection.init != "orthogonal" and stages[0].shapes.teacher.has_norms_after:
         fit_output_gains(config, stages, calibration())
+
+
+def take_over(released: ReleasedProjections, stages: list[PairedModel]) -> None:
+    """Give projections and gains the values that the first rank reads, so that no two ranks have other ones."""
+    shapes, groups = stages[0].shapes, stages[0].groups
+    for name in released.names():
+        width = shapes.student.hidden_size
+        size = (width,) if released.is_gain(name) else (shapes.teacher.hidden_size, width)
+        value = torch.empty(size, dtype=torch.float32, device=groups.device)
+        if dist.get_rank() == 0:
+            value.copy_(released.read(name))
+        broadcast_from_first(value)
+        for stage in stages:
+            if name in dict(stage.projections.named_matrices()):
+                stage.projections.set_matrix(name, value)
+            elif name in dict(stage.projections.named_norms()):
+                stage.projections.set_gain(name, value)
 
 
 def residual_basis(config: Config, stages: list[PairedModel], batches: Batches) -> Tensor:

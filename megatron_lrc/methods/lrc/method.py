@@ -29,12 +29,20 @@ class LowRankClone(Method):
                 f"--no-untie-embeddings-and-output-weights cannot go with --init {projection.init}, whose closed form "
                 "needs a projection for the embedding and another for the LM head. Leave it out, or use --init random."
             )
+        yield from self._check_released()
         if not self.config.calibrations and projection.calibration_tokens != type(projection)().calibration_tokens:
             yield (
                 f"--calibration-tokens {projection.calibration_tokens} means nothing with --init {projection.init}, "
                 "which reads no tokens. Leave it out, or use --init channel, pca or ridge, or "
                 "--clone-normalization token."
             )
+
+    def _check_released(self) -> Iterator[str]:
+        is_meant, path = self.config.projection.init == "released", self.config.projection.released_checkpoint
+        if path is not None and not is_meant:
+            yield f"--released-checkpoint {path} is only for --init released. Add that, or leave it out."
+        elif is_meant and path is None:
+            yield "--init released needs --released-checkpoint, the directory with the zoom matrices."
 
     def _check_opening(self) -> Iterator[str]:
         after = self.config.projection.open_after
@@ -66,6 +74,13 @@ class LowRankClone(Method):
                     f"--clone-terms {text} names a layer that the student does not have: its {count} layers are "
                     f"0-{count - 1}."
                 )
+
+    def check_new(self, base: ModelShape) -> Iterator[str]:
+        if path := self.config.projection.released_checkpoint:
+            from megatron_lrc.hf.released_projections import ReleasedProjections  # loads torch
+
+            ReleasedProjections(path, base, self.student_shape(base))
+        yield from super().check_new(base)
 
     def warn_against(self, base: ModelShape) -> Iterator[str]:
         yield from super().warn_against(base)
