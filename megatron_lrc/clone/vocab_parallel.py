@@ -287,7 +287,7 @@ def _replace_by_gradient(
     else:
         sums += sums_of_both(student_logits, teacher_logits, largest[0], largest[1], temperature)
         total = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
-        student_label, teacher_label, student_sum, teacher_sum, *of_both = total
+        student_label, teacher_label, student_sum, teacher_sum, warm_sum, excess_sum, gap_sum = total
         teacher_lm = weight @ (teacher_sum.log() - teacher_label)
         teacher_kl = num_same = teacher_lm.new_zeros(())
         scales = None
@@ -298,7 +298,17 @@ def _replace_by_gradient(
             num_same = weight @ _have_same_likeliest(both, largest, shard).to(weight.dtype)
         else:
             scales = GradientScales(settings.lm * weight / student_sum, settings.kl * temperature * weight)
-        pair = BothLogits(student_logits, teacher_logits, *largest, *of_both, temperature, shard)
+        pair = BothLogits(
+            student_logits,
+            teacher_logits,
+            student_top=largest[0],
+            teacher_top=largest[1],
+            warm_sum=warm_sum,
+            excess_sum=excess_sum,
+            gap_sum=gap_sum,
+            temperature=temperature,
+            shard=shard,
+        )
         divergences, shares = divergence(pair, settings.beta, settings.top_k, scales)
         kl, covered = temperature**2 * (weight @ divergences), weight @ shares
     if needs_grad and shard.num_valid:

@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lrc.commands.auto_rate import with_number
 from megatron_lrc.commands.next_command import after_training, say_next
 from megatron_lrc.config import (
     TRAINING,
@@ -32,9 +31,10 @@ from megatron_lrc.config import (
 from megatron_lrc.console import complain, say
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.agreement import RanksMissing
-from megatron_lrc.launch.environment import check_environment
+from megatron_lrc.launch.environment import check_environment, prepare_cuda
 from megatron_lrc.launch.interrupts import ended_by_ctrl_c
 from megatron_lrc.methods import method_of
+from megatron_lrc.train.auto_rate import with_number
 
 
 def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
@@ -63,7 +63,7 @@ def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:
 
 
 def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
-    _prepare_cuda()
+    prepare_cuda()
     wanted, flags = (None, argv) if only_checks else take_dry_run(argv)
     check_environment(is_to_start=not only_checks and not wanted)
     world_size = (wanted and wanted.gpus) or int(os.environ.get("WORLD_SIZE", "1"))
@@ -93,16 +93,6 @@ def train(argv: Sequence[str], program: str, *, only_checks: bool) -> None:
         finished = loop.train(config, presets)
         if finished and os.environ.get("RANK", "0") == "0":
             say_next(program, after_training(*finished))
-
-
-def _prepare_cuda() -> None:
-    """What CUDA and torch's allocator read of the environment when they start, unless the user has set it."""
-    # Megatron's overlap of TP communication with computation needs one hardware queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Otherwise blocks of many sizes (chunks of logits, validations, a student that is opened) leave gaps that nothing
-    # fits into. torch before 2.9 knows the first name only.
-    if "PYTORCH_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def checkpoint_to_restart_from(config: Config) -> str | None:

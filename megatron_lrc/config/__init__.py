@@ -47,6 +47,7 @@ from .settings import (
     ModelConfig,
     ProjectionConfig,
     PruningConfig,
+    TrainingConfig,
 )
 from .validation import (
     check_directory,

@@ -35,6 +35,16 @@ def check_environment(environment: Mapping[str, str] = os.environ, *, is_to_star
             raise ConfigError(f"RANK is {rank} and WORLD_SIZE {size}; ranks are from 0 to {size - 1}. {_REMEDY}")
 
 
+def prepare_cuda() -> None:
+    """What CUDA and torch's allocator read of the environment when they start, unless the user has set it."""
+    # Megatron's overlap of TP communication with computation needs one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Otherwise blocks of many sizes (chunks of logits, validations, a student that is opened) leave gaps that nothing
+    # fits into. torch before 2.9 knows the first name only.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def _number(environment: Mapping[str, str], name: str, *, least: int) -> int | None:
     text = environment.get(name)
     if not text:

@@ -55,11 +55,12 @@ from megatron_lrc.train.stragglers import Stragglers, describe
 from megatron_lrc.train.throughput import Throughput, peak_tflops
 
 
-def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState] | None:
+def train(config: Config, presets: Sequence[str] = (), *, ends_process: bool = True) -> tuple[Config, RunState] | None:
     """Run the whole training on this process, one of the world that torchrun's environment describes.
 
-    presets: the names given with --preset, of which warnings speak. Gives what has been trained, and where it stands;
-    None if the run was stopped before its end.
+    presets: the names given with --preset, of which warnings speak. ends_process: whether nothing but the process's end
+    comes after it, so that signals are left alone. Gives what has been trained, and where it stands; None if the run
+    was stopped before its end.
     """
     choose_determinism(config)
     check_machine(config)
@@ -74,7 +75,7 @@ def train(config: Config, presets: Sequence[str] = ()) -> tuple[Config, RunState
         trainer, first = None, checked.state.step
         with told_in_a_sentence(checked.config, lambda: trainer and (first, trainer.state.step)):
             trainer = Trainer(checked.config, checked, groups)
-            trainer.train(ends_process=True)
+            trainer.train(ends_process=ends_process)
         stop_userbuffers(config)
     distributed.stop()  # not after an error: the other ranks may never meet it, and torchrun ends them all
     is_finished = trainer.state.step == checked.config.train_iters

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from config_cases import change, errors_of
-from megatron_lrc.commands.auto_rate import with_number
 from megatron_lrc.config import (
     PUBLISHED_RUNS,
     Config,
@@ -25,6 +24,7 @@ from megatron_lrc.config import (
 from megatron_lrc.config.rates import KNOWN_RATES
 from megatron_lrc.mcore.optimizer import _lr_schedule
 from megatron_lrc.methods import method_of
+from megatron_lrc.train.auto_rate import with_number
 from megatron_lrc.train.rises import Rises
 from megatron_lrc.train.start_checks import check
 
