@@ -38,7 +38,7 @@ def main(teacher: str, data: str, output: str) -> None:
     teachers = last["teacher_lm_loss"]
     print(f"held-out LM loss {first['lm_loss']:.3f} -> {last['lm_loss']:.3f}, the teacher's {teachers:.3f}")
 
-    student = AutoModelForCausalLM.from_pretrained(api.export(config.checkpoint.save, Path(output) / "student"))
+    student = AutoModelForCausalLM.from_pretrained(api.export(run, Path(output) / "student"))
     print(f"exported: {type(student).__name__} of hidden size {student.config.hidden_size}")
 
 

@@ -5,7 +5,7 @@
     config = api.configure(teacher="TEACHER", student_hidden_size=64, data_path=["DATA"], train_iters=10, save="RUN")
     api.compose(config)                  # the untrained student, a model of transformers
     run = api.train(config)              # the whole run; run.records and run.validations are what it has logged
-    api.export(run.directory, "STUDENT") # for AutoModelForCausalLM.from_pretrained
+    api.export(run, "STUDENT")           # for AutoModelForCausalLM.from_pretrained
 
 What is here keeps its name and meaning between minor versions; everything else in the package is its inside. All of it
 runs in one process or in each of those that torchrun has started. `examples/from_python.py` is a whole program.
@@ -92,7 +92,7 @@ def train(config: Config) -> TrainedRun:
     return TrainedRun(directory, finished is not None, *logs)
 
 
-def export(run: str | Path, output: str | Path, **options: Any) -> Path:
+def export(run: TrainedRun | str | Path, output: str | Path, **options: Any) -> Path:
     """Write the student of a run's newest checkpoint as a Hugging Face directory, and hold its logits against the
     student's. In one process. options: those of `export_saved` in `megatron_lrc/verify/exporting.py`, as in
     dtype=torch.bfloat16 or force=True.
@@ -102,7 +102,10 @@ def export(run: str | Path, output: str | Path, **options: Any) -> Path:
     from megatron_lrc.verify.exporting import export_saved
     from megatron_lrc.verify.weight_streams import open_student
 
-    student, teacher = open_student(str(run), None)
+    directory = run.directory if isinstance(run, TrainedRun) else run
+    if directory is None:
+        raise ConfigError("The run was not saved, so there is nothing to export. Configure it with save=DIRECTORY.")
+    student, teacher = open_student(str(directory), None)
     losses = last_validation(student.path.parent, student.state.step)
     export_saved(student, teacher, output=Path(output), losses=losses, **options)
     return Path(output)
@@ -117,9 +120,7 @@ def compose(config: Config) -> Any:
         checkpoint = replace(config.checkpoint, save=f"{folder}/run", load=None)
         logging = replace(config.logging, eval_iters=0)
         start = replace(config, checkpoint=checkpoint, logging=logging, training=_of_no_steps(config.training))
-        run = train(start)
-        assert run.directory is not None
-        return load_causal_model(export(run.directory, f"{folder}/hf", verify=False))
+        return load_causal_model(export(train(start), f"{folder}/hf", verify=False))
 
 
 def _of_no_steps(training: TrainingConfig) -> TrainingConfig:

@@ -63,7 +63,7 @@ def write_released(directory: Path, teacher: str, width: int, switches: Switches
 
 def merged(teacher: str, tensors: dict[str, Tensor], switches: Switches) -> dict[str, Tensor]:
     """The student's weights by their names in transformers, fp64: what the released conversion computes."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(teacher).double()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     zoom = {name: tensor.double() for name, tensor in tensors.items()}
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     head = zoom["model.zoom.weight"] if switches.tie_word_emb_proj else zoom["zoom_down.weight"]

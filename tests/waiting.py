@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float = 100) -> None:
+def wait_until(is_true: Callable[[], bool], seconds: float = 200) -> None:
     """Fails when it is not true within these seconds."""
     end = time.monotonic() + seconds
     while not is_true():

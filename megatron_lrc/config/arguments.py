@@ -205,6 +205,10 @@ def read_yaml(path: str | Path, errors: list[str]) -> dict[str, Any]:
     return values
 
 
+#: Of one file that are worth listing: it is another file than was meant.
+MOST_ERRORS = 50
+
+
 def read_mapping(
     loader: yaml.SafeLoader,
     node: yaml.MappingNode,
@@ -216,6 +220,10 @@ def read_mapping(
     """Adds one mapping's settings to `values`: the top level (section None) or what stands under a section's name."""
     for key_node, value_node in node.value:
         key, where = str(key_node.value), f"{path} line {key_node.start_mark.line + 1}"
+        if len(errors) >= MOST_ERRORS:
+            if len(errors) == MOST_ERRORS:
+                errors.append(f"{where}: from here on nothing was looked at, since {MOST_ERRORS} lines are wrong")
+            return
         name = key.replace("-", "_")
         if section is None and name in SECTIONS:
             if isinstance(value_node, yaml.MappingNode):

@@ -150,15 +150,16 @@ def _logits(stage: Stage, tokens: int, *, on_cuda: bool) -> float:
     chunk = min(stage.config.loss.chunk_tokens(on_cuda=on_cuda), tokens)
     one = chunk * stage.vocab_rows * FP32
     models = 2 if stage.config.total_kl_weight else 1
+    slope = one if stage.student.logits_soft_cap else 0.0  # of the cap, for the gradient
     if on_cuda:
-        return models * one
+        return models * one + slope
     # Half-precision hidden states and rows of the head are widened, and a chunk's gradient of the head is made apart.
     widened = FP32 * (chunk + min(stage.vocab_rows, ROWS_AT_ONCE))
     is_narrow = bytes_per_element(stage.config) < FP32
     hidden_size = stage.teacher.hidden_size if models == 2 else stage.student.hidden_size
     beside = 0 if stage.tp == 1 else _LOGITS_BESIDE * models / 2
     apart = bytes_per_element(stage.config) * stage.vocab_rows * stage.student.hidden_size
-    return (models + beside) * one + is_narrow * (widened * hidden_size + apart)
+    return (models + beside) * one + slope + is_narrow * (widened * hidden_size + apart)
 
 
 def _pull_back(stage: Stage, *, on_cuda: bool) -> float:

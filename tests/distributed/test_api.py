@@ -52,11 +52,13 @@ def use(teacher: str, data: str, folder: str) -> dict:
     first = api.train(config)
     again = api.train(api.configure(**settings, train_iters=3, save=Path(folder) / "run", load="auto"))
     unsaved = api.train(api.configure(**settings, train_iters=1))
-    api.export(first.directory, Path(folder) / "hf")
+    api.export(first, Path(folder) / "hf")
+    with pytest.raises(api.ConfigError, match="was not saved"):
+        api.export(unsaved, Path(folder) / "other")
     with pytest.raises(api.ConfigError):
-        api.export(first.directory, Path(folder) / "hf")
+        api.export(first, Path(folder) / "hf")
     untrained = api.train(api.configure(**settings, train_iters=0, save=Path(folder) / "untrained"))
-    start = AutoModelForCausalLM.from_pretrained(api.export(untrained.directory, Path(folder) / "start")).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(api.export(untrained, Path(folder) / "start")).state_dict()
     return {
         "steps": [[record["step"] for record in run.records] for run in (first, again, unsaved)],
         "validations": [[record["step"] for record in run.validations] for run in (first, again, unsaved)],

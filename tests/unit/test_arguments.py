@@ -105,7 +105,7 @@ def test_the_paper_preset_is_the_default_and_presets_name_settings():
         (["word"], "word belongs to no flag"),
         (["--lr", "fast"], "--lr: 'fast' is not a number, or auto"),
         (["--seq-length", "1.5"], "--seq-length: '1.5' is not a whole number"),
-        (["--init", "svd"], "--init: 'svd' is not one of random, orthogonal, channel, pca, ridge"),
+        (["--init", "svd"], "--init: 'svd' is not one of random, orthogonal, channel, pca, ridge, released"),
         (["--lr"], "--lr: expected one argument"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read: No such file or directory"),
     ],
@@ -132,7 +132,7 @@ def test_a_negative_number_is_a_value_not_a_flag():
         ("seq_length: null", "config.yaml line 1: seq_length: None is not a whole number"),
         ("bf16: 1", "config.yaml line 1: bf16: 1 is not true or false"),
         ("teacher: 3", "config.yaml line 1: teacher: 3 is not text"),
-        ("init: [pca]", "config.yaml line 1: init: ['pca'] is not one of random, orthogonal, channel, pca, ridge"),
+        ("init: [pca]", "config.yaml line 1: init: ['pca'] is not one of random, orthogonal, channel, pca, ridge, released"),
         ("data-path: {a: 1}", "config.yaml line 1: data-path: {'a': 1} is not a list of texts"),
         ("lr: 1\noptimizer:\n  lr: 2", "config.yaml line 3: lr is set twice"),
         ("lr: 1\nlr: 2", "config.yaml line 2: lr is set twice"),
@@ -224,3 +224,13 @@ def test_presets_combine_and_a_later_one_wins(write):
     for text in ("preset: [lrc-4b, reference]", "preset: lrc-4b reference"):
         assert parse_config(["--config", write(text)]) == config
     assert parse_config(["--preset", "lrc-4b", "--alpha", "0.1", "--no-bf16"]).loss.alpha == 0.1
+
+
+def test_a_file_of_another_kind_is_not_listed_line_by_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(f"key{number}: 1\n" for number in range(10_000)))
+    with pytest.raises(ConfigError) as caught:
+        parse_config(["--config", str(path)])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 51 and lines[0].startswith(f"{path} line 1: unknown key key0")
+    assert lines[-1] == f"{path} line 51: from here on nothing was looked at, since 50 lines are wrong"
