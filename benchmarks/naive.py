@@ -126,7 +126,7 @@ class NaiveClone:
 
     def losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """LM, KL (with tau^2) and the clone terms [layers, 7], means over the tokens of a batch without masked ones."""
-        inputs, tau = {"input_ids": batch["tokens"], "use_cache": False}, self.config.loss.temperature
+        inputs, tau = {"input_ids": batch["tokens"], "use_cache": False}, self.config.loss.kl_temperature
         with torch.no_grad():
             teacher_logits = self.teacher(**inputs).logits.float()
         student_logits = torch.func.functional_call(

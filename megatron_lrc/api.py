@@ -71,9 +71,9 @@ def train(config: Config) -> TrainedRun:
     it, its state saved. RunFailed: another rank has failed. Signals ask for a stop while it runs, and do what they did
     before once it is over. On all ranks alike; records are those that the main rank has written.
     """
+    from megatron_lrc.launch.auto_rate import with_number
     from megatron_lrc.launch.environment import check_environment, prepare_cuda
     from megatron_lrc.train import loop
-    from megatron_lrc.train.auto_rate import with_number
 
     prepare_cuda()
     check_environment(is_to_start=True)

@@ -72,13 +72,14 @@ class GradientScales:
     divergence: Tensor
 
 
-def divergence(both: BothLogits, beta: float, top_k: int, scales: GradientScales | None) -> tuple[Tensor, Tensor]:
-    """([n] divergences, [n] the teacher's probability within its top k, 0 without top_k), without tau^2. With scales,
+def divergence(
+    both: BothLogits, beta: float, top_k: int, scales: GradientScales | None
+) -> tuple[Tensor, Tensor | None]:
+    """([n] divergences without tau^2, [n] the teacher's probability within its top k: None without top_k). With scales,
     the student's logits become the gradient."""
     if top_k:
         return over_top_k(both, beta, top_k, scales)
-    value = forward_kl(both, scales) if beta == FORWARD else over_all(both, beta, scales)
-    return value, torch.zeros_like(value)
+    return forward_kl(both, scales) if beta == FORWARD else over_all(both, beta, scales), None
 
 
 def forward_kl(both: BothLogits, scales: GradientScales | None) -> Tensor:

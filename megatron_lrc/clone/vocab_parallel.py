@@ -289,7 +289,7 @@ def _replace_by_gradient(
         total = shard.reduce(torch.stack(sums), dist.ReduceOp.SUM)
         student_label, teacher_label, student_sum, teacher_sum, warm_sum, excess_sum, gap_sum = total
         teacher_lm = weight @ (teacher_sum.log() - teacher_label)
-        teacher_kl = num_same = teacher_lm.new_zeros(())
+        teacher_kl = num_same = covered = teacher_lm.new_zeros(())
         scales = None
         if not needs_grad:
             gap = _gap_sum(student_logits, teacher_logits, largest[0], largest[1])
@@ -310,7 +310,9 @@ def _replace_by_gradient(
             shard=shard,
         )
         divergences, shares = divergence(pair, settings.beta, settings.top_k, scales)
-        kl, covered = temperature**2 * (weight @ divergences), weight @ shares
+        kl = temperature**2 * (weight @ divergences)
+        if shares is not None:
+            covered = weight @ shares
     if needs_grad and shard.num_valid:
         student_logits.scatter_add_(1, own_label, (-settings.lm * weight * is_here).unsqueeze(1))
     lm = weight @ (student_sum.log() - student_label)

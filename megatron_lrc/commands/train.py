@@ -31,10 +31,10 @@ from megatron_lrc.config import (
 from megatron_lrc.console import complain, say
 from megatron_lrc.launch import peers, torchrun
 from megatron_lrc.launch.agreement import RanksMissing
+from megatron_lrc.launch.auto_rate import with_number
 from megatron_lrc.launch.environment import check_environment, prepare_cuda
 from megatron_lrc.launch.interrupts import ended_by_ctrl_c
 from megatron_lrc.methods import method_of
-from megatron_lrc.train.auto_rate import with_number
 
 
 def run(argv: Sequence[str], program: str, *, only_checks: bool = False) -> int:

@@ -205,6 +205,9 @@ def read_yaml(path: str | Path, errors: list[str]) -> dict[str, Any]:
     return values
 
 
+#: At the default's 40 the likeliest few tokens hold next to nothing of a large vocabulary.
+TEMPERATURE_OF_TOP_K = 1.0
+
 #: Of one file that are worth listing: it is another file than was meant.
 MOST_ERRORS = 50
 
@@ -301,8 +304,11 @@ def build_config(sources: Sequence[tuple[str, dict[str, Any]]], errors: list[str
     if errors:
         raise ConfigError("\n".join(errors))
     config = Config()
-    for values in (*(PRESETS[preset] for preset in presets), *(values for _, values in sources)):
+    given = [*(PRESETS[preset] for preset in presets), *(values for _, values in sources)]
+    for values in given:
         apply(config, values)
+    if config.loss.kl_top_k is not None and not any("kl_temperature" in values for values in given):
+        config.loss.kl_temperature = TEMPERATURE_OF_TOP_K
     return config
 
 

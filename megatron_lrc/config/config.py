@@ -238,7 +238,7 @@ class Config:
         """What tau^2 * KL, mean over tokens, is multiplied by: --kl-weight, converted by --kl-reduction."""
         loss = self.loss
         if loss.kl_reduction == "sequence-sum":
-            return loss.kl_weight * self.training.seq_length / loss.temperature**2
+            return loss.kl_weight * self.training.seq_length / loss.kl_temperature**2
         return loss.kl_weight
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -87,7 +87,7 @@ def test_several_runs_in_one_process(tiny_llama, tiny_text, tmp_path):
 
 @pytest.mark.distributed
 def test_the_example_runs(tiny_llama, tiny_text, tmp_path):
-    command = [sys.executable, ROOT / "examples/from_python.py", tiny_llama(), tiny_text, tmp_path / "out"]
+    command = [sys.executable, ROOT / "examples/from_python.py", tiny_llama(), tiny_text, "24", tmp_path / "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -83,11 +83,9 @@ def test_skipped_steps_are_counted_and_left_out_of_losses_that_they_would_spoil(
 
 
 def test_records_say_how_much_of_the_teacher_its_top_k_is(seven_step_config, tiny_llama):
-    """At temperature 1, unless another one is given."""
     config = seven_step_config
     config.training.train_iters, config.training.micro_batch_size, config.training.global_batch_size = 1, 1, 1
-    config.logging.eval_iters, config.loss.kl_top_k = 1, 4
-    assert config.loss.kl_temperature is None
+    config.logging.eval_iters, config.loss.kl_top_k, config.loss.kl_temperature = 1, 4, 1.0
     train(config)
     (trained,), (validated, _) = records(config.checkpoint.save), records(config.checkpoint.save, "validation.jsonl")
     for record, dataset in zip((trained, validated), build_datasets(config), strict=True):

@@ -132,7 +132,10 @@ def test_a_negative_number_is_a_value_not_a_flag():
         ("seq_length: null", "config.yaml line 1: seq_length: None is not a whole number"),
         ("bf16: 1", "config.yaml line 1: bf16: 1 is not true or false"),
         ("teacher: 3", "config.yaml line 1: teacher: 3 is not text"),
-        ("init: [pca]", "config.yaml line 1: init: ['pca'] is not one of random, orthogonal, channel, pca, ridge, released"),
+        (
+            "init: [pca]",
+            "config.yaml line 1: init: ['pca'] is not one of random, orthogonal, channel, pca, ridge, released",
+        ),
         ("data-path: {a: 1}", "config.yaml line 1: data-path: {'a': 1} is not a list of texts"),
         ("lr: 1\noptimizer:\n  lr: 2", "config.yaml line 3: lr is set twice"),
         ("lr: 1\nlr: 2", "config.yaml line 2: lr is set twice"),
@@ -234,3 +237,14 @@ def test_a_file_of_another_kind_is_not_listed_line_by_line(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 51 and lines[0].startswith(f"{path} line 1: unknown key key0")
     assert lines[-1] == f"{path} line 51: from here on nothing was looked at, since 50 lines are wrong"
+
+
+def test_the_temperature_over_the_top_k_is_1_unless_one_is_given(tmp_path):
+    def temperature(*flags):
+        return parse_config(list(flags)).loss.kl_temperature
+
+    assert temperature() == 40 and temperature("--kl-top-k", "64") == 1
+    assert temperature("--kl-top-k", "64", "--kl-temperature", "2") == 2
+    assert temperature("--kl-top-k", "64", "--preset", "lrc-1.5b") == 40
+    (tmp_path / "config.yaml").write_text("kl_temperature: 3")
+    assert temperature("--kl-top-k", "64", "--config", str(tmp_path / "config.yaml")) == 3

@@ -22,9 +22,9 @@ from megatron_lrc.config import (
     validate,
 )
 from megatron_lrc.config.rates import KNOWN_RATES
+from megatron_lrc.launch.auto_rate import with_number
 from megatron_lrc.mcore.optimizer import _lr_schedule
 from megatron_lrc.methods import method_of
-from megatron_lrc.train.auto_rate import with_number
 from megatron_lrc.train.rises import Rises
 from megatron_lrc.train.start_checks import check
 

@@ -180,8 +180,8 @@ class LossConfig:
         "mean: over tokens, times tau^2; sequence-sum: over the tokens of a sequence, then the mean over sequences, "
         "without tau^2 (the released code), which is --seq-length / tau^2 times the other.",
     )
-    kl_temperature: float | None = setting(
-        None, "Temperature tau of both distributions in the KL loss. Default: 40, with --kl-top-k 1.", above=0
+    kl_temperature: float = setting(
+        40.0, "Temperature tau of both distributions in the KL loss. With --kl-top-k: 1, unless given.", above=0
     )
     clone_terms: list[str] = setting(
         list(CLONE_TERMS),
@@ -211,11 +211,6 @@ class LossConfig:
 
     def chunk_tokens(self, *, on_cuda: bool) -> int:
         return self.loss_chunk_tokens or (2048 if on_cuda else 512)
-
-    @property
-    def temperature(self) -> float:
-        """tau. At the 40 of the paper the likeliest few tokens hold next to nothing of a large vocabulary."""
-        return self.kl_temperature or (1.0 if self.kl_top_k else 40.0)
 
     @property
     def is_relative(self) -> bool:

@@ -377,7 +377,7 @@ class PairedModel(TwoModels):
             settings=HeadLossSettings(
                 lm=self.settings.loss.lm_weight,
                 kl=self.settings.total_kl_weight,
-                temperature=self.settings.loss.temperature,
+                temperature=self.settings.loss.kl_temperature,
                 beta=parse_divergence(self.settings.loss.kl_divergence),
                 top_k=self.settings.loss.kl_top_k or 0,
                 chunk_tokens=self.settings.loss.chunk_tokens(on_cuda=student_hidden.is_cuda),
