@@ -19,8 +19,9 @@ from megatron_lrc.hf.narrowing import is_finite
 from megatron_lrc.hf.teacher import locate, open_files
 from megatron_lrc.json_files import read_object
 
-#: Below the name of a layer: our name -> theirs, the one of the two ways that the file has. The first is from
-#: student to teacher, [D, d]; the others are [d, D].
+#: Below the name of a layer: our name -> theirs. A file has one of two sets for q, k and v, and one of two for gate
+#: and up. Those of q, k and v, and the one that gate and up share, are from student to teacher, [D, d]; the others are
+#: [d, D].
 _SHARED_READING = {site: "self_attn.zoom_up.weight" for site in "qkv"}
 _OWN_READING = {site: f"self_attn.zoom_{site}.weight" for site in "qkv"}
 _MLP = {site: f"mlp.zoom_{site}.weight" for site in ("gate", "up")}
