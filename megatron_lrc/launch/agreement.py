@@ -69,8 +69,9 @@ class Agreement:
         differs, rank 0 is given how.
         """
         try:
-            self._write(f"rank/{self.rank}", {"digest": _digest_of(fields), "remark": remark} | _here())
-            return self._judge(fields) if self.rank == 0 else self._obey(fields)
+            digest = _digest_of(fields)
+            self._write(f"rank/{self.rank}", {"digest": digest, "remark": remark} | _here())
+            return self._judge(fields, digest) if self.rank == 0 else self._obey(fields, digest)
         except RanksMissing:
             raise
         except RuntimeError as error:
@@ -89,7 +90,7 @@ class Agreement:
 
     # ------------------------------------------------------------------------------------------------ rank 0
 
-    def _judge(self, fields: Mapping[str, str]) -> str:
+    def _judge(self, fields: Mapping[str, str], digest: str) -> str:
         ranks = range(self.world_size)
         with contextlib.suppress(RuntimeError):
             self._wait([f"rank/{rank}" for rank in ranks], self.timeout)
@@ -104,7 +105,7 @@ class Agreement:
             self._name_differences(list(kinds.values()), fields, lines)
         if missing := [rank for rank in ranks if rank not in lines]:
             self._refuse("verdict", _refusal(self._describe_missing(missing), listening=listening, is_missing=True))
-        self._write("verdict", {"digest": _digest_of(fields)})
+        self._write("verdict", {"digest": digest})
         remarks = by_value(lines, "remark")
         return describe_values(remarks, lines) if len(remarks) > 1 else ""
 
@@ -139,7 +140,7 @@ class Agreement:
 
     # ------------------------------------------------------------------------------------------------ the others
 
-    def _obey(self, fields: Mapping[str, str]) -> str:
+    def _obey(self, fields: Mapping[str, str], digest: str) -> str:
         verdict = self._hear("verdict")
         if "speak" in verdict:
             if self.rank in verdict["speak"]:
@@ -147,7 +148,7 @@ class Agreement:
             verdict = self._hear("refusal")
         if "refusal" in verdict:
             self._end(verdict)
-        if verdict["digest"] != _digest_of(fields):
+        if verdict["digest"] != digest:
             raise ConfigError(
                 f"Rank {self.rank} of {self.world_size} processes is none of those that rank 0 counts. Start every "
                 "rank with the same number of processes."
