@@ -60,14 +60,14 @@ VARIANTS = {
     **{f"{title}, --clone-normalization token": (LAYOUTS[title], RELATIVE) for title in PARTS},
     **{f"{title}, layers 0, 2 and 3 of 4": (LAYOUTS[title], FEWER_LAYERS) for title in (*PARTS, "PP2, stages by hand")},
     **{f"{title}, half the KV groups, 3 of 10 neurons": (LAYOUTS[title], SLIMMER) for title in PARTS},
-    **{
-        f"{title}, --kl-divergence jsd:0.3 --kl-top-k 8": (LAYOUTS[title], TOP_K)
-        for title in (*PARTS, "TP2 + SP x PP2", "TP4 + SP")
-    },
     "TP2 + SP x PP2, the same and layers 0, 2 and 3": (
         LAYOUTS["TP2 + SP x PP2"],
         replace(SLIMMER, kept=FEWER_LAYERS.kept, normalization="token"),
     ),
+    **{
+        f"{title}, --kl-divergence jsd:0.3 --kl-top-k 8": (LAYOUTS[title], TOP_K)
+        for title in (*PARTS, "TP2 + SP x PP2", "TP4 + SP")
+    },
 }
 TEACHERS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
 
